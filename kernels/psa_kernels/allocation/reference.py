@@ -1,0 +1,46 @@
+"""From importance to levels: which key block is read at which pooling factor, in PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from psa_kernels.lists import BlockLists
+from psa_kernels.spec import AttentionSpec
+
+
+def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec) -> BlockLists:
+    """Give every pair of blocks a level (DESIGN: stages 3 and 4).
+
+    Args:
+        importance: non-negative `[B, H, query blocks, key blocks]`.
+        coarsest: None, or int64 `[B, H, key blocks]`: index of the coarsest level a key block may have.
+
+    Returns:
+        The lists; no row of them is empty.
+    """
+    # Equal importance keeps the order of the blocks, so the result does not depend on the sorting algorithm.
+    ordered = importance.sort(dim=-1, descending=True, stable=True)
+    ranked = _levels_by_rank(ordered.values, spec)
+    level = torch.empty_like(ranked).scatter_(-1, ordered.indices, ranked)
+    if coarsest is not None:
+        attended = level < len(spec.levels)
+        level = torch.where(attended, torch.minimum(level, coarsest[:, :, None]), level)
+    return BlockLists.from_levels(level, len(spec.levels))
+
+
+def _levels_by_rank(importance: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Level index of the blocks of each row, whose importance is given in descending order."""
+    blocks = importance.shape[-1]
+    # The quotient of two integers rounds to the same float64 as the decimal number that equals it: 3 / 20 is 0.15.
+    count_before = torch.arange(blocks, device=importance.device, dtype=torch.float64) / max(blocks, 1)
+    if spec.rule == "count":
+        before = count_before.expand_as(importance)
+    else:
+        mass = importance.double()
+        before = (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True)
+    level = torch.zeros(importance.shape, dtype=torch.int64, device=importance.device)
+    for threshold in spec.thresholds:
+        # Every share is below 1 in exact arithmetic, also where rounding makes it 1.
+        if threshold < 1:
+            level += before >= threshold
+    return level.masked_fill_(count_before < spec.floor, 0)

@@ -1,0 +1,160 @@
+"""Pyramid Sparse Attention: its stages in order, and the choice of what computes them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from psa_kernels.allocation.reference import allocate
+from psa_kernels.blocks import block_count
+from psa_kernels.importance.reference import block_importance
+from psa_kernels.layout import TokenLayout, make_layout
+from psa_kernels.lists import AttentionStats, BlockLists
+from psa_kernels.pyramid.reference import build_pyramid, coarsest_levels
+from psa_kernels.sparse.reference import sparse_attention, text_attention
+from psa_kernels.spec import AttentionSpec
+
+IMPLEMENTATIONS = ("auto", "reference")
+
+
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    text_before: int = 0,
+    text_after: int = 0,
+    permutation: torch.Tensor | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+    return_stats: bool = False,
+    lists: BlockLists | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
+    """Attention in which every block of queries reads few keys in full, more of them pooled, and skips the rest.
+
+    Defined in "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", arXiv 2512.04025. Half
+    precision is computed in float32 and returned in the dtype of `q`. Forward only: no gradient flows.
+
+    Args:
+        q, k, v: `[B, N, H, D]`, floating point, one dtype and device; the last stride is 1, the others are free. The
+            number of queries may differ from the number of keys.
+        spec: what to compute.
+        text_before, text_after: how many of the first and last tokens, of the queries and of the keys, are text. Text
+            keys are attended exactly by all queries, text queries attend all keys exactly.
+        permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
+            position i. The output stays in the order of `q`.
+        scale: factor on the dot products; 1 / sqrt(D) if None.
+        implementation: `auto` or `reference`.
+        return_stats: also return what was attended.
+        lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
+            denoising step; computed from `q` and `k` if None.
+
+    Returns:
+        The attention output `[B, Nq, H, D]`, contiguous, and with `return_stats` an `AttentionStats`.
+
+    Raises:
+        ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
+            gradient is asked for.
+    """
+    layout = _check(q, k, v, text_before, text_after, permutation, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        if not layout.video_queries or not layout.video_keys:
+            return _all_dense(q, k, v, spec, scale, return_stats)
+        if lists is None:
+            lists = _select(q, k, layout, spec, scale)
+        else:
+            _check_lists(lists, q, spec, layout)
+        pyramid = build_pyramid(k, v, layout, spec)
+        out = sparse_attention(q, pyramid, lists, layout, spec, scale)
+        if text_before or text_after:
+            text_attention(q, k, v, out, layout, scale)
+    return (out, AttentionStats.from_lists(lists, spec, "reference")) if return_stats else out
+
+
+def select_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    text_before: int = 0,
+    text_after: int = 0,
+    permutation: torch.Tensor | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> BlockLists:
+    """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
+
+    Arguments and errors are those of `psa_attention`. The lists take 2 bytes a pair of blocks (4 beyond 32,767 key
+    blocks) and 4 a query block and level.
+    """
+    layout = _check(q, k, k, text_before, text_after, permutation, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    with torch.no_grad():
+        return _select(q, k, layout, spec, scale)
+
+
+def _select(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float) -> BlockLists:
+    if not layout.video_queries or not layout.video_keys:
+        no_blocks = torch.zeros(_list_shape(q, spec, layout), dtype=torch.int64, device=q.device)
+        return BlockLists.from_levels(no_blocks, len(spec.levels))
+    importance = block_importance(q, k, layout, spec, scale)
+    return allocate(importance, coarsest_levels(k, layout, spec), spec)
+
+
+def _all_dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, return_stats: bool
+) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
+    """Without video queries or video keys there is nothing to leave out."""
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
+    out = out.transpose(1, 2).contiguous()
+    if not return_stats:
+        return out
+    no_blocks = torch.zeros(q.shape[0], q.shape[2], 0, 0, dtype=torch.int64, device=q.device)
+    return out, AttentionStats.from_lists(BlockLists.from_levels(no_blocks, len(spec.levels)), spec, "dense")
+
+
+def _list_shape(q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> tuple[int, int, int, int]:
+    query_blocks = block_count(layout.video_queries, spec.block_query)
+    return q.shape[0], q.shape[2], query_blocks, block_count(layout.video_keys, spec.block_key)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_before: int,
+    text_after: int,
+    permutation: torch.Tensor | None,
+    implementation: str,
+) -> TokenLayout:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+            raise ValueError(
+                f"{name}: expected a non-empty floating point tensor [batch, tokens, heads, head_dim], "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name}: expected a last stride of 1, got strides {x.stride()}")
+        if (x.dtype, x.device) != (q.dtype, q.device):
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, but psa_attention is forward only; use torch.no_grad()")
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected [B, Nq, H, D] and "
+            "twice [B, Nk, H, D]"
+        )
+    return make_layout(q.shape[1], k.shape[1], text_before, text_after, permutation)
+
+
+def _check_lists(lists: BlockLists, q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> None:
+    expected = _list_shape(q, spec, layout)
+    if tuple(lists.ids.shape) != expected or tuple(lists.counts.shape) != (*expected[:3], len(spec.levels)):
+        raise ValueError(
+            f"lists: made for another call: ids {tuple(lists.ids.shape)} and counts {tuple(lists.counts.shape)}, "
+            f"expected {expected} and {(*expected[:3], len(spec.levels))}"
+        )

@@ -1,0 +1,41 @@
+"""How a sequence falls into blocks, and blocks into groups of neighbouring tokens; the last of each may be ragged."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def block_count(tokens: int, block: int) -> int:
+    """Number of blocks that `tokens` tokens fill, the last one perhaps in part."""
+    return -(-tokens // block)
+
+
+def group_sizes(tokens: int, group: int, device: torch.device) -> torch.Tensor:
+    """Real tokens in each group of `group` neighbours: int64 `[ceil(tokens / group)]`."""
+    starts = torch.arange(0, tokens, group, device=device)
+    return (tokens - starts).clamp(max=group)
+
+
+def group_means(x: torch.Tensor, group: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the real tokens of each group of neighbours: `[..., N, D]` to `[..., ceil(N / group), D]`."""
+    groups, full = block_count(x.shape[-2], group), x.shape[-2] // group
+    if out is None:
+        out = x.new_empty(*x.shape[:-2], groups, x.shape[-1])
+    torch.mean(x[..., : full * group, :].unflatten(-2, (-1, group)), dim=-2, out=out[..., :full, :])
+    if groups > full:
+        torch.mean(x[..., full * group :, :], dim=-2, keepdim=True, out=out[..., full:, :])
+    return out
+
+
+def as_blocks(x: torch.Tensor, rows: int, dim: int, fill: float = 0.0) -> torch.Tensor:
+    """Cut dimension `dim` (negative) into blocks of `rows` entries, filling up the last: `[..., M, rows, ...]`."""
+    missing = -x.shape[dim] % rows
+    if missing:
+        x = F.pad(x, [0, 0] * (-1 - dim) + [0, missing], value=fill)
+    return x.unflatten(dim, (-1, rows))
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the references compute in: float32, or the dtype of `x` where it is wider."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,70 @@
+"""What the allocation hands to the attention: which key blocks a query block reads, and at which level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from psa_kernels.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Key blocks of every query block, grouped by level.
+
+    Attributes:
+        ids: int16 or int32 `[B, H, query blocks, key blocks]`: in each row first the blocks of the finest level, then
+            those of the next, ..., last the blocks past the last threshold; ascending inside each group.
+        counts: int32 `[B, H, query blocks, levels]`: how many blocks each level has.
+    """
+
+    ids: torch.Tensor
+    counts: torch.Tensor
+
+    @classmethod
+    def from_levels(cls, level: torch.Tensor, num_levels: int) -> BlockLists:
+        """Build the lists from the level index of every pair of blocks.
+
+        Args:
+            level: integer `[B, H, query blocks, key blocks]`: index into the levels, or `num_levels` past the last.
+            num_levels: number of levels.
+        """
+        ids = level.sort(dim=-1, stable=True).indices
+        ids = ids.to(torch.int16 if level.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32)
+        counts = torch.stack([(level == index).sum(-1) for index in range(num_levels)], dim=-1)
+        return cls(ids, counts.to(torch.int32))
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What one call attended, per batch item and head, over the video tokens; tensors stay on the device.
+
+    Attributes:
+        density: float32 `[B, H]`: mean over pairs of blocks of 1 / pooling factor, 0 where skipped: the share of the
+            FLOPs of dense attention.
+        coverage: float32 `[B, H]`: share of pairs of blocks that are not skipped.
+        level_shares: float32 `[B, H, levels]`: share of pairs of blocks at each level.
+        implementation: what computed the call.
+    """
+
+    density: torch.Tensor
+    coverage: torch.Tensor
+    level_shares: torch.Tensor
+    implementation: str
+
+    @classmethod
+    def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:
+        """Sum up the lists of one call; no pair of video blocks at all counts as density 1."""
+        batch, heads, query_blocks, key_blocks = lists.ids.shape
+        pairs = query_blocks * key_blocks
+        if not pairs:
+            ones = torch.ones(batch, heads, device=lists.ids.device)
+            return cls(ones, ones, torch.zeros(batch, heads, len(spec.levels), device=ones.device), implementation)
+        shares = lists.counts.sum(2).float() / pairs
+        cost = torch.tensor([1 / level for level in spec.levels], device=shares.device)
+        density, coverage = shares @ cost, shares.sum(-1)
+        if spec.rest == "mean":
+            density = density + (1 - coverage) / spec.block_key
+            coverage = torch.ones_like(coverage)
+        return cls(density, coverage, shares, implementation)

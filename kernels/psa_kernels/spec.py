@@ -1,0 +1,144 @@
+"""What to compute: the parameters of Pyramid Sparse Attention, checked once when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+RULES = ("count", "mass")
+RESTS = ("skip", "mean")
+ESTIMATORS = ("sampled", "pooled")
+STATISTICS = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How the importance of a key block for a query block is estimated.
+
+    Each query block is represented by one vector of every `query_stride` neighbouring queries and each key block by one
+    of every `key_stride` keys: the first of them (`sampled`) or their mean (`pooled`). The paper's sample counts are
+    s_q = block_query / query_stride and s_k = block_key / key_stride. `statistic` reduces the softmax probabilities of
+    a pair of blocks to one number.
+    """
+
+    estimator: str = "sampled"
+    statistic: str = "max"
+    query_stride: int = 4
+    key_stride: int = 4
+
+    def __post_init__(self) -> None:
+        _require_choice("importance.estimator", self.estimator, ESTIMATORS)
+        _require_choice("importance.statistic", self.statistic, STATISTICS)
+        _require_positive_int("importance.query_stride", self.query_stride)
+        _require_positive_int("importance.key_stride", self.key_stride)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3.
+
+    Attributes:
+        block_query: queries per query block.
+        block_key: keys per key block.
+        levels: pooling factors, finest first; each divides `block_key`.
+        rule: what a block's share is measured in: `count` (of the blocks) or `mass` (of the row's importance).
+        thresholds: one per level, non-decreasing in [0, 1]. A block whose more important blocks make up a share
+            c gets the first level h with c < thresholds[h]; past the last threshold it is left to `rest`.
+        floor: blocks up to this share (by count) get the finest level whatever the rule says.
+        similarity: None, or one threshold per level after the first: the coarsest level that a key block may have is
+            the last one whose neighbouring keys have a mean cosine above the threshold.
+        importance: how importance is estimated.
+        rest: `skip` drops blocks past the last threshold; `mean` keeps one mean token for each of them.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field, its value and what is allowed.
+    """
+
+    block_query: int = 128
+    block_key: int = 64
+    levels: tuple[int, ...] = (1, 2, 4)
+    rule: str = "count"
+    thresholds: tuple[float, ...] = (0.15, 0.25, 0.45)
+    floor: float = 0.0
+    similarity: tuple[float, ...] | None = None
+    importance: Importance = field(default_factory=Importance)
+    rest: str = "skip"
+
+    def __post_init__(self) -> None:
+        # Lists are accepted and stored as tuples, so that a spec can always be hashed.
+        for name in ("levels", "thresholds", "similarity"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        _require_positive_int("block_query", self.block_query)
+        _require_positive_int("block_key", self.block_key)
+        _require_choice("rule", self.rule, RULES)
+        _require_choice("rest", self.rest, RESTS)
+        self._check_levels()
+        self._check_thresholds()
+        _require_share("floor", self.floor)
+        self._check_similarity()
+        self._check_strides()
+
+    def _check_levels(self) -> None:
+        if not isinstance(self.levels, tuple) or not self.levels:
+            raise ValueError(f"levels={self.levels!r}: expected at least one pooling factor, such as (1, 2, 4)")
+        for level in self.levels:
+            _require_positive_int("levels", level)
+            if self.block_key % level:
+                raise ValueError(f"levels={self.levels!r}: {level} does not divide block_key={self.block_key}")
+        if list(self.levels) != sorted(set(self.levels)):
+            raise ValueError(f"levels={self.levels!r}: expected strictly increasing pooling factors, finest first")
+
+    def _check_thresholds(self) -> None:
+        thresholds = self.thresholds
+        if not isinstance(thresholds, tuple) or len(thresholds) != len(self.levels):
+            raise ValueError(f"thresholds={thresholds!r}: expected one per level of levels={self.levels!r}")
+        for threshold in thresholds:
+            _require_share("thresholds", threshold)
+        if list(thresholds) != sorted(thresholds):
+            raise ValueError(f"thresholds={thresholds!r}: expected values that do not decrease (they are cumulative)")
+        if thresholds[-1] <= 0:
+            raise ValueError(f"thresholds={thresholds!r}: the last must be above 0, or no key would be attended")
+
+    def _check_similarity(self) -> None:
+        if self.similarity is None:
+            return
+        if not isinstance(self.similarity, tuple) or len(self.similarity) != len(self.levels) - 1:
+            raise ValueError(
+                f"similarity={self.similarity!r}: expected None or {len(self.levels) - 1} thresholds, "
+                f"one per level after the first of levels={self.levels!r}"
+            )
+        for threshold in self.similarity:
+            if not _is_number(threshold) or not -1 <= threshold <= 1:
+                raise ValueError(f"similarity={self.similarity!r}: expected cosines between -1 and 1")
+
+    def _check_strides(self) -> None:
+        importance = self.importance
+        if not isinstance(importance, Importance):
+            raise ValueError(f"importance={importance!r}: expected an Importance")
+        for name, stride, block in (
+            ("query_stride", importance.query_stride, self.block_query),
+            ("key_stride", importance.key_stride, self.block_key),
+        ):
+            if block % stride:
+                raise ValueError(f"importance.{name}={stride}: expected a divisor of the block of {block} tokens")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a positive integer")
+
+
+def _require_share(name: str, value: object) -> None:
+    if not _is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: expected a number between 0 and 1")
+
+
+def _require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
