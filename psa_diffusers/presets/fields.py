@@ -1,0 +1,133 @@
+"""The parts of a preset: which keys each has, what they may hold, and in words what is allowed (`description`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+MAX_LAYERS = 1000
+MAX_INTEGER = 2**31 - 1
+
+
+def _as_tuple(value: Any) -> tuple:
+    if not isinstance(value, list | tuple):
+        raise ValueError("not a list")
+    return tuple(value)
+
+
+def _one_of(*allowed: int) -> Callable[[int], int]:
+    # A Literal would take 64.0 for 64.
+    def check(value: int) -> int:
+        if value not in allowed:
+            raise ValueError("not one of these")
+        return value
+
+    return check
+
+
+def _increasing(levels: tuple[int, ...]) -> tuple[int, ...]:
+    if not levels or list(levels) != sorted(set(levels)):
+        raise ValueError("not strictly increasing" if levels else "empty")
+    return levels
+
+
+def _cumulative(thresholds: tuple[float, ...]) -> tuple[float, ...]:
+    if not thresholds or list(thresholds) != sorted(thresholds):
+        raise ValueError("not sorted" if thresholds else "empty")
+    if thresholds[-1] <= 0:
+        raise ValueError("nothing would be attended")
+    return thresholds
+
+
+def _match_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("neither text nor an integer")
+    if isinstance(value, int) and not 0 <= value < MAX_LAYERS:
+        raise ValueError("out of range")
+    layer_ranges(str(value))
+    return str(value)
+
+
+def layer_ranges(match: str) -> list[tuple[int, int | None]]:
+    """First and last layer of each part of a `match`, the last None for an open end; ValueError if it is not one."""
+    ranges = []
+    for part in match.split(","):
+        found = re.fullmatch(r"\s*(?P<first>[0-9]{1,3})\s*(?P<dash>-\s*(?P<last>[0-9]{1,3})?\s*)?", part)
+        if found is None:
+            raise ValueError("not a list of layers")
+        first = int(found["first"])
+        last = int(found["last"]) if found["last"] else None if found["dash"] else first
+        if last is not None and last < first:
+            raise ValueError(f"{first}-{last} runs backwards")
+        ranges.append((first, last))
+    return ranges
+
+
+Integer = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
+Positive = Annotated[Integer, Field(ge=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Cosine = Annotated[Number, Field(ge=-1, le=1)]
+AsTuple = BeforeValidator(_as_tuple)
+
+
+class Section(BaseModel):
+    """Base of every part: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BlockSizes(Section):
+    """Tokens per query block and per key block."""
+
+    query: Annotated[Integer, AfterValidator(_one_of(32, 64, 128, 256))] = Field(128, description="32, 64, 128 or 256")
+    key: Annotated[Integer, AfterValidator(_one_of(16, 32, 64, 128, 256))] = Field(
+        64, description="16, 32, 64, 128 or 256"
+    )
+
+
+class ImportanceSettings(Section):
+    """How the importance of a key block for a query block is estimated; a stride of 4 samples every fourth token."""
+
+    estimator: Literal["sampled", "pooled"] = Field("sampled", description="sampled or pooled")
+    statistic: Literal["max", "mean"] = Field("max", description="max or mean")
+    query_stride: Positive = Field(4, description="a positive integer that divides block.query")
+    key_stride: Positive = Field(4, description="a positive integer that divides block.key")
+
+
+class LayerSettings(Section):
+    """What one layer's attention does: the part of a preset that rules for layers can change."""
+
+    block: BlockSizes = Field(BlockSizes(), description="a mapping of query and key")
+    levels: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)] = Field(
+        (1, 2, 4), description="strictly increasing positive integers that each divide block.key"
+    )
+    rule: Literal["count", "mass"] = Field("count", description="count or mass")
+    thresholds: Annotated[tuple[Share, ...], AsTuple, AfterValidator(_cumulative)] = Field(
+        (0.15, 0.25, 0.45),
+        description="one number from 0 to 1 per level, none smaller than the one before, the last above 0",
+    )
+    floor: Share = Field(0.0, description="a number from 0 to 1")
+    importance: ImportanceSettings = Field(
+        ImportanceSettings(), description="a mapping of estimator, statistic, query_stride and key_stride"
+    )
+    similarity: Annotated[tuple[Cosine, ...], AsTuple] | None = Field(
+        None, description="null, or one number from -1 to 1 per level after the first"
+    )
+    rest: Literal["skip", "mean"] = Field("skip", description="skip or mean")
+
+
+class LayerRule(LayerSettings):
+    """Changes for some layers. Only the keys that were given count: those in `model_fields_set`."""
+
+    match: Annotated[str, BeforeValidator(_match_text)] = Field(
+        description=f"a layer, a range or a list of them (3, 0-1, 30- or 0,5,7-9), numbers up to {MAX_LAYERS - 1}"
+    )
+    dense: bool = Field(False, strict=True, description="true or false")
+
+    def covers(self, layer: int) -> bool:
+        """Whether the rule applies to a layer."""
+        return any(first <= layer and (last is None or layer <= last) for first, last in layer_ranges(self.match))
