@@ -1,0 +1,40 @@
+"""Pyramid Sparse Attention for the video pipelines of Hugging Face diffusers, without training."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a checkout that is not installed, the operator's package lies beside this one instead of on the path.
+_kernels = Path(__file__).resolve().parent.parent / "kernels"
+if importlib.util.find_spec("psa_kernels") is None and (_kernels / "psa_kernels").is_dir():
+    sys.path.append(str(_kernels))
+
+# Imported when first used: the command line should not wait for PyTorch and diffusers to print its help.
+_HOMES = {
+    "PSAHandle": "patching",
+    "PSAProcessor": "processor",
+    "Preset": "presets",
+    "PresetError": "presets",
+    "RunStats": "statistics",
+    "UnsupportedModelError": "models",
+    "apply_psa": "patching",
+    "list_presets": "presets",
+    "load_preset": "presets",
+    "token_permutation": "token_order",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

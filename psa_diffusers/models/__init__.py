@@ -1,0 +1,27 @@
+"""The model families: where queries, keys, values, positions and text are in their attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psa_diffusers.models.family import ModelFamily
+from psa_diffusers.models.wan import Wan
+
+FAMILIES: tuple[type[ModelFamily], ...] = (Wan,)
+
+
+class UnsupportedModelError(ValueError):
+    """The pipeline's transformer is of no family that Pyramid Sparse Attention is made for."""
+
+
+def find_family(transformer: Any) -> type[ModelFamily]:
+    """The family of a transformer.
+
+    Raises:
+        UnsupportedModelError: names the transformer's class and what is supported.
+    """
+    for family in FAMILIES:
+        if type(transformer).__name__ in family.transformers:
+            return family
+    supported = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
+    raise UnsupportedModelError(f"{type(transformer).__name__} is not supported; supported: {supported}")
