@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -32,37 +33,38 @@ def block_importance(
         float32 (float64 for float64 inputs) `[B, H, query blocks, key blocks]`, non-negative.
     """
     how = spec.importance
-    queries = _representatives(q, layout.video_query_tokens(q.device), how.query_stride, how) * scale
-    keys = _representatives(k, layout.video_key_tokens(k.device), how.key_stride, how)
-    rows = spec.block_query // how.query_stride
-    columns = spec.block_key // how.key_stride
-
-    batch, heads, samples, _ = queries.shape
-    blocks = block_count(samples, rows)
-    importance = queries.new_empty(batch, heads, blocks, block_count(keys.shape[2], columns))
-    step = max(1, TASK_ENTRIES // (rows * keys.shape[2]))
-    tasks = [(b, h, i) for b in range(batch) for h in range(heads) for i in range(0, blocks, step)]
+    query_tokens, key_tokens = layout.video_query_tokens(q.device), layout.video_key_tokens(k.device)
+    rows, columns = spec.block_query // how.query_stride, spec.block_key // how.key_stride
+    samples = block_count(len(key_tokens), how.key_stride)
+    batch, _, heads, _ = q.shape
+    blocks = block_count(len(query_tokens), spec.block_query)
+    importance = torch.empty(
+        batch, heads, blocks, block_count(samples, columns), dtype=compute_dtype(q), device=q.device
+    )
+    step = max(1, TASK_ENTRIES // (rows * samples))
 
     def worker(tasks: Iterator[tuple[int, int, int]]) -> None:
-        buffer = queries.new_empty(step * rows, keys.shape[2])
+        buffer = importance.new_empty(step * rows, samples)
         for b, h, first in tasks:
-            some = queries[b, h, first * rows : (first + step) * rows]
-            probabilities = torch.mm(some, keys[b, h].T, out=buffer[: len(some)])
+            tokens = query_tokens[first * spec.block_query : (first + step) * spec.block_query]
+            queries = _representatives(q[b, :, h], tokens, how.query_stride, how) * scale
+            keys = _representatives(k[b, :, h], key_tokens, how.key_stride, how)
+            probabilities = torch.mm(queries, keys.T, out=buffer[: len(queries)])
             torch.softmax(probabilities, dim=-1, out=probabilities)
             # Queries first: reducing over whole rows is several times faster than inside them.
             per_key = _reduce(probabilities, rows, -2, how.statistic)
             importance[b, h, first : first + step] = _reduce(per_key, columns, -1, how.statistic)
 
-    run_tasks(tasks, worker, queries.device)
+    tasks = product(range(batch), range(heads), range(0, blocks, step))
+    run_tasks(tasks, worker, q.device)
     return importance
 
 
 def _representatives(x: torch.Tensor, tokens: torch.Tensor, stride: int, how: Importance) -> torch.Tensor:
-    """One vector for every `stride` of the given tokens: `[B, N, H, D]` to `[B, H, ceil(tokens / stride), D]`."""
+    """One vector for every `stride` of the given tokens of one head: `[N, D]` to `[ceil(tokens / stride), D]`."""
     if how.estimator == "sampled":
-        tokens = tokens[::stride]
-    chosen = x.index_select(1, tokens).transpose(1, 2).to(compute_dtype(x))
-    return (chosen if how.estimator == "sampled" else group_means(chosen, stride)).contiguous()
+        return x.index_select(0, tokens[::stride]).to(compute_dtype(x))
+    return group_means(x.index_select(0, tokens).to(compute_dtype(x)), stride)
 
 
 def _reduce(x: torch.Tensor, group: int, dim: int, statistic: str) -> torch.Tensor:

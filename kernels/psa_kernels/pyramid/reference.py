@@ -20,14 +20,15 @@ class Pyramid:
     """Keys and values as the attention reads them: rows of means, all levels one after the other, text last.
 
     Attributes:
-        rows: `[B, H, R, 2 D]`: a mean key and its mean value side by side, so that one copy fetches both.
+        keys, values: `[B, H, R, D]`: means over the real tokens of each group.
         log_count: `[R]`: ln of the number of real tokens that a row stands for.
         first_row: row at which each level starts, and last the one at which the text starts. The levels are those of
             the spec and, where `rest` is `mean`, one more with a row a block.
         block_rows: rows of a key block at each level; the last block of a level may have fewer.
     """
 
-    rows: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
     log_count: torch.Tensor
     first_row: tuple[int, ...]
     block_rows: tuple[int, ...]
@@ -35,7 +36,7 @@ class Pyramid:
     @property
     def text_rows(self) -> int:
         """Number of text tokens, which are never pooled."""
-        return self.rows.shape[2] - self.first_row[-1]
+        return self.keys.shape[2] - self.first_row[-1]
 
 
 def build_pyramid(k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> Pyramid:
@@ -44,25 +45,32 @@ def build_pyramid(k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: A
     counts = [group_sizes(layout.video_keys, factor, k.device) for factor in factors]
     counts.append(torch.ones(layout.text_before + layout.text_after, dtype=torch.int64, device=k.device))
     sizes = [len(count) for count in counts]
-    dtype = compute_dtype(k)
     batch, _, heads, head_dim = k.shape
-    rows = torch.empty(batch, heads, sum(sizes), 2 * head_dim, dtype=dtype, device=k.device)
+    keys = torch.empty(batch, heads, sum(sizes), head_dim, dtype=compute_dtype(k), device=k.device)
+    values = torch.empty_like(keys)
     video_tokens, text_tokens = layout.video_key_tokens(k.device), layout.text_key_tokens(k.device)
 
-    def worker(tasks: Iterator[tuple[int, int]]) -> None:
-        for b, h in tasks:
-            both = torch.cat([k[b, :, h], v[b, :, h]], dim=-1).to(dtype)
-            video = both.index_select(0, video_tokens)
-            *levels, text = rows[b, h].split(sizes)
+    def worker(tasks: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for tokens, rows in tasks:
+            tokens = tokens.to(rows.dtype)
+            *levels, text = rows.split(sizes)
+            video = torch.index_select(tokens, 0, video_tokens, out=levels[0] if factors[0] == 1 else None)
             # A factor divides the block, so groups counted from the start of the sequence never straddle two blocks.
             for factor, level in zip(factors, levels, strict=True):
-                group_means(video, factor, out=level)
-            torch.index_select(both, 0, text_tokens, out=text)
+                if factor > 1:
+                    group_means(video, factor, out=level)
+            torch.index_select(tokens, 0, text_tokens, out=text)
 
-    run_tasks(product(range(batch), range(heads)), worker, k.device)
+    tasks = [
+        (source[b, :, h], rows[b, h])
+        for source, rows in ((k, keys), (v, values))
+        for b, h in product(range(batch), range(heads))
+    ]
+    run_tasks(tasks, worker, k.device)
     return Pyramid(
-        rows=rows,
-        log_count=torch.cat(counts).to(dtype).log(),
+        keys=keys,
+        values=values,
+        log_count=torch.cat(counts).to(keys.dtype).log(),
         first_row=tuple(accumulate(sizes[:-1], initial=0)),
         block_rows=tuple(spec.block_key // factor for factor in factors),
     )

@@ -45,21 +45,21 @@ def sparse_attention(
     def worker(tasks: Iterator[tuple[int, int, int]]) -> None:
         # Kept for all tasks: fresh tensors of this size cost more than the arithmetic on them, because the allocator
         # gives their pages back to the system each time.
-        buffer = pyramid.rows.new_empty(most_rows, pyramid.rows.shape[3])
-        logits = pyramid.rows.new_empty(spec.block_query * most_rows)
+        gathered = pyramid.keys.new_empty(2, most_rows, pyramid.keys.shape[3])
+        logits = pyramid.keys.new_empty(spec.block_query * most_rows)
 
         @cache
         def workspace(queries: int, rows: int) -> tuple[torch.Tensor, ...]:
-            both = buffer[:rows]
-            return both, *both.chunk(2, dim=-1), logits[: queries * rows].view(queries, rows)
+            keys, values = gathered[:, :rows]
+            return keys, keys.T, values, logits[: queries * rows].view(queries, rows)
 
         for b, h, first in tasks:
             blocks = slice(first, first + step)
             tokens = query_tokens[first * spec.block_query : (first + step) * spec.block_query]
             index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], pyramid)
-            queries = q[b, :, h].index_select(0, tokens).to(pyramid.rows.dtype) * scale
+            queries = q[b, :, h].index_select(0, tokens).to(pyramid.keys.dtype) * scale
             attended = torch.empty_like(queries)
-            source = pyramid.rows[b, h]
+            all_keys, all_values = pyramid.keys[b, h], pyramid.values[b, h]
             for query, result, rows, bias in zip(
                 queries.split(spec.block_query),
                 attended.split(spec.block_query),
@@ -67,9 +67,10 @@ def sparse_attention(
                 pyramid.log_count[index].split(lengths),
                 strict=True,
             ):
-                both, keys, values, weights = workspace(len(query), len(rows))
-                torch.index_select(source, 0, rows, out=both)
-                torch.mm(query, keys.T, out=weights)
+                keys, keys_t, values, weights = workspace(len(query), len(rows))
+                torch.index_select(all_keys, 0, rows, out=keys)
+                torch.index_select(all_values, 0, rows, out=values)
+                torch.mm(query, keys_t, out=weights)
                 torch.softmax(weights.add_(bias), dim=-1, out=weights)
                 torch.mm(weights, values, out=result)
             out[b, :, h].index_copy_(0, tokens, attended.to(out.dtype))
@@ -102,14 +103,14 @@ def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, pyramid: Pyramid) ->
         ids, counts: `[query blocks, key blocks]` and `[query blocks, levels]`, as in `BlockLists`.
 
     Returns:
-        int64 `[sum of lengths]`: the rows of the first query block, then those of the next, ...; and the lengths.
+        int32 `[sum of lengths]`: the rows of the first query block, then those of the next, ...; and the lengths.
     """
     position = torch.arange(ids.shape[1], device=ids.device)
     ends = counts.cumsum(-1)
     level = (position >= ends[:, :, None]).sum(1)
     # One more entry of each table stands for blocks that are skipped: they have no rows.
-    block_rows = torch.tensor([*pyramid.block_rows, 0], device=ids.device)[level]
-    first_row = torch.tensor(pyramid.first_row, device=ids.device)
+    block_rows = ids.new_tensor([*pyramid.block_rows, 0], dtype=torch.int32)[level]
+    first_row = ids.new_tensor(pyramid.first_row, dtype=torch.int32)
     first = first_row[level] + ids * block_rows
     last = torch.cat([first_row[1:], first_row[-1:]])[level]
     length = torch.minimum(block_rows, last - first)
@@ -117,7 +118,7 @@ def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, pyramid: Pyramid) ->
     text = torch.full_like(first[:, :1], pyramid.first_row[-1])
     first = torch.cat([first, text], dim=1)
     length = torch.cat([length, torch.full_like(text, pyramid.text_rows)], dim=1)
-    shift = (first - (length.flatten().cumsum(0).view_as(length) - length)).flatten()
+    shift = (first - (length.flatten().cumsum(0, dtype=torch.int32).view_as(length) - length)).flatten()
     index = shift.repeat_interleave(length.flatten())
-    index += torch.arange(len(index), device=index.device)
+    index += torch.arange(len(index), dtype=torch.int32, device=index.device)
     return index, length.sum(1).tolist()
