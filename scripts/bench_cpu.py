@@ -2,8 +2,8 @@
 
     python scripts/bench_cpu.py --threads 2 --output docs/benchmarks/cpu.json
 
-Prints a table; the last line is one JSON document, the one that --output receives. Times are medians, with the quartiles
-of the ratio, because other programs on the machine disturb both.
+Prints a table; the last line is one JSON document, the one that --output receives. Times are medians, with the
+quartiles of the ratio, because other programs on the machine disturb both.
 """
 
 from __future__ import annotations

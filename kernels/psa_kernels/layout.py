@@ -77,7 +77,8 @@ def _check_permutation(layout: TokenLayout) -> None:
     permutation = layout.permutation
     if layout.video_queries != layout.video_keys:
         raise ValueError(
-            f"permutation: needs as many video queries as video keys, got {layout.video_queries} and {layout.video_keys}"
+            "permutation: needs as many video queries as video keys, "
+            f"got {layout.video_queries} and {layout.video_keys}"
         )
     if permutation.dtype != torch.int64 or permutation.shape != (layout.video_keys,):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: video tokens attend each other alone, text and image conditions have cross-attention of their own."""
+"""Wan 2.1 and 2.2: video tokens attend each other alone; text and images have cross-attention of their own."""
 
 from __future__ import annotations
 
