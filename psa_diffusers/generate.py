@@ -1,0 +1,232 @@
+"""A run of `psa-generate`: every missing prompt through the pipeline, dense and sparse, and the files it leaves."""
+
+import contextlib
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from .compare import write_comparison
+from .environment import hardware, versions
+from .metrics import frame_faults
+from .panels import Label
+from .pipelines import current_flow_shift, load_pipeline
+from .report import write_report
+from .run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
+from .settings import DENSE, Plan
+from .step_clock import StepClock
+from .video import write_video
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; `summary` tells what is finished and how much is missing."""
+
+    def __init__(self, summary: dict[str, Any]) -> None:
+        self.summary = summary
+        super().__init__()
+
+
+@dataclass
+class Generated:
+    """One video as it left the pipeline.
+
+    Attributes:
+        frames: float32 [frames, height, width, 3] in [0, 1].
+        seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
+        warnings: what is wrong with the frames, empty if nothing is.
+        attention: what `RunStats.to_dict()` told, None for a dense run.
+    """
+
+    frames: np.ndarray
+    seconds: dict[str, Any]
+    warnings: list[str]
+    attention: dict[str, Any] | None = None
+    peak_memory_gib: float | None = None
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Makes what is missing in the plan's folder and the report of all that is there; returns the summary.
+
+    Raises:
+        InputError: the folder holds something else, or cannot be written to. Nothing was loaded then.
+        Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
+    """
+    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts)
+    folder.check(plan.overwrite)
+    todo = folder.missing()
+    try:
+        if todo:
+            _make(plan, folder, todo)
+    except KeyboardInterrupt:
+        raise Interrupted(_finish(plan, folder, made=len(todo) - len(folder.missing()))) from None
+    except BaseException:
+        with contextlib.suppress(Exception):  # what failed first is the one to tell
+            _finish(plan, folder, made=0)
+        raise
+    return _finish(plan, folder, made=len(todo))
+
+
+def _make(plan: Plan, folder: RunFolder, todo: list[int]) -> None:
+    settings = plan.settings
+    started = time.perf_counter()
+    pipe = load_pipeline(
+        plan.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        offload=settings.offload,
+        flow_shift=settings.flow_shift,
+    )
+    about = {
+        "settings": {**settings.to_dict(), "flow_shift": current_flow_shift(pipe)},
+        "versions": versions(),
+        "hardware": hardware(settings.device),
+        "load_seconds": time.perf_counter() - started,
+    }
+    folder.begin()
+    for index in todo:
+        with folder.writing(index) as path:
+            _make_prompt(plan, pipe, index, path, about)
+
+
+def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str, Any]) -> None:
+    prompt, name = plan.prompts[index], plan.name
+    results: dict[str, Generated] = {}
+    if plan.preset is None or plan.settings.compare:
+        results[DENSE] = generate_video(pipe, plan, prompt, DENSE)
+    if plan.preset is not None:
+        results[name] = _generate_sparse(pipe, plan, prompt)
+    report = {"prompt": prompt, "index": index, "seed": plan.settings.seed, "preset": plan.settings.preset}
+    report["runs"] = {key: _as_json(result) for key, result in results.items()}
+    report["videos"] = {key: f"{key}.mp4" for key in results}
+    report["files"] = {}
+    for key, result in results.items():
+        write_video(path / f"{key}.mp4", result.frames, plan.settings.fps)
+        for warning in result.warnings:
+            print(f"warning: {key}, {prompt[:60]!r}: {warning}", file=sys.stderr)
+    if plan.settings.compare:
+        labels = (_label(DENSE, results[DENSE]), _label(name, results[name]))
+        comparison = write_comparison(path, results[DENSE].frames, results[name].frames, labels, plan.settings.fps)
+        report["files"] = comparison.pop("files")
+        report["comparison"] = {**comparison, "speedup": _speedup(results[DENSE], results[name])}
+    write_json(path / PROMPT_FILE, {**report, **about})
+
+
+def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
+    from . import apply_psa
+    from .processor import PSAFallbackWarning
+
+    with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
+        warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
+        result = generate_video(pipe, plan, prompt, plan.name)
+        result.attention = psa.stats().to_dict()
+    steps = result.attention["density"]
+    sparse = [index for index, row in enumerate(steps) if any(value is not None and value < 1 for value in row)]
+    seconds = [value for index, value in enumerate(result.seconds["per_step"]) if index in sparse]
+    result.seconds["sparse_steps"] = len(sparse)
+    result.seconds["median_sparse_step"] = median(seconds) if seconds else None
+    fallbacks = result.attention["fallbacks"]
+    if not sparse:
+        reason = "" if fallbacks else ": every step is in the dense phase"
+        result.warnings.append(f"attention was dense throughout{reason}")
+    result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
+    return result
+
+
+def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
+    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device."""
+    import torch
+
+    settings = plan.settings
+    arguments: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": settings.negative_prompt,
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.frames,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": torch.Generator("cpu").manual_seed(settings.seed),
+        "output_type": "np",
+    }
+    if settings.guidance_2 is not None:
+        arguments["guidance_scale_2"] = settings.guidance_2
+    if plan.image is not None:
+        arguments["image"] = plan.image
+    title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+    pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
+    clock = StepClock(settings.device)
+    with clock.watching(pipe):
+        frames = pipe(**arguments, callback_on_step_end=clock.step).frames[0]
+    frames = np.asarray(frames, np.float32)
+    faults = frame_faults(frames)
+    if not clock.finite:
+        faults.insert(0, "the latents hold values that are not finite")
+    return Generated(frames, clock.seconds(), faults, peak_memory_gib=clock.peak_memory_gib())
+
+
+def _as_json(result: Generated) -> dict[str, Any]:
+    return {
+        "seconds": result.seconds,
+        "warnings": result.warnings,
+        "attention": result.attention,
+        "peak_memory_gib": result.peak_memory_gib,
+    }
+
+
+def _label(name: str, result: Generated) -> Label:
+    facts = [f"{result.seconds['total']:.1f} s"]
+    if result.attention is not None:
+        facts.append(f"density {result.attention['density_run']:.2f}")
+    return Label(name, tuple(facts))
+
+
+def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
+    step = sparse.seconds["median_sparse_step"]
+    return {
+        "total": dense.seconds["total"] / sparse.seconds["total"],
+        "denoise": dense.seconds["denoise"] / sparse.seconds["denoise"],
+        "sparse_step": dense.seconds["median_step"] / step if step else None,
+    }
+
+
+def _finish(plan: Plan, folder: RunFolder, made: int) -> dict[str, Any]:
+    """Writes the report of what is finished and sums it up."""
+    reports = folder.finished()
+    missing = len(plan.prompts) - len(reports)
+    if reports:
+        write_report(folder.path, reports, missing=missing)
+    else:
+        folder.withdraw()
+    return {
+        "status": "complete" if not missing else "incomplete",
+        "output": str(folder.path),
+        "report": str(folder.path / REPORT_FILE) if reports else None,
+        "model": plan.settings.model,
+        "preset": plan.settings.preset,
+        "seed": plan.settings.seed,
+        "made": made,
+        "kept": len(reports) - made,
+        "missing": missing,
+        "prompts": [_summary(report) for report in reports],
+    }
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    runs = report["runs"]
+    attention = next((entry["attention"] for entry in runs.values() if entry["attention"]), None)
+    comparison = report.get("comparison", {})
+    return {
+        "prompt": report["prompt"],
+        "folder": report["folder"],
+        "seconds": {name: entry["seconds"]["total"] for name, entry in runs.items()},
+        "density": attention["density_run"] if attention else None,
+        "psnr": comparison["psnr"]["mean"] if comparison else None,
+        "ssim": comparison["ssim"]["mean"] if comparison else None,
+        "speedup": comparison["speedup"]["total"] if comparison else None,
+        "warnings": [f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]],
+    }

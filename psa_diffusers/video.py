@@ -1,0 +1,129 @@
+"""Reading and writing video files, and the pictures made of two videos: side by side and filmstrip.
+
+Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+
+MAX_BYTES_READ = 6 * 2**30
+# Tagged as BT.709, so that players turn the picture into the colours that went in.
+COLOUR = ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int")
+COLOUR += ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded video: frames uint8 [frames, height, width, 3] and frames a second."""
+
+    frames: np.ndarray
+    fps: float
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames as 8-bit pixels; what is not finite becomes black."""
+    if frames.dtype == np.uint8:
+        return frames
+    return (np.nan_to_num(frames, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path` (same ending); renames it when all went well, removes it when not."""
+    path = Path(path)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column."""
+    import imageio.v2 as imageio
+
+    pixels = to_uint8(frames)
+    odd_height, odd_width = pixels.shape[1] % 2, pixels.shape[2] % 2
+    if odd_height or odd_width:
+        pixels = np.pad(pixels, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
+    options = ["-crf", "16", "-preset", "medium", "-movflags", "+faststart", *COLOUR]
+    with (
+        whole_file(path) as partial,
+        imageio.get_writer(
+            partial,
+            format="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=None,
+            macro_block_size=1,
+            pixelformat="yuv420p",
+            output_params=options,
+            ffmpeg_log_level="error",
+        ) as writer,
+    ):
+        for frame in pixels:
+            writer.append_data(frame)
+
+
+def read_video(path: Path) -> Clip:
+    """Decodes a whole video.
+
+    Raises:
+        InputError: it is missing, is not a video, or would not fit in memory.
+    """
+    import imageio.v2 as imageio
+
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            about = reader.get_meta_data()
+            width, height = about["size"]
+            room = MAX_BYTES_READ // (width * height * 3)
+            frames = []
+            for frame in reader:
+                frames.append(np.asarray(frame))
+                if len(frames) > room:
+                    raise InputError(f"{path}: longer than {room} frames of {width}x{height} do not fit in memory")
+    except InputError:
+        raise
+    except Exception as error:  # imageio raises many kinds for a file that is no video
+        raise InputError(f"{path}: cannot be read as a video ({type(error).__name__})") from error
+    if not frames:
+        raise InputError(f"{path}: has no frames")
+    return Clip(np.stack(frames), float(about["fps"]))
+
+
+def write_animation(path: Path, frames: np.ndarray, fps: float, width: int | None = None, quality: int = 75) -> None:
+    """Writes an endless animated WebP (or GIF, by the ending), for pages that play no mp4; `width` scales it."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in to_uint8(frames)]
+    if width is not None:
+        height = round(images[0].height * width / images[0].width)
+        images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    with whole_file(path) as partial:
+        images[0].save(
+            partial,
+            save_all=True,
+            append_images=images[1:],
+            duration=round(1000 / fps),
+            loop=0,
+            quality=quality,
+            method=6,
+        )
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices below `count`, evenly spread from the first to the last, without repeats."""
+    return sorted({round(index) for index in np.linspace(0, count - 1, min(wanted, count))})

@@ -1,0 +1,109 @@
+"""The package works from a wheel, an editable install and a checkout, and leaves the PyPI package `kernels` alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE_EVERYTHING = """
+import psa_diffusers, psa_kernels, psa_diffusers.pipelines
+from psa_diffusers import PSAProcessor, apply_psa, list_presets, load_preset
+assert load_preset("psa-3").name == "psa-3" and len(list_presets()) >= 10
+print(psa_diffusers.__file__)
+print(psa_kernels.__file__)
+"""
+
+SEE_KERNELS = """
+import importlib.util
+import psa_diffusers
+from psa_diffusers import PSAProcessor
+from diffusers.utils.import_utils import is_kernels_available
+import kernels
+assert kernels.__file__ == {file!r}, kernels.__file__
+assert is_kernels_available()
+from kernels import get_kernel
+"""
+
+
+def python(code: str, cwd: Path, *path: Path) -> str:
+    """Run code in a fresh interpreter that sees `path` and the installed dependencies; return what it printed."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built without a network."""
+    pytest.importorskip("hatchling")
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(target.glob("*.whl"))
+
+
+def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "psa_diffusers",
+        "psa_kernels",
+        f"psa_diffusers-{version()}.dist-info",
+    }
+    for expected in (
+        "psa_diffusers/configs/psa-3.yaml",
+        "psa_diffusers/demo/model_index.json",
+        "psa_diffusers/templates/report.html.j2",
+        "psa_kernels/sparse/reference.py",
+    ):
+        assert expected in names
+    weights = [name for name in names if name.startswith("psa_diffusers/demo/") and name.endswith(".safetensors")]
+    assert len(weights) == 3
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".ckpt"))]
+
+
+def version() -> str:
+    import psa_diffusers
+
+    return psa_diffusers.__version__
+
+
+def test_the_wheel_works_elsewhere(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    places = python(USE_EVERYTHING, tmp_path, site).split()
+    assert all(Path(place).is_relative_to(site) for place in places)
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_a_checkout_works_without_installing(where, tmp_path):
+    places = python(USE_EVERYTHING, ROOT if where == "root" else tmp_path, ROOT).split()
+    assert all(Path(place).is_relative_to(ROOT) for place in places)
+
+
+def test_versions_agree():
+    assert f'version = "{version()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("first", ["checkout", "package"])
+def test_diffusers_still_sees_the_package_kernels(first, tmp_path):
+    """A stand-in with the metadata of the PyPI package is what diffusers finds, wherever it is on the path."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = '99.0'\ndef get_kernel(*_, **__): ...\n")
+    metadata = tmp_path / "kernels-99.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0\n")
+    path = [ROOT, ROOT / "kernels", tmp_path]
+    python(SEE_KERNELS.format(file=str(package / "__init__.py")), ROOT, *(path if first == "checkout" else path[::-1]))
