@@ -10,7 +10,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.importance.reference import block_importance
 from psa_kernels.layout import TokenLayout, make_layout
 from psa_kernels.lists import AttentionStats, BlockLists
-from psa_kernels.pyramid.reference import build_pyramid, coarsest_levels
+from psa_kernels.pyramid.reference import coarsest_levels
 from psa_kernels.sparse.reference import sparse_attention, text_attention
 from psa_kernels.spec import AttentionSpec
 
@@ -66,8 +66,7 @@ def psa_attention(
             lists = _select(q, k, layout, spec, scale)
         else:
             _check_lists(lists, q, spec, layout)
-        pyramid = build_pyramid(k, v, layout, spec)
-        out = sparse_attention(q, pyramid, lists, layout, spec, scale)
+        out = sparse_attention(q, k, v, lists, layout, spec, scale)
         if text_before or text_after:
             text_attention(q, k, v, out, layout, scale)
     return (out, AttentionStats.from_lists(lists, spec, "reference")) if return_stats else out

@@ -13,7 +13,7 @@ from psa_kernels.spec import AttentionSpec, Importance
 from psa_kernels.threads import run_tasks
 
 # Probabilities that one task holds at a time: small enough for a core's cache, large enough for efficient products.
-TASK_ENTRIES = 1 << 19
+TASK_ENTRIES = 1 << 18
 
 
 def block_importance(

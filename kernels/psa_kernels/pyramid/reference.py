@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, product
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -12,68 +11,61 @@ import torch.nn.functional as F
 from psa_kernels.blocks import block_count, compute_dtype, group_means, group_sizes
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.threads import run_tasks
 
 
 @dataclass(frozen=True)
-class Pyramid:
-    """Keys and values as the attention reads them: rows of means, all levels one after the other, text last.
+class PyramidRows:
+    """Which row of a pyramid holds what; the same for keys and values, and for every head.
+
+    A pyramid `[R, D]` holds the means of all levels, one level after the other, and last the text tokens as they are.
 
     Attributes:
-        keys, values: `[B, H, R, D]`: means over the real tokens of each group.
+        factors: pooling factor of each level: those of the spec and, where `rest` is `mean`, the whole block.
+        first_row: row at which each level starts, and last the one at which the text starts.
+        block_rows: rows of a key block at each level; the last block may have fewer.
         log_count: `[R]`: ln of the number of real tokens that a row stands for.
-        first_row: row at which each level starts, and last the one at which the text starts. The levels are those of
-            the spec and, where `rest` is `mean`, one more with a row a block.
-        block_rows: rows of a key block at each level; the last block of a level may have fewer.
+        video_tokens, text_tokens: int64: index among all keys of each video key, in block order, and of each text key.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    log_count: torch.Tensor
+    factors: tuple[int, ...]
     first_row: tuple[int, ...]
     block_rows: tuple[int, ...]
-
-    @property
-    def text_rows(self) -> int:
-        """Number of text tokens, which are never pooled."""
-        return self.keys.shape[2] - self.first_row[-1]
+    log_count: torch.Tensor
+    video_tokens: torch.Tensor
+    text_tokens: torch.Tensor
 
 
-def build_pyramid(k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> Pyramid:
-    """Pool keys and values `[B, N, H, D]` inside their blocks (DESIGN: stage 1); float32 where they are narrower."""
+def pyramid_rows(layout: TokenLayout, spec: AttentionSpec, like: torch.Tensor) -> PyramidRows:
+    """Lay out the pyramids of a call, for the dtype and device of `like`."""
     factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
-    counts = [group_sizes(layout.video_keys, factor, k.device) for factor in factors]
-    counts.append(torch.ones(layout.text_before + layout.text_after, dtype=torch.int64, device=k.device))
-    sizes = [len(count) for count in counts]
-    batch, _, heads, head_dim = k.shape
-    keys = torch.empty(batch, heads, sum(sizes), head_dim, dtype=compute_dtype(k), device=k.device)
-    values = torch.empty_like(keys)
-    video_tokens, text_tokens = layout.video_key_tokens(k.device), layout.text_key_tokens(k.device)
-
-    def worker(tasks: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for tokens, rows in tasks:
-            tokens = tokens.to(rows.dtype)
-            *levels, text = rows.split(sizes)
-            video = torch.index_select(tokens, 0, video_tokens, out=levels[0] if factors[0] == 1 else None)
-            # A factor divides the block, so groups counted from the start of the sequence never straddle two blocks.
-            for factor, level in zip(factors, levels, strict=True):
-                if factor > 1:
-                    group_means(video, factor, out=level)
-            torch.index_select(tokens, 0, text_tokens, out=text)
-
-    tasks = [
-        (source[b, :, h], rows[b, h])
-        for source, rows in ((k, keys), (v, values))
-        for b, h in product(range(batch), range(heads))
-    ]
-    run_tasks(tasks, worker, k.device)
-    return Pyramid(
-        keys=keys,
-        values=values,
-        log_count=torch.cat(counts).to(keys.dtype).log(),
-        first_row=tuple(accumulate(sizes[:-1], initial=0)),
+    video_tokens, text_tokens = layout.video_key_tokens(like.device), layout.text_key_tokens(like.device)
+    counts = [group_sizes(len(video_tokens), factor, like.device) for factor in factors]
+    return PyramidRows(
+        factors=factors,
+        first_row=tuple(accumulate(map(len, counts), initial=0)),
         block_rows=tuple(spec.block_key // factor for factor in factors),
+        log_count=torch.cat([*counts, torch.ones_like(text_tokens)]).to(compute_dtype(like)).log(),
+        video_tokens=video_tokens,
+        text_tokens=text_tokens,
     )
+
+
+def build_pyramid(tokens: torch.Tensor, rows: PyramidRows, out: torch.Tensor) -> None:
+    """Pool the keys, or the values, of one head inside their blocks (DESIGN: stage 1).
+
+    Args:
+        tokens: `[N, D]`, all tokens, in the order of the model.
+        out: `[R, D]`, written.
+    """
+    tokens = tokens.to(out.dtype)
+    levels = [out[start:end] for start, end in zip(rows.first_row, rows.first_row[1:], strict=False)]
+    in_full = levels[0] if rows.factors[0] == 1 else None
+    video = torch.index_select(tokens, 0, rows.video_tokens, out=in_full)
+    # A factor divides the block, so groups counted from the start of the sequence never straddle two blocks.
+    for factor, level in zip(rows.factors, levels, strict=True):
+        if factor > 1:
+            group_means(video, factor, out=level)
+    torch.index_select(tokens, 0, rows.text_tokens, out=out[rows.first_row[-1] :])
 
 
 def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> torch.Tensor | None:

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from itertools import product
 
 import torch
 import torch.nn.functional as F
 
+from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
-from psa_kernels.pyramid.reference import Pyramid
+from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.threads import run_tasks
 
-# Query blocks that share the cost of finding their rows, at most, and tasks a thread gets, at least: the rows of one
-# task fit in memory, and no thread waits long for the last.
-TASK_BLOCKS = 32
-TASKS_PER_THREAD = 4
+# Query blocks that share the cost of finding their rows: more of them need more memory for the indices.
+BLOCKS_AT_ONCE = 32
+# Tasks that each thread gets at least, so that none waits long for the last.
+TASKS_PER_THREAD = 2
 
 
 def sparse_attention(
-    q: torch.Tensor, pyramid: Pyramid, lists: BlockLists, layout: TokenLayout, spec: AttentionSpec, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
 ) -> torch.Tensor:
     """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
 
-    The logit of a row that stands for `count` tokens is q.k * scale + ln(count).
+    The logit of a row that stands for `count` tokens is q.k * scale + ln(count). Heads are done one after the other by
+    each thread, so that only as many pyramids exist at a time as there are threads.
 
     Args:
-        q: `[B, Nq, H, D]`, all queries, in the order of the model.
+        q, k, v: `[B, N, H, D]`, all tokens, in the order of the model.
 
     Returns:
         `[B, Nq, H, D]` in the dtype of q; the rows of text queries are not written.
@@ -37,46 +44,62 @@ def sparse_attention(
     batch, heads, query_blocks, _ = lists.ids.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     query_tokens = layout.video_query_tokens(q.device)
+    rows = pyramid_rows(layout, spec, like=k)
     counts = _blocks_per_level(lists, spec)
-    step = batch * heads * query_blocks // (TASKS_PER_THREAD * torch.get_num_threads())
-    step = max(1, min(step, TASK_BLOCKS))
-    most_rows = int((counts * counts.new_tensor(pyramid.block_rows)).sum(-1).max()) + pyramid.text_rows
+    most_rows = int((counts * counts.new_tensor(rows.block_rows)).sum(-1).max()) + len(rows.text_tokens)
+    parts = block_count(TASKS_PER_THREAD * torch.get_num_threads(), batch * heads)
+    part_blocks = block_count(query_blocks, min(parts, query_blocks))
 
     def worker(tasks: Iterator[tuple[int, int, int]]) -> None:
         # Kept for all tasks: fresh tensors of this size cost more than the arithmetic on them, because the allocator
         # gives their pages back to the system each time.
-        gathered = pyramid.keys.new_empty(2, most_rows, pyramid.keys.shape[3])
-        logits = pyramid.keys.new_empty(spec.block_query * most_rows)
+        keys, values = q.new_empty(2, len(rows.log_count), q.shape[3], dtype=rows.log_count.dtype)
+        attend = _BlockAttention(keys, values, spec.block_query, most_rows)
+        for b, h, start in tasks:
+            build_pyramid(k[b, :, h], rows, out=keys)
+            build_pyramid(v[b, :, h], rows, out=values)
+            end = min(start + part_blocks, query_blocks)
+            for first in range(start, end, BLOCKS_AT_ONCE):
+                blocks = slice(first, min(first + BLOCKS_AT_ONCE, end))
+                tokens = query_tokens[blocks.start * spec.block_query : blocks.stop * spec.block_query]
+                index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], rows)
+                queries = q[b, :, h].index_select(0, tokens).to(keys.dtype) * scale
+                attended = torch.empty_like(queries)
+                for query, result, row, bias in zip(
+                    queries.split(spec.block_query),
+                    attended.split(spec.block_query),
+                    index.split(lengths),
+                    rows.log_count[index].split(lengths),
+                    strict=True,
+                ):
+                    attend(query, row, bias, result)
+                out[b, :, h].index_copy_(0, tokens, attended.to(out.dtype))
 
-        @cache
-        def workspace(queries: int, rows: int) -> tuple[torch.Tensor, ...]:
-            keys, values = gathered[:, :rows]
-            return keys, keys.T, values, logits[: queries * rows].view(queries, rows)
-
-        for b, h, first in tasks:
-            blocks = slice(first, first + step)
-            tokens = query_tokens[first * spec.block_query : (first + step) * spec.block_query]
-            index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], pyramid)
-            queries = q[b, :, h].index_select(0, tokens).to(pyramid.keys.dtype) * scale
-            attended = torch.empty_like(queries)
-            all_keys, all_values = pyramid.keys[b, h], pyramid.values[b, h]
-            for query, result, rows, bias in zip(
-                queries.split(spec.block_query),
-                attended.split(spec.block_query),
-                index.split(lengths),
-                pyramid.log_count[index].split(lengths),
-                strict=True,
-            ):
-                keys, keys_t, values, weights = workspace(len(query), len(rows))
-                torch.index_select(all_keys, 0, rows, out=keys)
-                torch.index_select(all_values, 0, rows, out=values)
-                torch.mm(query, keys_t, out=weights)
-                torch.softmax(weights.add_(bias), dim=-1, out=weights)
-                torch.mm(weights, values, out=result)
-            out[b, :, h].index_copy_(0, tokens, attended.to(out.dtype))
-
-    run_tasks(product(range(batch), range(heads), range(0, query_blocks, step)), worker, q.device)
+    run_tasks(product(range(batch), range(heads), range(0, query_blocks, part_blocks)), worker, q.device)
     return out
+
+
+class _BlockAttention:
+    """Softmax attention of one query block over some rows of a pyramid, in memory that is used again and again."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, most_queries: int, most_rows: int) -> None:
+        self._keys, self._values = keys, values
+        self._gathered = keys.new_empty(2, most_rows, keys.shape[1])
+        self._weights = keys.new_empty(most_queries * most_rows)
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def __call__(self, query: torch.Tensor, rows: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend `rows` `[R]` with `query` `[Q, D]`, already scaled, and write `out` `[Q, D]`."""
+        shape = len(query), len(rows)
+        if shape not in self._views:
+            keys, values = self._gathered[:, : len(rows)]
+            self._views[shape] = keys, keys.T, values, self._weights[: len(query) * len(rows)].view(shape)
+        keys, keys_transposed, values, weights = self._views[shape]
+        torch.index_select(self._keys, 0, rows, out=keys)
+        torch.index_select(self._values, 0, rows, out=values)
+        torch.mm(query, keys_transposed, out=weights)
+        torch.softmax(weights.add_(bias), dim=-1, out=weights)
+        torch.mm(weights, values, out=out)
 
 
 def text_attention(
@@ -96,7 +119,7 @@ def _blocks_per_level(lists: BlockLists, spec: AttentionSpec) -> torch.Tensor:
     return torch.cat([lists.counts, rest], dim=-1)
 
 
-def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, pyramid: Pyramid) -> tuple[torch.Tensor, list[int]]:
+def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, rows: PyramidRows) -> tuple[torch.Tensor, list[int]]:
     """Rows of the pyramid that some query blocks attend.
 
     Args:
@@ -109,15 +132,15 @@ def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, pyramid: Pyramid) ->
     ends = counts.cumsum(-1)
     level = (position >= ends[:, :, None]).sum(1)
     # One more entry of each table stands for blocks that are skipped: they have no rows.
-    block_rows = ids.new_tensor([*pyramid.block_rows, 0], dtype=torch.int32)[level]
-    first_row = ids.new_tensor(pyramid.first_row, dtype=torch.int32)
+    block_rows = ids.new_tensor([*rows.block_rows, 0], dtype=torch.int32)[level]
+    first_row = ids.new_tensor(rows.first_row, dtype=torch.int32)
     first = first_row[level] + ids * block_rows
     last = torch.cat([first_row[1:], first_row[-1:]])[level]
     length = torch.minimum(block_rows, last - first)
 
-    text = torch.full_like(first[:, :1], pyramid.first_row[-1])
+    text = torch.full_like(first[:, :1], rows.first_row[-1])
     first = torch.cat([first, text], dim=1)
-    length = torch.cat([length, torch.full_like(text, pyramid.text_rows)], dim=1)
+    length = torch.cat([length, torch.full_like(text, len(rows.text_tokens))], dim=1)
     shift = (first - (length.flatten().cumsum(0, dtype=torch.int32).view_as(length) - length)).flatten()
     index = shift.repeat_interleave(length.flatten())
     index += torch.arange(len(index), dtype=torch.int32, device=index.device)
