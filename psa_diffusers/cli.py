@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError
+from psa_diffusers.errors import InputError
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
@@ -44,7 +44,7 @@ compare_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from .environment import versions
+        from psa_diffusers.environment import versions
 
         typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
         raise typer.Exit
@@ -52,7 +52,7 @@ def _show_version(wanted: bool) -> None:
 
 def _show_list(wanted: bool) -> None:
     if wanted:
-        from .listing import listing
+        from psa_diffusers.listing import listing
 
         typer.echo(listing())
         raise typer.Exit
@@ -105,7 +105,7 @@ def _generate(
     ] = False,
 ) -> None:
     _prepare_process()
-    from .settings import Request, make_plan
+    from psa_diffusers.settings import Request, make_plan
 
     plan = make_plan(
         Request(
@@ -130,7 +130,7 @@ def _generate(
             strict=strict,
         )
     )
-    from .generate import Interrupted, run
+    from psa_diffusers.generate import Interrupted, run
 
     try:
         summary = run(plan)
@@ -157,7 +157,7 @@ def _compare(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
     ] = False,
 ) -> None:
-    from .compare import compare_files
+    from psa_diffusers.compare import compare_files
 
     summary = compare_files(reference, other, output, overwrite)
     _note(f"report: {summary['report']}")

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from .environment import hardware, versions
-from .errors import InputError
-from .metrics import compare_frames, frame_faults
-from .panels import Label, filmstrip, side_by_side, write_image
-from .report import write_report
-from .run_folder import PROMPT_FILE, REPORT_FILE, write_json
-from .video import Clip, read_video, write_video
+from psa_diffusers.environment import hardware, versions
+from psa_diffusers.errors import InputError
+from psa_diffusers.metrics import compare_frames, frame_faults
+from psa_diffusers.panels import Label, filmstrip, side_by_side, write_image
+from psa_diffusers.report import write_report
+from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, write_json
+from psa_diffusers.video import Clip, read_video, write_video
 
 SIDE_BY_SIDE = "side-by-side.mp4"
 FILMSTRIP = "filmstrip.png"

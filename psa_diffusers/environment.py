@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import __version__
+from psa_diffusers import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "triton")
 

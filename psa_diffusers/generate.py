@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from .compare import write_comparison
-from .environment import hardware, versions
-from .metrics import frame_faults
-from .panels import Label
-from .pipelines import current_flow_shift, load_pipeline
-from .report import write_report
-from .run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
-from .settings import DENSE, Plan
-from .step_clock import StepClock
-from .video import write_video
+from psa_diffusers.compare import write_comparison
+from psa_diffusers.environment import hardware, versions
+from psa_diffusers.metrics import frame_faults
+from psa_diffusers.panels import Label
+from psa_diffusers.pipelines import current_flow_shift, load_pipeline
+from psa_diffusers.report import write_report
+from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
+from psa_diffusers.settings import DENSE, Plan
+from psa_diffusers.step_clock import StepClock
+from psa_diffusers.video import write_video
 
 
 class Interrupted(KeyboardInterrupt):
@@ -117,8 +117,8 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
 
 
 def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
-    from . import apply_psa
-    from .processor import PSAFallbackWarning
+    from psa_diffusers import apply_psa
+    from psa_diffusers.processor import PSAFallbackWarning
 
     with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
         warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls

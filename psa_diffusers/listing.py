@@ -1,11 +1,11 @@
 """What `--list` shows: the models by alias with their hub ids, and the presets."""
 
-from .model_aliases import MODELS
+from psa_diffusers.model_aliases import MODELS
 
 
 def listing() -> str:
     """A table of every alias and every shipped preset, one line each."""
-    from .presets import list_presets, load_preset
+    from psa_diffusers.presets import list_presets, load_preset
 
     models = [(card.name, card.hub_id or "(bundled)", card.about) for card in MODELS.values()]
     presets = [(name, load_preset(name).source) for name in list_presets()]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .video import evenly, to_uint8, whole_file
+from psa_diffusers.video import evenly, to_uint8, whole_file
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont

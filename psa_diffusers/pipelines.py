@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .model_aliases import IMAGE_TO_VIDEO, MODELS, TEXT_TO_VIDEO, ModelCard, card_for
+from psa_diffusers.errors import InputError
+from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS, TEXT_TO_VIDEO, ModelCard, card_for
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 PIPELINES = (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)

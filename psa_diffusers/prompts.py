@@ -4,7 +4,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from .errors import InputError
+from psa_diffusers.errors import InputError
 
 SLUG_LENGTH = 48
 

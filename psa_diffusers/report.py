@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .figures import data_uri, line_plot, map_gradient, value_map
-from .run_folder import REPORT_FILE
-from .video import whole_file
+from psa_diffusers.figures import data_uri, line_plot, map_gradient, value_map
+from psa_diffusers.run_folder import REPORT_FILE
+from psa_diffusers.video import whole_file
 
 # Beyond this a browser gets slow; the report then shows the strip and links to the file.
 MAX_VIDEO_BYTES = 100 * 2**20

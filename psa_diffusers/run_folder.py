@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
-from .prompts import slug
-from .video import whole_file
+from psa_diffusers.errors import InputError
+from psa_diffusers.prompts import slug
+from psa_diffusers.video import whole_file
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"

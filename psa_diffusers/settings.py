@@ -5,15 +5,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
-from .model_aliases import IMAGE_TO_VIDEO, MODELS
-from .pipelines import Model, resolve_model
-from .prompts import read_prompts, slug
+from psa_diffusers.errors import InputError
+from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS
+from psa_diffusers.pipelines import Model, resolve_model
+from psa_diffusers.prompts import read_prompts, slug
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .presets import Preset
+    from psa_diffusers.presets import Preset
 
 DENSE = "dense"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -156,7 +156,7 @@ def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
 def _load_preset(name: str) -> "Preset | None":
     if name == DENSE:
         return None
-    from .presets import load_preset
+    from psa_diffusers.presets import load_preset
 
     try:
         return load_preset(name)

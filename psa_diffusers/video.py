@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError
+from psa_diffusers.errors import InputError
 
 MAX_BYTES_READ = 6 * 2**30
 # Tagged as BT.709, so that players turn the picture into the colours that went in.

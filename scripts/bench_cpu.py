@@ -9,16 +9,14 @@ quartiles of the ratio, because other programs on the machine disturb both.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import publish
 
 from psa_kernels import AttentionSpec, psa_attention
 
@@ -88,20 +86,8 @@ def main() -> None:
                     f"{row['ratio']:>9.3f} ({low:.3f}, {high:.3f})",
                     flush=True,
                 )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "what": "whole psa_attention call against torch scaled_dot_product_attention, fp32, random data, medians",
-        "threads": options.threads,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    what = "whole psa_attention call against torch scaled_dot_product_attention, fp32, random data, medians"
+    publish(what, rows, options.output, threads=options.threads)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ Prints a table; the last line is one JSON document, the one that --output receiv
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 from statistics import mean
@@ -19,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import WanPipeline
+from results import publish
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from psa_diffusers import apply_psa
@@ -105,22 +103,8 @@ def main() -> None:
         density, psnr, ssim = (row.get(key) for key in ("density_sparse", "psnr", "ssim"))
         figures = f"{density:>9.3f}{psnr:>8.2f}{ssim:>8.3f}" if psnr else f"{1:>9}{'-':>8}{'-':>8}"
         print(f"{row['preset']:10}{figures}{row['step_seconds']:>10.2f}{row['denoise_seconds']:>13.1f}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    result = {
-        "what": "demo model, 33 x 192 x 192, guidance 4, fp32, means over prompts; sparse steps only in step_seconds",
-        "prompts": options.prompts,
-        "steps": options.steps,
-        "threads": options.threads,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": rows,
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    what = "demo model, 33 x 192 x 192, guidance 4, fp32, means over prompts; sparse steps only in step_seconds"
+    publish(what, rows, options.output, prompts=options.prompts, steps=options.steps, threads=options.threads)
 
 
 if __name__ == "__main__":
