@@ -12,8 +12,8 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec, Importance
 from psa_kernels.threads import run_tasks
 
-# Probabilities that one task holds at a time: small enough for a core's cache, large enough for efficient products.
-TASK_ENTRIES = 1 << 18
+# Probabilities that one task holds at a time; with fewer, threads wait for one another more often.
+TASK_ENTRIES = 1 << 20
 
 
 def block_importance(
