@@ -5,16 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from psa_kernels.allocation.reference import allocate
 from psa_kernels.blocks import block_count
-from psa_kernels.importance.reference import block_importance
+from psa_kernels.implementations import choose
 from psa_kernels.layout import TokenLayout, make_layout
 from psa_kernels.lists import AttentionStats, BlockLists
-from psa_kernels.pyramid.reference import coarsest_levels
-from psa_kernels.sparse.reference import sparse_attention, text_attention
+from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
-
-IMPLEMENTATIONS = ("auto", "reference")
 
 
 def psa_attention(
@@ -45,7 +41,8 @@ def psa_attention(
         permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
-        implementation: `auto` or `reference`.
+        implementation: `auto` (now the reference), `reference`, or `triton`: kernels for GPUs that are checked in
+            Triton's interpreter and compiled, but have not run on a GPU yet.
         return_stats: also return what was attended.
         lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
             denoising step; computed from `q` and `k` if None.
@@ -57,19 +54,21 @@ def psa_attention(
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
             gradient is asked for.
     """
-    layout = _check(q, k, v, text_before, text_after, permutation, implementation)
+    layout = _check(q, k, v, text_before, text_after, permutation)
+    chosen = choose(q, k, layout, spec, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         if not layout.video_queries or not layout.video_keys:
             return _all_dense(q, k, v, spec, scale, return_stats)
-        if lists is None:
-            lists = _select(q, k, layout, spec, scale)
-        else:
+        if lists is not None:
             _check_lists(lists, q, spec, layout)
-        out = sparse_attention(q, k, v, lists, layout, spec, scale)
+        pyramid = chosen.build_pyramid(k, v, layout, spec, lists is None)
+        if lists is None:
+            lists = chosen.select(q, k, layout, spec, scale, pyramid)
+        out = chosen.attend(q, k, v, pyramid, lists, layout, spec, scale)
         if text_before or text_after:
             text_attention(q, k, v, out, layout, scale)
-    return (out, AttentionStats.from_lists(lists, spec, "reference")) if return_stats else out
+    return (out, AttentionStats.from_lists(lists, spec, chosen.name)) if return_stats else out
 
 
 def select_blocks(
@@ -88,18 +87,18 @@ def select_blocks(
     Arguments and errors are those of `psa_attention`. The lists take 2 bytes a pair of blocks (4 beyond 32,767 key
     blocks) and 4 a query block and level.
     """
-    layout = _check(q, k, k, text_before, text_after, permutation, implementation)
+    layout = _check(q, k, k, text_before, text_after, permutation)
+    chosen = choose(q, k, layout, spec, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
-        return _select(q, k, layout, spec, scale)
+        if not layout.video_queries or not layout.video_keys:
+            return _no_lists(q, spec, layout)
+        return chosen.select(q, k, layout, spec, scale, None)
 
 
-def _select(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float) -> BlockLists:
-    if not layout.video_queries or not layout.video_keys:
-        no_blocks = torch.zeros(_list_shape(q, spec, layout), dtype=torch.int64, device=q.device)
-        return BlockLists.from_levels(no_blocks, len(spec.levels))
-    importance = block_importance(q, k, layout, spec, scale)
-    return allocate(importance, coarsest_levels(k, layout, spec), spec)
+def _no_lists(q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> BlockLists:
+    no_blocks = torch.zeros(_list_shape(q, spec, layout), dtype=torch.int64, device=q.device)
+    return BlockLists.from_levels(no_blocks, len(spec.levels))
 
 
 def _all_dense(
@@ -126,10 +125,7 @@ def _check(
     text_before: int,
     text_after: int,
     permutation: torch.Tensor | None,
-    implementation: str,
 ) -> TokenLayout:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or not x.is_floating_point() or not x.numel():
             raise ValueError(

@@ -62,8 +62,9 @@ class AttentionStats:
             ones = torch.ones(batch, heads, device=lists.ids.device)
             return cls(ones, ones, torch.zeros(batch, heads, len(spec.levels), device=ones.device), implementation)
         shares = lists.counts.sum(2).float() / pairs
-        cost = torch.tensor([1 / level for level in spec.levels], device=shares.device)
-        density, coverage = shares @ cost, shares.sum(-1)
+        # Plain numbers, one by one: a tensor of them would have to be copied to the device, and the copy waited for.
+        density = sum(shares[..., index] / level for index, level in enumerate(spec.levels))
+        coverage = shares.sum(-1)
         if spec.rest == "mean":
             density = density + (1 - coverage) / spec.block_key
             coverage = torch.ones_like(coverage)

@@ -1,0 +1,172 @@
+"""The pyramid of keys and values in Triton: one pass that pools at all levels at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.blocks import block_count
+from psa_kernels.layout import TokenLayout
+from psa_kernels.pyramid.similarity import coarsest_level
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_rows import (
+    load_real_rows,
+    needs_wide_offsets,
+    padded_dim,
+    row_offsets,
+    short_permutation,
+    video_tokens,
+)
+
+
+@dataclass(frozen=True)
+class TritonPyramid:
+    """Keys and values as the attention kernel reads them: single tokens from the originals, means from here.
+
+    Attributes:
+        source_keys, source_values: `[B, N, H, D]`, the caller's tensors.
+        keys, values: `[B, H, R, D]` in their dtype: the means of all levels with a factor above 1, one level after the
+            other; the last group of a level may stand for fewer tokens.
+        coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level each key block may have.
+    """
+
+    source_keys: torch.Tensor
+    source_values: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    coarsest: torch.Tensor | None
+
+
+def build_pyramid(
+    k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, similarity: bool = False
+) -> TritonPyramid:
+    """Pool keys and values `[B, N, H, D]` inside their blocks (DESIGN: stage 1).
+
+    Args:
+        similarity: find the coarsest levels in the same pass over the keys, where the spec asks for a cap.
+    """
+    factors = pooled_factors(spec)
+    keys, coarsest = pool_tokens(k, layout, factors, spec if similarity else None)
+    values, _ = pool_tokens(v, layout, factors)
+    return TritonPyramid(k, v, keys, values, coarsest)
+
+
+def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> torch.Tensor | None:
+    """Index of the coarsest level each key block may have: int32 `[B, H, key blocks]`, None without a cap."""
+    return pool_tokens(k, layout, (), spec)[1]
+
+
+def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
+    """Pooling factors of the pyramid's levels, one after the other; single tokens need no level."""
+    factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
+    return tuple(factor for factor in factors if factor > 1)
+
+
+def pool_tokens(
+    x: torch.Tensor, layout: TokenLayout, factors: tuple[int, ...], similarity: AttentionSpec | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Means over groups of neighbouring video tokens, for several group sizes at once.
+
+    Args:
+        x: `[B, N, H, D]`; queries or keys and values, of which the layout has equally many where they are permuted.
+        factors: group sizes, powers of two, none decreasing.
+        similarity: None, or the spec whose cap to find.
+
+    Returns:
+        `[B, H, sum of groups, D]` in the dtype of x; and int32 `[B, H, key blocks]` or None.
+    """
+    batch, tokens, heads, head_dim = x.shape
+    video = tokens - layout.text_before - layout.text_after
+    rows = sum(block_count(video, factor) for factor in factors)
+    means = torch.empty(batch, heads, rows, head_dim, dtype=x.dtype, device=x.device)
+    coarsest = None
+    if similarity is not None and similarity.similarity is not None:
+        blocks = block_count(video, similarity.block_key)
+        coarsest = torch.empty(batch, heads, blocks, dtype=torch.int32, device=x.device)
+    if not factors and coarsest is None:
+        return means, None
+
+    block_key = similarity.block_key if coarsest is not None else 1
+    # A program holds whole blocks, and enough groups to give 16 bytes of a token to each of its threads.
+    largest = factors[-1] if factors else 1
+    groups = max(16 if largest <= 16 else 8, block_key // largest)
+    permutation = short_permutation(layout)
+    pool_kernel[(triton.cdiv(video, groups * largest), batch * heads)](
+        x, means, coarsest, permutation, *x.stride()[:3], heads, video, layout.text_before, rows,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups,
+        CAP=coarsest is not None, BLOCK_KEY=block_key, LEVELS=similarity.levels if coarsest is not None else (),
+        THRESHOLDS=similarity.similarity if coarsest is not None else (), PERMUTED=permutation is not None,
+        WIDE=needs_wide_offsets(x), num_warps=4,
+    )  # fmt: skip
+    return means, coarsest
+
+
+@triton.jit
+def pool_kernel(
+    x_ptr, means_ptr, coarsest_ptr, permutation, stride_b, stride_n, stride_h, heads, video_tokens_count, text_before,
+    rows, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, GROUPS: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_KEY: tl.constexpr, LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr,
+    PERMUTED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`GROUPS` groups of the largest factor of one head, at all levels."""
+    head_index = tl.program_id(1).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    LARGEST: tl.constexpr = FACTORS[len(FACTORS) - 1] if len(FACTORS) > 0 else 1
+    if len(FACTORS) > 0:
+        first = (tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)) * LARGEST
+        group_sums(
+            head, means_ptr + head_index * rows * HEAD_DIM, permutation, first, dims, stride_n, video_tokens_count,
+            text_before, len(FACTORS) - 1, HEAD_DIM, FACTORS, PERMUTED, WIDE,
+        )  # fmt: skip
+    if CAP:
+        # The keys of this program are in the cache now.
+        BLOCKS: tl.constexpr = GROUPS * LARGEST // BLOCK_KEY
+        for index in tl.static_range(BLOCKS):
+            block = tl.program_id(0) * BLOCKS + index
+            if block * BLOCK_KEY < video_tokens_count:
+                level = coarsest_level(
+                    head, permutation, block, dims, stride_n, video_tokens_count, text_before, HEAD_DIM, BLOCK_KEY,
+                    LEVELS, THRESHOLDS, PERMUTED, WIDE,
+                )  # fmt: skip
+                tl.store(coarsest_ptr + head_index * tl.cdiv(video_tokens_count, BLOCK_KEY) + block, level)
+
+
+@triton.jit
+def group_sums(
+    head, means, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FACTORS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums over the groups of a level that start at positions `first`: float32 `[groups, PADDED_DIM]`.
+
+    Adds up the sums of the next finer level, down to single tokens at level -1, and stores the means of every level on
+    the way: each token is read once, and no sum leaves its registers.
+    """
+    if LEVEL < 0:
+        real = first < video
+        tokens = video_tokens(first, permutation, text_before, real, PERMUTED)
+        return load_real_rows(head + row_offsets(tokens, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
+    else:
+        STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
+        sums = group_sums(
+            head, means, permutation, first, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, FACTORS,
+            PERMUTED, WIDE,
+        )  # fmt: skip
+        for part in tl.static_range(1, FACTORS[LEVEL] // STEP):
+            sums += group_sums(
+                head, means, permutation, first + part * STEP, dims, stride_n, video, text_before, LEVEL - 1,
+                HEAD_DIM, FACTORS, PERMUTED, WIDE,
+            )  # fmt: skip
+        row = first // FACTORS[LEVEL]
+        for finer in tl.static_range(LEVEL):
+            row += tl.cdiv(video, FACTORS[finer])
+        size = tl.maximum(tl.minimum(video - first, FACTORS[LEVEL]), 1).to(tl.float32)
+        tl.store(
+            means + row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :],
+            (sums * (1.0 / size)[:, None]).to(means.dtype.element_ty),
+            mask=(first < video)[:, None] & (dims[None, :] < HEAD_DIM),
+        )
+        return sums

@@ -1,0 +1,191 @@
+"""Attention over the chosen rows of keys and values, on any GPU that Triton supports."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.layout import TokenLayout
+from psa_kernels.lists import BlockLists
+from psa_kernels.pyramid.triton import TritonPyramid
+from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_rows import (
+    capability,
+    load_real_rows,
+    load_rows,
+    needs_wide_offsets,
+    padded_dim,
+    row_offsets,
+    short_permutation,
+    video_tokens,
+)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    pyramid: TritonPyramid,
+    lists: BlockLists,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
+
+    Args:
+        q: `[B, Nq, H, D]`, all queries, in the order of the model.
+        lse: None, or a contiguous float32 `[B, H, Nq]`, of which the video queries are filled with ln of the sum of exp
+            over their logits.
+
+    Returns:
+        `[B, Nq, H, D]` in the dtype of q; the rows of text queries are not written.
+    """
+    batch, query_tokens, heads, head_dim = q.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k, v = pyramid.source_keys, pyramid.source_values
+    permutation = short_permutation(layout)
+    tile = tile_shape(capability(q.device), head_dim, q.element_size(), spec.block_query)
+    attention_kernel[(triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads,)](
+        q, k, v, pyramid.keys, pyramid.values, out, lse, lists.ids, lists.counts, permutation,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        heads, layout.video_queries, layout.video_keys, lists.ids.shape[3], pyramid.keys.shape[2],
+        layout.text_before, layout.text_before + layout.text_after, query_tokens, abs(scale) * math.log2(math.e),
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
+        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        NEGATIVE_SCALE=scale < 0, PERMUTED=permutation is not None, STORE_LSE=lse is not None,
+        WIDE=needs_wide_offsets(q, k, v, out), **tile,
+    )  # fmt: skip
+    return out
+
+
+def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, block_query: int) -> dict[str, int]:
+    """Tile sizes, pipeline stages and warps with which the kernel spills no registers and fits shared memory."""
+    width = padded_dim(head_dim) * element_size
+    queries = 128 if block_query % 128 == 0 else 64
+    if width > 256:
+        queries, keys, stages, warps = 64, (32 if width <= 512 else 16), (2 if width <= 512 else 1), 8
+    elif capability[0] in (9, 10):
+        keys, stages, warps = 128, 3, queries // 16
+    else:
+        keys, stages, warps = (64 if width <= 128 or capability[0] == 8 else 32), 3, queries // 16
+    return {"TILE_M": queries, "TILE_N": keys, "STAGES": stages, "num_warps": warps}
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh,
+    heads, video_queries, video_keys, key_blocks, pyramid_rows, text_before, text_keys, query_tokens, scale,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
+    STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`TILE_M` queries of one head against their list; neighbouring programs share a head and its keys in the cache."""
+    query_tiles = tl.cdiv(video_queries, TILE_M)
+    query_tile = tl.program_id(0) % query_tiles
+    head_index = (tl.program_id(0) // query_tiles).to(tl.int64)
+    batch, head = head_index // heads, head_index % heads
+    list_row = head_index * tl.cdiv(video_queries, BLOCK_QUERY) + query_tile // (BLOCK_QUERY // TILE_M)
+    ids = ids_ptr + list_row * key_blocks
+    k_head = k_ptr + batch * stride_kb + head * stride_kh
+    v_head = v_ptr + batch * stride_vb + head * stride_vh
+    pooled_k = pooled_k_ptr + head_index * pyramid_rows * HEAD_DIM
+    pooled_v = pooled_v_ptr + head_index * pyramid_rows * HEAD_DIM
+
+    dims = tl.arange(0, PADDED_DIM)
+    position = query_tile * TILE_M + tl.arange(0, TILE_M)
+    real = position < video_queries
+    token = video_tokens(position, permutation, text_before, real, PERMUTED)
+    q_head = q_ptr + batch * stride_qb + head * stride_qh
+    q = load_real_rows(q_head + row_offsets(token, stride_qn, WIDE), dims, real, HEAD_DIM)
+    if NEGATIVE_SCALE:
+        q = -q
+
+    starts, tile_ends, leftover_ends, level_rows = cut_list(
+        ids, counts_ptr + list_row * LISTED, key_blocks, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
+    )
+    top = tl.full([TILE_M], -float("inf"), tl.float32)
+    total = tl.zeros([TILE_M], tl.float32)
+    accumulator = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+
+    # The tail comes first: what only it needs then takes up no registers in the loop over full tiles.
+    TAIL_N: tl.constexpr = 64 if TILE_N > 64 else TILE_N
+    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=1):
+        tail, is_token, tail_bias = tail_rows(
+            first + tl.arange(0, TAIL_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
+            leftover_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N, PERMUTED,
+        )  # fmt: skip
+        pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
+        k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
+        v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
+        top, total, accumulator = attend(
+            q, k_rows, v_rows, dims, scale, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM, PADDED_DIM
+        )
+
+    columns = tl.arange(0, TILE_N)
+    for tile in tl.range(0, tile_ends[len(FACTORS) - 1], num_stages=STAGES):
+        rows = full_tile_rows(
+            tile, columns, ids, permutation, text_before, starts, tile_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N,
+            PERMUTED,
+        )  # fmt: skip
+        exact = tile < (tile_ends[0] if FACTORS[0] == 1 else 0)
+        k_rows = tl.where(exact, k_head, pooled_k) + row_offsets(rows, tl.where(exact, stride_kn, HEAD_DIM), WIDE)
+        v_rows = tl.where(exact, v_head, pooled_v) + row_offsets(rows, tl.where(exact, stride_vn, HEAD_DIM), WIDE)
+        bias = full_tile_bias(tile, tile_ends, FACTORS)
+        top, total, accumulator = attend(
+            q, k_rows, v_rows, dims, scale, bias, True, top, total, accumulator, HEAD_DIM, PADDED_DIM
+        )
+
+    # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.
+    position = (tl.program_id(0) + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
+    real = position < video_queries
+    token = video_tokens(position, permutation, text_before, real, PERMUTED)
+    out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)
+    tl.store(
+        out_rows[:, None] + dims[None, :],
+        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
+        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
+    )
+    if STORE_LSE:
+        LN_2: tl.constexpr = 0.6931471805599453
+        tl.store(lse_ptr + head_index * query_tokens + token, (top + tl.math.log2(total)) * LN_2, mask=real)
+
+
+@triton.jit
+def attend(
+    q, k_rows, v_rows, dims, scale, bias, COMMON_BIAS: tl.constexpr, top, total, accumulator, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax, in base 2.
+
+    Args:
+        q: `[m, PADDED_DIM]`.
+        k_rows, v_rows: pointers to `n` rows each.
+        scale: positive factor on the dot products, log2(e) included.
+        bias: added to every logit: a scalar if `COMMON_BIAS`, else `[1, n]`.
+        top, total, accumulator: largest logit so far, sum of the weights and weighted sum of values relative to it:
+            float32 `[m]`, `[m]`, `[m, PADDED_DIM]`.
+
+    Returns:
+        The new top, total and accumulator.
+    """
+    keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
+    scores = tl.dot(q, keys.T, input_precision="ieee")
+    if COMMON_BIAS:
+        # It joins the maximum that is subtracted anyway, so that scale and bias cost one operation an entry.
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale + bias)
+        weights = tl.math.exp2(scores * scale - (new_top - bias)[:, None])
+    else:
+        scores = scores * scale + bias
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.math.exp2(scores - new_top[:, None])
+    shrink = tl.math.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, 1)
+    values = load_rows(v_rows, dims, HEAD_DIM, PADDED_DIM)
+    accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None], input_precision="ieee")
+    return new_top, total, accumulator

@@ -1,0 +1,68 @@
+"""How the Triton kernels read rows, tokens of one head, from strided `[B, N, H, D]` tensors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.layout import TokenLayout
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; that of the smallest supported one for a CPU, on which the interpreter runs."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def padded_dim(head_dim: int) -> int:
+    """Width of a row in registers: a power of two, and no less than a tensor-core instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
+    """Whether an offset along the tokens of one head passes 2^31 elements in any of these `[B, N, H, D]` tensors."""
+    return any((x.shape[1] - 1) * x.stride(1) + x.shape[3] > 2**31 for x in tensors)
+
+
+def short_permutation(layout: TokenLayout) -> torch.Tensor | None:
+    """The permutation of a layout in int32, which costs the kernels half the registers."""
+    return None if layout.permutation is None else layout.permutation.to(torch.int32)
+
+
+@triton.jit
+def row_offsets(rows, stride, WIDE: tl.constexpr):
+    """Element offsets of rows, in 64 bits where 32 do not suffice."""
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return rows * stride
+
+
+@triton.jit
+def video_tokens(positions, permutation, text_before, real, PERMUTED: tl.constexpr):
+    """Tokens at some positions of the order in which blocks are formed.
+
+    Args:
+        real: None, or a mask of the positions that exist.
+    """
+    if PERMUTED:
+        if real is None:
+            positions = tl.load(permutation + positions)
+        else:
+            positions = tl.load(permutation + positions, mask=real, other=0)
+    return positions + text_before
+
+
+@triton.jit
+def load_rows(pointers, dims, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """Rows `[n, PADDED_DIM]` that start at `n` pointers, filled up with zeros past `HEAD_DIM`."""
+    if HEAD_DIM == PADDED_DIM:
+        rows = tl.load(pointers[:, None] + dims[None, :])
+    else:
+        rows = tl.load(pointers[:, None] + dims[None, :], mask=dims[None, :] < HEAD_DIM, other=0.0)
+    return rows
+
+
+@triton.jit
+def load_real_rows(pointers, dims, real, HEAD_DIM: tl.constexpr):
+    """Rows as `load_rows`, zeros where `real` is false."""
+    return tl.load(pointers[:, None] + dims[None, :], mask=real[:, None] & (dims[None, :] < HEAD_DIM), other=0.0)

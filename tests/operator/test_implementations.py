@@ -1,0 +1,65 @@
+"""Which implementation a call gets, and why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels.implementations import why_not_triton
+from psa_kernels.layout import make_layout
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_the_reference_serves_a_cpu(implementation):
+    q = torch.randn(1, 40, 1, 8)
+    spec = AttentionSpec(block_query=16, block_key=8)
+    _, stats = psa_attention(q, q, q, spec, implementation=implementation, return_stats=True)
+    assert stats.implementation == "reference"
+
+
+@pytest.mark.parametrize("function", [psa_attention, select_blocks])
+def test_an_implementation_that_cannot_serve_the_call_is_refused(function):
+    q = torch.randn(1, 40, 1, 8)
+    with pytest.raises(ValueError, match="implementation='triton': "):
+        function(*[q] * (3 if function is psa_attention else 2), AttentionSpec(), implementation="triton")
+
+
+OBSTACLES = [
+    ({"dtype": torch.float64}, {}, "dtype torch.float64"),
+    ({"dtype": torch.bfloat16}, {}, "dtype torch.bfloat16"),
+    ({"head_dim": 257}, {}, "head_dim=257: expected at most 256"),
+    ({}, {"block_query": 32}, "block_query=32: expected 64 or 128"),
+    ({}, {"block_key": 48, "levels": (1, 3), "thresholds": (0.1, 0.5)}, "block_key=48"),
+    ({}, {}, None),
+]
+
+
+@pytest.mark.parametrize(("tensor", "fields", "reason"), OBSTACLES, ids=str)
+def test_reasons_name_the_thing_its_value_and_what_is_allowed(tensor, fields, reason, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.zeros(1, 40, 1, tensor.get("head_dim", 8), dtype=tensor.get("dtype", torch.float32))
+    found = why_not_triton(q, q, make_layout(40, 40, 0, 0, None), AttentionSpec(**fields))
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_the_reference_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from psa_kernels import AttentionSpec, psa_attention
+q = torch.randn(1, 40, 1, 8)
+psa_attention(q, q, q, AttentionSpec())
+try:
+    psa_attention(q, q, q, AttentionSpec(), implementation="triton")
+except ValueError as error:
+    assert "triton is not installed" in str(error), error
+else:
+    raise AssertionError("accepted")
+"""
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"], check=True)

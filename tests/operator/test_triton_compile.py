@@ -1,0 +1,164 @@
+"""The Triton kernels compiled for every supported architecture, which needs no GPU: they spill nothing and fit.
+
+What is compiled are the tile shapes that the launchers choose for bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from psa_kernels.allocation.triton import allocation_kernel, row_warps  # noqa: E402
+from psa_kernels.importance import triton as importance  # noqa: E402
+from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
+from psa_kernels.sparse import triton as sparse  # noqa: E402
+
+# Shared memory that one program may use, in bytes, and the tensor-core instruction of the architecture.
+TARGETS = {
+    80: (166_912, "HMMA"),
+    89: (101_376, "HMMA"),
+    90: (232_448, "HGMMA"),
+    100: (232_448, "UTCHMMA"),
+    120: (101_376, "HMMA"),
+}
+OTHER_TYPES = {
+    "ids_ptr": "*i16",
+    "counts_ptr": "*i32",
+    "permutation": "*i32",
+    "coarsest_ptr": "*i32",
+    "lse_ptr": "*fp32",
+    "scratch_ptr": "*fp32",
+    "importance_ptr": "*fp32",
+    "scale": "fp32",
+}
+
+
+def compile_and_check(kernel, target, constants, warps, tensor_cores=True):
+    names = kernel.arg_names
+    types = {
+        name: "constexpr" if name in constants else OTHER_TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    # What the launcher finds out about the arguments: pointers and strides are multiples of 16.
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or "stride" in name or "width" in name]
+    source = ASTSource(kernel, types, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    most_shared, instruction = TARGETS[target]
+    assert compiled.metadata.shared <= most_shared
+    assert re.search(r"STACK:(\d+)", cuobjdump(compiled, "-res-usage")).group(1) == "0"
+    if tensor_cores:
+        assert re.search(rf"\b{instruction}\b", cuobjdump(compiled, "--dump-sass"))
+
+
+def cuobjdump(compiled, option):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this build of triton has no cuobjdump")
+    path = Path(triton.runtime.cache.get_cache_manager(compiled.hash).get_file(f"{compiled.metadata.name}.cubin"))
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention(target, head_dim, permuted):
+    tile = sparse.tile_shape(divmod(target, 10), head_dim, 2, 128)
+    warps = tile.pop("num_warps")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": 64 if head_dim == 64 else 128,
+        "BLOCK_QUERY": 128,
+        "BLOCK_KEY": 64,
+        "FACTORS": (1, 2, 4),
+        "LISTED": 3,
+        "NEGATIVE_SCALE": False,
+        "PERMUTED": permuted,
+        "STORE_LSE": False,
+        "WIDE": False,
+        "lse_ptr": None,
+        **tile,
+        **({} if permuted else {"permutation": None}),
+    }
+    compile_and_check(sparse.attention_kernel, target, constants, warps)
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_importance(target, permuted, head_dim=128):
+    tile = importance.tile_shape(divmod(target, 10), head_dim, 2, 16)
+    warps = tile.pop("num_warps")
+    constants = {
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": head_dim,
+        "SAMPLES": 32,
+        "COLUMNS": 16,
+        "LARGEST": True,
+        "NEGATIVE_SCALE": False,
+        "PERMUTED_QUERIES": permuted,
+        "PERMUTED_KEYS": permuted,
+        "WIDE": False,
+        **tile,
+        **({} if permuted else {"permutation": None}),
+    }
+    compile_and_check(importance.importance_kernel, target, constants, warps)
+
+
+@pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
+def test_branches_that_the_interpreter_does_not_compile(factors):
+    """Types must agree in every branch; scalars that equal 1 are compiled as constants."""
+    ones = ("heads", "video_queries", "video_keys", "key_blocks", "pyramid_rows", "text_before", "text_keys")
+    constants = {
+        "HEAD_DIM": 40,
+        "PADDED_DIM": 64,
+        "BLOCK_QUERY": 128,
+        "BLOCK_KEY": 64,
+        "FACTORS": factors,
+        "LISTED": 1,
+        "NEGATIVE_SCALE": True,
+        "PERMUTED": True,
+        "STORE_LSE": True,
+        "WIDE": True,
+        "TILE_M": 64,
+        "TILE_N": 32,
+        "STAGES": 2,
+        **dict.fromkeys(ones, 1),
+    }
+    compile_and_check(sparse.attention_kernel, 90, constants, 4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pyramid(target):
+    constants = {
+        "HEAD_DIM": 128,
+        "PADDED_DIM": 128,
+        "FACTORS": (2, 4),
+        "GROUPS": 16,
+        "CAP": True,
+        "BLOCK_KEY": 64,
+        "LEVELS": (1, 2, 4),
+        "THRESHOLDS": (0.7, 0.65),
+        "PERMUTED": True,
+        "WIDE": False,
+    }
+    compile_and_check(pool_kernel, target, constants, 4, tensor_cores=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_allocation(target):
+    constants = {
+        "ENDS": (107, 178, 320),
+        "FLOOR": 0,
+        "THRESHOLDS": (0.09, 0.15, 0.27),
+        "MASS": False,
+        "CAP": True,
+        "WIDTH": 2048,
+    }
+    compile_and_check(allocation_kernel, target, constants, row_warps(2048), tensor_cores=False)

@@ -1,0 +1,116 @@
+"""The Triton kernels on a GPU, in half precision, over random shapes and specs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def random_case(seed):
+    """A spec, inputs and options; everything the kernels distinguish occurs within a few dozen seeds."""
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    head_dim = chance.choice([64, 128, 128, 96, 40, 256])
+    block_key = chance.choice([16, 32, 64, 64, 128, 256])
+    levels = sorted(chance.sample([1, 2, 4, 8, 16], chance.choice([1, 2, 3, 4])))
+    thresholds = sorted(chance.random() for _ in levels)
+    thresholds[-1] = 1.0 if chance.random() < 0.2 else max(thresholds[-1], 0.1)
+    spec = AttentionSpec(
+        block_query=chance.choice([64, 128]),
+        block_key=block_key,
+        levels=tuple(levels),
+        thresholds=tuple(thresholds),
+        rule=chance.choice(["count", "mass"]),
+        floor=chance.choice([0.0, 0.1]),
+        similarity=chance.choice([None, (0.02,) * (len(levels) - 1)]),
+        importance=Importance(
+            chance.choice(["sampled", "pooled"]), chance.choice(["max", "mean"]), chance.choice([4, 8]), 4
+        ),
+        rest=chance.choice(["skip", "mean"]),
+    )
+    before, after = chance.choice([(0, 0), (7, 0), (0, 77), (226, 3)])
+    video = chance.randint(200, 3000)
+    keys = chance.choice([video, chance.randint(100, 3000)])
+    permutation = torch.randperm(video, device="cuda") if keys == video and chance.random() < 0.5 else None
+    dtype = chance.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+    batch = chance.choice([1, 2])
+    shapes = [(batch, n + before + after, 3, head_dim + 8) for n in (video, keys, keys)]
+    q, k, v = ((1.5 * torch.randn(shape, device="cuda")).to(dtype)[..., :head_dim] for shape in shapes)
+    return (q, k, v, spec), {"text_before": before, "text_after": after, "permutation": permutation}
+
+
+def poison_free_memory():
+    """Leave NaN in the memory that the next tensors are likely to get."""
+    kept = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 18, 1 << 20, 1 << 22) for _ in range(8)]
+    del kept
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_error_is_that_of_dense_half_precision(seed):
+    """Against float64, and no larger than 1.5 times the error of dense attention in the same dtype."""
+    (q, k, v, spec), options = random_case(seed)
+    lists = select_blocks(q, k, spec, implementation="triton", **options)
+    wide = [x.double() for x in (q, k, v)]
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference", **options)
+    poison_free_memory()
+    out, stats = psa_attention(q, k, v, spec, lists=lists, implementation="triton", return_stats=True, **options)
+    assert stats.implementation == "triton"
+    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    exact = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in wide))
+    assert relative_error(out, expected) <= 1.5 * relative_error(dense, exact)
+    poison_free_memory()
+    assert torch.equal(psa_attention(q, k, v, spec, implementation="triton", **options), out)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_lists_are_those_of_the_reference_bit_for_bit(seed):
+    from psa_kernels.allocation import reference, triton
+
+    (_, _, _, spec), _ = random_case(seed)
+    blocks = random.Random(seed).choice([3, 100, 1182, 1857, 4725, 16384])
+    smooth = torch.rand(1, 2, 5, blocks, device="cuda") ** 8
+    for importance in (smooth, (smooth * 8).round() + 0.5):
+        coarsest = torch.randint(0, len(spec.levels), (1, 2, blocks), device="cuda")
+        found = triton.allocate(importance, coarsest.int(), spec)
+        expected = reference.allocate(importance, coarsest, spec)
+        assert torch.equal(found.counts, expected.counts) and torch.equal(found.ids, expected.ids)
+
+
+def test_no_call_waits_for_the_device_or_keeps_memory():
+    (q, k, v, spec), options = random_case(1)
+    psa_attention(q, k, v, spec, return_stats=True, **options)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            psa_attention(q, k, v, spec, return_stats=True, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_offsets_beyond_32_bits():
+    """One head whose tokens lie so far apart that the last are 2^31 elements away from the first."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    tokens, stride = 70_000, 1 << 15
+    x = torch.empty(tokens * stride, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (x[offset:].as_strided((1, tokens, 1, 64), (0, stride, 64, 1)) for offset in (0, 64, 128))
+    for y in (q, k, v):
+        y.normal_()
+    spec = AttentionSpec()
+    near = psa_attention(*(y.contiguous() for y in (q, k, v)), spec, implementation="triton")
+    assert torch.equal(psa_attention(q, k, v, spec, implementation="triton"), near)

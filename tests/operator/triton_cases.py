@@ -1,0 +1,196 @@
+"""The Triton kernels, stage by stage, against the reference, in Triton's interpreter: test_triton_interpreter runs it.
+
+Not collected by default: the interpreter has to be switched on before triton is imported. bfloat16 is left out, of
+which the interpreter computes garbage.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.allocation import reference as reference_allocation
+from psa_kernels.allocation import triton as triton_allocation
+from psa_kernels.importance import reference as reference_importance
+from psa_kernels.importance import triton as triton_importance
+from psa_kernels.layout import make_layout
+from psa_kernels.pyramid import reference as reference_pyramid
+from psa_kernels.pyramid import triton as triton_pyramid
+from psa_kernels.sparse import triton as triton_sparse
+
+HEAD_DIM = 16
+
+
+def inputs(queries, keys=None, *, batch=1, heads=1, head_dim=HEAD_DIM, dtype=torch.float32):
+    """Fresh random q, k, v `[B, N, H, D]`, views into one wider tensor each."""
+    keys = queries if keys is None else keys
+    shapes = [(batch, n, heads, head_dim + 3) for n in (queries, keys, keys)]
+    return [(1.5 * torch.randn(shape)).to(dtype)[..., :head_dim] for shape in shapes]
+
+
+@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+@pytest.mark.parametrize(
+    ("block_key", "levels", "rest"), [(16, (1, 2, 4), "skip"), (16, (2, 8), "mean"), (32, (1, 16), "mean")], ids=str
+)
+@pytest.mark.parametrize("tokens", [85, 1], ids=lambda n: f"n{n}")
+def test_pyramid_rows_are_the_means_of_the_reference(tokens, block_key, levels, rest, permuted):
+    permutation = torch.randperm(tokens) if permuted else None
+    layout = make_layout(tokens + 5, tokens + 5, 2, 3, permutation)
+    spec = AttentionSpec(block_key=block_key, levels=levels, thresholds=(1.0,) * len(levels), rest=rest)
+    _, k, v = inputs(tokens + 5, batch=2)
+    built = triton_pyramid.build_pyramid(k, v, layout, spec)
+    rows = reference_pyramid.pyramid_rows(layout, spec, like=k)
+    pooled = slice(rows.first_row[1] if levels[0] == 1 else 0, rows.first_row[-1])
+    for tokens_of, found in ((k, built.keys), (v, built.values)):
+        for b in range(2):
+            expected = torch.empty(len(rows.log_count), HEAD_DIM)
+            reference_pyramid.build_pyramid(tokens_of[b, :, 0], rows, out=expected)
+            torch.testing.assert_close(found[b, 0], expected[pooled], rtol=1e-5, atol=1e-6)
+    assert built.coarsest is None
+
+
+@pytest.mark.parametrize("tokens", [128, 65], ids=lambda n: f"n{n}")
+@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+def test_similarity_cap(tokens, permuted):
+    permutation = torch.randperm(tokens) if permuted else None
+    layout = make_layout(tokens + 4, tokens + 4, 4, 0, permutation)
+    spec = AttentionSpec(block_key=32, levels=(1, 2, 32), similarity=(0.02, 0.0))
+    _, k, v = inputs(tokens + 4, heads=3)
+    expected = reference_pyramid.coarsest_levels(k, layout, spec)
+    assert expected.unique().numel() > 1
+    torch.testing.assert_close(triton_pyramid.coarsest_levels(k, layout, spec).long(), expected)
+    torch.testing.assert_close(triton_pyramid.build_pyramid(k, v, layout, spec, True).coarsest.long(), expected)
+
+
+@pytest.mark.parametrize("statistic", ["max", "mean"])
+@pytest.mark.parametrize("how", [("sampled", 4, 4), ("pooled", 4, 4), ("pooled", 16, 2), ("sampled", 1, 16)], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(150, 150), (65, 330)], ids=str)
+def test_importance(how, statistic, queries, keys):
+    estimator, query_stride, key_stride = how
+    spec = AttentionSpec(
+        block_query=64, block_key=16, importance=Importance(estimator, statistic, query_stride, key_stride)
+    )
+    permutation = torch.randperm(queries) if queries == keys else None
+    layout = make_layout(queries + 5, keys + 5, 2, 3, permutation)
+    q, k, v = inputs(queries + 5, keys + 5)
+    expected = reference_importance.block_importance(q, k, layout, spec, -0.3)
+    built = triton_pyramid.build_pyramid(k, v, layout, spec) if key_stride == 4 else None
+    found = triton_importance.block_importance(q, k, layout, spec, -0.3, built)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+ALLOCATIONS = {
+    "count": {"thresholds": (0.15, 0.25, 0.45)},
+    "count to the end": {"thresholds": (0.0, 0.3, 1.0)},
+    "count, floor": {"thresholds": (0.0, 0.1, 0.3), "floor": 0.2},
+    "mass": {"rule": "mass", "thresholds": (0.4, 0.6, 0.9)},
+    "mass, floor": {"rule": "mass", "thresholds": (0.0, 0.2, 0.7), "floor": 0.15},
+    "mass to the end": {"rule": "mass", "thresholds": (0.25, 0.5, 1.0)},
+    "six levels": {"levels": (1, 2, 4, 8, 16, 32), "thresholds": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},
+}
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("key_blocks", [1, 20, 130])
+def test_lists_are_those_of_the_reference_bit_for_bit(name, key_blocks):
+    spec = AttentionSpec(**ALLOCATIONS[name])
+    smooth = torch.rand(1, 1, 2, key_blocks) ** 8
+    tied = (smooth * 8).round() + 0.5
+    # Eighths add up exactly, so that shares of them meet thresholds exactly.
+    uniform = torch.full((1, 1, 1, key_blocks), 0.125)
+    padded = torch.full((1, 1, 2, key_blocks + 16), 7.0)[..., :key_blocks].copy_(smooth)
+    cap = torch.randint(0, len(spec.levels), (1, 1, key_blocks))
+    for importance, coarsest in ((smooth, cap), (tied, None), (uniform, None), (padded, None)):
+        expected = reference_allocation.allocate(importance, coarsest, spec)
+        found = triton_allocation.allocate(importance, None if coarsest is None else coarsest.int(), spec)
+        assert found.ids.dtype == expected.ids.dtype and found.counts.dtype == expected.counts.dtype
+        assert torch.equal(found.counts, expected.counts)
+        assert torch.equal(found.ids, expected.ids)
+
+
+def attention_error(q, k, v, spec, **options):
+    """Largest difference from the reference with the same lists; both halves of the operator at once must agree."""
+    lists = select_blocks(q, k, spec, implementation="triton", **options)
+    wide = (x.double() for x in (q, k, v))
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference", **options)
+    out, stats = psa_attention(q, k, v, spec, lists=lists, implementation="triton", return_stats=True, **options)
+    assert stats.implementation == "triton" and out.is_contiguous() and out.dtype == q.dtype
+    assert torch.equal(out, psa_attention(q, k, v, spec, implementation="triton", **options))
+    return (out.double() - expected).abs().max().item()
+
+
+ATTENTIONS = {
+    "psa-3": {},
+    "one level": {"levels": (1,), "thresholds": (0.5,)},
+    "everything": {"levels": (1,), "thresholds": (1.0,)},
+    "no exact level": {"levels": (2, 8), "thresholds": (0.3, 0.8)},
+    "blocks of one row": {"levels": (1, 4, 16), "thresholds": (0.1, 0.3, 0.9), "block_key": 16},
+    "blocks wider than a tile": {"levels": (1, 2, 256), "thresholds": (0.4, 0.7, 1.0), "block_key": 256},
+    "rest mean": {"rest": "mean", "thresholds": (0.1, 0.2, 0.3)},
+    "similarity": {"similarity": (0.01, 0.0), "rule": "mass", "thresholds": (0.3, 0.6, 0.9)},
+    "short query blocks": {"block_query": 64, "block_key": 32},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(name):
+    spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
+    tokens = 683 if spec.block_key == 256 else 203
+    assert attention_error(*inputs(tokens), spec) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["psa-3", "rest mean"])
+def test_attention_in_another_order(name):
+    spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
+    assert attention_error(*inputs(203, heads=2), spec, permutation=torch.randperm(203)) < 2e-5
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 0), (70, 9)])
+def test_text(before, after):
+    spec = AttentionSpec(block_query=64, block_key=16, rest="mean")
+    options = {"text_before": before, "text_after": after}
+    assert attention_error(*inputs(130 + before + after), spec, permutation=torch.randperm(130), **options) < 2e-5
+    assert attention_error(*inputs(65 + before + after, 90 + before + after), spec, **options) < 2e-5
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 90), (90, 1)], ids=str)
+def test_query_length_unlike_key_length(queries, keys):
+    assert attention_error(*inputs(queries, keys, batch=2), AttentionSpec(block_query=64, block_key=16)) < 2e-5
+
+
+@pytest.mark.parametrize("head_dim", [40, 96])
+def test_head_dims_that_are_padded(head_dim):
+    assert attention_error(*inputs(150, head_dim=head_dim), AttentionSpec(block_query=64, block_key=16)) < 2e-5
+
+
+def test_float16():
+    assert attention_error(*inputs(203, dtype=torch.float16), AttentionSpec(block_key=32), scale=0.2) < 4e-3
+
+
+def test_negative_scale_and_none():
+    for scale in (-0.4, 0.0):
+        assert attention_error(*inputs(150), AttentionSpec(block_query=64, block_key=16), scale=scale) < 2e-5
+
+
+def test_log_sum_exp():
+    q, k, v = inputs(150)
+    permutation = torch.randperm(147)
+    layout = make_layout(150, 150, 1, 2, permutation)
+    spec = AttentionSpec(block_query=64, block_key=16, levels=(1,), thresholds=(1.0,))
+    lists = select_blocks(q, k, spec, text_before=1, text_after=2, permutation=permutation, implementation="triton")
+    lse = torch.full((1, 1, 150), torch.nan)
+    pyramid = triton_pyramid.build_pyramid(k, v, layout, spec)
+    triton_sparse.sparse_attention(q, pyramid, lists, layout, spec, 0.25, lse)
+    expected = (0.25 * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).logsumexp(-1)
+    torch.testing.assert_close(lse[:, :, 1:148], expected[:, :, 1:148], rtol=1e-5, atol=1e-5)
+    assert lse[:, :, 0].isnan().all() and lse[:, :, 148:].isnan().all()
+
+
+def test_wide_offsets_change_nothing(monkeypatch):
+    q, k, v = inputs(150)
+    spec = AttentionSpec(block_query=64, block_key=16)
+    narrow = psa_attention(q, k, v, spec, implementation="triton")
+    for module in (triton_pyramid, triton_importance, triton_sparse):
+        monkeypatch.setattr(module, "needs_wide_offsets", lambda *_: True)
+    assert torch.equal(psa_attention(q, k, v, spec, implementation="triton"), narrow)
