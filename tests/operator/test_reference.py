@@ -110,7 +110,9 @@ def test_thresholds_that_keep_everything_give_dense_attention(rule, tokens):
     q[:, 0] *= 40  # a nearly one-hot row: the importance of most blocks underflows
     spec = AttentionSpec(block_query=16, block_key=8, rule=rule, **EVERYTHING)
     out, stats = psa_attention(q, k, v, spec, return_stats=True)
-    torch.testing.assert_close(out, dense(q, k, v), rtol=1e-5, atol=1e-5)
+    # Logits of several hundred: float32 rounds them by 1e-5, and so the weights.
+    expected = dense(*(x.double() for x in (q, k, v))).float()
+    torch.testing.assert_close(out, expected, rtol=0, atol=3e-4)
     assert stats.density.eq(1).all() and stats.coverage.eq(1).all()
 
 
