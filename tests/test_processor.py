@@ -9,7 +9,15 @@ import weakref
 import pytest
 import torch
 from tiny_pipelines import run as run_small
-from tiny_pipelines import tiny_image, tiny_transformer, tiny_wan, tiny_wan_expanded, tiny_wan_i2v, tiny_wan_v2v
+from tiny_pipelines import (
+    tiny_image,
+    tiny_transformer,
+    tiny_wan,
+    tiny_wan21_i2v,
+    tiny_wan_expanded,
+    tiny_wan_i2v,
+    tiny_wan_v2v,
+)
 
 import psa_diffusers.processor as processor_module
 from psa_diffusers import PSAProcessor, UnsupportedModelError, apply_psa, load_preset
@@ -49,6 +57,7 @@ PIPELINES = {
     "two-experts": (lambda: tiny_wan(two_stage=True), run),
     "per-token-timesteps": (tiny_wan_expanded, run),
     "i2v": (tiny_wan_i2v, i2v),
+    "i2v-image-encoder": (tiny_wan21_i2v, lambda pipe: i2v(pipe, max_sequence_length=512)),
     "i2v-two-experts": (lambda: tiny_wan_i2v(two_stage=True), i2v),
     "v2v": (tiny_wan_v2v, v2v),
 }

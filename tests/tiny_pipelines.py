@@ -20,7 +20,14 @@ from diffusers import (
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 TEXT_DIM = 32
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"-_()[]{}<>|/\\\n"
@@ -135,6 +142,25 @@ def tiny_wan_i2v(
     """Image to video without an image encoder, as Wan 2.2: 16 latent + 16 image + 4 mask channels go in."""
     config = {"in_channels": 36, **config}
     return WanImageToVideoPipeline(**_parts(two_stage, num_layers=num_layers, heads=heads, head_dim=head_dim, **config))
+
+
+def tiny_wan21_i2v(num_layers: int = 4, heads: int = 2, head_dim: int = 32, **config) -> WanImageToVideoPipeline:
+    """Image to video with an image encoder, as Wan 2.1: its cross-attention reads image and (512) text tokens apart."""
+    image_encoder = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=4,
+            projection_dim=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=4,
+            intermediate_size=16,
+            patch_size=1,
+        )
+    ).eval()
+    settings = {"in_channels": 36, "image_dim": 4, "added_kv_proj_dim": heads * head_dim, **config}
+    parts = _parts(False, num_layers=num_layers, heads=heads, head_dim=head_dim, **settings)
+    processor = CLIPImageProcessor(crop_size=4, size=4)
+    return WanImageToVideoPipeline(**parts, image_encoder=image_encoder, image_processor=processor)
 
 
 def tiny_wan_v2v(num_layers: int = 4, heads: int = 2, head_dim: int = 32, **config) -> WanVideoToVideoPipeline:
