@@ -25,8 +25,9 @@ class StepClock:
         """Starts the clock, and stops it on leaving."""
         import torch
 
-        transformers = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
-        hooks = [part.register_forward_pre_hook(self._called) for part in transformers if part is not None]
+        from psa_diffusers.processor import find_transformers
+
+        hooks = [part.register_forward_pre_hook(self._called) for part in find_transformers(pipe).values()]
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
         self._start = self._now()

@@ -8,18 +8,18 @@ Prints a table; the last line is one JSON document, the one that --output receiv
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanPipeline
 from results import publish
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from psa_diffusers import apply_psa
+from psa_diffusers.metrics import compare_frames
+from psa_diffusers.step_clock import StepClock
 
 PROMPTS = (
     "a large red striped circle moving right over a green checkerboard",
@@ -32,32 +32,21 @@ PROMPTS = (
 DEMO = Path(__file__).resolve().parent.parent / "psa_diffusers" / "demo"
 
 
-def generate(pipe: WanPipeline, prompt: str, seed: int, steps: int) -> tuple[np.ndarray, list[float]]:
-    """Frames `[frames, height, width, 3]` in 0..1 and the seconds of each step."""
-    times = [time.perf_counter()]
-
-    def clock(*arguments: Any) -> dict:
-        times.append(time.perf_counter())
-        return {}
-
-    video = pipe(
-        prompt,
-        height=192,
-        width=192,
-        num_frames=33,
-        num_inference_steps=steps,
-        guidance_scale=4.0,
-        generator=torch.Generator().manual_seed(seed),
-        callback_on_step_end=clock,
-    ).frames[0]
-    return np.asarray(video), np.diff(times).tolist()
-
-
-def compare(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float]:
-    """Mean over the frames of PSNR (dB) and SSIM."""
-    pairs = list(zip(dense, sparse, strict=True))
-    psnr = mean(float(peak_signal_noise_ratio(a, b, data_range=1)) for a, b in pairs)
-    return psnr, mean(float(structural_similarity(a, b, data_range=1, channel_axis=-1)) for a, b in pairs)
+def generate(pipe: WanPipeline, prompt: str, seed: int, steps: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames `[frames, height, width, 3]` in 0..1 and what the clock tells of the run."""
+    clock = StepClock("cpu")
+    with clock.watching(pipe):
+        frames = pipe(
+            prompt,
+            height=192,
+            width=192,
+            num_frames=33,
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(seed),
+            callback_on_step_end=clock.step,
+        ).frames[0]
+    return np.asarray(frames), clock.seconds()
 
 
 def main() -> None:
@@ -75,21 +64,21 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ("dense", *options.presets)}
     for seed, prompt in enumerate(PROMPTS[: options.prompts]):
         dense, seconds = generate(pipe, prompt, seed, options.steps)
-        runs["dense"].append({"denoise_seconds": sum(seconds), "step_seconds": float(np.median(seconds))})
+        runs["dense"].append({"denoise_seconds": seconds["denoise"], "step_seconds": seconds["median_step"]})
         for preset in options.presets:
             with apply_psa(pipe, preset) as psa:
                 video, seconds = generate(pipe, prompt, seed, options.steps)
             stats = psa.stats()
-            psnr, ssim = compare(dense, video)
+            figures = compare_frames(dense, video)
             runs[preset].append(
                 {
                     "density_sparse": stats.density_sparse,
                     "density_run": stats.density_run,
                     "coverage": stats.coverage_sparse,
-                    "psnr": psnr,
-                    "ssim": ssim,
-                    "denoise_seconds": sum(seconds),
-                    "step_seconds": float(np.median(seconds[stats.dense_steps :])),
+                    "psnr": figures["psnr"]["mean"],
+                    "ssim": figures["ssim"]["mean"],
+                    "denoise_seconds": seconds["denoise"],
+                    "step_seconds": median(seconds["per_step"][stats.dense_steps :]),
                 }
             )
             print(preset, {key: round(value, 4) for key, value in runs[preset][-1].items()}, flush=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from psa_diffusers.environment import hardware, versions
 
 
 def publish(what: str, rows: list[dict[str, Any]], output: Path | None, **settings: Any) -> None:
@@ -18,8 +17,8 @@ def publish(what: str, rows: list[dict[str, Any]], output: Path | None, **settin
     result = {
         "what": what,
         **settings,
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "hardware": hardware("cpu"),
+        "versions": versions(),
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,

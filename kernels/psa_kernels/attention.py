@@ -59,7 +59,9 @@ def psa_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.no_grad():
         if not layout.video_queries or not layout.video_keys:
-            return _all_dense(q, k, v, spec, scale, return_stats)
+            out = _all_dense(q, k, v, scale)
+            stats = AttentionStats.from_lists(_no_lists(q, spec, layout), spec, "dense")
+            return (out, stats) if return_stats else out
         if lists is not None:
             _check_lists(lists, q, spec, layout)
         pyramid = chosen.build_pyramid(k, v, layout, spec, lists is None)
@@ -101,16 +103,10 @@ def _no_lists(q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> Bloc
     return BlockLists.from_levels(no_blocks, len(spec.levels))
 
 
-def _all_dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, return_stats: bool
-) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
+def _all_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Without video queries or video keys there is nothing to leave out."""
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
-    out = out.transpose(1, 2).contiguous()
-    if not return_stats:
-        return out
-    no_blocks = torch.zeros(q.shape[0], q.shape[2], 0, 0, dtype=torch.int64, device=q.device)
-    return out, AttentionStats.from_lists(BlockLists.from_levels(no_blocks, len(spec.levels)), spec, "dense")
+    return out.transpose(1, 2).contiguous()
 
 
 def _list_shape(q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> tuple[int, int, int, int]:

@@ -33,11 +33,11 @@ def group_means(x: torch.Tensor, group: int, out: torch.Tensor | None = None) ->
     return out
 
 
-def as_blocks(x: torch.Tensor, rows: int, dim: int, fill: float = 0.0) -> torch.Tensor:
-    """Cut dimension `dim` (negative) into blocks of `rows` entries, filling up the last: `[..., M, rows, ...]`."""
+def as_blocks(x: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
+    """Cut dimension `dim` (negative) into blocks, the last filled up with zeros: `[..., M, rows, ...]`."""
     missing = -x.shape[dim] % rows
     if missing:
-        x = F.pad(x, [0, 0] * (-1 - dim) + [0, missing], value=fill)
+        x = F.pad(x, [0, 0] * (-1 - dim) + [0, missing])
     return x.unflatten(dim, (-1, rows))
 
 
