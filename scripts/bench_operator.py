@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import publish
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.layout import make_layout
 
-from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks  # noqa: E402
-from psa_kernels.layout import make_layout  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,7 @@ def main() -> None:
             for row in measure(workload, options):
                 rows.append(row)
                 print(_line(row), flush=True)
-    report = {"hardware": torch.cuda.get_device_name(), "versions": _versions(), "commit": _commit(), "rows": rows}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    publish("the operator, stage by stage, random data, medians", rows, options.output, device="cuda")
     if importlib.util.find_spec("matplotlib"):
         plot(rows, options.output.with_suffix(".png"))
 
@@ -228,16 +223,6 @@ def _line(row: dict) -> str:
         return f"{label} {row['error']}"
     tflops = "" if row["tflops"] is None else f"{row['tflops']:7.1f} TFLOP/s"
     return f"{label} {row['ms']:9.3f} ms {tflops:15} {row['extra_gib']:6.2f} GiB"
-
-
-def _versions() -> dict[str, str]:
-    triton = importlib.import_module("triton")
-    return {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-
-
-def _commit() -> str | None:
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or None
 
 
 def _arguments() -> argparse.Namespace:

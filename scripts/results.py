@@ -11,13 +11,15 @@ from typing import Any
 from psa_diffusers.environment import hardware, versions
 
 
-def publish(what: str, rows: list[dict[str, Any]], output: Path | None, **settings: Any) -> None:
+def publish(
+    what: str, rows: list[dict[str, Any]], output: Path | None, *, device: str = "cpu", **settings: Any
+) -> None:
     """Print one JSON document as the last line of stdout, and write it to `output` too if that is given."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result = {
         "what": what,
         **settings,
-        "hardware": hardware("cpu"),
+        "hardware": hardware(device),
         "versions": versions(),
         "commit": commit.stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
