@@ -24,6 +24,7 @@ def psa_attention(
     permutation: torch.Tensor | None = None,
     scale: float | None = None,
     implementation: str = "auto",
+    strict: bool = False,
     return_stats: bool = False,
     lists: BlockLists | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, AttentionStats]:
@@ -41,8 +42,10 @@ def psa_attention(
         permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
-        implementation: `auto` (now the reference), `reference`, or `triton`: kernels for GPUs that are checked in
-            Triton's interpreter and compiled, but have not run on a GPU yet.
+        implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
+            (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
+            that serves the call.
+        strict: with `auto`, raise instead of warning where a GPU cannot use its fastest implementation.
         return_stats: also return what was attended.
         lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
             denoising step; computed from `q` and `k` if None.
@@ -53,10 +56,11 @@ def psa_attention(
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
             gradient is asked for.
+        RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device.
     """
     layout = _check(q, k, v, text_before, text_after, permutation)
-    chosen = choose(q, k, layout, spec, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose(q, k, v, layout, spec, scale, implementation, strict)
     with torch.no_grad():
         if not layout.video_queries or not layout.video_keys:
             out = _all_dense(q, k, v, scale)
@@ -83,6 +87,7 @@ def select_blocks(
     permutation: torch.Tensor | None = None,
     scale: float | None = None,
     implementation: str = "auto",
+    strict: bool = False,
 ) -> BlockLists:
     """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
 
@@ -90,8 +95,8 @@ def select_blocks(
     blocks) and 4 a query block and level.
     """
     layout = _check(q, k, k, text_before, text_after, permutation)
-    chosen = choose(q, k, layout, spec, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = choose(q, k, k, layout, spec, scale, implementation, strict)
     with torch.no_grad():
         if not layout.video_queries or not layout.video_keys:
             return _no_lists(q, spec, layout)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +21,13 @@ from psa_kernels.pyramid import reference as pyramid
 from psa_kernels.sparse import reference as sparse
 from psa_kernels.spec import AttentionSpec
 
-IMPLEMENTATIONS = ("auto", "reference", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
+# Gluon changes from one release of Triton to the next.
+GLUON_VERSIONS = ("3.6.",)
+
+
+class SlowerKernelWarning(UserWarning):
+    """A call gets a slower implementation than its device has."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +49,60 @@ class Implementation:
     attend: Callable[..., torch.Tensor]
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, wanted: str) -> Implementation:
+def choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+    wanted: str,
+    strict: bool = False,
+) -> Implementation:
     """The implementation of one call.
 
-    `auto` takes the reference on every device as long as the kernels have not been measured against it on a GPU.
+    On a CPU `auto` takes the reference. On a GPU it takes the kernel for Hopper there, else the portable kernels, else
+    the reference, and warns once for each reason not to take the first that the device has.
 
     Args:
         wanted: one of `IMPLEMENTATIONS`.
+        strict: raise instead of that warning.
 
     Raises:
         ValueError: the wanted implementation cannot serve the call.
+        RuntimeError: strict, and `auto` would take a slower implementation than the device has.
     """
     if wanted not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={wanted!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    if wanted != "triton":
+    if wanted == "reference" or (wanted == "auto" and not q.is_cuda):
         return _reference()
-    obstacle = why_not_triton(q, k, layout, spec)
-    if obstacle is not None:
-        raise ValueError(f"implementation='triton': {obstacle}")
-    return _triton()
+    reasons = {
+        "triton": lambda: why_not_triton(q, k, layout, spec),
+        "hopper": lambda: why_not_triton(q, k, layout, spec) or why_not_hopper(q, k, v, spec, scale),
+    }
+    made = {"triton": _triton, "hopper": _hopper}
+    if wanted != "auto":
+        obstacle = reasons[wanted]()
+        if obstacle is not None:
+            raise ValueError(f"implementation={wanted!r}: {obstacle}")
+        return made[wanted]()
+    for name in ("hopper", "triton") if _is_hopper(q.device) else ("triton",):
+        obstacle = reasons[name]()
+        if obstacle is None:
+            return made[name]()
+        if strict:
+            raise RuntimeError(f"strict: the {name} kernel cannot be used: {obstacle}")
+        _warn_once(f"the {name} kernel cannot be used, attention is slower: {obstacle}")
+    return _reference()
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, SlowerKernelWarning, stacklevel=4)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def why_not_triton(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> str | None:
@@ -93,6 +136,34 @@ def why_not_triton(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: 
     return None
 
 
+def why_not_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float) -> str | None:
+    """The reason why the attention kernel for Hopper cannot serve a call that the Triton kernels can, or None."""
+    if not _is_hopper(q.device):
+        return f"device {q.device}: expected a GPU of compute capability (9, 0)"
+    if not version("triton").startswith(GLUON_VERSIONS):
+        return f"triton {version('triton')}: expected {' or '.join(f'{start}*' for start in GLUON_VERSIONS)}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype}: expected torch.bfloat16 or torch.float16"
+    if q.shape[-1] not in (64, 128):
+        return f"head_dim={q.shape[-1]}: expected 64 or 128"
+    if spec.block_query % 128:
+        return f"block_query={spec.block_query}: expected 128"
+    if spec.block_key not in (32, 64, 128):
+        return f"block_key={spec.block_key}: expected 32, 64 or 128"
+    if spec.block_key // spec.levels[-1] < 8 or len(spec.levels) > 5:
+        return (
+            f"levels={list(spec.levels)}: expected at most 5, and at least 8 rows of each of the {spec.block_key} keys"
+        )
+    if spec.rest != "skip":
+        return f"rest={spec.rest!r}: expected 'skip'"
+    if not scale > 0:
+        return f"scale={scale}: expected more than 0"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
+            return f"{name}: expected rows at multiples of 16 bytes, got strides {x.stride()}"
+    return None
+
+
 @cache
 def _reference() -> Implementation:
     def select(q, k, layout, spec, scale, _):
@@ -122,3 +193,17 @@ def _triton() -> Implementation:
         return sparse.sparse_attention(q, built, lists, layout, spec, scale)
 
     return Implementation("triton", pyramid.build_pyramid, select, attend)
+
+
+@cache
+def _hopper() -> Implementation:
+    from psa_kernels.pyramid import triton as pyramid
+    from psa_kernels.sparse import hopper
+
+    def build_pyramid(k, v, layout, spec, selects):
+        return pyramid.build_pyramid(k, v, layout, spec, selects, gathered=True)
+
+    def attend(q, k, v, built, lists, layout, spec, scale):
+        return hopper.sparse_attention(q, built, lists, layout, spec, scale)
+
+    return Implementation("hopper", build_pyramid, _triton().select, attend)

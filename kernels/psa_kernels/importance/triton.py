@@ -10,7 +10,7 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
-from psa_kernels.pyramid.triton import TritonPyramid, pool_tokens, pooled_factors
+from psa_kernels.pyramid.triton import TritonPyramid, pool_tokens
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import (
     capability,
@@ -109,10 +109,10 @@ class Rows:
 
 
 def _pooled_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, pyramid: TritonPyramid | None) -> Rows:
-    stride, factors = spec.importance.key_stride, pooled_factors(spec)
-    if pyramid is None or stride not in factors:
+    stride = spec.importance.key_stride
+    if pyramid is None or stride not in pyramid.factors:
         return Rows.of_means(pool_tokens(k, layout, (stride,))[0])
-    before = factors[: factors.index(stride)]
+    before = pyramid.factors[: pyramid.factors.index(stride)]
     return Rows.of_means(pyramid.keys, sum(block_count(layout.video_keys, factor) for factor in before))
 
 

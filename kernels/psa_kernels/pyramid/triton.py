@@ -28,8 +28,9 @@ class TritonPyramid:
 
     Attributes:
         source_keys, source_values: `[B, N, H, D]`, the caller's tensors.
-        keys, values: `[B, H, R, D]` in their dtype: the means of all levels with a factor above 1, one level after the
-            other; the last group of a level may stand for fewer tokens.
+        keys, values: `[B, H, R, D]` in their dtype: the means of some levels, one level after the other; the last group
+            of a level may stand for fewer tokens.
+        factors: the pooling factors of these levels.
         coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level each key block may have.
     """
 
@@ -37,21 +38,30 @@ class TritonPyramid:
     source_values: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+    factors: tuple[int, ...]
     coarsest: torch.Tensor | None
 
 
 def build_pyramid(
-    k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, similarity: bool = False
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    similarity: bool = False,
+    gathered: bool = False,
 ) -> TritonPyramid:
     """Pool keys and values `[B, N, H, D]` inside their blocks (DESIGN: stage 1).
 
     Args:
         similarity: find the coarsest levels in the same pass over the keys, where the spec asks for a cap.
+        gathered: hold single tokens too where the layout permutes them, in the order of the blocks.
     """
     factors = pooled_factors(spec)
+    if gathered and layout.permutation is not None and spec.levels[0] == 1:
+        factors = (1, *factors)
     keys, coarsest = pool_tokens(k, layout, factors, spec if similarity else None)
     values, _ = pool_tokens(v, layout, factors)
-    return TritonPyramid(k, v, keys, values, coarsest)
+    return TritonPyramid(k, v, keys, values, factors, coarsest)
 
 
 def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> torch.Tensor | None:

@@ -24,6 +24,9 @@ from psa_kernels.triton_rows import (
     video_tokens,
 )
 
+# Tiles whose flags one program looks at, when only some tiles are to be computed.
+FLAGS = 64
+
 
 def sparse_attention(
     q: torch.Tensor,
@@ -44,22 +47,45 @@ def sparse_attention(
     Returns:
         `[B, Nq, H, D]` in the dtype of q; the rows of text queries are not written.
     """
-    batch, query_tokens, heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    launch(q, pyramid, lists, layout, spec, scale, out, lse)
+    return out
+
+
+def launch(
+    q: torch.Tensor,
+    pyramid: TritonPyramid,
+    lists: BlockLists,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    only: torch.Tensor | None = None,
+) -> None:
+    """Fill the rows of video queries of `out`, and of `lse` if there is one, as `sparse_attention` describes.
+
+    Args:
+        only: None, or int32 `[B * H * tiles of 128 queries]`: compute just the tiles where it is not 0.
+    """
+    batch, query_tokens, heads, head_dim = q.shape
     k, v = pyramid.source_keys, pyramid.source_values
+    # Tokens are read from the originals also where the pyramid has them.
+    means = [x[:, :, layout.video_keys if 1 in pyramid.factors else 0 :] for x in (pyramid.keys, pyramid.values)]
     permutation = short_permutation(layout)
     tile = tile_shape(capability(q.device), head_dim, q.element_size(), spec.block_query)
-    attention_kernel[(triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads,)](
-        q, k, v, pyramid.keys, pyramid.values, out, lse, lists.ids, lists.counts, permutation,
+    tiles = triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads
+    programs = tiles if only is None else triton.cdiv(tiles, FLAGS)
+    attention_kernel[(programs,)](
+        q, k, v, *means, out, lse, lists.ids, lists.counts, permutation, only, tiles,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, layout.video_queries, layout.video_keys, lists.ids.shape[3], pyramid.keys.shape[2],
         layout.text_before, layout.text_before + layout.text_after, query_tokens, abs(scale) * math.log2(math.e),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permutation is not None, STORE_LSE=lse is not None,
-        WIDE=needs_wide_offsets(q, k, v, out), **tile,
+        WIDE=needs_wide_offsets(q, k, v, out), ONLY=only is not None, FLAGS=FLAGS, **tile,
     )  # fmt: skip
-    return out
 
 
 def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, block_query: int) -> dict[str, int]:
@@ -68,6 +94,8 @@ def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, bl
     queries = 128 if block_query % 128 == 0 else 64
     if width > 256:
         queries, keys, stages, warps = 64, (32 if width <= 512 else 16), (2 if width <= 512 else 1), 8
+    elif capability[0] == 9 and width == 128:
+        keys, stages, warps = 64, 3, 4
     elif capability[0] in (9, 10):
         keys, stages, warps = 128, 3, queries // 16
     else:
@@ -77,18 +105,51 @@ def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, bl
 
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation,
-    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, only_ptr,
+    tiles, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
     heads, video_queries, video_keys, key_blocks, pyramid_rows, text_before, text_keys, query_tokens, scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
     FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
-    STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr,
+    STORE_LSE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`TILE_M` queries of one head against their list; neighbouring programs share a head and its keys in the cache."""
+    """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set."""
+    first, last = tl.program_id(0), tl.program_id(0) + 1
+    if ONLY:
+        first = tl.program_id(0) * FLAGS
+        tile = first + tl.arange(0, FLAGS)
+        flags = tl.load(only_ptr + tile, mask=tile < tiles, other=0)
+        # Almost always there is none, which is found in one look.
+        last = tl.where(tl.max(flags, 0) > 0, tl.minimum(first + FLAGS, tiles), first)
+    for item in range(first, last):
+        wanted = True
+        if ONLY:
+            wanted = tl.load(only_ptr + item) > 0
+        if wanted:
+            attend_tile(
+                item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr,
+                permutation, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
+                stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, key_blocks, pyramid_rows,
+                text_before, text_keys, query_tokens, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
+                LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend_tile(
+    item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation,
+    stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
+    stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, key_blocks, pyramid_rows, text_before,
+    text_keys, query_tokens, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
+    BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
+    PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """`TILE_M` queries of one head against their list; neighbouring items share a head and its keys in the cache."""
     query_tiles = tl.cdiv(video_queries, TILE_M)
-    query_tile = tl.program_id(0) % query_tiles
-    head_index = (tl.program_id(0) // query_tiles).to(tl.int64)
+    query_tile = item % query_tiles
+    head_index = (item // query_tiles).to(tl.int64)
     batch, head = head_index // heads, head_index % heads
     list_row = head_index * tl.cdiv(video_queries, BLOCK_QUERY) + query_tile // (BLOCK_QUERY // TILE_M)
     ids = ids_ptr + list_row * key_blocks
@@ -142,7 +203,7 @@ def attention_kernel(
         )
 
     # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.
-    position = (tl.program_id(0) + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
+    position = (item + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
     real = position < video_queries
     token = video_tokens(position, permutation, text_before, real, PERMUTED)
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)

@@ -1,0 +1,102 @@
+"""The attention kernel for Hopper compiled without a GPU: it fits, and its loops do what they were written for."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from test_triton_compile import cuobjdump  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from psa_kernels.implementations import GLUON_VERSIONS  # noqa: E402
+from psa_kernels.sparse.hopper import MOST_LEVELS, pipeline  # noqa: E402
+from psa_kernels.sparse.hopper_kernel import attention_kernel, box_layout  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith(GLUON_VERSIONS), reason="Gluon changes from one release of Triton to the next"
+)
+TYPES = {"scale": "fp32", "lse_ptr": "*fp32", "ids_ptr": "*i16"}
+POINTERS_TO_INTS = ("counts_ptr", "permutation", "redo_ptr")
+CASES = [
+    # head_dim, block_key, levels, dtype, further constants
+    (128, 64, (1, 2, 4), "bf16", {}),
+    (64, 64, (1, 2, 4), "bf16", {"TEXT": True}),
+    (128, 128, (1, 2, 4, 8), "fp16", {"PERMUTED": True, "STORE_LSE": True}),
+    (128, 32, (2, 4), "bf16", {"BLOCK_QUERY": 256, "STORE_LSE": True}),
+]
+
+
+def compile_kernel(head_dim, block_key, levels, dtype, constants):
+    constants = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_QUERY": 128,
+        "BLOCK_KEY": block_key,
+        "FACTORS": levels,
+        "TEXT": False,
+        "PERMUTED": False,
+        "STORE_LSE": False,
+        "ONLINE": dtype == "fp16",
+        **pipeline(head_dim),
+        **constants,
+    }
+    boxes = {f"{x}_{i}": block_key // factor for x in "kv" for i, factor in enumerate(levels)}
+    if constants["TEXT"]:
+        boxes |= {f"{x}_text_{side}": block_key for x in "kv" for side in ("before", "after")}
+    absent = [f"{x}_{i}" for x in "kv" for i in [*range(MOST_LEVELS), "text_before", "text_after"]]
+    constants |= {name: None for name in absent if name not in boxes}
+    types = {}
+    for name in attention_kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in boxes:
+            types[name] = f"tensordesc<{dtype}[1, 1, {boxes[name]}, 64],{box_layout(boxes[name])!r}>"
+        elif name in POINTERS_TO_INTS:
+            types[name] = "*i32"
+        else:
+            types[name] = TYPES.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+    aligned = [i for i, type_ in enumerate(types.values()) if type_.startswith("*")]
+    source = GluonASTSource(
+        attention_kernel, types, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def loops_over_tiles(sass):
+    """Instructions of each innermost loop that multiplies: from the target of a branch back to the branch."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
+    found = []
+    for place, (address, text) in enumerate(lines):
+        target = re.search(r"\bBRA 0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) in places and int(target.group(1), 16) < int(address, 16):
+            body = [line for _, line in lines[places[int(target.group(1), 16)] : place]]
+            if len(body) < 700 and sum("HGMMA" in line for line in body) > 8:
+                found.append(body)
+    return found
+
+
+@pytest.mark.parametrize(("head_dim", "block_key", "levels", "dtype", "constants"), CASES, ids=str)
+def test_kernel_fits_and_overlaps(head_dim, block_key, levels, dtype, constants):
+    compiled = compile_kernel(head_dim, block_key, levels, dtype, constants)
+    assert compiled.metadata.shared <= 232_448
+    usage = cuobjdump(compiled, "-res-usage")
+    assert int(re.search(r"REG:(\d+)", usage).group(1)) == 168  # times 12 warps: all registers there are
+    sass = cuobjdump(compiled, "--dump-sass")
+    loops = loops_over_tiles(sass)
+    assert len(loops) == 2  # one for each warpgroup that computes
+    for body in loops:
+        instructions = [re.sub(r"^@!?U?P\d+ ", "", line).split()[0] for line in body]
+        # What is spilled, if anything, is spilled outside of the loops over tiles.
+        assert not [name for name in instructions if name.startswith(("STL", "LDL"))]
+        assert sum(name.startswith("HGMMA") for name in instructions) == head_dim // 16 + 128 // 16
+        exponentials = [place for place, name in enumerate(instructions) if name == "MUFU.EX2"]
+        assert len(exponentials) == 64 + (2 if dtype == "fp16" else 0)
+        # The last wait for a product comes after the exponentials, so that the tensor cores run meanwhile.
+        waits = [place for place, name in enumerate(instructions) if name.startswith("WARPGROUP.DEPBAR")]
+        assert waits and waits[-1] > exponentials[-1]
+    assert len(re.findall("UTMALDG", sass)) > 0
+    assert len(re.findall("LDGSTS.E.BYPASS.128", sass)) == 128 * head_dim * 2 // (32 * 16)

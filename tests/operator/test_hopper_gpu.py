@@ -1,0 +1,159 @@
+"""The attention kernel for Hopper against its portable twin and float64, on random inputs and on some made to break it."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, BlockLists, psa_attention
+from psa_kernels.layout import make_layout
+
+pytest.importorskip("triton")
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")]
+
+
+def random_lists(batch, heads, query_blocks, key_blocks, levels):
+    """Every block at a random level or skipped, no row empty."""
+    chosen = torch.randint(0, levels + 1, (batch, heads, query_blocks, key_blocks), device="cuda")
+    chosen[..., random.randrange(key_blocks)] = random.randrange(levels)
+    return BlockLists.from_levels(chosen, levels)
+
+
+def random_case(seed):
+    chance = random.Random(seed)
+    torch.manual_seed(seed)
+    head_dim, block_key = chance.choice([64, 128]), chance.choice([32, 64, 128])
+    fitting = [factor for factor in (1, 2, 4, 8, 16) if block_key // factor >= 8]
+    levels = sorted(chance.sample(fitting, chance.randint(1, len(fitting))))
+    spec = AttentionSpec(
+        block_query=chance.choice([128, 128, 256]),
+        block_key=block_key,
+        levels=tuple(levels),
+        thresholds=tuple(i / len(levels) for i in range(1, len(levels) + 1)),
+    )
+    before, after = chance.choice([(0, 0), (0, 0), (226, 0), (0, 77), (5, 300), (64, 128)])
+    video = chance.choice([chance.randint(1, 3000), 128 * chance.randint(2, 10)])
+    keys = chance.choice([video, chance.randint(1, 3000)])
+    permutation = torch.randperm(video, device="cuda") if keys == video and chance.random() < 0.5 else None
+    dtype = chance.choice([torch.bfloat16, torch.bfloat16, torch.float16])
+    batch, heads, gap = chance.choice([1, 2]), chance.choice([1, 3]), chance.choice([0, 8])
+    q, k, v = (
+        (1.5 * torch.randn(batch, n + before + after, heads, head_dim + gap, device="cuda")).to(dtype)[..., :head_dim]
+        for n in (video, keys, keys)
+    )
+    lists = random_lists(batch, heads, math.ceil(video / spec.block_query), math.ceil(keys / block_key), len(levels))
+    return q, k, v, spec, lists, {"text_before": before, "text_after": after, "permutation": permutation}
+
+
+def poison_free_memory():
+    """Leave NaN in the memory that the next tensors are likely to get."""
+    kept = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 18, 1 << 20, 1 << 22) for _ in range(8)]
+    del kept
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_it_is_the_portable_kernel_to_rounding(seed):
+    q, k, v, spec, lists, options = random_case(seed)
+    wide = (x.double() for x in (q, k, v))
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference", **options)
+    found = {}
+    for name in ("hopper", "triton"):
+        poison_free_memory()
+        found[name], stats = psa_attention(
+            q, k, v, spec, lists=lists, implementation=name, return_stats=True, **options
+        )
+        assert stats.implementation == name
+    # Relative to the row's largest weight the largest weight, 1, is exact. Relative to another it is rounded too.
+    assert relative_error(found["hopper"], expected) <= 1.4 * relative_error(found["triton"], expected)
+    poison_free_memory()
+    again = psa_attention(q, k, v, spec, lists=lists, implementation="hopper", **options)
+    assert torch.equal(again, found["hopper"])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_sum_exp(head_dim, dtype):
+    from psa_kernels.pyramid.triton import build_pyramid
+    from psa_kernels.sparse import hopper
+
+    tokens, heads, spec = 1100, 2, AttentionSpec()
+    q, k, v = (torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=dtype) for _ in range(3))
+    layout = make_layout(tokens, tokens, 0, 0, None)
+    every_block = torch.zeros(
+        1, heads, math.ceil(tokens / 128), math.ceil(tokens / 64), device="cuda", dtype=torch.int64
+    )
+    lists = BlockLists.from_levels(every_block, 3)
+    lse = torch.full((1, heads, tokens), torch.nan, device="cuda")
+    hopper.sparse_attention(q, build_pyramid(k, v, layout, spec), lists, layout, spec, head_dim**-0.5, lse)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * head_dim**-0.5
+    assert (lse - logits.logsumexp(-1)).abs().max() < 1e-3
+
+
+def hostile_inputs(name):
+    """Queries and keys whose later blocks exceed the first ones by more than any exponent holds."""
+    tokens, heads, head_dim = 4096, 2, 128
+    q, k, v = (torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    if name.startswith("later logits"):
+        direction = torch.ones(head_dim, device="cuda") / head_dim**0.5
+        q = (0.1 * q + 4 * direction).to(q.dtype)
+        k[:, 3000:] = (k[:, 3000:] + direction * float(name.split()[-1]) * head_dim**0.5 / 4).to(k.dtype)
+    elif name == "equal logits":
+        k = k[:, :1].expand_as(k)
+    elif name == "one huge key at the end":
+        k[:, -1] *= 300
+    elif name == "weights times values":
+        # The sum of the weights stays finite, their product with the values would not.
+        q, k = (0.0 * q + 1).to(q.dtype), (0.01 * k).to(k.dtype)
+        k[:, 2048:] += 5.0
+        v = (v * 1e30).to(v.dtype)
+    return q, k, v
+
+
+HOSTILE = ["later logits 60", "later logits 200", "later logits 2000", "equal logits", "one huge key at the end"]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "weights times values"])
+def test_sums_that_run_over_are_computed_again(name):
+    """Fails without the guard: what it finds then is infinite or not a number."""
+    q, k, v = hostile_inputs(name)
+    spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
+    lists = random_lists(1, 2, 32, 64, 3)
+    wide = (x.double() for x in (q, k, v))
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference")
+    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton")
+    found = psa_attention(q, k, v, spec, lists=lists, implementation="hopper")
+    assert relative_error(found, expected) <= 1.4 * relative_error(portable, expected)
+
+
+@pytest.mark.parametrize("name", ["later logits 200", "later logits 2000", "weights times values"])
+def test_the_guard_is_needed(name, monkeypatch):
+    from psa_kernels.sparse import hopper
+
+    q, k, v = hostile_inputs(name)
+    spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
+    monkeypatch.setattr(hopper.portable, "launch", lambda *_, **__: None)
+    found = psa_attention(q, k, v, spec, lists=random_lists(1, 2, 32, 64, 3), implementation="hopper")
+    assert not found.isfinite().all()
+
+
+def test_no_call_waits_for_the_device_or_keeps_memory():
+    q, k, v, spec, lists, options = random_case(1)
+    call = {"lists": lists, "return_stats": True, "implementation": "hopper", **options}
+    psa_attention(q, k, v, spec, **call)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(3):
+            psa_attention(q, k, v, spec, **call)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == before
