@@ -16,7 +16,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from psa_kernels.allocation.triton import allocation_kernel, row_warps  # noqa: E402
+from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: E402
+from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
@@ -36,13 +37,14 @@ OTHER_TYPES = {
     "coarsest_ptr": "*i32",
     "lse_ptr": "*fp32",
     "only_ptr": "*i32",
-    "scratch_ptr": "*fp32",
+    "scratch_ptr": "*u16",
+    "tops_ptr": "*fp32",
     "importance_ptr": "*fp32",
     "scale": "fp32",
 }
 
 
-def compile_and_check(kernel, target, constants, warps, tensor_cores=True):
+def compile_and_check(kernel, target, constants, options, tensor_cores=True, programs=1):
     names = kernel.arg_names
     types = {
         name: "constexpr" if name in constants else OTHER_TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
@@ -51,10 +53,13 @@ def compile_and_check(kernel, target, constants, warps, tensor_cores=True):
     # What the launcher finds out about the arguments: pointers and strides are multiples of 16.
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or "stride" in name or "width" in name]
     source = ASTSource(kernel, types, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     most_shared, instruction = TARGETS[target]
-    assert compiled.metadata.shared <= most_shared
-    assert re.search(r"STACK:(\d+)", cuobjdump(compiled, "-res-usage")).group(1) == "0"
+    # Of what a multiprocessor has, each program takes one KiB more than it asks for.
+    assert compiled.metadata.shared <= (most_shared + 1024) // programs - 1024
+    usage = cuobjdump(compiled, "-res-usage")
+    assert re.search(r"STACK:(\d+)", usage).group(1) == "0"
+    assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * options["num_warps"] * programs <= 65536
     if tensor_cores:
         assert re.search(rf"\b{instruction}\b", cuobjdump(compiled, "--dump-sass"))
 
@@ -91,28 +96,44 @@ def test_attention(target, head_dim, permuted):
         **tile,
         **({} if permuted else {"permutation": None}),
     }
-    compile_and_check(sparse.attention_kernel, target, constants, warps)
+    compile_and_check(sparse.attention_kernel, target, constants, {"num_warps": warps})
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+@pytest.mark.parametrize("statistic", ["max", "mean"])
+@pytest.mark.parametrize("columns", [4, 8, 16, 32])
 @pytest.mark.parametrize("target", TARGETS)
-def test_importance(target, permuted, head_dim=128):
-    tile = importance.tile_shape(divmod(target, 10), head_dim, 2, 16)
-    warps = tile.pop("num_warps")
+def test_importance(target, columns, statistic):
+    tile = importance.tile_shape(divmod(target, 10), 128, 2, columns)
+    options = {name: tile.pop(name) for name in ("num_warps", "maxnreg")}
+    programs = tile.pop("programs")
     constants = {
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": head_dim,
-        "SAMPLES": 32,
-        "COLUMNS": 16,
-        "LARGEST": True,
+        "PADDED_DIM": 128,
+        "SAMPLES": 16,
+        "COLUMNS": columns,
+        "LARGEST": statistic == "max",
         "NEGATIVE_SCALE": False,
-        "PERMUTED_QUERIES": permuted,
-        "PERMUTED_KEYS": permuted,
-        "WIDE": False,
+        "WARPS": options["num_warps"],
+        "READ": importance.READ,
         **tile,
-        **({} if permuted else {"permutation": None}),
     }
-    compile_and_check(importance.importance_kernel, target, constants, warps)
+    compile_and_check(importance.importance_kernel, target, constants, options, programs=programs)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("target", TARGETS)
+def test_representatives(target, count):
+    constants = {
+        "HEAD_DIM": 128,
+        "PADDED_DIM": 128,
+        "COUNT": count,
+        "TILE": 64,
+        "SIZES": (2, 1, 4, 1, 2, 4),
+        "STRIDES": (1, 2, 16, 2, 8, 4),
+        "PERMUTED": True,
+        "WIDE": False,
+        "CHUNK": representatives.CHUNK,
+    }
+    compile_and_check(representatives.tile_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
 @pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
@@ -137,7 +158,7 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
         "STAGES": 2,
         **dict.fromkeys(ones, 1),
     }
-    compile_and_check(sparse.attention_kernel, 90, constants, 4)
+    compile_and_check(sparse.attention_kernel, 90, constants, {"num_warps": 4})
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -154,17 +175,21 @@ def test_pyramid(target):
         "PERMUTED": True,
         "WIDE": False,
     }
-    compile_and_check(pool_kernel, target, constants, 4, tensor_cores=False)
+    compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
+@pytest.mark.parametrize("key_blocks", [1182, 4725])
+@pytest.mark.parametrize("rule", ["count", "mass"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_allocation(target):
+def test_allocation(target, rule, key_blocks):
+    row = row_shape(key_blocks)
+    options = {"num_warps": row.pop("num_warps")}
     constants = {
         "ENDS": (107, 178, 320),
         "FLOOR": 0,
         "THRESHOLDS": (0.09, 0.15, 0.27),
-        "MASS": False,
+        "MASS": rule == "mass",
         "CAP": True,
-        "WIDTH": 2048,
+        **row,
     }
-    compile_and_check(allocation_kernel, target, constants, row_warps(2048), tensor_cores=False)
+    compile_and_check(allocation_kernel, target, constants, options, tensor_cores=False)

@@ -28,20 +28,25 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     narrow = key_blocks <= torch.iinfo(torch.int16).max
     ids = torch.empty(importance.shape, dtype=torch.int16 if narrow else torch.int32, device=importance.device)
     counts = torch.empty(batch, heads, query_blocks, len(spec.levels), dtype=torch.int32, device=importance.device)
-    width = max(32, triton.next_power_of_2(key_blocks))
     allocation_kernel[(batch * heads * query_blocks,)](
         importance, coarsest, ids, counts, importance.stride(2), query_blocks, key_blocks,
         # Shares of the count depend on no data, so the ranks at which levels end are known here, exactly.
         ENDS=tuple(ranks_below(threshold, key_blocks) for threshold in spec.thresholds),
         FLOOR=ranks_below(spec.floor, key_blocks), THRESHOLDS=spec.thresholds, MASS=spec.rule == "mass",
-        CAP=coarsest is not None, WIDTH=width, num_warps=row_warps(width),
+        CAP=coarsest is not None, **row_shape(key_blocks),
     )  # fmt: skip
     return BlockLists(ids, counts)
 
 
-def row_warps(width: int) -> int:
-    """Warps for a row of `width` entries: few, as they wait for one another, but enough to hold it in registers."""
-    return max(1, min(16, width // 256))
+def row_shape(key_blocks: int) -> dict[str, int | tuple[int, ...]]:
+    """Parts in which a row is held, entries that are listed at a time, and warps: one, where it can hold the row."""
+    width = max(128, triton.next_power_of_2(key_blocks))
+    half = width // 2
+    rest = max(128, triton.next_power_of_2(key_blocks - half))
+    widths = (half, rest) if half >= 128 and rest < half else (width,)
+    warps = 1 if width <= 2048 else width // 1024
+    # Three counters of ten bits share a sum of as many ones.
+    return {"WIDTHS": widths, "CHUNK": min(width, 256 if warps == 1 else 512), "num_warps": warps}
 
 
 def ranks_below(share: float, blocks: int) -> int:
@@ -55,44 +60,70 @@ def ranks_below(share: float, blocks: int) -> int:
 @triton.jit
 def allocation_kernel(
     importance_ptr, coarsest_ptr, ids_ptr, counts_ptr, row_stride, query_blocks, key_blocks, ENDS: tl.constexpr,
-    FLOOR: tl.constexpr, THRESHOLDS: tl.constexpr, MASS: tl.constexpr, CAP: tl.constexpr, WIDTH: tl.constexpr,
+    FLOOR: tl.constexpr, THRESHOLDS: tl.constexpr, MASS: tl.constexpr, CAP: tl.constexpr, WIDTHS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Levels of one row, then its list."""
+    """The boundaries of one row's levels, then its list."""
     row = tl.program_id(0).to(tl.int64)
-    block = tl.arange(0, WIDTH)
-    real = block < key_blocks
-    # Masking at the stride instead of the last block lets a thread load 16 bytes at a time.
-    importance = tl.load(importance_ptr + row * row_stride + block, mask=block < row_stride, other=0.0)
-    # Floats that are not negative compare like their bit patterns, so boundaries can be bisected as integers.
-    key = tl.where(real, importance.to(tl.int32, bitcast=True), -1)
-    level = tl.zeros([WIDTH], tl.int32)
+    importance = importance_ptr + row * row_stride
+    keys = (load_keys(importance, tl.arange(0, WIDTHS[0]), row_stride, key_blocks),)
+    if len(WIDTHS) > 1:
+        keys += (load_keys(importance, WIDTHS[0] + tl.arange(0, WIDTHS[1]), row_stride, key_blocks),)
+    largest, below = extremes(keys)
+
+    # A level includes the entries above a boundary, and of those that equal it the ones up to a last block.
+    boundaries = ()
+    lasts = ()
+    ties = 0
+    if MASS:
+        total = mass_above(keys, below)
+        floor, floor_ties = most_important(keys, below, largest, key_blocks, FLOOR)
     for index in tl.static_range(len(ENDS)):
         if MASS and THRESHOLDS[index] < 1:
-            within = most_massive(key, block, THRESHOLDS[index])
-            if FLOOR > 0:
-                within = within | most_important(key, FLOOR)
+            boundary, ties = most_massive(keys, below, largest, key_blocks, total, THRESHOLDS[index])
+            wider = (floor < boundary) | ((floor == boundary) & (floor_ties > ties))
+            boundary, ties = tl.where(wider, floor, boundary), tl.where(wider, floor_ties, ties)
         else:
-            within = most_important(key, larger(ENDS[index], FLOOR))
-        level += 1 - within.to(tl.int32)
-    if CAP:
-        coarsest = tl.load(coarsest_ptr + row // query_blocks * key_blocks + block, mask=real, other=0)
-        level = tl.where(level < len(ENDS), tl.minimum(level, coarsest), level)
+            boundary, ties = most_important(keys, below, largest, key_blocks, larger(ENDS[index], FLOOR))
+        boundaries += (boundary,)
+        lasts += (last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK),)
 
-    # Four counters, one a level, share each scan; they cannot run over, since no row has 2^16 blocks.
+    if CAP:
+        coarsest = coarsest_ptr + row // query_blocks * key_blocks
+    else:
+        coarsest = coarsest_ptr
+    # Kinds of blocks: the levels, and those past the last. Where four are all, the place of the fourth is that which
+    # the other three leave.
+    KINDS: tl.constexpr = len(ENDS) + 1
+    STEP: tl.constexpr = 4 if KINDS <= 4 else 3
     start = 0
-    for first in tl.static_range(0, len(ENDS) + 1, 4):
-        counter = (level - first) * 16
-        counted = real & (counter >= 0) & (counter < 64)
-        counter = tl.where(counted, counter, 0).to(tl.int64)
-        ones = tl.where(counted, tl.full([], 1, tl.int64) << counter, 0)
-        place = ((tl.cumsum(ones, 0) >> counter) & 0xFFFF).to(tl.int32) - 1
-        for index in tl.static_range(first, larger(first, smaller(first + 4, len(ENDS) + 1))):
-            chosen = real & (level == index)
-            tl.store(ids_ptr + row * key_blocks + start + place, block.to(ids_ptr.dtype.element_ty), mask=chosen)
-            count = tl.sum(chosen.to(tl.int32), 0)
-            if index < len(ENDS):
-                tl.store(counts_ptr + row * len(ENDS) + index, count)
-            start += count
+    for first in tl.static_range(0, KINDS, STEP):
+        counts = (0, 0, 0)
+        for begin in range(0, key_blocks, CHUNK):
+            _, _, ones = kinds_of(
+                importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, first, CAP, CHUNK
+            )  # fmt: skip
+            counts = advance(counts, tl.sum(ones, 0))
+        for index in tl.static_range(smaller(3, len(ENDS) - first)):
+            tl.store(counts_ptr + row * len(ENDS) + first + index, counts[index])
+        places = (start, start + counts[0], start + counts[0] + counts[1])
+        start += counts[0] + counts[1] + counts[2]
+        attended = start
+        for begin in range(0, key_blocks, CHUNK):
+            block, kind, ones = kinds_of(
+                importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, first, CAP, CHUNK
+            )  # fmt: skip
+            counted = tl.cumsum(ones, 0) - ones
+            a, b, c = counted & 0x3FF, (counted >> 10) & 0x3FF, counted >> 20
+            place = tl.where(kind == 0, places[0] + a, tl.where(kind == 1, places[1] + b, places[2] + c))
+            chosen = (kind >= 0) & (kind < 3) & (block < key_blocks)
+            if STEP == 4:
+                place = tl.where(kind == 3, attended + (block - begin) - (a + b + c), place)
+                chosen = block < key_blocks
+            tl.store(ids_ptr + row * key_blocks + place, block.to(ids_ptr.dtype.element_ty), mask=chosen)
+            found = tl.sum(ones, 0)
+            places = advance(places, found)
+            attended += CHUNK - ((found & 0x3FF) + ((found >> 10) & 0x3FF) + (found >> 20))
 
 
 # Inside a kernel, `max` and `min` stand for operations on tensors.
@@ -107,52 +138,135 @@ def smaller(a, b):
 
 
 @triton.jit
-def most_important(key, AMOUNT: tl.constexpr):
-    """Mask of the `AMOUNT` entries with the largest keys; among equal keys the first ones."""
-    # The largest key that at least `AMOUNT` entries reach.
-    low = tl.full([], -1, tl.int32)
-    high = tl.max(key, 0) + 1
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        enough = tl.sum((key >= middle).to(tl.int32), 0) >= AMOUNT
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    return largest_and_first(key, low, AMOUNT - tl.sum((key > low).to(tl.int32), 0))
+def load_keys(importance, block, row_stride, key_blocks):
+    """Importance as integers that compare alike, as floats that are not negative do; -1 past the last block."""
+    # Masking at the stride instead of the last block lets a thread load 16 bytes at a time.
+    values = tl.load(importance + block, mask=block < row_stride, other=0.0)
+    return tl.where(block < key_blocks, values.to(tl.int32, bitcast=True), -1)
 
 
 @triton.jit
-def most_massive(key, block, THRESHOLD: tl.constexpr):
-    """Mask of the entries before which, in descending order, less than a share of the row's mass lies.
+def extremes(keys):
+    """The largest key of a row, and one below its smallest."""
+    largest = tl.max(keys[0], 0)
+    smallest = tl.min(tl.where(keys[0] >= 0, keys[0], 0x7FFFFFFF), 0)
+    if len(keys) > 1:
+        largest = tl.maximum(largest, tl.max(keys[1], 0))
+        smallest = tl.minimum(smallest, tl.min(tl.where(keys[1] >= 0, keys[1], 0x7FFFFFFF), 0))
+    return largest, smallest - 1
+
+
+@triton.jit
+def count_above(keys, boundary):
+    """Number of entries whose key is above a boundary."""
+    count = tl.sum((keys[0] > boundary).to(tl.int32), 0)
+    if len(keys) > 1:
+        count += tl.sum((keys[1] > boundary).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def mass_above(keys, boundary, dtype: tl.constexpr = tl.float64):
+    """Sum of the entries whose key is above a boundary, itself at least -1.
 
     Sums are float64, as in the reference: with float32 addends of like size they are exact, in whatever order.
     """
-    total = tl.sum(tl.where(key >= 0, key.to(tl.float32, bitcast=True), 0.0).to(tl.float64), 0)
-    threshold = tl.full([], THRESHOLD, tl.float64)
-    # The smallest key of which less than the share lies before the first entry.
-    low = tl.full([], -1, tl.int32)
-    high = tl.max(key, 0)
-    while high - low > 1:
+    mass = tl.sum(masked_mass(keys[0], boundary).to(dtype), 0)
+    if len(keys) > 1:
+        mass += tl.sum(masked_mass(keys[1], boundary).to(dtype), 0)
+    return mass
+
+
+@triton.jit
+def masked_mass(key, boundary):
+    return tl.where(key > boundary, key.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def most_important(keys, below, largest, key_blocks, AMOUNT: tl.constexpr):
+    """Boundary of the `AMOUNT` largest keys, and how many that equal it are among them but not all."""
+    low, above_low = below, key_blocks
+    high, above_high = largest, 0
+    if AMOUNT == 0:
+        low, above_low = largest, 0
+    while (high - low > 1) & (above_low > AMOUNT):
         middle = low + (high - low) // 2
-        beyond = mass_above(key, middle) / total >= threshold
-        low = tl.where(beyond, middle, low)
-        high = tl.where(beyond, high, middle)
-    ties = tl.sum((key == high).to(tl.int32), 0)
-    before = mass_above(key, high) + block.to(tl.float64) * high.to(tl.float32, bitcast=True).to(tl.float64)
-    within = (block < ties) & ((before / total >= threshold) == 0)
-    return largest_and_first(key, high, tl.sum(within.to(tl.int32), 0))
+        above = count_above(keys, middle)
+        enough = above >= AMOUNT
+        low, above_low = tl.where(enough, middle, low), tl.where(enough, above, above_low)
+        high, above_high = tl.where(enough, high, middle), tl.where(enough, above_high, above)
+    met = above_low <= AMOUNT
+    return tl.where(met, low, high), tl.where(met, 0, AMOUNT - above_high)
 
 
 @triton.jit
-def mass_above(key, boundary):
-    """Sum of the entries whose key is above a boundary that is not negative."""
-    return tl.sum(tl.where(key > boundary, key.to(tl.float32, bitcast=True), 0.0).to(tl.float64), 0)
+def most_massive(keys, below, largest, key_blocks, total, THRESHOLD: tl.constexpr):
+    """Boundary and ties, as `most_important`, of the entries before which less than a share of the mass lies."""
+    low, above_low = below, key_blocks
+    high, above_high = largest, 0
+    if THRESHOLD <= 0:
+        # Nothing, but of a row without any mass everything: there no share is defined that could reach a threshold.
+        low, above_low = tl.where(total > 0, largest, low), tl.where(total > 0, 0, above_low)
+    threshold = tl.full([], THRESHOLD, tl.float64)
+    aim = (threshold * total).to(tl.float32)
+    # A single entry between the two is the last that belongs to the level.
+    while (high - low > 1) & (above_low - above_high > 1):
+        middle = low + (high - low) // 2
+        above = count_above(keys, middle)
+        mass = mass_above(keys, middle, tl.float32)
+        beyond = mass >= aim
+        # More than the rounding errors of the sums apart, float32 tells which is larger.
+        if (tl.abs(mass - aim) <= 1e-4 * aim) | (total <= 0):
+            beyond = mass_above(keys, middle) / total >= threshold
+        low, above_low = tl.where(beyond, middle, low), tl.where(beyond, above, above_low)
+        high, above_high = tl.where(beyond, high, middle), tl.where(beyond, above_high, above)
+    boundary, ties = low, 0
+    equal = above_low - above_high
+    if equal > 1:
+        boundary = high
+        before = mass_above(keys, high)
+        value = high.to(tl.float32, bitcast=True).to(tl.float64)
+        for begin in range(0, equal, 128):
+            tie = begin + tl.arange(0, 128)
+            within = (tie < equal) & (((before + tie.to(tl.float64) * value) / total >= threshold) == 0)
+            ties += tl.sum(within.to(tl.int32), 0)
+    return boundary, ties
 
 
 @triton.jit
-def largest_and_first(key, boundary, amount):
-    """Mask of the entries whose key is above the boundary, and of the first `amount` that equal it."""
-    equal = (key == boundary).to(tl.int32)
-    # Ties at a boundary are rare, and counting them costs more than finding that there are none.
-    if tl.sum(equal, 0) > amount:
-        equal = equal * (tl.cumsum(equal, 0) <= amount).to(tl.int32)
-    return (key > boundary) | (equal > 0)
+def last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK: tl.constexpr):
+    """The block of the last of the first `ties` entries whose key equals the boundary; -1 if there are to be none."""
+    last = tl.full([], -1, tl.int32)
+    if ties > 0:
+        for begin in range(0, key_blocks, CHUNK):
+            block = begin + tl.arange(0, CHUNK)
+            equal = (load_keys(importance, block, row_stride, key_blocks) == boundary).to(tl.int32)
+            counted = tl.cumsum(equal, 0)
+            last = tl.maximum(last, tl.max(tl.where((equal > 0) & (counted <= ties), block, -1), 0))
+            ties -= tl.sum(equal, 0)
+    return last
+
+
+@triton.jit
+def kinds_of(
+    importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, FIRST: tl.constexpr, CAP: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A chunk of blocks; their kinds, counted from `FIRST`; and a one in the counter of each of the kinds 0, 1, 2."""
+    block = begin + tl.arange(0, CHUNK)
+    key = load_keys(importance, block, row_stride, key_blocks)
+    kind = tl.zeros([CHUNK], tl.int32)
+    for index in tl.static_range(len(boundaries)):
+        kind += (key <= boundaries[index] - (block <= lasts[index]).to(tl.int32)).to(tl.int32)
+    if CAP:
+        cap = tl.load(coarsest + block, mask=block < key_blocks, other=0)
+        kind = tl.where(kind < len(boundaries), tl.minimum(kind, cap), kind)
+    kind -= FIRST
+    counter = tl.where(kind == 0, 1, tl.where(kind == 1, 1 << 10, 1 << 20))
+    return block, kind, tl.where((kind >= 0) & (kind < 3), counter, 0)
+
+
+@triton.jit
+def advance(counts, ones):
+    """Add the three counters of a sum of ones to three numbers."""
+    return counts[0] + (ones & 0x3FF), counts[1] + ((ones >> 10) & 0x3FF), counts[2] + (ones >> 20)

@@ -9,22 +9,22 @@ import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
-from psa_kernels.layout import TokenLayout
-from psa_kernels.pyramid.triton import TritonPyramid, pool_tokens
-from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import (
-    capability,
-    load_real_rows,
-    load_rows,
-    needs_wide_offsets,
-    padded_dim,
-    row_offsets,
-    short_permutation,
-    video_tokens,
+from psa_kernels.importance.representatives import (
+    NATURAL_COLUMNS,
+    NATURAL_ROWS,
+    Rows,
+    column_dims,
+    in_tiles,
+    row_dims,
+    smaller,
 )
+from psa_kernels.layout import TokenLayout
+from psa_kernels.pyramid.triton import TritonPyramid
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_rows import capability, padded_dim
 
-# Representatives of queries, and most of keys, that are multiplied at a time.
-TILE = 128
+# Scratch entries of an item that are read at a time.
+READ = 16384
 
 
 def block_importance(
@@ -43,191 +43,221 @@ def block_importance(
         pyramid: of k; spares the estimator `pooled` a pass over the keys where it has a level of the key stride.
 
     Returns:
-        float32 `[B, H, query blocks, key blocks]`, non-negative.
+        float32 `[B, H, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
     """
     how = spec.importance
     batch, _, heads, head_dim = q.shape
-    permutation = short_permutation(layout)
-    queries, keys = Rows.of_tokens(q, layout, how.query_stride), Rows.of_tokens(k, layout, how.key_stride)
-    if how.estimator == "pooled":
-        queries = queries if how.query_stride == 1 else Rows.of_means(pool_tokens(q, layout, (how.query_stride,))[0])
-        keys = keys if how.key_stride == 1 else _pooled_keys(k, layout, spec, pyramid)
+    columns = spec.block_key // how.key_stride
+    tile = tile_shape(capability(q.device), head_dim, q.element_size(), columns)
+    programs = tile.pop("programs")
     query_samples = block_count(layout.video_queries, how.query_stride)
     key_samples = block_count(layout.video_keys, how.key_stride)
     key_blocks = block_count(layout.video_keys, spec.block_key)
     query_blocks = block_count(layout.video_queries, spec.block_query)
+    pooled = how.estimator == "pooled"
+    queries = in_tiles(
+        Rows.of_tokens(q, layout, how.query_stride, pooled), batch, heads, head_dim, query_samples,
+        row_dims(tile["TILE_M"], tile["num_warps"]), NATURAL_ROWS,
+    )  # fmt: skip
+    keys = in_tiles(
+        _pooled_keys(k, layout, spec, pyramid) if pooled else Rows.of_tokens(k, layout, how.key_stride, False), batch,
+        heads, head_dim, key_samples, column_dims(tile["TILE_N"], columns), NATURAL_COLUMNS,
+    )  # fmt: skip
     # Rows lie at multiples of 64 bytes, which the allocation reads faster.
     padded = torch.empty(batch, heads, query_blocks, block_count(key_blocks, 16) * 16, device=q.device)
     importance = padded[..., :key_blocks]
-    items = batch * heads * triton.cdiv(query_samples, TILE)
-    programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2)
-    # One row a program, written and read again for each item: it stays in the cache.
-    scratch = torch.empty(programs, TILE, _scratch_width(key_blocks), device=q.device)
+    items = queries.shape[0] * queries.shape[1]
+    programs *= torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    programs = min(items, programs)
+    entries = block_count(keys.shape[1] * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
+    scratch = torch.empty(programs, entries, dtype=torch.uint16, device=q.device)
+    tops = torch.empty(programs, tile["TILE_M"], device=q.device)
     importance_kernel[(programs,)](
-        queries.tensor, keys.tensor, scratch, importance, permutation, *queries.strides, *keys.strides,
-        queries.step, queries.text_before, keys.step, keys.text_before, heads, items, query_samples, key_samples,
-        query_blocks, key_blocks, importance.stride(2), scratch.shape[2],
+        queries, keys, scratch, tops, importance, items, queries.shape[1], query_samples, key_samples, query_blocks,
+        key_blocks, importance.stride(2), entries,
         # Never 0, by which the -inf of absent keys must not be multiplied.
         max(abs(scale) * math.log2(math.e), 1e-30),
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride,
-        COLUMNS=spec.block_key // how.key_stride, LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0,
-        PERMUTED_QUERIES=queries.tokens and permutation is not None,
-        PERMUTED_KEYS=keys.tokens and permutation is not None, WIDE=needs_wide_offsets(q, k),
-        **tile_shape(capability(q.device), head_dim, q.element_size(), spec.block_key // how.key_stride),
+        PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride, COLUMNS=columns,
+        LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=tile["num_warps"], READ=READ, **tile,
     )  # fmt: skip
     return importance
 
 
-def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, columns: int) -> dict[str, int]:
-    """Tile sizes, pipeline stages and warps for `columns` samples a key block."""
+def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, columns: int) -> dict[str, int | None]:
+    """Tile sizes, pipeline stages, launch options, and programs for each multiprocessor."""
     width = padded_dim(head_dim) * element_size
-    if capability[0] == 9:
-        keys = TILE if width <= 256 else 64
+    tile = {"TILE_M": 128, "STAGES": 2, "programs": 1, "num_warps": 8, "maxnreg": None}
+    if capability[0] == 9 and width <= 256:
+        # Two programs fit, and one multiplies while the other computes exponentials. More rows spare reads of keys.
+        tile |= {"programs": 2, "maxnreg": 128}
+        tile |= {"TILE_M": 256, "TILE_N": 64} if columns in (8, 16) else {"TILE_N": 128}
     else:
-        # On capability 12, wider tiles spill where keys are permuted.
-        keys = 64 if width <= 128 or capability[0] == 10 else 16 if capability[0] == 12 else 32
-    stages = 2 if width <= 512 else 1
-    return {"TILE_M": TILE, "TILE_N": max(keys, columns), "STAGES": stages, "num_warps": 8}
-
-
-class Rows:
-    """Representatives in memory: row i of a head lies at `step * i`, as a token (perhaps permuted) or as a mean."""
-
-    def __init__(self, tensor: torch.Tensor, strides: tuple[int, ...], step: int, text_before: int, tokens: bool):
-        self.tensor, self.strides, self.step, self.text_before, self.tokens = tensor, strides, step, text_before, tokens
-
-    @classmethod
-    def of_tokens(cls, x: torch.Tensor, layout: TokenLayout, stride: int) -> Rows:
-        """One of every `stride` video tokens of `x`, `[B, N, H, D]`."""
-        return cls(x, x.stride()[:3], stride, layout.text_before, True)
-
-    @classmethod
-    def of_means(cls, means: torch.Tensor, first: int = 0) -> Rows:
-        """The rows of `means`, `[B, H, R, D]`, from `first` on."""
-        batch, heads, rows, _ = means.stride()
-        return cls(means, (batch, rows, heads), 1, first, False)
+        wide = 128 if capability[0] == 10 else 64
+        tile["TILE_N"] = wide if width <= 256 else 64 if capability[0] in (9, 10) else 32
+        tile["STAGES"] = 2 if width <= 512 else 1
+    tile["TILE_N"] = max(tile["TILE_N"], columns)
+    return tile
 
 
 def _pooled_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, pyramid: TritonPyramid | None) -> Rows:
     stride = spec.importance.key_stride
     if pyramid is None or stride not in pyramid.factors:
-        return Rows.of_means(pool_tokens(k, layout, (stride,))[0])
+        return Rows.of_tokens(k, layout, stride, True)
     before = pyramid.factors[: pyramid.factors.index(stride)]
-    return Rows.of_means(pyramid.keys, sum(block_count(layout.video_keys, factor) for factor in before))
-
-
-def _scratch_width(key_blocks: int) -> int:
-    """Key blocks of a scratch row, up to whole tiles."""
-    return block_count(key_blocks, TILE) * TILE
+    first = sum(block_count(layout.video_keys, factor) for factor in before)
+    return Rows.of_means(pyramid.keys, first, block_count(layout.video_keys, stride))
 
 
 @triton.jit
 def importance_kernel(
-    q_ptr, k_ptr, scratch_ptr, importance_ptr, permutation, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn,
-    stride_kh, q_step, q_before, k_step, k_before, heads, items, query_samples, key_samples, query_blocks, key_blocks,
-    row_stride, scratch_width, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SAMPLES: tl.constexpr,
-    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED_QUERIES: tl.constexpr,
-    PERMUTED_KEYS: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr,
+    query_ptr, key_ptr, scratch_ptr, tops_ptr, importance_ptr, items, query_tiles, query_samples, key_samples,
+    query_blocks, key_blocks, row_stride, scratch_width, scale, PADDED_DIM: tl.constexpr, SAMPLES: tl.constexpr,
+    COLUMNS: tl.constexpr, LARGEST: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """Items of `TILE_M` query representatives of one head, one after the other.
 
     The row sums of the softmax are known only at the end. Until then one number a row and key block waits in the
-    scratch: log2 of the block's largest weight, or of the sum of its weights.
+    scratch: log2 of the block's largest weight, or of the sum of its weights. Weights are relative to a reference,
+    each row's largest score in the first tile, which spares the products that follow a running maximum.
     """
     BLOCKS: tl.constexpr = TILE_N // COLUMNS
-    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * TILE_M * scratch_width
-    tiles = tl.cdiv(query_samples, TILE_M)
-    dims = tl.arange(0, PADDED_DIM)
-    columns = tl.arange(0, TILE_N)
-    places = tl.arange(0, TILE_M)[:, None] * scratch_width + tl.arange(0, BLOCKS)[None, :]
+    SIZE: tl.constexpr = TILE_M * BLOCKS
+    scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_width
+    tops_row = tops_ptr + tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
+    cells = tl.arange(0, TILE_N)[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None, :]
+    last = (key_samples - 1) // TILE_N
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        head_index = (item // tiles).to(tl.int64)
-        batch, head = head_index // heads, head_index % heads
-        k_head = k_ptr + batch * stride_kb + head * stride_kh
-        sample = item % tiles * TILE_M + tl.arange(0, TILE_M)
-        real = sample < query_samples
-        token = video_tokens(sample * q_step, permutation, q_before, real, PERMUTED_QUERIES)
-        q_head = q_ptr + batch * stride_qb + head * stride_qh
-        q = load_real_rows(q_head + row_offsets(token, stride_qn, WIDE), dims, real, HEAD_DIM)
-        if NEGATIVE_SCALE:
-            q = -q
-        top = tl.full([TILE_M], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
-        full = key_samples // TILE_N * TILE_N
-        for first in tl.range(0, full, TILE_N, num_stages=STAGES):
-            waiting, top, total = score_tile(
-                q, k_head, permutation, first + columns, dims, stride_kn, k_step, k_before, key_samples, scale, top,
-                total, HEAD_DIM, PADDED_DIM, COLUMNS, LARGEST, PERMUTED_KEYS, WIDE, False,
-            )  # fmt: skip
-            tl.store(scratch + first // COLUMNS + places, waiting)
-        if full < key_samples:
-            waiting, top, total = score_tile(
-                q, k_head, permutation, full + columns, dims, stride_kn, k_step, k_before, key_samples, scale, top,
-                total, HEAD_DIM, PADDED_DIM, COLUMNS, LARGEST, PERMUTED_KEYS, WIDE, True,
-            )  # fmt: skip
-            tl.store(scratch + full // COLUMNS + places, waiting)
-
-        # Other threads of the program wrote what this one reads, and will read what the next item overwrites.
-        tl.debug_barrier()
-        norm = tl.where(real, top + tl.math.log2(total), float("inf"))
-        reduce_item(
-            scratch, scratch_width, importance_ptr + head_index * query_blocks * row_stride, row_stride, norm,
-            item % tiles * TILE_M, query_samples, key_samples, query_blocks, key_blocks, SAMPLES, COLUMNS, LARGEST,
-            TILE_M,
-        )  # fmt: skip
-        tl.debug_barrier()
+        head_index = (item // query_tiles).to(tl.int64)
+        k_head = key_ptr + head_index * (last + 1) * (TILE_N * PADDED_DIM) + cells
+        again = True
+        for attempt in range(2):
+            if again:
+                rows = (head_index * query_tiles + item % query_tiles) * TILE_M + tl.arange(0, TILE_M)
+                q = tl.load(query_ptr + rows[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None, :])
+                if NEGATIVE_SCALE:
+                    q = -q
+                reference = tl.load(tops_row)
+                top = tl.full([TILE_M, smaller(4, BLOCKS)], -float("inf"), tl.float32)
+                total = tl.zeros([TILE_M, 4], tl.float32)
+                # The last tile, perhaps a ragged one, comes first.
+                for back in tl.range(0, last + 1, num_stages=STAGES):
+                    tile = last - back
+                    keys = tl.load(k_head + tile * (TILE_N * PADDED_DIM))
+                    scores = tl.dot(q, keys.T, input_precision="ieee")
+                    if back == 0:
+                        real = tile * TILE_N + natural_columns(TILE_N, COLUMNS) < key_samples
+                        scores = tl.where(real[None, :], scores, -float("inf"))
+                        if attempt == 0:
+                            reference = tl.max(scores, 1) * scale
+                    waiting, tile_top, weight = score_blocks(scores, reference, scale, COLUMNS, LARGEST)
+                    top = tl.maximum(top, tile_top)
+                    total += weight
+                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting), WARPS))
+                tops = tl.max(top, 1) * scale
+                # Scores that lie too far above the reference are weighed anew, relative to the largest one.
+                again = tl.max(tops - reference, 0) > 56
+                tl.store(tops_row, tops)
+                # Other threads wrote the scratch that this one reads, and will read what the next item overwrites.
+                tl.debug_barrier()
+                reduce_item(
+                    scratch, importance_ptr + head_index * query_blocks * row_stride, row_stride,
+                    tl.math.log2(tl.sum(total, 1)), item % query_tiles * TILE_M, query_samples, key_samples,
+                    query_blocks, key_blocks, SAMPLES, COLUMNS, LARGEST, TILE_N, WARPS, READ,
+                )  # fmt: skip
+                tl.debug_barrier()
 
 
 @triton.jit
-def score_tile(
-    q, k_head, permutation, sample, dims, stride_kn, k_step, k_before, key_samples, scale, top, total,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr,
-    PERMUTED: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """One tile of key representatives: what waits in the scratch, `[TILE_M, blocks]`, and the softmax's states."""
-    real = sample < key_samples
-    if RAGGED:
-        token = video_tokens(sample * k_step, permutation, k_before, real, PERMUTED)
-        keys = load_real_rows(k_head + row_offsets(token, stride_kn, WIDE), dims, real, HEAD_DIM)
-    else:
-        token = video_tokens(sample * k_step, permutation, k_before, None, PERMUTED)
-        keys = load_rows(k_head + row_offsets(token, stride_kn, WIDE), dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee")
-    if RAGGED:
-        scores = tl.where(real[None, :], scores, -float("inf"))
-    blocks: tl.constexpr = [scores.shape[0], scores.shape[1] // COLUMNS, COLUMNS]
+def natural_columns(TILE_N: tl.constexpr, COLUMNS: tl.constexpr):
+    """The natural number of each column of a tile."""
+    D: tl.constexpr = column_dims(TILE_N, COLUMNS)
+    natural = tl.reshape(tl.arange(0, TILE_N), [D[2], D[1], D[4], D[0], D[3], D[5]])
+    return tl.reshape(tl.permute(natural, [3, 1, 0, 4, 2, 5]), [TILE_N])
+
+
+@triton.jit
+def score_blocks(scores, reference, scale, COLUMNS: tl.constexpr, LARGEST: tl.constexpr):
+    """What waits in the scratch, and of each row a largest score and a sum of weights for every thread with a part."""
+    D: tl.constexpr = column_dims(scores.shape[1], COLUMNS)
+    unfolded: tl.constexpr = [scores.shape[0], D[0], D[1], D[2], D[3], D[4], D[5]]
+    weights = tl.math.exp2(scores * scale - reference[:, None])
+    largest = tl.max(tl.max(tl.max(tl.reshape(scores, unfolded), 6), 4), 1)
     if LARGEST:
-        largest = tl.max(tl.reshape(scores, blocks), 2)
-        waiting = largest * scale
-        new_top = tl.maximum(top, tl.max(largest, 1) * scale)
-        weights = tl.math.exp2(scores * scale - new_top[:, None])
+        waiting = largest * scale - reference[:, None, None, None]
     else:
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.math.exp2(scores * scale - new_top[:, None])
-        waiting = tl.math.log2(tl.sum(tl.reshape(weights, blocks), 2)) + new_top[:, None]
-    return waiting, new_top, total * tl.math.exp2(top - new_top) + tl.sum(weights, 1)
+        waiting = tl.math.log2(tl.sum(tl.sum(tl.sum(tl.reshape(weights, unfolded), 6), 4), 1))
+    weights = tl.reshape(weights, [scores.shape[0], D[0] * D[1], D[2] * D[3], D[4] * D[5]])
+    return waiting, tl.max(tl.max(largest, 3), 1), tl.sum(tl.sum(weights, 3), 1)
+
+
+@triton.jit
+def encode(x):
+    """A logarithm between -64 and 64 in 16 bits, in steps of 1/512; half as much to write and read as a float."""
+    # 2^23 + 2^15 shifts the step to the last bit of a float and zero to the middle of the range.
+    return (tl.maximum(x * 512.0, -32768.0) + 8421376.0).to(tl.int32, bitcast=True).to(tl.uint16)
+
+
+@triton.jit
+def decode(code):
+    return ((code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0) * (1.0 / 512)
+
+
+@triton.jit
+def in_threads(waiting, WARPS: tl.constexpr):
+    """Bring `[TILE_M, blocks in j, threads, blocks in e]` into an order in which a thread's entries are neighbours."""
+    R: tl.constexpr = row_dims(waiting.shape[0], WARPS)
+    J: tl.constexpr = waiting.shape[1]
+    T: tl.constexpr = waiting.shape[2]
+    E: tl.constexpr = waiting.shape[3]
+    OWNED: tl.constexpr = R[0] * R[2] * J * E
+    # A thread writes 16 bytes at a time.
+    PART: tl.constexpr = smaller(OWNED, 8)
+    waiting = tl.permute(tl.reshape(waiting, [R[0], R[1], R[2], R[3], J, T, E]), [1, 3, 5, 0, 2, 4, 6])
+    waiting = tl.permute(tl.reshape(waiting, [R[1] * R[3] * T, OWNED // PART, PART]), [1, 0, 2])
+    return tl.reshape(waiting, [R[1] * R[3] * T * OWNED])
+
+
+@triton.jit
+def out_of_threads(entries, TILE_N: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
+    """Undo `in_threads` for several tiles: `[blocks, TILE_M]` in natural order."""
+    R: tl.constexpr = row_dims(TILE_M, WARPS)
+    D: tl.constexpr = column_dims(TILE_N, COLUMNS)
+    BLOCKS: tl.constexpr = TILE_N // COLUMNS
+    TILES: tl.constexpr = entries.shape[0] // (TILE_M * BLOCKS)
+    OWNED: tl.constexpr = R[0] * R[2] * D[1] * D[4]
+    PART: tl.constexpr = smaller(OWNED, 8)
+    entries = tl.permute(tl.reshape(entries, [TILES, OWNED // PART, R[1] * R[3], D[2], PART]), [0, 3, 2, 1, 4])
+    entries = tl.reshape(entries, [TILES, D[2], R[1] * R[3], R[0] * R[2], D[1] * D[4]])
+    return tl.reshape(tl.permute(entries, [0, 1, 4, 2, 3]), [TILES * BLOCKS, TILE_M])
 
 
 @triton.jit
 def reduce_item(
-    scratch, scratch_width, importance, row_stride, norm, first_sample, query_samples, key_samples, query_blocks,
-    key_blocks, SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, TILE_M: tl.constexpr,
+    scratch, importance, row_stride, norm, first_sample, query_samples, key_samples, query_blocks, key_blocks,
+    SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, TILE_N: tl.constexpr, WARPS: tl.constexpr,
+    READ: tl.constexpr,
 ):  # fmt: skip
     """Largest or mean probability of each pair of blocks, from the scratch and the log2 of the row sums `norm`."""
+    TILE_M: tl.constexpr = norm.shape[0]
     QUERY_BLOCKS: tl.constexpr = TILE_M // SAMPLES
-    WIDTH: tl.constexpr = 64  # divides the width of the scratch
+    WIDTH: tl.constexpr = READ // TILE_M
+    R: tl.constexpr = row_dims(TILE_M, WARPS)
+    norm = tl.reshape(tl.permute(tl.reshape(norm, [R[0], R[1], R[2], R[3]]), [1, 3, 0, 2]), [TILE_M])
+    norm = tl.where(first_sample + tl.arange(0, TILE_M) < query_samples, norm, float("inf"))
     query_block = first_sample // SAMPLES + tl.arange(0, QUERY_BLOCKS)
     for first in range(0, key_blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
-        waiting = tl.load(scratch + tl.arange(0, TILE_M)[:, None] * scratch_width + block[None, :])
-        pairs = tl.reshape(tl.math.exp2(waiting - norm[:, None]), [QUERY_BLOCKS, SAMPLES, WIDTH])
+        waiting = decode(tl.load(scratch + first * TILE_M + tl.arange(0, READ)))
+        shares = out_of_threads(waiting, TILE_N, TILE_M, COLUMNS, WARPS) - norm[None, :]
+        pairs = tl.reshape(shares, [WIDTH, QUERY_BLOCKS, SAMPLES])
         if LARGEST:
-            found = tl.max(pairs, 1)
+            found = tl.math.exp2(tl.max(pairs, 2))
         else:
             rows = tl.minimum(query_samples - query_block * SAMPLES, SAMPLES)
             sizes = tl.minimum(key_samples - block * COLUMNS, COLUMNS)
-            found = tl.sum(pairs, 1) / (rows[:, None] * sizes[None, :]).to(tl.float32)
+            found = tl.sum(tl.math.exp2(pairs), 2) / (sizes[:, None] * rows[None, :]).to(tl.float32)
         tl.store(
-            importance + query_block[:, None] * row_stride + block[None, :], found,
-            mask=(query_block < query_blocks)[:, None] & (block < key_blocks)[None, :],
+            importance + query_block[None, :] * row_stride + block[:, None], found,
+            mask=(query_block < query_blocks)[None, :] & (block < key_blocks)[:, None],
         )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Representatives of queries and keys, side by side in memory in the order in which the importance kernel holds them.
+
+The kernel reduces the scores of neighbours. In the registers of a GPU neighbouring columns of a matrix product belong
+to four threads in turn, so a reduction over neighbours would cost exchanges between threads. Any order of the rows and
+columns is as good to a matrix product, and here one is made in which those to be reduced lie in one thread.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.blocks import block_count
+from psa_kernels.layout import TokenLayout
+from psa_kernels.triton_rows import (
+    load_real_rows,
+    needs_wide_offsets,
+    padded_dim,
+    row_offsets,
+    short_permutation,
+    video_tokens,
+)
+
+# Representatives that one program makes.
+CHUNK = 32
+
+
+@triton.constexpr_function
+def column_dims(tile_n, columns):
+    """Sizes that the columns of a tile of `tile_n` keys, `columns` a block, unfold to, slowest first.
+
+    In the accumulator of a tensor core thread t of every four has columns 8 j + 2 t + e for all j and for e = 0, 1
+    (elsewhere the order costs a little and is right all the same). The sizes, and what they count, are: samples of one
+    block in j; blocks in j; blocks in t; samples in t, if there are fewer than four blocks; blocks in e, if they
+    have one sample each; samples in e.
+    """
+    blocks = tile_n // columns
+    threads, pair = min(4, blocks), min(2, columns)
+    blocks_in_j = blocks * pair // (2 * threads)
+    return tile_n // 8 // blocks_in_j, blocks_in_j, threads, 4 // threads, 2 // pair, pair
+
+
+@triton.constexpr_function
+def row_dims(tile_m, warps):
+    """Sizes that the rows of a tile unfold to, slowest first: one thread has all along the first and the third."""
+    return max(1, tile_m // (16 * warps)), min(warps, tile_m // 16), 2, 8
+
+
+# The same dimensions from the slowest to the fastest in the natural order, in which neighbours are neighbours.
+NATURAL_COLUMNS = (2, 1, 4, 0, 3, 5)
+NATURAL_ROWS = (1, 3, 0, 2)
+
+
+def in_tiles(
+    rows: Rows, batch: int, heads: int, head_dim: int, samples: int, dims: tuple[int, ...], natural: tuple[int, ...]
+) -> torch.Tensor:
+    """Copy representatives of all heads into tiles.
+
+    Args:
+        samples: how many of them there are in a head.
+        dims: what the rows of a tile unfold to.
+        natural: these dimensions in natural order.
+
+    Returns:
+        `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of the rows, zeros past the last.
+    """
+    strides = [1] * len(dims)
+    for i in reversed(range(len(dims) - 1)):
+        strides[i] = strides[i + 1] * dims[i + 1]
+    tile = strides[0] * dims[0]
+    tiles = block_count(samples, tile)
+    x = rows.tensor
+    out = torch.empty(batch * heads, tiles, tile, padded_dim(head_dim), dtype=x.dtype, device=x.device)
+    tile_kernel[(batch * heads, tiles * tile // CHUNK)](
+        x, out, rows.permutation, *rows.strides, rows.step, rows.first, rows.positions, heads, samples,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=rows.count, TILE=tile,
+        SIZES=tuple(dims[i] for i in reversed(natural)), STRIDES=tuple(strides[i] for i in reversed(natural)),
+        PERMUTED=rows.permutation is not None, WIDE=rows.wide, CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+class Rows:
+    """Where representatives come from: number i of a head is the mean of `count` rows from position `step * i` on.
+
+    Attributes:
+        tensor: `[B, N, H, D]` in the order of `strides`, the element strides of its first three dimensions.
+        first: the row at position 0, where there is no permutation.
+        positions: how many positions there are.
+        permutation: None, or int32 `[positions]`: which row stands at a position, counted from `first`.
+    """
+
+    def __init__(self, tensor, strides, first, positions, step=1, count=1, permutation=None, wide=False):
+        self.tensor, self.strides, self.first, self.positions = tensor, strides, first, positions
+        self.step, self.count, self.permutation, self.wide = step, count, permutation, wide
+
+    @classmethod
+    def of_tokens(cls, x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool) -> Rows:
+        """One of every `stride` video tokens of `x`, `[B, N, H, D]`, or the mean of them."""
+        video = x.shape[1] - layout.text_before - layout.text_after
+        return cls(
+            x, x.stride()[:3], layout.text_before, video, stride, stride if pooled else 1, short_permutation(layout),
+            needs_wide_offsets(x),
+        )  # fmt: skip
+
+    @classmethod
+    def of_means(cls, means: torch.Tensor, first: int, rows: int) -> Rows:
+        """`rows` rows of `means`, `[B, H, R, D]`, from `first` on."""
+        batch, heads, row, _ = means.stride()
+        return cls(means, (batch, row, heads), first, rows)
+
+
+# Inside a kernel, `min` stands for an operation on tensors.
+@triton.constexpr_function
+def smaller(a, b):
+    return min(a, b)
+
+
+@triton.jit
+def reorder(n, SIZES: tl.constexpr, STRIDES: tl.constexpr):
+    """Write numbers in the mixed radix `SIZES`, fastest digit first, and add up the digits times `STRIDES`."""
+    found = n * 0
+    for i in tl.static_range(len(SIZES)):
+        found += n % SIZES[i] * STRIDES[i]
+        n = n // SIZES[i]
+    return found
+
+
+@triton.jit
+def tile_kernel(
+    x_ptr, out_ptr, permutation, stride_b, stride_n, stride_h, step, first, positions, heads, samples,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr,
+    STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`CHUNK` representatives of one head."""
+    # Heads run fastest: those of one token are neighbours in memory.
+    head_index = tl.program_id(0).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    sample = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK, PADDED_DIM], tl.float32)
+    UNROLLED: tl.constexpr = smaller(COUNT, 8)
+    for start in range(0, COUNT, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            position = sample * step + start + i
+            real = (sample < samples) & (position < positions)
+            row = video_tokens(position, permutation, first, real, PERMUTED)
+            total += load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
+    if COUNT > 1:
+        total *= (1.0 / tl.maximum(tl.minimum(positions - sample * step, COUNT), 1).to(tl.float32))[:, None]
+    place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
+    rows = head_index * (tl.num_programs(1) * CHUNK) + place
+    tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))
