@@ -14,7 +14,8 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from psa_kernels.implementations import GLUON_VERSIONS  # noqa: E402
 from psa_kernels.sparse.hopper import MOST_LEVELS, pipeline  # noqa: E402
-from psa_kernels.sparse.hopper_kernel import attention_kernel, box_layout  # noqa: E402
+from psa_kernels.sparse.hopper_kernel import attention_kernel  # noqa: E402
+from psa_kernels.sparse.hopper_tiles import box_layout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not triton.__version__.startswith(GLUON_VERSIONS), reason="Gluon changes from one release of Triton to the next"

@@ -13,7 +13,8 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.triton import TritonPyramid
 from psa_kernels.sparse import triton as portable
-from psa_kernels.sparse.hopper_kernel import PANEL, TILE_M, attention_kernel, box_layout
+from psa_kernels.sparse.hopper_kernel import attention_kernel
+from psa_kernels.sparse.hopper_tiles import PANEL, TILE_M, box_layout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import short_permutation
 
@@ -46,8 +47,9 @@ def sparse_attention(
         *_sources(pyramid.source_values, pyramid.values, pyramid.factors, layout, spec), out,
         # Where there is none, any pointer will do.
         redo if lse is None else lse, lists.ids, lists.counts, redo if permutation is None else permutation,
-        redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items, layout.video_queries, layout.video_keys,
-        lists.ids.shape[3], layout.text_before, layout.text_after, query_tokens, scale * math.log2(math.e),
+        redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items, layout.video_queries,
+        layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after, query_tokens,
+        scale * math.log2(math.e),
     )  # fmt: skip
     options = {
         "HEAD_DIM": head_dim,
@@ -70,7 +72,7 @@ def sparse_attention(
 
 def pipeline(head_dim: int) -> dict[str, int]:
     """How many tiles of keys, of values and of queries are in flight; as many as fit shared memory do not pay."""
-    return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2, "AHEAD": False}
+    return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2}
 
 
 def _sources(

@@ -1,0 +1,165 @@
+"""The warps of the kernel for Hopper that fill shared memory: one with queries, one with keys, one with values."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+
+from psa_kernels.sparse.hopper_plan import plan_tiles, run_ends
+from psa_kernels.sparse.hopper_tiles import (
+    PANEL,
+    TILE_M,
+    TILE_N,
+    box_layout,
+    divide,
+    in_ring,
+    item_at,
+    list_row,
+    log2_of,
+)
+
+
+@gluon.jit
+def fetch_queries(
+    q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn, stride_qh, scale,
+    HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
+    TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+):  # fmt: skip
+    """One warp: gather each item's queries, perhaps permuted, and plan the tiles of its list."""
+    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, key_blocks, text_before, text_after = lists
+    CHUNKS: gl.constexpr = HEAD_DIM // 8
+    ROWS: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
+    dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+    place = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    done = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head_index, batch, head, query_tile = item_at(item, heads, video_queries)
+        base = q_ptr + batch.to(gl.int64) * stride_qb * 8 + head.to(gl.int64) * stride_qh * 8
+        row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
+        slot, phase = in_ring(done, QUERY_SLOTS)
+        mbarrier.wait(q_empty.index(slot), phase ^ 1)
+        for part in gl.static_range(TILE_M // ROWS):
+            # Rows past the end repeat the last one; their output is not stored.
+            position = gl.minimum(query_tile * TILE_M + part * ROWS + place, video_queries - 1)
+            token = position + text_before
+            if PERMUTED:
+                token = gl.load(permutation + position) + text_before
+            half = q_tiles.index(slot * 2 + divide(part * ROWS, 64))
+            async_copy.async_copy_global_to_shared(
+                half.slice(part * ROWS % 64, ROWS, dim=0),
+                base + token.to(gl.int64)[:, None] * stride_qn * 8 + dims[None, :],
+            )
+        async_copy.commit_group()
+        ends = run_ends(
+            ids_ptr + row * key_blocks, counts_ptr + row * len(FACTORS), key_blocks, video_keys, text_before,
+            text_after, BLOCK_KEY, FACTORS, TEXT,
+        )  # fmt: skip
+        plan_tiles(plans, biases, slot, ends, text_before, text_after, scale, BLOCK_KEY, FACTORS, TEXT)
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.arrive(q_full.index(slot), count=1)
+        done += 1
+
+
+@gluon.jit
+def fetch_rows(
+    rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
+    FACTORS: gl.constexpr, TEXT: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile."""
+    ids_ptr, counts_ptr, heads, items, video_queries, _, key_blocks, text_before, text_after = lists
+    tile = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head_index, batch, head, query_tile = item_at(item, heads, video_queries)
+        row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
+        ids = ids_ptr + row * key_blocks
+        place = gl.to_tensor(0)
+        if TEXT:
+            for side in gl.static_range(2):
+                if rows[side] is not None:
+                    length = text_before if side == 0 else text_after
+                    for first in range(0, length, BLOCK_KEY):
+                        if place == 0:
+                            open_tile(full, empty, tile, HEAD_DIM, STAGES)
+                        copy_box(rows[side], batch, head, first, tiles, full, tile, place, BLOCK_KEY, HEAD_DIM, STAGES)
+                        place += BLOCK_KEY
+                        tile, place = tile + (place >> log2_of(TILE_N)), place & (TILE_N - 1)
+        for level in gl.static_range(len(FACTORS)):
+            count = gl.load(counts_ptr + row * len(FACTORS) + level)
+            tile, place = copy_run(
+                rows[2 + level], batch, head, ids, count, tiles, full, empty, tile, place,
+                divide(BLOCK_KEY, FACTORS[level]), HEAD_DIM, STAGES,
+            )  # fmt: skip
+            ids += count
+        # What lies past the end arrives as zeros. A weight of 0 times what was there before might not be 0.
+        if place > 0:
+            LAST: gl.constexpr = len(FACTORS) - 1
+            for at in range(place, TILE_N, divide(BLOCK_KEY, FACTORS[LAST])):
+                copy_box(
+                    rows[2 + LAST], batch, head, key_blocks * divide(BLOCK_KEY, FACTORS[LAST]), tiles, full, tile, at,
+                    divide(BLOCK_KEY, FACTORS[LAST]), HEAD_DIM, STAGES,
+                )  # fmt: skip
+            tile += 1
+
+
+@gluon.jit
+def copy_run(
+    source, batch, head, ids, count, tiles, full, empty, tile, place, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy the `count` blocks of a level, `ROWS` rows each, from a place in a tile on; return where the next go.
+
+    Whole tiles are a case of their own, in which one warp keeps up with the warpgroups also where blocks are small.
+    """
+    BOXES: gl.constexpr = TILE_N // ROWS
+    before = gl.minimum(count, ((TILE_N - place) & (TILE_N - 1)) // ROWS)
+    for index in range(before):
+        block = gl.load(ids + index).to(gl.int32)
+        copy_box(source, batch, head, block * ROWS, tiles, full, tile, place + index * ROWS, ROWS, HEAD_DIM, STAGES)
+    place += before * ROWS
+    tile, place = tile + (place >> log2_of(TILE_N)), place & (TILE_N - 1)
+    ids += before
+    for _ in range((count - before) // BOXES):
+        blocks = ()
+        for box in gl.static_range(BOXES):
+            blocks = blocks + (gl.load(ids + box),)
+        open_tile(full, empty, tile, HEAD_DIM, STAGES)
+        for box in gl.static_range(BOXES):
+            copy_box(
+                source, batch, head, blocks[box].to(gl.int32) * ROWS, tiles, full, tile, box * ROWS, ROWS, HEAD_DIM,
+                STAGES,
+            )  # fmt: skip
+        ids += BOXES
+        tile += 1
+    after = (count - before) % BOXES
+    if after > 0:
+        open_tile(full, empty, tile, HEAD_DIM, STAGES)
+    for index in range(after):
+        block = gl.load(ids + index).to(gl.int32)
+        copy_box(source, batch, head, block * ROWS, tiles, full, tile, index * ROWS, ROWS, HEAD_DIM, STAGES)
+    return tile, place + after * ROWS
+
+
+@gluon.jit
+def open_tile(full, empty, tile, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
+    """Wait until a tile's slot is free, and announce how many bytes will come."""
+    stage, phase = in_ring(tile, STAGES)
+    mbarrier.wait(empty.index(stage), phase ^ 1)
+    mbarrier.expect(full.index(stage), TILE_N * HEAD_DIM * 2)
+
+
+@gluon.jit
+def copy_box(
+    source, batch, head, first, tiles, full, tile, place, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copy `ROWS` rows to a place in a tile."""
+    PANELS: gl.constexpr = HEAD_DIM // PANEL
+    BOXES: gl.constexpr = TILE_N // ROWS
+    stage, _ = in_ring(tile, STAGES)
+    boxes = tiles._reinterpret(tiles.dtype, [STAGES * PANELS * BOXES, 1, 1, ROWS, PANEL], box_layout(ROWS))
+    for panel in gl.static_range(PANELS):
+        box = boxes.index((stage * PANELS + panel) * BOXES + place // ROWS)
+        tma.async_copy_global_to_shared(source, [batch, head, first, panel * PANEL], full.index(stage), box)
