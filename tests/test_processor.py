@@ -364,6 +364,7 @@ def test_rotation_matches_the_model():
     """The family's projections equal what diffusers' processor hands to its attention function."""
     from diffusers.models.transformers import transformer_wan
 
+    from psa_diffusers.models import AttentionCall
     from psa_diffusers.models.wan import Wan
 
     transformer = tiny_transformer()
@@ -381,7 +382,7 @@ def test_rotation_matches_the_model():
     try:
         with torch.no_grad():
             attn(hidden, None, None, rotary)
-            ours = Wan.project(attn, hidden, rotary)
+            ours = Wan.project(attn, AttentionCall(hidden, rotary_emb=rotary))
     finally:
         transformer_wan.dispatch_attention_fn = original
     for theirs, our in zip(seen["qkv"], ours, strict=True):

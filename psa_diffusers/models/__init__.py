@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_diffusers.models.family import ModelFamily
+from psa_diffusers.models.cogvideox import CogVideoX
+from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.models.hunyuan_video import HunyuanVideo
+from psa_diffusers.models.skyreels_v2 import SkyReelsV2
 from psa_diffusers.models.wan import Wan
 
-FAMILIES: tuple[type[ModelFamily], ...] = (Wan,)
+__all__ = ["FAMILIES", "AttentionCall", "DenseOnlyError", "ModelFamily", "UnsupportedModelError", "find_family"]
+
+FAMILIES: tuple[type[ModelFamily], ...] = (Wan, HunyuanVideo, CogVideoX, SkyReelsV2)
 
 
 class UnsupportedModelError(ValueError):
