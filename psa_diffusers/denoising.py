@@ -22,14 +22,14 @@ class DenoisingStep:
         run: number of the run, counted from 1; each call of the pipeline is one.
         step, steps: the step, counted from 0, and how many the run has, over all transformers.
         branch: 0 for the first forward of this transformer in this step, 1 for the second (guidance), ...
-        grid: video tokens along frames, height and width.
+        grid: video tokens along frames, height and width; None where the model was not told.
     """
 
     run: int
     step: int
     steps: int
     branch: int
-    grid: Grid
+    grid: Grid | None
 
 
 class DenoisingTracker:
@@ -40,7 +40,7 @@ class DenoisingTracker:
     were aborted.
     """
 
-    def __init__(self, pipe: Any, token_grid: Callable[[torch.nn.Module, Mapping[str, Any]], Grid]) -> None:
+    def __init__(self, pipe: Any, token_grid: Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]) -> None:
         self._pipe = weakref.ref(pipe)
         self._token_grid = token_grid
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -220,9 +220,11 @@ class PSAProcessor:
 
     def _obstacle(self, preset: Preset, at: DenoisingStep, call: AttentionCall) -> str | None:
         """Why a call that the preset wants sparse cannot be."""
-        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
         if self._parallel_config is not None:
             return "context parallelism is enabled, which sparse attention does not support yet"
+        if at.grid is None:
+            return "this pipeline does not tell the transformer the video's frames, height and width"
+        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
         if tokens < video or (tokens > video and not self._family.history):
             frames, height, width = at.grid
             return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"

@@ -58,8 +58,11 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Video tokens along frames, height and width, from the arguments of the transformer's forward by name."""
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        """Video tokens along frames, height and width, from the arguments of the transformer's forward by name.
+
+        None where these do not tell: such a call is dense.
+        """
 
     @staticmethod
     @abstractmethod

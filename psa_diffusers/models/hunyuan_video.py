@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.models.parts import normalise, project_out, rotate_tokens, split_heads
+from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
 
 
 class HunyuanVideo(ModelFamily):
@@ -20,8 +20,9 @@ class HunyuanVideo(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        groups = {name: getattr(transformer, name) for name in ("transformer_blocks", "single_transformer_blocks")}
-        return {f"{name}.{index}": block.attn for name, blocks in groups.items() for index, block in enumerate(blocks)}
+        groups = ("transformer_blocks", "single_transformer_blocks")
+        blocks = {name: getattr(transformer, name, ()) for name in groups}
+        return {f"{name}.{index}": block.attn for name in groups for index, block in enumerate(blocks[name])}
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -37,19 +38,12 @@ class HunyuanVideo(ModelFamily):
         key = rotate_tokens(normalise(attn.norm_k, key), call.rotary_emb)
         if text is None:
             return query, key, value
-        # A single-stream block projects text and video alike, but rotates video only.
-        if attn.add_q_proj is None:
-            text_query, text_key, text_value = split_heads(attn, attn.to_q(text), attn.to_k(text), attn.to_v(text))
-            text_query, text_key = normalise(attn.norm_q, text_query), normalise(attn.norm_k, text_key)
-        else:
-            text_query, text_key, text_value = split_heads(
-                attn, attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)
-            )
-            text_query = normalise(attn.norm_added_q, text_query)
-            text_key = normalise(attn.norm_added_k, text_key)
-        joined = ((query, text_query), (key, text_key), (value, text_value))
-        query, key, value = (torch.cat(pair, dim=1) for pair in joined)
-        return query, key, value
+        if attn.add_q_proj is not None:
+            return join((query, key, value), project_added(attn, text))
+        # A single-stream block projects text as it does video, but does not rotate it.
+        text_query, text_key, text_value = split_heads(attn, attn.to_q(text), attn.to_k(text), attn.to_v(text))
+        text_query, text_key = normalise(attn.norm_q, text_query), normalise(attn.norm_k, text_key)
+        return join((query, key, value), (text_query, text_key, text_value))
 
     @staticmethod
     def output(
