@@ -55,9 +55,9 @@ class PSAProcessor:
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
-    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of joint
-    attention are attended exactly, padding is not attended. Models that diffusers gives no `set_attn_processor` (Mochi,
-    Allegro, HunyuanVideo Framepack) are patched by `apply_psa`.
+    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
+    joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
+    HunyuanVideo Framepack) are patched by `apply_psa`.
 
     Example:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
@@ -143,8 +143,8 @@ class PSAProcessor:
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """The attention of one module; arguments and result are those of the diffusers processors.
 
-        All arguments have names, because diffusers passes on only those that it finds in the signature. Some models give
-        their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
+        All arguments have names, because diffusers passes on only those that it finds in the signature. Some models
+        give their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
         """
         module = self._modules.get(attn)
         if module is None:
@@ -190,7 +190,9 @@ class PSAProcessor:
                 continue
             if isinstance(processor, PSAProcessor) or processor is module.original:
                 continue
-            reason = f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
+            reason = (
+                f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
+            )
             if at is not None:
                 self._begin_run(at)
                 self._recorder.add_dense(at.step, layer.name, reason)

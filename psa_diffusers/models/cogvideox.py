@@ -23,7 +23,9 @@ class CogVideoX(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
+        return {
+            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
+        }
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Mochi: joint attention of video and, after it, text with projections of its own; positions differ from head to head."""
+"""Mochi: joint attention of video and, after it, text with projections of its own; heads differ in their positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Mochi(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
+        return {
+            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
+        }
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -22,7 +22,9 @@ class Wan(ModelFamily):
         # VACE's control blocks run first, but are named last: so a preset's layer numbers mean the same blocks as in
         # the model without them.
         groups = [name for name in ("blocks", "vace_blocks") if hasattr(transformer, name)]
-        blocks = ((f"{name}.{index}", block) for name in groups for index, block in enumerate(getattr(transformer, name)))
+        blocks = (
+            (f"{name}.{index}", block) for name in groups for index, block in enumerate(getattr(transformer, name))
+        )
         return {name: block.attn1 for name, block in blocks}
 
     @staticmethod

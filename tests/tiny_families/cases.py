@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_families import allegro, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, wan_relatives
 from tiny_pipelines import tiny_image
+
+from tiny_families import allegro, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, wan_relatives
 
 COMMON = {
     "prompt": "dance monkey",
@@ -56,7 +57,8 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         arguments = {**COMMON, **self.inputs, "generator": generator, **overrides}
         # None stands for an argument that the pipeline does not have, or that another replaces.
-        return pipe(**{name: value for name, value in arguments.items() if value is not None}).frames
+        frames = pipe(**{name: value for name, value in arguments.items() if value is not None}).frames
+        return torch.cat(frames, dim=2) if isinstance(frames, list) else frames  # Framepack: latents of each section
 
 
 # All 3 x 8 x 8 video tokens unless a row says otherwise.
@@ -96,8 +98,11 @@ CASES: dict[str, Case] = {
     "cogvideox-i2v": Case(cogvideox.tiny_cogvideox_i2v, {**GUIDED, **SMALL_TEXT, "image": IMAGE}, SIZES[1:]),
     "wan-vace": Case(
         wan_relatives.tiny_wan_vace,
-        {**GUIDED, **SMALL_TEXT},
-        (SIZES[0], {"video": [IMAGE] * 9, "mask": [IMAGE.convert("L")] * 9, "reference_images": [IMAGE]}),
+        {**GUIDED, **SMALL_TEXT, "height": 96, "width": 96, "num_inference_steps": 3},
+        (
+            {"height": 64, "width": 112},
+            {"video": [IMAGE] * 9, "mask": [IMAGE.convert("L")] * 9, "reference_images": [IMAGE]},
+        ),
     ),
     "wan-animate": Case(
         wan_relatives.tiny_wan_animate,
@@ -108,6 +113,9 @@ CASES: dict[str, Case] = {
             "face_video": [tiny_image(16, 16)] * 9,
             "segment_frame_length": 9,
             "num_frames": None,
+            "height": 96,
+            "width": 96,
+            "num_inference_steps": 3,
         },
     ),
     "hunyuan-video-1.5": Case(
@@ -138,6 +146,8 @@ CASES: dict[str, Case] = {
         ({"true_cfg_scale": 1.0, "guidance_scale": 4.0, "height": 96, "width": 160},),
     ),
     "allegro": Case(
-        allegro.tiny_allegro, {**GUIDED, **SMALL_TEXT}, (SIZES[0], {"num_frames": 13}, TWO_PROMPTS)
+        allegro.tiny_allegro,
+        {**GUIDED, **SMALL_TEXT, "clean_caption": False},
+        (SIZES[0], {"num_frames": 13}, TWO_PROMPTS),
     ),
 }

@@ -110,7 +110,12 @@ def tiny_hunyuan_video_i2v(condition: str = "token_replace") -> HunyuanVideoImag
     )
     parts = _parts(transformer)
     vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=37, projection_dim=32, num_attention_heads=4, num_hidden_layers=2, image_size=224
+        hidden_size=8,
+        intermediate_size=37,
+        projection_dim=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        image_size=224,
     )
     llava = LlavaConfig(vision_config=vision, text_config=_llama_config(4), pad_token_id=100, image_token_index=101)
     torch.manual_seed(0)

@@ -61,7 +61,10 @@ def embeddings(*lengths: int, glyphs: int = 2) -> dict[str, torch.Tensor]:
     arguments = {}
     for prefix, shift in (("", 0), ("negative_", 1)):
         counts = torch.tensor(lengths) - shift
-        for suffix, tokens, width, real in (("", TEXT, 16, counts), ("_2", GLYPHS, 32, torch.full_like(counts, glyphs))):
+        for suffix, tokens, width, real in (
+            ("", TEXT, 16, counts),
+            ("_2", GLYPHS, 32, torch.full_like(counts, glyphs)),
+        ):
             embeds = torch.randn(len(lengths), tokens, width, generator=generator)
             arguments[f"{prefix}prompt_embeds{suffix}"] = embeds
             arguments[f"{prefix}prompt_embeds_mask{suffix}"] = (torch.arange(tokens) < real[:, None]).float()
