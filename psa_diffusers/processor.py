@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker, Grid
 from psa_diffusers.list_cache import ListCache
-from psa_diffusers.models import AttentionCall, DenseOnlyError, UnsupportedModelError, find_family
+from psa_diffusers.models import AttentionCall, DenseOnlyError, find_family
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.text_padding import TextLengths, attend
 from psa_diffusers.token_order import token_permutation
 from psa_kernels import AttentionSpec, select_blocks
 
-TRANSFORMERS = ("transformer", "transformer_2")
 KEPT_PERMUTATIONS = 4
 
 
@@ -115,7 +115,7 @@ class PSAProcessor:
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
         for attn in self._modules:
-            _set_processor(attn, self)
+            set_processor(attn, self)
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
@@ -125,7 +125,7 @@ class PSAProcessor:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""
         for attn, module in self._modules.items():
             if attn.processor is self:
-                _set_processor(attn, module.original)
+                set_processor(attn, module.original)
         self._tracker.detach()
         while self._hooks:
             self._hooks.pop().remove()
@@ -172,10 +172,8 @@ class PSAProcessor:
             attn: _Layer(prefix + name, which, preset, spec)
             for (name, attn), spec in zip(attentions.items(), specs, strict=True)
         }
-        for attn in transformer.modules():
-            original = getattr(attn, "processor", None)
-            if original is None:
-                continue
+        for attn in attention_modules(transformer):
+            original = attn.processor
             if isinstance(original, PSAProcessor):
                 original = original._modules[attn].original
             self._modules[attn] = _Module(original, layers.get(attn))
@@ -195,7 +193,7 @@ class PSAProcessor:
             )
             if at is not None:
                 self._begin_run(at)
-                self._recorder.add_dense(at.step, layer.name, reason)
+                self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
             self._refuse(reason)
 
     def _begin_run(self, at: DenoisingStep) -> None:
@@ -204,6 +202,10 @@ class PSAProcessor:
             self._dense_steps = {name: preset.dense_step_count(at.steps) for name, preset in self.presets.items()}
             self._recorder.start(at.run, at.steps, min(self._dense_steps.values()))
 
+    def _wants_sparse(self, layer: _Layer, at: DenoisingStep) -> bool:
+        """Whether the preset wants this layer sparse at this step."""
+        return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
+
     def _is_sparse(self, layer: _Layer, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
         at = self._tracker.current
@@ -211,7 +213,7 @@ class PSAProcessor:
             self._refuse("the denoising step is unknown, because the pipeline's scheduler has no timesteps")
             return False
         self._begin_run(at)
-        if layer.spec is None or at.step < self._dense_steps[layer.transformer]:
+        if not self._wants_sparse(layer, at):
             self._recorder.add_dense(at.step, layer.name)
             return False
         reason = self._obstacle(layer.preset, at, call)
@@ -296,23 +298,3 @@ class PSAProcessor:
             if value is not None and hasattr(module.original, name):
                 setattr(module.original, name, value)
         return module.original
-
-
-def _set_processor(attn: torch.nn.Module, processor: Any) -> None:
-    """Set a module's processor; Mochi's attention has no method for it."""
-    if hasattr(attn, "set_processor"):
-        attn.set_processor(processor)
-    else:
-        attn.processor = processor
-
-
-def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline by attribute name.
-
-    Raises:
-        UnsupportedModelError: it has none.
-    """
-    found = {name: module for name in TRANSFORMERS if (module := getattr(pipe, name, None)) is not None}
-    if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
-    return found

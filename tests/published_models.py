@@ -126,8 +126,22 @@ COGVIDEOX_1_5 = {
     "sample_frames": 81,
 }
 COGVIDEOX_1_5_I2V = {**COGVIDEOX_1_5, "in_channels": 32, "ofs_embed_dim": 512}
-LTX = {"num_attention_heads": 32, "attention_head_dim": 64, "cross_attention_dim": 2048, "num_layers": 28}
-LTX_13B = {"num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}
+LTX = {
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "num_attention_heads": 32,
+    "attention_head_dim": 64,
+    "cross_attention_dim": 2048,
+    "num_layers": 28,
+}
+LTX_13B = {
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "num_attention_heads": 32,
+    "attention_head_dim": 128,
+    "cross_attention_dim": 4096,
+    "num_layers": 48,
+}
 ALLEGRO = {
     "num_attention_heads": 24,
     "attention_head_dim": 96,
@@ -142,7 +156,7 @@ HUNYUAN_1_5_TEXT = 1000 + 256 + 729
 
 HV, HV15 = "HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"
 COG, LTXV = "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel"
-LTX_SIZE = {"num_frames": 21, "height": 16, "width": 22}
+LTX_SIZE = {"num_frames": 21, "height": 15, "width": 22}
 
 PUBLISHED: tuple[Published, ...] = (
     wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (1, 16, 21, 60, 104), WAN_480P, "1.3B"),
@@ -226,9 +240,9 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         "zai-org/CogVideoX1.5-5B-I2V", COG, COGVIDEOX_1_5_I2V, (1, 22, 32, 96, 170), 42, 48, 64, (11, 48, 85), 226
     ),
-    Published("Lightricks/LTX-Video", LTXV, LTX, (1, 7392, 128), 28, 32, 64, (21, 16, 22), inputs=LTX_SIZE),
+    Published("Lightricks/LTX-Video", LTXV, LTX, (1, 6930, 128), 28, 32, 64, (21, 15, 22), inputs=LTX_SIZE),
     Published(
-        "Lightricks/LTX-Video-0.9.7-dev", LTXV, LTX_13B, (1, 7392, 128), 48, 32, 128, (21, 16, 22), inputs=LTX_SIZE
+        "Lightricks/LTX-Video-0.9.7-dev", LTXV, LTX_13B, (1, 6930, 128), 48, 32, 128, (21, 15, 22), inputs=LTX_SIZE
     ),
     Published(
         "genmo/mochi-1-preview", "MochiTransformer3DModel", {}, (1, 12, 15, 60, 106), 48, 24, 128, (15, 30, 53), 256

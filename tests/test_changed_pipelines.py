@@ -111,7 +111,7 @@ def test_cogvideox_fused_after_the_patch_is_noticed():
         assert len([w for w in caught if w.category is PSAFallbackWarning]) == 1
         stats = psa.stats()
         assert stats.density_run == 1 and stats.density_sparse is None
-        assert list(stats.fallbacks.values()) == [4 * 3]
+        assert list(stats.fallbacks.values()) == [3 * 3]
         pipe.transformer.unfuse_qkv_projections()
         assert torch.equal(case.run(pipe), sparse)
     with apply_psa(pipe, preset(), strict=True):

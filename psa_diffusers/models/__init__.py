@@ -29,6 +29,15 @@ FAMILIES: tuple[type[ModelFamily], ...] = (
     Allegro,
 )
 
+# Video models of diffusers whose attention is not of the kind that can be made sparse here.
+REASONS = {
+    "SanaVideoTransformer3DModel": "its self-attention is linear already",
+    "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
+    "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
+    "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
+    "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
+}
+
 
 class UnsupportedModelError(ValueError):
     """The pipeline's transformer is of no family that Pyramid Sparse Attention is made for."""
@@ -38,10 +47,12 @@ def find_family(transformer: Any) -> type[ModelFamily]:
     """The family of a transformer.
 
     Raises:
-        UnsupportedModelError: names the transformer's class and what is supported.
+        UnsupportedModelError: names the transformer's class, why it is not supported, and what is.
     """
+    name = type(transformer).__name__
     for family in FAMILIES:
-        if type(transformer).__name__ in family.transformers:
+        if name in family.transformers:
             return family
-    supported = ", ".join(f"{family.name} ({', '.join(family.transformers)})" for family in FAMILIES)
-    raise UnsupportedModelError(f"{type(transformer).__name__} is not supported; supported: {supported}")
+    reason = REASONS.get(name, "no family in psa_diffusers.models describes its attention")
+    supported = ", ".join(family.name for family in FAMILIES)
+    raise UnsupportedModelError(f"{name} is not supported, because {reason}; supported: {supported}")
