@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
-from tiny_families.ltx import tiny_ltx_condition
 from tiny_pipelines import tiny_image
 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.models import FAMILIES, find_family
+from psa_diffusers.models.ltx import LTXVideo
 from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 
 
@@ -113,12 +113,12 @@ def test_diffusion_forcing_in_causal_blocks_is_dense():
         case.run(pipe, **inputs)
 
 
-def test_ltx_with_conditions_is_dense():
-    case, pipe = CASES["ltx"], tiny_ltx_condition()
-    inputs = {"image": tiny_image(32, 32), "strength": 1.0}
-    stock = case.run(pipe, **inputs)
+def test_a_video_of_unknown_size_is_dense(monkeypatch):
+    case, pipe = CASES["ltx"], CASES["ltx"].make()
+    stock = case.run(pipe)
+    monkeypatch.setattr(LTXVideo, "token_grid", staticmethod(lambda transformer, inputs: None))
     with apply_psa(pipe, SPARSE) as psa, pytest.warns(PSAFallbackWarning, match="does not tell the transformer"):
-        assert torch.equal(case.run(pipe, **inputs), stock)
+        assert torch.equal(case.run(pipe), stock)
     assert psa.stats().density_run == 1
 
 

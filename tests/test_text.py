@@ -119,15 +119,24 @@ def test_text_is_exact_and_video_alone_is_pooled(name, monkeypatch):
             torch.testing.assert_close(attended[sample].double(), expected, rtol=0, atol=1e-5)
 
 
-def test_framepack_reads_earlier_frames_exactly(monkeypatch):
-    """They are no part of the grid, so they stand with the text."""
-    case, pipe = CASES["framepack"], CASES["framepack"].make()
+@pytest.mark.parametrize(
+    ("name", "inputs", "video", "before"),
+    [
+        ("framepack", {}, 3 * 8 * 8, 2 * 64 + 16 + 16),
+        ("ltx-condition", {}, 3 * 8 * 8, 0),
+        ("ltx-condition", {"frame_index": 8, "height": 64, "num_frames": 17}, 5 * 16 * 8, 16 * 8),
+    ],
+)
+def test_tokens_that_are_not_in_the_grid_are_exact(name, inputs, video, before, monkeypatch):
+    """Framepack's earlier frames and LTX's conditions come before the video, and are attended as text is."""
+    case, pipe = CASES[name], CASES[name].make()
     calls = spy_on_attention(monkeypatch)
     with apply_psa(pipe, SPARSE, strict=True):
-        case.run(pipe, num_inference_steps=1)
+        case.run(pipe, **inputs, num_inference_steps=1)
     (q, _, _), options, (head, tail, _) = calls[0]
-    assert options["before"] > 64 and options["before"] + 192 + options["after"] == q.shape[1]
-    assert head.shape[1] == options["before"] + 192 and tail.shape[1] == options["after"]
+    assert options["before"] == before
+    assert head.shape[1] == before + video and tail.shape[1] == options["after"]
+    assert q.shape[1] == head.shape[1] + tail.shape[1]
 
 
 def test_a_mask_that_is_not_of_padding_runs_dense():

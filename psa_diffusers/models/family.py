@@ -19,7 +19,7 @@ class AttentionCall:
     """What diffusers called an attention module with.
 
     Attributes:
-        hidden_states: `[B, N, C]`: the video tokens, in the families with `history` after the tokens of earlier frames.
+        hidden_states: `[B, N, C]`: the video tokens, in families with `history` perhaps after others.
         encoder_hidden_states: `[B, T, C]`: text tokens of joint attention, None where text has cross-attention.
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
@@ -43,7 +43,8 @@ class ModelFamily(ABC):
         name: as users know it.
         transformers: names of the diffusers classes that the family covers.
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
-        history: whether tokens of earlier frames, which are not in the grid, precede the video tokens.
+        history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
+            are attended exactly, as text is.
     """
 
     name: ClassVar[str]

@@ -12,10 +12,11 @@ from psa_diffusers.models.parts import project_out, rotate_pairs, split_heads
 
 
 class LTXVideo(ModelFamily):
-    """LTXVideoTransformer3DModel: text and image to video."""
+    """LTXVideoTransformer3DModel: text and image to video, and conditions, whose tokens precede those of the video."""
 
     name = "LTX-Video"
     transformers = ("LTXVideoTransformer3DModel",)
+    history = True
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -25,9 +26,11 @@ class LTXVideo(ModelFamily):
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        # Pipelines with conditions, or for long videos, give coordinates instead of sizes.
+        if inputs.get("video_coords") is not None:
+            return _last_grid(inputs["video_coords"][0].cpu())
         sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
-        # Pipelines with conditions or long videos give coordinates of tokens that need not form a grid.
-        if None in sizes or inputs.get("video_coords") is not None:
+        if None in sizes:
             return None
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
         frames, height, width = sizes
@@ -47,3 +50,26 @@ class LTXVideo(ModelFamily):
     @staticmethod
     def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
+
+
+def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
+    """Frames, height and width of the grid that the last tokens of a sequence form.
+
+    Args:
+        coordinates: `[3, N]`: time, row and column of each token.
+    """
+    same_frame = coordinates[0] == coordinates[0, -1]
+    same_row = same_frame & (coordinates[1] == coordinates[1, -1])
+    size, width = _run_at_end(same_frame), _run_at_end(same_row)
+    blocks = coordinates[:, coordinates.shape[1] % size :].unflatten(1, (-1, size)).flip(1)
+    # A frame belongs to the grid if it has the same rows and columns as the last one, and comes before the next.
+    alike = (blocks[1:] == blocks[1:, :1]).all(0).all(-1)
+    one_time = (blocks[0] == blocks[0, :, :1]).all(-1)
+    earlier = torch.cat([torch.tensor([True]), blocks[0, 1:, 0] < blocks[0, :-1, 0]])
+    frames = int((alike & one_time & earlier).int().cumprod(0).sum())
+    return frames, size // width, width
+
+
+def _run_at_end(values: torch.Tensor) -> int:
+    """How many of the last values are true without a gap."""
+    return int(values.flip(0).int().cumprod(0).sum())

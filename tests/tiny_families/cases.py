@@ -133,6 +133,11 @@ CASES: dict[str, Case] = {
         ({"height": 64, "width": 32}, {"num_frames": 17}, {**TWO_PROMPTS, "num_videos_per_prompt": 2}),
     ),
     "ltx-i2v": Case(ltx.tiny_ltx_i2v, {**GUIDED, **SMALL_TEXT, "height": 32, "width": 32, "image": tiny_image(32, 32)}),
+    "ltx-condition": Case(
+        ltx.tiny_ltx_condition,
+        {**GUIDED, **SMALL_TEXT, "height": 32, "width": 32, "image": tiny_image(32, 32), "strength": 1.0},
+        ({"image": None}, {"frame_index": 8, "height": 64, "num_frames": 17}),
+    ),
     "mochi": Case(
         mochi.tiny_mochi,
         {**GUIDED, **SMALL_TEXT, "num_frames": 13},
