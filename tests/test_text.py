@@ -164,3 +164,19 @@ def test_lists_of_samples_with_different_text_serve_later_steps(monkeypatch):
         first = case.run(pipe, **batch)
         assert len(selections) == 4 * 2  # layers; one dense step, then two of three
         assert torch.equal(case.run(pipe, **batch), first)
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video-distilled", "mochi"])
+def test_samples_with_different_text_are_what_each_is_alone(name):
+    """Every sample has lists and text of its own, whatever else is in the batch."""
+    case, pipe = CASES[name], CASES[name].make()
+    prompts = ["a cat", "a dog, running"]
+    with apply_psa(pipe, SPARSE, strict=True):
+        together = case.run(pipe, prompt=prompts, negative_prompt=["", ""], generator=generators(0, 1))
+        for index, prompt in enumerate(prompts):
+            alone = case.run(pipe, prompt=prompt, negative_prompt="", generator=generators(index))
+            torch.testing.assert_close(together[index : index + 1], alone, rtol=0, atol=1e-4)
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
