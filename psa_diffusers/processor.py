@@ -107,7 +107,7 @@ class PSAProcessor:
         self._text_lengths = TextLengths()
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
-        self._hooks = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
             self._hooks.append(transformer.register_forward_pre_hook(self._look_for_replaced))

@@ -12,6 +12,8 @@ from psa_diffusers import apply_psa
 from psa_diffusers.models import find_family
 from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def layers_of(pipe):
     return find_family(pipe.transformer).self_attentions(pipe.transformer).values()

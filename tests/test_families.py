@@ -12,6 +12,8 @@ from psa_diffusers.models import FAMILIES, find_family
 from psa_diffusers.models.ltx import LTXVideo
 from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(params=CASES)
 def case(request):

@@ -14,6 +14,8 @@ from tiny_pipelines import tiny_image
 from psa_diffusers.generate import run
 from psa_diffusers.settings import Request, make_plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PIPELINES = {
     # builder, height, frames
     "hunyuan-video": (tiny_hunyuan_video, 64, 9),

@@ -10,6 +10,8 @@ import psa_diffusers.processor as processor_module
 from psa_diffusers import apply_psa
 from psa_diffusers.processor import PSAFallbackWarning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def change_text(pipe, padding):
     """Change padding, or the first text token of each sample, on its way into the transformer; returns a hook."""
