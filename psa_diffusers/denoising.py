@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +22,14 @@ class DenoisingStep:
         run: number of the run, counted from 1; each call of the pipeline is one.
         step, steps: the step, counted from 0, and how many the run has, over all transformers.
         branch: 0 for the first forward of this transformer in this step, 1 for the second (guidance), ...
-        grid: video tokens along frames, height and width.
+        grid: video tokens along frames, height and width; None where the model was not told.
     """
 
     run: int
     step: int
     steps: int
     branch: int
-    grid: Grid
+    grid: Grid | None
 
 
 class DenoisingTracker:
@@ -38,7 +40,7 @@ class DenoisingTracker:
     were aborted.
     """
 
-    def __init__(self, pipe: Any, token_grid: Callable[[torch.nn.Module, torch.Tensor], Grid]) -> None:
+    def __init__(self, pipe: Any, token_grid: Callable[[torch.nn.Module, Mapping[str, Any]], Grid | None]) -> None:
         self._pipe = weakref.ref(pipe)
         self._token_grid = token_grid
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -60,9 +62,8 @@ class DenoisingTracker:
     def _observe(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         previous, self.current = self.current, None
         pipe = self._pipe()
-        hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else (args[1] if len(args) > 1 else None)
-        position = None if pipe is None else denoising_position(pipe, timestep)
+        inputs = {**dict(zip(_argument_names(type(transformer)), args, strict=False)), **kwargs}
+        position = None if pipe is None else denoising_position(pipe, inputs.get("timestep"))
         if position is None:
             return
         step, steps = position
@@ -75,7 +76,13 @@ class DenoisingTracker:
             self._forwards = {}
         branch = self._forwards.get(id(transformer), 0)
         self._forwards[id(transformer)] = branch + 1
-        self.current = DenoisingStep(self._run, step, steps, branch, self._token_grid(transformer, hidden_states))
+        self.current = DenoisingStep(self._run, step, steps, branch, self._token_grid(transformer, inputs))
+
+
+@functools.cache
+def _argument_names(transformer: type[torch.nn.Module]) -> tuple[str, ...]:
+    """Names of what the forward of a class of transformers takes, in order."""
+    return tuple(inspect.signature(transformer.forward).parameters)[1:]
 
 
 def denoising_position(pipe: Any, timestep: torch.Tensor | None) -> tuple[int, int] | None:
@@ -92,13 +99,22 @@ def denoising_position(pipe: Any, timestep: torch.Tensor | None) -> tuple[int, i
     # A video-to-video run uses only the last of the scheduler's timesteps; the pipeline knows how many.
     steps = min(getattr(pipe, "_num_timesteps", None) or len(timesteps), len(timesteps))
     if hasattr(scheduler, "step_index"):
-        # None before the first step of a run.
         index = scheduler.step_index
-        step = 0 if index is None else index - (len(timesteps) - steps)
+        if index is not None:
+            step = index - (len(timesteps) - steps)
+        elif timestep is not None and timestep.dim() > 1:
+            # Diffusion forcing steps copies of the scheduler, one a frame, and this one never.
+            step = _nearest(timesteps[-steps:], timestep)
+        else:
+            step = 0  # the run's first step is still to come
     elif timestep is not None:
-        # The largest, because image conditions have timestep 0; the nearest, because it may have been cast.
-        distance = (timesteps[-steps:].float() - timestep.float().max().to(timesteps.device)).abs()
-        step = int(distance.argmin())
+        step = _nearest(timesteps[-steps:], timestep)
     else:
         return None
     return (step, steps) if 0 <= step < steps else None
+
+
+def _nearest(timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
+    """Which of the timesteps is meant: that of the largest entry, because image conditions have timestep 0, and the
+    nearest, because it may have been cast."""
+    return int((timesteps.float() - timestep.float().max().to(timesteps.device)).abs().argmin())

@@ -1,6 +1,6 @@
 """The models that `--model` knows by a short name, as data: where they are and how their cards say to run them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What Wan's own configuration (`sample_neg_prompt`, Wan 2.1 and 2.2 alike) and the Wan 2.2 cards use.
 WAN_NEGATIVE_PROMPT = (
@@ -20,6 +20,7 @@ class ModelCard:
     `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
     has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
+    `dtype` is what the weights were trained in.
     """
 
     name: str
@@ -35,7 +36,38 @@ class ModelCard:
     flow_shift: float | None = None
     fps: int = 16
     negative_prompt: str = WAN_NEGATIVE_PROMPT
+    dtype: str = "bfloat16"
 
+
+HUNYUAN_VIDEO = {
+    "height": 720,
+    "width": 1280,
+    "frames": 129,
+    "steps": 50,
+    "guidance": 6.0,
+    "fps": 24,
+    "negative_prompt": "",
+}
+COGVIDEOX = {
+    "height": 480,
+    "width": 720,
+    "frames": 49,
+    "steps": 50,
+    "guidance": 6.0,
+    "fps": 8,
+    "negative_prompt": "",
+}
+COGVIDEOX_1_5 = {**COGVIDEOX, "height": 768, "width": 1360, "frames": 81, "fps": 16}
+LTX_VIDEO = {
+    "height": 480,
+    "width": 704,
+    "frames": 161,
+    "steps": 50,
+    "guidance": 3.0,
+    "fps": 24,
+    "negative_prompt": "worst quality, inconsistent motion, blurry, jittery, distorted",
+}
+SKYREELS_V2 = {"height": 544, "width": 960, "frames": 97, "steps": 50, "fps": 24, "negative_prompt": ""}
 
 MODELS: dict[str, ModelCard] = {
     card.name: card
@@ -120,6 +152,101 @@ MODELS: dict[str, ModelCard] = {
             flow_shift=5.0,
             fps=24,
         ),
+        ModelCard(
+            name="hunyuanvideo",
+            hub_id="hunyuanvideo-community/HunyuanVideo",
+            about="HunyuanVideo text to video, 13B, 720p; its guidance is distilled",
+            pipeline="HunyuanVideoPipeline",
+            **HUNYUAN_VIDEO,
+        ),
+        ModelCard(
+            name="hunyuanvideo-i2v",
+            hub_id="hunyuanvideo-community/HunyuanVideo-I2V",
+            about="HunyuanVideo image to video, 13B, 720p; its guidance is distilled",
+            pipeline="HunyuanVideoImageToVideoPipeline",
+            **HUNYUAN_VIDEO,
+        ),
+        ModelCard(
+            name="cogvideox-2b",
+            hub_id="zai-org/CogVideoX-2b",
+            about="CogVideoX text to video, 2B, 480 x 720 at 8 fps",
+            pipeline="CogVideoXPipeline",
+            **COGVIDEOX,
+            dtype="float16",
+        ),
+        ModelCard(
+            name="cogvideox-5b",
+            hub_id="zai-org/CogVideoX-5b",
+            about="CogVideoX text to video, 5B, 480 x 720 at 8 fps",
+            pipeline="CogVideoXPipeline",
+            **COGVIDEOX,
+        ),
+        ModelCard(
+            name="cogvideox-5b-i2v",
+            hub_id="zai-org/CogVideoX-5b-I2V",
+            about="CogVideoX image to video, 5B, 480 x 720 at 8 fps and no other size",
+            pipeline="CogVideoXImageToVideoPipeline",
+            **COGVIDEOX,
+        ),
+        ModelCard(
+            name="cogvideox1.5-5b",
+            hub_id="zai-org/CogVideoX1.5-5B",
+            about="CogVideoX 1.5 text to video, 5B, 768 x 1360 at 16 fps",
+            pipeline="CogVideoXPipeline",
+            **COGVIDEOX_1_5,
+        ),
+        ModelCard(
+            name="cogvideox1.5-5b-i2v",
+            hub_id="zai-org/CogVideoX1.5-5B-I2V",
+            about="CogVideoX 1.5 image to video, 5B, 768 x 1360 at 16 fps",
+            pipeline="CogVideoXImageToVideoPipeline",
+            **COGVIDEOX_1_5,
+        ),
+        ModelCard(
+            name="ltx",
+            hub_id="Lightricks/LTX-Video",
+            about="LTX-Video text to video, 2B, 480 x 704 at 24 fps",
+            pipeline="LTXPipeline",
+            **LTX_VIDEO,
+        ),
+        ModelCard(
+            name="ltx-i2v",
+            hub_id="Lightricks/LTX-Video",
+            about="LTX-Video image to video, 2B, 480 x 704 at 24 fps (the same weights)",
+            pipeline="LTXImageToVideoPipeline",
+            **LTX_VIDEO,
+        ),
+        ModelCard(
+            name="mochi",
+            hub_id="genmo/mochi-1-preview",
+            about="Mochi 1 text to video, 10B, 480 x 848 at 30 fps",
+            pipeline="MochiPipeline",
+            height=480,
+            width=848,
+            frames=85,
+            steps=64,
+            guidance=4.5,
+            fps=30,
+            negative_prompt="",
+        ),
+        ModelCard(
+            name="skyreels-v2",
+            hub_id="Skywork/SkyReels-V2-T2V-14B-540P-Diffusers",
+            about="SkyReels V2 text to video, 14B, 544 x 960 at 24 fps",
+            pipeline="SkyReelsV2Pipeline",
+            **SKYREELS_V2,
+            guidance=6.0,
+            flow_shift=8.0,
+        ),
+        ModelCard(
+            name="skyreels-v2-i2v",
+            hub_id="Skywork/SkyReels-V2-I2V-14B-540P-Diffusers",
+            about="SkyReels V2 image to video, 14B, 544 x 960 at 24 fps",
+            pipeline="SkyReelsV2ImageToVideoPipeline",
+            **SKYREELS_V2,
+            guidance=5.0,
+            flow_shift=5.0,
+        ),
     )
 }
 
@@ -127,11 +254,16 @@ MODELS: dict[str, ModelCard] = {
 def card_for(source: str, pipeline: str) -> ModelCard:
     """The card of a hub id or a local folder.
 
-    A known hub id, or a folder that carries the name of a known repository, has that model's settings; any other model
-    has the defaults of diffusers' Wan pipelines and an empty negative prompt.
+    A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
+    has no negative prompt and the settings of the first model here with the same pipeline; Wan's pipelines, which serve
+    models of several sizes, have the defaults of diffusers.
     """
     repository = source.rstrip("/").rsplit("/", 1)[-1]
-    for card in MODELS.values():
-        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and card.pipeline == pipeline:
+    cards = [card for card in MODELS.values() if card.pipeline == pipeline]
+    for card in cards:
+        if card.hub_id is not None and card.hub_id.endswith("/" + repository):
             return card
-    return ModelCard(name=source, hub_id=None, about="", pipeline=pipeline, negative_prompt="")
+    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None}
+    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
+        return ModelCard(**unknown, pipeline=pipeline)
+    return replace(cards[0], **unknown)

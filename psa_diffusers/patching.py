@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from psa_diffusers.presets import Preset
-from psa_diffusers.processor import PSAProcessor, find_transformers
+from psa_diffusers.processor import PSAProcessor
 from psa_diffusers.statistics import RunStats
 
 
@@ -51,6 +51,5 @@ def apply_psa(
     Arguments and errors are those of `PSAProcessor`.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, strict=strict)
-    for transformer in find_transformers(pipe).values():
-        transformer.set_attn_processor(processor)
+    processor.install()
     return PSAHandle(processor)

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import json
-import math
 import os
 import sys
 import warnings
@@ -12,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS, TEXT_TO_VIDEO, ModelCard, card_for
+from psa_diffusers.model_aliases import MODELS, ModelCard, card_for
+from psa_diffusers.pipeline_kinds import PIPELINE_KINDS, PipelineKind
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
-PIPELINES = (TEXT_TO_VIDEO, IMAGE_TO_VIDEO)
-# The pipelines themselves refuse other sizes, whatever the VAE's factor is.
-PIPELINE_SIZE_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -26,6 +23,7 @@ class Model:
 
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     one more than a multiple of `frame_step`. `num_layers` counts the transformer blocks, `experts` the transformers.
+    `fixed_size` is the only height and width of a model that can make no other.
     """
 
     name: str
@@ -35,17 +33,22 @@ class Model:
     frame_step: int
     num_layers: int
     experts: int
+    fixed_size: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> PipelineKind:
+        return PIPELINE_KINDS[self.card.pipeline]
 
     @property
     def takes_image(self) -> bool:
-        return self.card.pipeline == IMAGE_TO_VIDEO
+        return self.kind.takes_image
 
 
 def resolve_model(name: str) -> Model:
     """Finds an alias, a folder that holds a pipeline, or a hub id, and reads its configuration but no weights.
 
     Raises:
-        InputError: nothing of that name, its configuration cannot be had (offline), or it is not a Wan pipeline.
+        InputError: nothing of that name, its configuration cannot be had (offline), or its pipeline is of another kind.
     """
     if name in MODELS:
         card = MODELS[name]
@@ -60,21 +63,21 @@ def resolve_model(name: str) -> Model:
                 f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
             )
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _wan_pipeline(name, index))
+        card = card_for(source, _known_pipeline(name, index))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _wan_pipeline(name, index))
+        card = card_for(source, _known_pipeline(name, index))
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
 
 
 def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_shift: float | None = None) -> Any:
-    """Loads the pipeline, its VAE in float32, and puts it where it is to run.
+    """Loads the pipeline and puts it where it is to run.
 
     Args:
-        dtype: name of a torch dtype, for everything but the VAE.
+        dtype: name of a torch dtype, for everything but a VAE that its card runs in float32.
         device: "cpu", "cuda", "cuda:1", "mps".
         offload: "none", "model" (one component at a time on the GPU) or "group" (one layer at a time).
         flow_shift: replaces the scheduler's; None keeps it.
@@ -91,16 +94,21 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
         # The new name is `dtype`, which the oldest diffusers that this package supports does not know.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         try:
-            vae = diffusers.AutoencoderKLWan.from_pretrained(
-                model.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-            )
+            parts = {}
+            if model.kind.exact_vae is not None:
+                vae_class = getattr(diffusers, model.kind.exact_vae)
+                parts["vae"] = vae_class.from_pretrained(
+                    model.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+                )
             pipe = pipeline_class.from_pretrained(
-                model.source, vae=vae, torch_dtype=getattr(torch, dtype), use_safetensors=True
+                model.source, **parts, torch_dtype=getattr(torch, dtype), use_safetensors=True
             )
         except OSError as error:  # files that are missing, or not in the cache while offline
             raise InputError(f"--model {model.name}: cannot be loaded: {str(error).splitlines()[0]}") from error
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
+    if model.kind.tiled_vae:
+        pipe.vae.enable_tiling()
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
@@ -133,23 +141,26 @@ def _quiet_unless_terminal() -> None:
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
     vae = _read_json(source, "vae/config.json")
     transformer = _read_json(source, "transformer/config.json")
-    patch = transformer.get("patch_size", (1, 2, 2))
-    spatial = vae.get("scale_factor_spatial", 8)
+    kind = PIPELINE_KINDS[card.pipeline]
+    size_step, frame_step = kind.steps(vae, transformer)
+    # Positions that were learned: CogVideoX 5B's image-to-video model.
+    fixed = transformer.get("use_learned_positional_embeddings", False)
     return Model(
         name=name,
         source=source,
         card=card,
-        size_step=math.lcm(PIPELINE_SIZE_STEP, spatial * patch[1], spatial * patch[2]),
-        frame_step=vae.get("scale_factor_temporal", 4) * patch[0],
-        num_layers=transformer.get("num_layers", 40),
+        size_step=size_step,
+        frame_step=frame_step,
+        num_layers=kind.layer_count(transformer),
+        fixed_size=(card.height, card.width) if fixed else None,
         experts=1 if index.get("transformer_2", (None, None))[1] is None else 2,
     )
 
 
-def _wan_pipeline(name: str, index: dict[str, Any]) -> str:
+def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise InputError(f"--model {name}: it is a {pipeline}; supported are {' and '.join(PIPELINES)}")
+    if pipeline not in PIPELINE_KINDS:
+        raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
     return pipeline
 
 
@@ -187,6 +198,6 @@ def _from_hub(repository: str, file: str) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise InputError(f"--model {repository}: the hub has no such model, or it needs a login") from error
     except errors.EntryNotFoundError as error:
-        raise InputError(f"--model {repository}: it has no {file}, so it is not a saved Wan pipeline") from error
+        raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline") from error
     except (OSError, errors.HfHubHTTPError) as error:
         raise InputError(f"--model {repository}: cannot fetch {file} ({type(error).__name__})") from error

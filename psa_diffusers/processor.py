@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -11,15 +12,16 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker, Grid
 from psa_diffusers.list_cache import ListCache
-from psa_diffusers.models import UnsupportedModelError, find_family
+from psa_diffusers.models import AttentionCall, DenseOnlyError, find_family
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
+from psa_diffusers.text_padding import TextLengths, attend
 from psa_diffusers.token_order import token_permutation
-from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, select_blocks
 
-TRANSFORMERS = ("transformer", "transformer_2")
 KEPT_PERMUTATIONS = 4
 
 
@@ -53,7 +55,9 @@ class PSAProcessor:
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
-    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged.
+    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
+    joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
+    HunyuanVideo Framepack) are patched by `apply_psa`.
 
     Example:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
@@ -92,6 +96,7 @@ class PSAProcessor:
         self._family = find_family(next(iter(transformers.values())))
         self._modules: weakref.WeakKeyDictionary[torch.nn.Module, _Module] = weakref.WeakKeyDictionary()
         layers: list[str] = []
+        self._transformers = {name: weakref.ref(transformer) for name, transformer in transformers.items()}
         for name, transformer in transformers.items():
             prefix = f"{name}." if len(transformers) > 1 else ""
             layers += self._take_over(transformer, name, prefix)
@@ -99,10 +104,18 @@ class PSAProcessor:
         self._permutations: dict[Hashable, torch.Tensor] = {}
         self._warned: set[str] = set()
         self._cache = ListCache()
+        self._text_lengths = TextLengths()
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
+            self._hooks.append(transformer.register_forward_pre_hook(self._look_for_replaced))
+
+    def install(self) -> None:
+        """Set this processor on all attention modules of the pipeline's transformers."""
+        for attn in self._modules:
+            set_processor(attn, self)
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
@@ -112,8 +125,10 @@ class PSAProcessor:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""
         for attn, module in self._modules.items():
             if attn.processor is self:
-                attn.set_processor(module.original)
+                set_processor(attn, module.original)
         self._tracker.detach()
+        while self._hooks:
+            self._hooks.pop().remove()
         self._cache.clear()
 
     def __call__(
@@ -122,18 +137,31 @@ class PSAProcessor:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """The attention of one module; arguments and result are those of the diffusers processors."""
+        rotary_emb: Any = None,
+        temb: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention of one module; arguments and result are those of the diffusers processors.
+
+        All arguments have names, because diffusers passes on only those that it finds in the signature. Some models
+        give their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
+        """
         module = self._modules.get(attn)
         if module is None:
             raise RuntimeError(
                 f"PSAProcessor was made for another pipeline and does not know this {type(attn).__name__}; "
                 "make one with PSAProcessor(pipe, ...)"
             )
-        if module.layer is not None and self._is_sparse(module.layer, hidden_states, attention_mask):
-            return self._sparse(attn, module.layer, hidden_states, rotary_emb)
-        return self._original(module)(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        positions = image_rotary_emb if rotary_emb is None else rotary_emb
+        call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
+        if module.layer is not None and self._is_sparse(module.layer, call):
+            return self._sparse(attn, module.layer, call)
+        # Processors differ in which of these they know, so only what was given is passed on, and as it was given.
+        positional = () if rotary_emb is None else (rotary_emb,)
+        named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
+        named = {name: value for name, value in named.items() if value is not None}
+        original = self._original(module)
+        return original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
 
     def _take_over(self, transformer: torch.nn.Module, which: str, prefix: str) -> list[str]:
         """Note all attention modules of a transformer and their processors; return the names of its layers."""
@@ -144,50 +172,82 @@ class PSAProcessor:
             attn: _Layer(prefix + name, which, preset, spec)
             for (name, attn), spec in zip(attentions.items(), specs, strict=True)
         }
-        for attn in transformer.modules():
-            if not hasattr(attn, "set_processor"):
-                continue
+        for attn in attention_modules(transformer):
             original = attn.processor
             if isinstance(original, PSAProcessor):
                 original = original._modules[attn].original
             self._modules[attn] = _Module(original, layers.get(attn))
         return [layer.name for layer in layers.values()]
 
-    def _is_sparse(self, layer: _Layer, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    def _look_for_replaced(self, transformer: torch.nn.Module, _: tuple) -> None:
+        """Notice processors that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
+        at = self._tracker.current
+        for attn, module in self._modules.items():
+            layer, processor = module.layer, attn.processor
+            if layer is None or self._transformers[layer.transformer]() is not transformer:
+                continue
+            if isinstance(processor, PSAProcessor) or processor is module.original:
+                continue
+            reason = (
+                f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
+            )
+            if at is not None:
+                self._begin_run(at)
+                self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
+            self._refuse(reason)
+
+    def _begin_run(self, at: DenoisingStep) -> None:
+        """Forget the last run, if this step is of another one."""
+        if at.run != self._recorder.run:
+            self._dense_steps = {name: preset.dense_step_count(at.steps) for name, preset in self.presets.items()}
+            self._recorder.start(at.run, at.steps, min(self._dense_steps.values()))
+
+    def _wants_sparse(self, layer: _Layer, at: DenoisingStep) -> bool:
+        """Whether the preset wants this layer sparse at this step."""
+        return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
+
+    def _is_sparse(self, layer: _Layer, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
         at = self._tracker.current
         if at is None:
             self._refuse("the denoising step is unknown, because the pipeline's scheduler has no timesteps")
             return False
-        if at.run != self._recorder.run:
-            self._dense_steps = {name: preset.dense_step_count(at.steps) for name, preset in self.presets.items()}
-            self._recorder.start(at.run, at.steps, min(self._dense_steps.values()))
-        if layer.spec is None or at.step < self._dense_steps[layer.transformer]:
+        self._begin_run(at)
+        if not self._wants_sparse(layer, at):
             self._recorder.add_dense(at.step, layer.name)
             return False
-        reason = self._obstacle(layer.preset, at, hidden_states, attention_mask)
+        reason = self._obstacle(layer.preset, at, call)
         if reason is not None:
             self._recorder.add_dense(at.step, layer.name, reason)
             self._refuse(reason)
         return reason is None
 
-    def _obstacle(
-        self, preset: Preset, at: DenoisingStep, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> str | None:
+    def _obstacle(self, preset: Preset, at: DenoisingStep, call: AttentionCall) -> str | None:
         """Why a call that the preset wants sparse cannot be."""
-        tokens = hidden_states.shape[1]
-        frames, height, width = at.grid
         if self._parallel_config is not None:
             return "context parallelism is enabled, which sparse attention does not support yet"
-        if tokens != frames * height * width:
+        if at.grid is None:
+            return "this pipeline does not tell the transformer the video's frames, height and width"
+        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
+        if tokens < video or (tokens > video and not self._family.history):
+            frames, height, width = at.grid
             return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"
-        if tokens < preset.min_tokens:
-            return f"the sequence of {tokens} tokens is shorter than min_tokens={preset.min_tokens}"
-        if attention_mask is not None:
-            return "the layer was given an attention mask"
+        if video < preset.min_tokens:
+            return f"the sequence of {video} tokens is shorter than min_tokens={preset.min_tokens}"
         if torch.is_grad_enabled():
             return "gradients are enabled, and sparse attention is for inference only"
+        try:
+            self._real_text(call)
+        except DenseOnlyError as error:
+            return str(error)
         return None
+
+    def _real_text(self, call: AttentionCall) -> list[int]:
+        """How many text tokens of each sample are no padding."""
+        mask = self._family.text_mask(call)
+        if mask is None:
+            return [call.text_tokens] * len(call.hidden_states)
+        return self._text_lengths.of(call.attention_mask, mask)
 
     def _refuse(self, reason: str) -> None:
         if self.strict:
@@ -197,23 +257,28 @@ class PSAProcessor:
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
     def _sparse(
-        self,
-        attn: torch.nn.Module,
-        layer: _Layer,
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        self, attn: torch.nn.Module, layer: _Layer, call: AttentionCall
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         at = self._tracker.current
-        q, k, v = self._family.project(attn, hidden_states, rotary_emb)
+        q, k, v = self._family.project(attn, call)
+        text = call.text_tokens
+        after = text if self._family.text == "after" else 0
+        before = q.shape[1] - math.prod(at.grid) - after
         permutation = self._permutation(layer.preset, at.grid, q.device)
-        call = (q.shape, q.device, at.grid)
-        lists = self._cache.find(layer.name, at, call, layer.preset)
+        fits = (q.shape[0], q.shape[2:], q.device, at.grid)
+        lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
-            lists = select_blocks(q, k, layer.spec, permutation=permutation)
-            self._cache.keep(layer.name, at, call, layer.preset, lists)
-        attended, stats = psa_attention(q, k, v, layer.spec, permutation=permutation, lists=lists, return_stats=True)
-        self._recorder.add_sparse(at.step, layer.name, stats)
-        return self._family.output(attn, attended)
+            lists = select_blocks(q, k, layer.spec, text_before=before, text_after=after, permutation=permutation)
+            self._cache.keep(layer.name, at, fits, layer.preset, lists)
+        lengths = self._real_text(call) if after else [0] * len(q)
+        head, tail, stats = attend(
+            q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation
+        )
+        for figures in stats:
+            self._recorder.add_sparse(at.step, layer.name, figures)
+        if self._family.text == "before":
+            return self._family.output(attn, head[:, text:], head[:, :text])
+        return self._family.output(attn, head, tail if text else None)
 
     def _permutation(self, preset: Preset, grid: Grid, device: torch.device) -> torch.Tensor | None:
         """The preset's token order on a device; only the last few are kept."""
@@ -233,15 +298,3 @@ class PSAProcessor:
             if value is not None and hasattr(module.original, name):
                 setattr(module.original, name, value)
         return module.original
-
-
-def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline by attribute name.
-
-    Raises:
-        UnsupportedModelError: it has none.
-    """
-    found = {name: module for name in TRANSFORMERS if (module := getattr(pipe, name, None)) is not None}
-    if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
-    return found

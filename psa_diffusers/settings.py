@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS
+from psa_diffusers.model_aliases import MODELS
+from psa_diffusers.pipeline_kinds import PIPELINE_KINDS
 from psa_diffusers.pipelines import Model, resolve_model
 from psa_diffusers.prompts import read_prompts, slug
 
@@ -134,7 +135,7 @@ def make_plan(request: Request) -> Plan:
         frames=_frames(_given(request.frames, card.frames), model),
         fps=_in_range("--fps", _given(request.fps, card.fps), 1, 240),
         negative_prompt=_given(request.negative_prompt, card.negative_prompt),
-        dtype=_pick_dtype(request.dtype, device),
+        dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
         offload=request.offload,
         image=request.image,
@@ -194,9 +195,9 @@ def _pick_device(device: str, offload: str) -> str:
     return device
 
 
-def _pick_dtype(dtype: str, device: str) -> str:
+def _pick_dtype(dtype: str, device: str, trained: str) -> str:
     if dtype == "auto":
-        return "float32" if device == "cpu" else "bfloat16"
+        return "float32" if device == "cpu" else trained
     return dtype
 
 
@@ -206,7 +207,7 @@ def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, st
             raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
         return None, None
     if not model.takes_image:
-        able = ", ".join(card.name for card in MODELS.values() if card.pipeline == IMAGE_TO_VIDEO)
+        able = ", ".join(card.name for card in MODELS.values() if PIPELINE_KINDS[card.pipeline].takes_image)
         raise InputError(f"--image: {model.name} makes a video from words alone; models that take an image: {able}")
     from PIL import Image, ImageOps
 
@@ -220,6 +221,12 @@ def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, st
 
 def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[int, int]:
     step, card = model.size_step, model.card
+    if model.fixed_size is not None:
+        asked = (_given(request.height, card.height), _given(request.width, card.width))
+        if asked != model.fixed_size:
+            fixed = " x ".join(map(str, model.fixed_size))
+            raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
+        return asked
     if image is not None and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)

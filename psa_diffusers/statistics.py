@@ -22,7 +22,8 @@ class RunStats:
         steps: denoising steps of the run; 0 before the first run.
         dense_steps: how many of them, the first ones, are dense by the preset.
         layers: names of the self-attention layers, of all transformers.
-        density: `[step][layer]`: share of the FLOPs of dense attention, mean over heads, batch and guidance branches;
+        density: `[step][layer]`: share of the FLOPs of dense attention between video tokens, mean over heads, batch and
+            guidance branches (text tokens of joint attention are attended exactly, on top of it);
             1.0 where the layer was dense, None where it did not run.
         coverage: `[step][layer]`: share of the key blocks that were attended at all, likewise.
         density_run: mean of `density` over all steps and layers that ran.

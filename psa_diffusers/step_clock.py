@@ -25,7 +25,7 @@ class StepClock:
         """Starts the clock, and stops it on leaving."""
         import torch
 
-        from psa_diffusers.processor import find_transformers
+        from psa_diffusers.attention_modules import find_transformers
 
         hooks = [part.register_forward_pre_hook(self._called) for part in find_transformers(pipe).values()]
         if self.device.startswith("cuda"):

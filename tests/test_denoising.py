@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_families.cogvideox import tiny_cogvideox_2b
 from tiny_pipelines import run as run_small
 from tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v, tiny_wan_v2v
 
 from psa_diffusers.denoising import DenoisingTracker, denoising_position
+from psa_diffusers.models.cogvideox import CogVideoX
 from psa_diffusers.models.wan import Wan
 
 
@@ -115,6 +117,17 @@ def test_schedulers_without_a_step_index_are_read_from_the_timestep():
     assert denoising_position(pipe, torch.tensor([500.0])) == (0, 3)
     assert denoising_position(pipe, torch.tensor(251.3, dtype=torch.bfloat16)) == (1, 3)
     assert denoising_position(pipe, torch.tensor([[0.0, 0.0, 10.0]])) == (2, 3)
+
+
+def test_positional_arguments_are_told_apart_by_the_model_s_signature():
+    """CogVideoX takes the timestep third, most others second."""
+    pipe = tiny_cogvideox_2b()
+    pipe.scheduler.set_timesteps(3)
+    tracker = DenoisingTracker(pipe, CogVideoX.token_grid)
+    tracker.attach(pipe.transformer)
+    with torch.no_grad():
+        pipe.transformer(torch.randn(1, 3, 4, 16, 16), torch.randn(1, 16, 32), pipe.scheduler.timesteps[1:2])
+    assert (tracker.current.step, tracker.current.steps, tracker.current.grid) == (1, 3, (3, 8, 8))
 
 
 def test_unknown_positions():

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from published_models import PUBLISHED
 from tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v
 
 from psa_diffusers import pipelines
 from psa_diffusers.errors import InputError
 from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS
+from psa_diffusers.pipeline_kinds import PIPELINE_KINDS
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline, resolve_model
 from psa_diffusers.prompts import read_prompts, slug
 from psa_diffusers.settings import Request, make_plan
@@ -27,7 +29,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Stands in for the hub: every repository has the configuration files of a Wan 2.2 model with two experts."""
+    """Stands in for the hub: every repository has these files, at first of a Wan 2.2 model with two experts."""
     files = {
         "model_index.json": {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
         "vae/config.json": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
@@ -72,11 +74,11 @@ def test_an_unknown_model_names_the_nearest():
         resolve_model("wan14b")
 
 
-def test_what_is_no_wan_pipeline_is_refused(tmp_path):
+def test_what_is_no_supported_pipeline_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no model_index\.json there"):
         resolve_model(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(InputError, match="it is a FluxPipeline; supported are WanPipeline and WanImageToVideoPipeline"):
+    with pytest.raises(InputError, match=r"it is a FluxPipeline; supported are WanPipeline, .*MochiPipeline"):
         resolve_model(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{broken")
     with pytest.raises(InputError, match=r"cannot read model_index\.json"):
@@ -93,22 +95,65 @@ def test_offline_and_not_cached_is_said_plainly(name, monkeypatch, tmp_path):
         resolve_model(name)
 
 
+CHECKPOINTS = {published.checkpoint: published for published in PUBLISHED}
+# What the configurations of their VAEs say of compression; LTX's and Mochi's say nothing.
+VAES = {
+    "Wan": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    "SkyReels": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    "Hunyuan": {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4},
+    "CogVideoX": {"temporal_compression_ratio": 4},
+}
+
+
 @pytest.mark.parametrize("name", [name for name, card in MODELS.items() if card.hub_id])
 def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
-    if "5b" in name:
-        hub["vae/config.json"]["scale_factor_spatial"] = 16
-    hub["model_index.json"]["transformer_2"] = (
-        ["diffusers", "X"] if "2-14b" in name or "i2v-14b" in name else [None, None]
-    )
-    tiny_image(320, 180).save(tmp_path / "image.png")
-    image = str(tmp_path / "image.png") if MODELS[name].pipeline == IMAGE_TO_VIDEO else None
-    settings = make_plan(Request(prompts=("a cat",), model=name, image=image, preset="dense")).settings
-    card = MODELS[name]
+    """With the published configuration of its checkpoint, and the size whose token grid is known."""
+    card, published = MODELS[name], CHECKPOINTS[MODELS[name].hub_id]
+    hub["transformer/config.json"] = published.config
+    hub["vae/config.json"] = next((vae for kind, vae in VAES.items() if card.pipeline.startswith(kind)), {})
+    if "2.2" in name and "5b" in name:
+        hub["vae/config.json"] = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+    two = name in ("wan2.2-14b", "wan2.2-i2v-14b")
+    hub["model_index.json"]["transformer_2"] = ["diffusers", "X"] if two else [None, None]
+    tiny_image(card.width, card.height).save(tmp_path / "image.png")
+    image = str(tmp_path / "image.png") if PIPELINE_KINDS[card.pipeline].takes_image else None
+    plan = make_plan(Request(prompts=("a cat",), model=name, image=image))
+    settings, model = plan.settings, plan.model
     assert (settings.source, settings.steps, settings.fps) == (card.hub_id, card.steps, card.fps)
-    assert settings.negative_prompt.startswith("色调艳丽")
-    assert abs(settings.height * settings.width / (card.height * card.width) - 1) < 0.1
+    assert settings.negative_prompt == card.negative_prompt
+    assert settings.negative_prompt.startswith("色调艳丽") == ("wan" in name)
+    assert (model.num_layers, model.experts) == (published.layers, 1 + two)
+    frames, height, width = published.grid
+    assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
+    assert -(-((settings.frames - 1) // model.frame_step + 1) // published.config.get("patch_size_t", 1)) == frames
     if name == "wan2.2-14b":
         assert (settings.guidance, settings.guidance_2) == (4.0, 3.0)
+
+
+def test_a_model_that_makes_one_size_only(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["zai-org/CogVideoX-5b-I2V"].config
+    tiny_image(320, 180).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="cogvideox-5b-i2v", image=str(tmp_path / "image.png"))
+    plan = make_plan(request)
+    assert (plan.settings.height, plan.settings.width) == (480, 720) and plan.image.size == (720, 480)
+    with pytest.raises(InputError, match=r"--height 480 --width 832: .* makes videos of 480 x 720 only"):
+        make_plan(replace(request, width=832))
+
+
+def test_a_model_has_the_dtype_that_its_card_names(hub, monkeypatch):
+    monkeypatch.setattr("psa_diffusers.settings._pick_device", lambda *_: "cuda")
+    dtypes = {
+        name: make_plan(Request(prompts=("a cat",), model=name)).settings.dtype
+        for name in ("cogvideox-2b", "wan", "mochi")
+    }
+    assert dtypes == {"cogvideox-2b": "float16", "wan": "bfloat16", "mochi": "bfloat16"}
+
+
+def test_an_unknown_checkpoint_has_the_settings_of_its_pipeline(tmp_path, hub):
+    hub["model_index.json"]["_class_name"] = "LTXPipeline"
+    card = resolve_model("someone/some-ltx").card
+    assert (card.height, card.width, card.frames, card.fps) == (480, 704, 161, 24)
+    assert (card.name, card.hub_id, card.negative_prompt) == ("someone/some-ltx", None, "")
 
 
 def test_one_guidance_given_goes_to_both_experts(hub):

@@ -27,6 +27,8 @@ AUTHORS_MASS = {
     "mass-wan2.2-5b": (32, (0.6, 0.7, 0.7, 0.8), None),
 }
 
+AUTHORS_COUNT = {"count-cogvideox-5b": (128, "raster"), "count-cogvideox1.5-5b": (32, "hilbert")}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -35,7 +37,7 @@ def write(tmp_path):
 
 def test_the_shipped_presets_are_listed_and_load_under_their_name():
     names = list_presets()
-    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, "example"} <= set(names)
+    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, *AUTHORS_COUNT, "example"} <= set(names)
     for name in names:
         preset = load_preset(name)
         assert preset.name == name and preset.source
@@ -63,6 +65,18 @@ def test_the_authors_mass_presets(name):
         AttentionSpec(128, key, (1, 2, 4, 8), "mass", thresholds, 0.06, similarity, Importance(), "skip")
     }
     assert (preset.dense_step_count(50), preset.dense_step_count(40)) == (15, 12)
+    assert "be122cf" in preset.source and "ziplab" in preset.source
+
+
+@pytest.mark.parametrize("name", AUTHORS_COUNT)
+def test_the_authors_count_presets(name):
+    preset = load_preset(name)
+    key, order = AUTHORS_COUNT[name]
+    thresholds = (0.10, 0.15, 0.15, 0.35)
+    assert set(preset.layer_specs(42)) == {
+        AttentionSpec(128, key, (1, 2, 4, 8), "count", thresholds, 0.0, None, Importance(), "skip")
+    }
+    assert (preset.dense_step_count(50), preset.order) == (15, order)
     assert "be122cf" in preset.source and "ziplab" in preset.source
 
 

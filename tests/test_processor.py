@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from diffusers import SanaVideoTransformer3DModel
 from tiny_pipelines import run as run_small
 from tiny_pipelines import (
     tiny_image,
@@ -269,13 +270,19 @@ def test_two_pipelines_with_two_presets():
             run(two)
 
 
-def test_unsupported_models_are_named():
+def test_unsupported_models_are_named_with_the_reason():
     class OtherTransformer(torch.nn.Module):
         pass
 
     pipe = tiny_wan()
     pipe.transformer = OtherTransformer()
-    with pytest.raises(UnsupportedModelError, match=r"OtherTransformer is not supported; supported: Wan 2\.1 and 2\.2"):
+    message = r"OtherTransformer is not supported, because no family .* describes its attention; supported: Wan 2\.1"
+    with pytest.raises(UnsupportedModelError, match=message):
+        apply_psa(pipe)
+    pipe.transformer = SanaVideoTransformer3DModel.__new__(SanaVideoTransformer3DModel)
+    with pytest.raises(
+        UnsupportedModelError, match=r"SanaVideo.* because its self-attention is linear already; [^\n]*$"
+    ):
         apply_psa(pipe)
     with pytest.raises(UnsupportedModelError, match="object has no transformer"):
         apply_psa(object())
@@ -364,6 +371,7 @@ def test_rotation_matches_the_model():
     """The family's projections equal what diffusers' processor hands to its attention function."""
     from diffusers.models.transformers import transformer_wan
 
+    from psa_diffusers.models import AttentionCall
     from psa_diffusers.models.wan import Wan
 
     transformer = tiny_transformer()
@@ -381,7 +389,7 @@ def test_rotation_matches_the_model():
     try:
         with torch.no_grad():
             attn(hidden, None, None, rotary)
-            ours = Wan.project(attn, hidden, rotary)
+            ours = Wan.project(attn, AttentionCall(hidden, rotary_emb=rotary))
     finally:
         transformer_wan.dispatch_attention_fn = original
     for theirs, our in zip(seen["qkv"], ours, strict=True):

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
+
+
+class DenseOnlyError(Exception):
+    """This call of a layer cannot be sparse; the message says why. The processor catches it and runs it dense."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What diffusers called an attention module with.
+
+    Attributes:
+        hidden_states: `[B, N, C]`: the video tokens, in families with `history` perhaps after others.
+        encoder_hidden_states: `[B, T, C]`: text tokens of joint attention, None where text has cross-attention.
+        attention_mask: as the model made it, or None.
+        rotary_emb: positions as the model made them, or None; families differ in what it is.
+    """
+
+    hidden_states: torch.Tensor
+    encoder_hidden_states: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    rotary_emb: Any = None
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of text tokens, padding included."""
+        return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
 
 class ModelFamily(ABC):
@@ -14,10 +42,15 @@ class ModelFamily(ABC):
     Attributes:
         name: as users know it.
         transformers: names of the diffusers classes that the family covers.
+        text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
+        history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
+            are attended exactly, as text is.
     """
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
+    text: ClassVar[Literal["none", "before", "after"]] = "none"
+    history: ClassVar[bool] = False
 
     @staticmethod
     @abstractmethod
@@ -26,19 +59,38 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def token_grid(transformer: torch.nn.Module, hidden_states: torch.Tensor) -> tuple[int, int, int]:
-        """Video tokens along frames, height and width, from the latents that the transformer is given."""
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        """Video tokens along frames, height and width, from the arguments of the transformer's forward by name.
+
+        None where these do not tell: such a call is dense.
+        """
 
     @staticmethod
     @abstractmethod
-    def project(
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values `[B, N, H, D]`, normalised and rotated, of hidden states `[B, N, C]`."""
+    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values `[B, tokens, H, D]` of video and text, normalised and rotated.
+
+        Text stands where `text` says, padding included. Modules are called, never their weights read: LoRA, casting,
+        offload and quantisation live in the calls.
+        """
 
     @staticmethod
     @abstractmethod
-    def output(attn: torch.nn.Module, attended: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, N, C]` of the attention output `[B, N, H, D]`."""
+    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> Any:
+        """What the family's own processor returns, from the attention output.
+
+        Args:
+            video: `[B, N, H, D]` for the tokens of `hidden_states`.
+            text: `[B, T, H, D]` for those of `encoder_hidden_states`, zero at padding; None where there are none.
+        """
+
+    @staticmethod
+    def text_mask(call: AttentionCall) -> torch.Tensor | None:
+        """Bool `[B, T]`, False at padding, which no token may attend; None if all text is real.
+
+        Raises:
+            DenseOnlyError: the call's mask says something that cannot be said so.
+        """
+        if call.attention_mask is not None:
+            raise DenseOnlyError("the layer was given an attention mask")
+        return None

@@ -1,0 +1,17 @@
+"""HunyuanVideo Framepack: HunyuanVideo that makes a video section by section, after tokens of the earlier frames."""
+
+from __future__ import annotations
+
+from psa_diffusers.models.hunyuan_video import HunyuanVideo
+
+
+class Framepack(HunyuanVideo):
+    """HunyuanVideoFramepackTransformer3DModel.
+
+    The tokens of earlier frames are of several scales, so they form no blocks: they are attended exactly, as text is.
+    Every section is a denoising run of its own.
+    """
+
+    name = "HunyuanVideo Framepack"
+    transformers = ("HunyuanVideoFramepackTransformer3DModel",)
+    history = True

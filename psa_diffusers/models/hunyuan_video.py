@@ -1,0 +1,69 @@
+"""HunyuanVideo: joint attention of video and, after it, text; dual-stream blocks first, then single-stream blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+
+
+class HunyuanVideo(ModelFamily):
+    """HunyuanVideoTransformer3DModel: text and image to video. The text's token refiner is left alone."""
+
+    name = "HunyuanVideo"
+    transformers = ("HunyuanVideoTransformer3DModel",)
+    text = "after"
+
+    @staticmethod
+    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        groups = ("transformer_blocks", "single_transformer_blocks")
+        blocks = {name: getattr(transformer, name, ()) for name in groups}
+        return {f"{name}.{index}": block.attn for name in groups for index, block in enumerate(blocks[name])}
+
+    @staticmethod
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+        frames, height, width = inputs["hidden_states"].shape[2:]
+        patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
+        return frames // patch_t, height // patch, width // patch
+
+    @staticmethod
+    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        video, text = call.hidden_states, call.encoder_hidden_states
+        query, key, value = split_heads(attn, attn.to_q(video), attn.to_k(video), attn.to_v(video))
+        query = rotate_tokens(normalise(attn.norm_q, query), call.rotary_emb)
+        key = rotate_tokens(normalise(attn.norm_k, key), call.rotary_emb)
+        if text is None:
+            return query, key, value
+        if attn.add_q_proj is not None:
+            return join((query, key, value), project_added(attn, text))
+        # A single-stream block projects text as it does video, but does not rotate it.
+        text_query, text_key, text_value = split_heads(attn, attn.to_q(text), attn.to_k(text), attn.to_v(text))
+        text_query, text_key = normalise(attn.norm_q, text_query), normalise(attn.norm_k, text_key)
+        return join((query, key, value), (text_query, text_key, text_value))
+
+    @staticmethod
+    def output(
+        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The last projection of a single-stream block is outside its attention.
+        hidden = project_out(attn, video) if getattr(attn, "to_out", None) is not None else video.flatten(2)
+        if text is not None:
+            text = text.flatten(2)
+            if getattr(attn, "to_add_out", None) is not None:
+                text = attn.to_add_out(text)
+        return hidden, text
+
+    @staticmethod
+    def text_mask(call: AttentionCall) -> torch.Tensor | None:
+        """The model masks keys, `[B, 1, 1, N + T]`, and there only the text's padding."""
+        mask = call.attention_mask
+        if mask is None:
+            return None
+        batch, tokens = call.hidden_states.shape[:2]
+        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
+            raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
+        return mask[:, 0, 0, tokens:]

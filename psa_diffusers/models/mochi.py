@@ -1,0 +1,62 @@
+"""Mochi: joint attention of video and, after it, text with projections of its own; heads differ in their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from psa_diffusers.models.family import AttentionCall, ModelFamily
+from psa_diffusers.models.parts import (
+    join,
+    normalise,
+    project_added,
+    project_out,
+    rotate_pairs,
+    split_heads,
+    text_only_mask,
+)
+
+
+class Mochi(ModelFamily):
+    """MochiTransformer3DModel. It has no `set_attn_processor`: `apply_psa` patches it."""
+
+    name = "Mochi"
+    transformers = ("MochiTransformer3DModel",)
+    text = "after"
+
+    @staticmethod
+    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        return {
+            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
+        }
+
+    @staticmethod
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+        frames, height, width = inputs["hidden_states"].shape[2:]
+        patch = transformer.config.patch_size
+        return frames, height // patch, width // patch
+
+    @staticmethod
+    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = call.hidden_states
+        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
+        if call.rotary_emb is not None:
+            # The tables `[N, H, D / 2]` are float32, and so is the rotation.
+            query, key = (rotate_pairs(x, *call.rotary_emb) for x in (query, key))
+        query, key, value = join((query, key, value), project_added(attn, call.encoder_hidden_states))
+        return query, key, value
+
+    @staticmethod
+    def output(
+        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text = text.flatten(2)
+        # The last block has no use for its text.
+        return project_out(attn, video), attn.to_add_out(text) if hasattr(attn, "to_add_out") else text
+
+    @staticmethod
+    def text_mask(call: AttentionCall) -> torch.Tensor | None:
+        return text_only_mask(call)
