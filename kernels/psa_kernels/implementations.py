@@ -24,6 +24,9 @@ from psa_kernels.spec import AttentionSpec
 IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
 # Gluon changes from one release of Triton to the next.
 GLUON_VERSIONS = ("3.6.",)
+# Floating point operations of dense attention below which the kernel for Hopper, whose launch takes the host half a
+# millisecond longer, spares the GPU less than that.
+LEAST_HOPPER_WORK = 1e12
 
 
 class SlowerKernelWarning(UserWarning):
@@ -61,8 +64,8 @@ def choose(
 ) -> Implementation:
     """The implementation of one call.
 
-    On a CPU `auto` takes the reference. On a GPU it takes the kernel for Hopper there, else the portable kernels, else
-    the reference, and warns once for each reason not to take the first that the device has.
+    On a CPU `auto` takes the reference. On a GPU it takes the kernel for Hopper there, unless the call is small, else
+    the portable kernels, else the reference, and warns once for each reason not to take the best for the device.
 
     Args:
         wanted: one of `IMPLEMENTATIONS`.
@@ -86,7 +89,8 @@ def choose(
         if obstacle is not None:
             raise ValueError(f"implementation={wanted!r}: {obstacle}")
         return made[wanted]()
-    for name in ("hopper", "triton") if _is_hopper(q.device) else ("triton",):
+    work = 4 * q.shape[1] * k.shape[1:].numel() * q.shape[0]
+    for name in ("hopper", "triton") if _is_hopper(q.device) and work >= LEAST_HOPPER_WORK else ("triton",):
         obstacle = reasons[name]()
         if obstacle is None:
             return made[name]()

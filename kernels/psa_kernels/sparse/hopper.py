@@ -41,15 +41,16 @@ def sparse_attention(
     items = triton.cdiv(layout.video_queries, TILE_M.value) * batch * heads
     # In half precision, weights relative to any but the largest logit could overflow.
     online = q.dtype == torch.float16
-    redo = torch.zeros(items, dtype=torch.int32, device=q.device)
+    counters = torch.zeros(1 + items, dtype=torch.int32, device=q.device)
+    redo = counters[1:]
+    # Where there is no permutation or log-sum-exp, any pointer will do.
     arguments = (
         q, *_sources(pyramid.source_keys, pyramid.keys, pyramid.factors, layout, spec),
         *_sources(pyramid.source_values, pyramid.values, pyramid.factors, layout, spec), out,
-        # Where there is none, any pointer will do.
-        redo if lse is None else lse, lists.ids, lists.counts, redo if permutation is None else permutation,
-        redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items, layout.video_queries,
-        layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after, query_tokens,
-        scale * math.log2(math.e),
+        counters if lse is None else lse, lists.ids, lists.counts, counters if permutation is None else permutation,
+        counters, redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items,
+        layout.video_queries, layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after,
+        query_tokens, scale * math.log2(math.e),
     )  # fmt: skip
     options = {
         "HEAD_DIM": head_dim,

@@ -11,6 +11,8 @@ from psa_kernels.sparse.hopper_tiles import (
     PANEL,
     TILE_M,
     TILE_N,
+    announce_item,
+    announced_item,
     box_layout,
     divide,
     in_ring,
@@ -22,11 +24,11 @@ from psa_kernels.sparse.hopper_tiles import (
 
 @gluon.jit
 def fetch_queries(
-    q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn, stride_qh, scale,
-    HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
+    schedule, q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn, stride_qh,
+    scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
     TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: gather each item's queries, perhaps permuted, and plan the tiles of its list."""
+    """One warp: announce items, gather their queries, perhaps permuted, and plan the tiles of their lists."""
     ids_ptr, counts_ptr, heads, items, video_queries, video_keys, key_blocks, text_before, text_after = lists
     CHUNKS: gl.constexpr = HEAD_DIM // 8
     ROWS: gl.constexpr = 16
@@ -34,7 +36,8 @@ def fetch_queries(
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     place = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     done = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    item = announce_item(schedule, done)
+    while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
         base = q_ptr + batch.to(gl.int64) * stride_qb * 8 + head.to(gl.int64) * stride_qh * 8
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
@@ -61,17 +64,20 @@ def fetch_queries(
         fence_async_shared()
         mbarrier.arrive(q_full.index(slot), count=1)
         done += 1
+        item = announce_item(schedule, done)
 
 
 @gluon.jit
 def fetch_rows(
-    rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
-    FACTORS: gl.constexpr, TEXT: gl.constexpr, STAGES: gl.constexpr,
+    schedule, rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr,
+    BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile."""
     ids_ptr, counts_ptr, heads, items, video_queries, _, key_blocks, text_before, text_after = lists
     tile = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    done = gl.to_tensor(0)
+    item = announced_item(schedule, done, 1)
+    while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
         ids = ids_ptr + row * key_blocks
@@ -102,6 +108,8 @@ def fetch_rows(
                     divide(BLOCK_KEY, FACTORS[LAST]), HEAD_DIM, STAGES,
                 )  # fmt: skip
             tile += 1
+        done += 1
+        item = announced_item(schedule, done, 1)
 
 
 @gluon.jit

@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_kernels.sparse.hopper_fetch import fetch_queries, fetch_rows
-from psa_kernels.sparse.hopper_plan import MOST_MIXED, PLAN, read_number
-from psa_kernels.sparse.hopper_tiles import TILE_M, TILE_N, in_ring, item_at
+from psa_kernels.sparse.hopper_plan import MOST_MIXED, PLAN
+from psa_kernels.sparse.hopper_tiles import TICKETS, TILE_M, TILE_N, announced_item, in_ring, item_at, read_number
 
 # Sums of weights up to here leave room for the product with values of up to 2^27; larger ones are computed anew.
 LARGEST_SUM = gl.constexpr(float(2**100))
@@ -36,7 +36,7 @@ LARGEST_SUM = gl.constexpr(float(2**100))
 )  # fmt: skip
 def attention_kernel(
     q_ptr, k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4, v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4,
-    out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, redo_ptr, stride_qb, stride_qn, stride_qh,
+    out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, counter_ptr, redo_ptr, stride_qb, stride_qn, stride_qh,
     stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, key_blocks, text_before, text_after,
     query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
@@ -46,6 +46,7 @@ def attention_kernel(
 
     Args:
         k_*, v_*: descriptors `[B, H, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, PANEL]`.
+        counter_ptr: int32, 0: the number of items that were taken.
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
         stride_q*: in units of 8 elements, which tells the compiler how far it may widen its reads.
         ONLINE: keep a running row maximum instead of that of the first tile.
@@ -64,6 +65,12 @@ def attention_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], number_shared)
+    ticket_full = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], mbarrier.MBarrierLayout())
+    ticket_empty = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(TICKETS):
+        mbarrier.init(ticket_full.index(slot), count=1)
+        mbarrier.init(ticket_empty.index(slot), count=4)
     for slot in gl.static_range(QUERY_SLOTS):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=2)
@@ -74,6 +81,7 @@ def attention_kernel(
         mbarrier.init(v_empty.index(stage), count=2)
     fence_async_shared()
 
+    schedule = (tickets, ticket_full, ticket_empty, counter_ptr)
     # Those that do not exist are None.
     k_rows = (k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4)
     v_rows = (v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4)
@@ -83,20 +91,28 @@ def attention_kernel(
     results = (out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale)
     gl.warp_specialize(
         [
-            (consume, (consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS)),
-            (consume, (consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS)),
+            (
+                consume,
+                (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+            ),
+            (
+                consume,
+                (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+            ),
             (
                 fetch_queries,
-                (q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn, stride_qh,
-                 scale, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT, PERMUTED, QUERY_SLOTS),
+                (schedule, q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn,
+                 stride_qh, scale, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT, PERMUTED, QUERY_SLOTS),
             ),
             (
                 fetch_rows,
-                (k_rows, k_tiles, k_full, k_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT, STAGES),
+                (schedule, k_rows, k_tiles, k_full, k_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
+                 STAGES),
             ),
             (
                 fetch_rows,
-                (v_rows, v_tiles, v_full, v_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT, STAGES),
+                (schedule, v_rows, v_tiles, v_full, v_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
+                 STAGES),
             ),
         ],
         [4, 1, 1, 1],
@@ -106,7 +122,7 @@ def attention_kernel(
 
 @gluon.jit
 def consume(
-    consumed, queries, results, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, PERMUTED: gl.constexpr,
+    schedule, consumed, queries, results, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, PERMUTED: gl.constexpr,
     STORE_LSE: gl.constexpr, ONLINE: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of half of each item's queries.
@@ -126,15 +142,16 @@ def consume(
     zeros = gl.zeros([ROWS, TILE_N], gl.float32, score_layout)
     tile = gl.to_tensor(0)
     done = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    item = announced_item(schedule, done, 4)
+    while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
         slot, phase = in_ring(done, QUERY_SLOTS)
         mbarrier.wait(q_full.index(slot), phase)
         plan = slot * PLAN
         column_biases = slot * MOST_MIXED
-        tiles = read_number(plans, plan)
-        mixed = read_number(plans, plan + 1)
-        bias = read_number(plans, plan + 2).to(gl.float32, bitcast=True)
+        tiles = read_number(plans, plan, 4)
+        mixed = read_number(plans, plan + 1, 4)
+        bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
         q = q_tiles.index(slot * 2 + HALF)
         stage, phase = in_ring(tile, STAGES)
         mbarrier.wait(k_full.index(stage), phase)
@@ -147,8 +164,8 @@ def consume(
         if mixed == 0:
             scores = scores + biases.index(column_biases).load(gl.SliceLayout(0, score_layout))[None, :]
             plan, column_biases = plan + 2, column_biases + 1
-            mixed = read_number(plans, plan + 1)
-            bias = read_number(plans, plan + 2).to(gl.float32, bitcast=True)
+            mixed = read_number(plans, plan + 1, 4)
+            bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
         top = gl.max(scores, 1) * scale + bias
         weights = gl.exp2(scores * scale - (top - bias)[:, None])
         total = gl.sum(weights, 1)
@@ -163,8 +180,8 @@ def consume(
             if index == mixed:
                 scores = scores + biases.index(column_biases).load(gl.SliceLayout(0, score_layout))[None, :]
                 plan, column_biases = plan + 2, column_biases + 1
-                mixed = read_number(plans, plan + 1)
-                bias = read_number(plans, plan + 2).to(gl.float32, bitcast=True)
+                mixed = read_number(plans, plan + 1, 4)
+                bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
             if ONLINE:
                 new_top = gl.maximum(top, gl.max(scores, 1) * scale + bias)
                 shrink = gl.exp2(top - new_top)
@@ -187,7 +204,6 @@ def consume(
         summed = warpgroup_mma(operand, v_tiles.index(stage), accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=(summed,))
         mbarrier.arrive(v_empty.index(stage), count=1)
-        done += 1
 
         out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
         sums = gl.convert_layout(total, out_rows)
@@ -211,3 +227,5 @@ def consume(
             LN_2: gl.constexpr = 0.6931471805599453
             tops = gl.convert_layout(top, out_rows)
             gl.store(lse_ptr + head_index.to(gl.int64) * query_tokens + token, (tops + gl.log2(sums)) * LN_2, mask=real)
+        done += 1
+        item = announced_item(schedule, done, 4)

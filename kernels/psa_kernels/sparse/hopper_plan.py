@@ -9,7 +9,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from psa_kernels.sparse.hopper_tiles import TILE_N, divide, log2_of
+from psa_kernels.sparse.hopper_tiles import TILE_N, divide, log2_of, write_number
 
 # Where one of up to 5 levels or 2 texts ends.
 MOST_MIXED = gl.constexpr(8)
@@ -123,19 +123,3 @@ def column_bias(
         absent = absent | ((place >= text_before) & (place < after))
         absent = absent | ((place >= after + text_after) & (place < ends[0]))
     return gl.where(absent, -float("inf"), columns)
-
-
-@gluon.constexpr_function
-def number_layout(warps):
-    """Layout of a single number that all threads of some warps hold."""
-    return gl.BlockedLayout([1], [32], [warps], [0])
-
-
-@gluon.jit
-def write_number(numbers, index, value):
-    numbers.index(index).store(gl.full([1], value, gl.int32, number_layout(1)))
-
-
-@gluon.jit
-def read_number(numbers, index):
-    return gl.max(numbers.index(index).load(number_layout(4)), 0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 TILE_M = gl.constexpr(128)
 TILE_N = gl.constexpr(128)
 # Columns of a row that lie together in shared memory, 128 bytes in 16-bit numbers.
 PANEL = gl.constexpr(64)
+# Items that are announced before they are begun.
+TICKETS = gl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -48,3 +51,45 @@ def in_ring(count, SLOTS: gl.constexpr):
     """Which slot of a ring comes after `count` uses, and the phase of its barriers."""
     count = count.to(gl.uint32)
     return (count % SLOTS).to(gl.int32), ((count // SLOTS) & 1).to(gl.int32)
+
+
+@gluon.constexpr_function
+def number_layout(warps):
+    """Layout of a single number that all threads of some warps hold."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.jit
+def write_number(numbers, index, value):
+    numbers.index(index).store(gl.full([1], value, gl.int32, number_layout(1)))
+
+
+@gluon.jit
+def read_number(numbers, index, WARPS: gl.constexpr):
+    return gl.max(numbers.index(index).load(number_layout(WARPS)), 0)
+
+
+@gluon.jit
+def announce_item(schedule, count):
+    """Take the next item off the counter that all programs share, and tell the program's other warps.
+
+    Programs that had cheap items take more of them. `count` is the number of items taken before.
+    """
+    tickets, full, empty, counter_ptr = schedule
+    slot, phase = in_ring(count, TICKETS)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    item = gl.atomic_add(counter_ptr, 1)
+    write_number(tickets, slot, item)
+    mbarrier.arrive(full.index(slot), count=1)
+    return item
+
+
+@gluon.jit
+def announced_item(schedule, count, WARPS: gl.constexpr):
+    """The item that was announced after `count` others."""
+    tickets, full, empty, _ = schedule
+    slot, phase = in_ring(count, TICKETS)
+    mbarrier.wait(full.index(slot), phase)
+    item = read_number(tickets, slot, WARPS)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return item
