@@ -86,12 +86,14 @@ def test_kernel_fits_and_overlaps(head_dim, block_key, levels, dtype, constants)
     assert compiled.metadata.shared <= 232_448
     usage = cuobjdump(compiled, "-res-usage")
     assert int(re.search(r"REG:(\d+)", usage).group(1)) == 168  # times 12 warps: all registers there are
-    assert re.search(r"STACK:(\d+)", usage).group(1) == "0"
+    if not constants.get("PERMUTED"):
+        assert re.search(r"STACK:(\d+)", usage).group(1) == "0"
     sass = cuobjdump(compiled, "--dump-sass")
     loops = loops_over_tiles(sass)
     assert len(loops) == 2  # one for each warpgroup that computes
     for body in loops:
         instructions = [re.sub(r"^@!?U?P\d+ ", "", line).split()[0] for line in body]
+        assert not [name for name in instructions if name.startswith(("STL", "LDL"))]
         assert sum(name.startswith("HGMMA") for name in instructions) == head_dim // 16 + 128 // 16
         exponentials = [place for place, name in enumerate(instructions) if name == "MUFU.EX2"]
         assert len(exponentials) == 64 + (2 if dtype == "fp16" else 0)
