@@ -1,0 +1,74 @@
+"""The operator and its stages, by the portable kernels and by the one for Hopper."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
+
+from psa_kernels import AttentionSpec, AttentionStats, Importance, psa_attention
+from psa_kernels.implementations import why_not_hopper
+from psa_kernels.layout import make_layout
+
+
+def cases(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workload: Workload, options: argparse.Namespace
+) -> Iterator[Case]:
+    """Every stage and the whole at every density, the dense one too."""
+    for spec in specs(options):
+        yield from _stages(q, k, v, workload, spec)
+
+
+def specs(options: argparse.Namespace) -> list[AttentionSpec]:
+    """One for each density; importance is estimated as the operator does by default, unless told otherwise."""
+    wanted = {name: getattr(options, name) for name in ("estimator", "query_stride", "key_stride")}
+    told = {name: value for name, value in wanted.items() if value is not None}
+    importance = dataclasses.replace(AttentionSpec().importance, **told)
+    allocations = [*((LEVELS, thresholds) for thresholds in THRESHOLDS.values()), ((1,), (1.0,))]
+    return [
+        AttentionSpec(block_key=options.block_key, levels=levels, thresholds=thresholds, importance=importance)
+        for levels, thresholds in allocations
+    ]
+
+
+def describe(importance: Importance) -> str:
+    return f"{importance.estimator}, {importance.query_stride} x {importance.key_stride}, {importance.statistic}"
+
+
+def _stages(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workload: Workload, spec: AttentionSpec
+) -> Iterator[Case]:
+    """Each stage is given what the stages before it return."""
+    from psa_kernels.allocation.triton import allocate
+    from psa_kernels.importance.triton import block_importance
+    from psa_kernels.pyramid.triton import build_pyramid
+    from psa_kernels.sparse import triton as portable
+
+    layout = make_layout(q.shape[1], k.shape[1], 0, workload.text, None)
+    scale = workload.head_dim**-0.5
+    attend = {"triton": portable.sparse_attention}
+    obstacle = why_not_hopper(q, k, v, spec, scale)
+    if obstacle is None:
+        from psa_kernels.sparse import hopper
+
+        attend["hopper"] = hopper.sparse_attention
+    else:
+        skip("psa-hopper", obstacle)
+
+    pyramid = build_pyramid(k, v, layout, spec)
+    importance = block_importance(q, k, layout, spec, scale, pyramid)
+    lists = allocate(importance, None, spec)
+    density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
+    both = tuple(f"psa-{name}" for name in attend)
+    yield Case(both, density, "pyramid", partial(build_pyramid, k, v, layout, spec))
+    yield Case(both, density, "importance", partial(block_importance, q, k, layout, spec, scale, pyramid))
+    yield Case(both, density, "allocation", partial(allocate, importance, None, spec))
+    for name, sparse_attention in attend.items():
+        method = (f"psa-{name}",)
+        yield Case(method, density, "attention", partial(sparse_attention, q, pyramid, lists, layout, spec, scale))
+        whole = partial(psa_attention, q, k, v, spec, text_after=workload.text, implementation=name)
+        yield Case(method, density, "total", whole)

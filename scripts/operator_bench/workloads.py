@@ -1,0 +1,59 @@
+"""What is measured: self-attention calls of video models, and the densities at which they are sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One self-attention call: `heads` heads of `head_dim`, video tokens and then text tokens."""
+
+    name: str
+    heads: int
+    head_dim: int
+    video: int
+    text: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.video + self.text
+
+    @property
+    def dense_flops(self) -> float:
+        return 4 * self.tokens**2 * self.head_dim * self.heads
+
+
+WORKLOADS = (
+    Workload("wan2.1-1.3b-480p", 12, 128, 32_760),
+    Workload("wan2.1-14b-720p", 40, 128, 75_600),
+    Workload("hunyuanvideo-720p", 24, 128, 118_800, 256),
+    Workload("cogvideox-5b", 48, 64, 17_550, 226),
+)
+LEVELS = (1, 2, 4)
+# Cumulative shares of key blocks, one a level. psa-3 has density 0.25; the others scale its shares.
+THRESHOLDS = {0.10: (0.06, 0.10, 0.18), 0.15: (0.09, 0.15, 0.27), 0.25: (0.15, 0.25, 0.45)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call to time.
+
+    Attributes:
+        methods: whose stage it is; a stage that methods share is timed once.
+        density: share of the dense FLOPs that its lists ask for; None where that is not known because it fails.
+        stage: `total`, `pyramid`, `importance`, `allocation` or `attention`.
+    """
+
+    methods: tuple[str, ...]
+    density: float | None
+    stage: str
+    call: Callable[[], object]
+
+
+@cache
+def skip(method: str, reason: str) -> None:
+    """Say once that a method is left out."""
+    print(f"{method} skipped: {reason}", flush=True)
