@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 
@@ -149,6 +150,7 @@ def test_no_call_waits_for_the_device_or_keeps_memory():
     call = {"lists": lists, "return_stats": True, "implementation": "hopper", **options}
     psa_attention(q, k, v, spec, **call)
     torch.cuda.synchronize()
+    gc.collect()  # What earlier tests left must not be freed in between.
     before = torch.cuda.memory_allocated()
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -156,4 +158,5 @@ def test_no_call_waits_for_the_device_or_keeps_memory():
             psa_attention(q, k, v, spec, **call)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    gc.collect()
     assert torch.cuda.memory_allocated() == before
