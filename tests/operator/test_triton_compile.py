@@ -119,17 +119,18 @@ def test_importance(target, columns, statistic):
     compile_and_check(importance.importance_kernel, target, constants, options, programs=programs)
 
 
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize(("count", "group"), [(1, 1), (16, 1), (2, 4)])
 @pytest.mark.parametrize("target", TARGETS)
-def test_representatives(target, count):
+def test_representatives(target, count, group):
     constants = {
         "HEAD_DIM": 128,
         "PADDED_DIM": 128,
         "COUNT": count,
+        "GROUP": group,
         "TILE": 64,
         "SIZES": (2, 1, 4, 1, 2, 4),
         "STRIDES": (1, 2, 16, 2, 8, 4),
-        "PERMUTED": True,
+        "PERMUTED": group == 1,
         "WIDE": False,
         "CHUNK": representatives.CHUNK,
     }
@@ -178,11 +179,11 @@ def test_pyramid(target):
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
-@pytest.mark.parametrize("key_blocks", [1182, 4725])
+@pytest.mark.parametrize("key_blocks", [591, 1182, 4725])
 @pytest.mark.parametrize("rule", ["count", "mass"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_allocation(target, rule, key_blocks):
-    row = row_shape(key_blocks)
+    row = row_shape(key_blocks, rule == "mass")
     options = {"num_warps": row.pop("num_warps")}
     constants = {
         "ENDS": (107, 178, 320),

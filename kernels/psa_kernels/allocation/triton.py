@@ -33,20 +33,23 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
         # Shares of the count depend on no data, so the ranks at which levels end are known here, exactly.
         ENDS=tuple(ranks_below(threshold, key_blocks) for threshold in spec.thresholds),
         FLOOR=ranks_below(spec.floor, key_blocks), THRESHOLDS=spec.thresholds, MASS=spec.rule == "mass",
-        CAP=coarsest is not None, **row_shape(key_blocks),
+        CAP=coarsest is not None, **row_shape(key_blocks, spec.rule == "mass"),
     )  # fmt: skip
     return BlockLists(ids, counts)
 
 
-def row_shape(key_blocks: int) -> dict[str, int | tuple[int, ...]]:
-    """Parts in which a row is held, entries that are listed at a time, and warps: one, where it can hold the row."""
+def row_shape(key_blocks: int, mass: bool) -> dict[str, int | tuple[int, ...]]:
+    """Parts in which a row is held, entries that are listed at a time, and warps: one, where it can hold the row.
+
+    The mass rule takes a second warp for more than 1,024: of 1,182 blocks, 0.72 instead of 1.06 ms on an H200.
+    """
     width = max(128, triton.next_power_of_2(key_blocks))
     half = width // 2
     rest = max(128, triton.next_power_of_2(key_blocks - half))
     widths = (half, rest) if half >= 128 and rest < half else (width,)
-    warps = 1 if width <= 2048 else width // 1024
+    warps = width // 1024 if width > 2048 or (mass and width == 2048) else 1
     # Three counters of ten bits share a sum of as many ones.
-    return {"WIDTHS": widths, "CHUNK": min(width, 256 if warps == 1 else 512), "num_warps": warps}
+    return {"WIDTHS": widths, "CHUNK": min(width, 256 if width <= 2048 else 512), "num_warps": warps}
 
 
 def ranks_below(share: float, blocks: int) -> int:

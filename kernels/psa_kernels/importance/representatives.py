@@ -73,8 +73,8 @@ def in_tiles(
     x = rows.tensor
     out = torch.empty(batch * heads, tiles, tile, padded_dim(head_dim), dtype=x.dtype, device=x.device)
     tile_kernel[(batch * heads, tiles * tile // CHUNK)](
-        x, out, rows.permutation, *rows.strides, rows.step, rows.first, rows.positions, heads, samples,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=rows.count, TILE=tile,
+        x, out, rows.permutation, *rows.strides, rows.step, rows.first, rows.tokens, heads, samples,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=rows.count, GROUP=rows.group, TILE=tile,
         SIZES=tuple(dims[i] for i in reversed(natural)), STRIDES=tuple(strides[i] for i in reversed(natural)),
         PERMUTED=rows.permutation is not None, WIDE=rows.wide, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
@@ -87,28 +87,29 @@ class Rows:
     Attributes:
         tensor: `[B, N, H, D]` in the order of `strides`, the element strides of its first three dimensions.
         first: the row at position 0, where there is no permutation.
-        positions: how many positions there are.
-        permutation: None, or int32 `[positions]`: which row stands at a position, counted from `first`.
+        tokens: how many tokens all positions stand for.
+        group: how many tokens each position stands for; the last one may stand for fewer.
+        permutation: None, or int32 `[tokens]`: which row stands at a position, counted from `first`.
     """
 
-    def __init__(self, tensor, strides, first, positions, step=1, count=1, permutation=None, wide=False):
-        self.tensor, self.strides, self.first, self.positions = tensor, strides, first, positions
-        self.step, self.count, self.permutation, self.wide = step, count, permutation, wide
+    def __init__(self, tensor, strides, first, tokens, step=1, count=1, group=1, permutation=None, wide=False):
+        self.tensor, self.strides, self.first, self.tokens = tensor, strides, first, tokens
+        self.step, self.count, self.group, self.permutation, self.wide = step, count, group, permutation, wide
 
     @classmethod
     def of_tokens(cls, x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool) -> Rows:
         """One of every `stride` video tokens of `x`, `[B, N, H, D]`, or the mean of them."""
         video = x.shape[1] - layout.text_before - layout.text_after
         return cls(
-            x, x.stride()[:3], layout.text_before, video, stride, stride if pooled else 1, short_permutation(layout),
-            needs_wide_offsets(x),
+            x, x.stride()[:3], layout.text_before, video, stride, stride if pooled else 1,
+            permutation=short_permutation(layout), wide=needs_wide_offsets(x),
         )  # fmt: skip
 
     @classmethod
-    def of_means(cls, means: torch.Tensor, first: int, rows: int) -> Rows:
-        """`rows` rows of `means`, `[B, H, R, D]`, from `first` on."""
+    def of_means(cls, means: torch.Tensor, first: int, tokens: int, group: int, stride: int) -> Rows:
+        """Means of every `stride` tokens, from those of every `group` in `means`, `[B, H, R, D]`, from `first` on."""
         batch, heads, row, _ = means.stride()
-        return cls(means, (batch, row, heads), first, rows)
+        return cls(means, (batch, row, heads), first, tokens, stride // group, stride // group, group)
 
 
 # Inside a kernel, `min` stands for an operation on tensors.
@@ -129,9 +130,9 @@ def reorder(n, SIZES: tl.constexpr, STRIDES: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    x_ptr, out_ptr, permutation, stride_b, stride_n, stride_h, step, first, positions, heads, samples,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr,
-    STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, out_ptr, permutation, stride_b, stride_n, stride_h, step, first, tokens, heads, samples,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
+    SIZES: tl.constexpr, STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`CHUNK` representatives of one head."""
     # Heads run fastest: those of one token are neighbours in memory.
@@ -144,11 +145,16 @@ def tile_kernel(
     for start in range(0, COUNT, UNROLLED):
         for i in tl.static_range(UNROLLED):
             position = sample * step + start + i
-            real = (sample < samples) & (position < positions)
+            left = tokens - position * GROUP
+            real = (sample < samples) & (left > 0)
             row = video_tokens(position, permutation, first, real, PERMUTED)
-            total += load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
+            x = load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
+            if COUNT > 1 and GROUP > 1:
+                x *= tl.minimum(left, GROUP).to(tl.float32)[:, None]
+            total += x
     if COUNT > 1:
-        total *= (1.0 / tl.maximum(tl.minimum(positions - sample * step, COUNT), 1).to(tl.float32))[:, None]
+        left = tokens - sample * step * GROUP
+        total *= (1.0 / tl.maximum(tl.minimum(left, COUNT * GROUP), 1).to(tl.float32))[:, None]
     place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
     rows = head_index * (tl.num_programs(1) * CHUNK) + place
     tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))

@@ -40,7 +40,7 @@ def block_importance(
     Args:
         q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, all queries and keys, in the order of the model.
         scale: factor on the dot products.
-        pyramid: of k; spares the estimator `pooled` a pass over the keys where it has a level of the key stride.
+        pyramid: of k; spares the estimator `pooled` a pass over the keys where a level's factor divides the key stride.
 
     Returns:
         float32 `[B, H, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
@@ -100,12 +100,14 @@ def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, co
 
 
 def _pooled_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, pyramid: TritonPyramid | None) -> Rows:
+    """Means of keys, from those of the pyramid that come closest."""
     stride = spec.importance.key_stride
-    if pyramid is None or stride not in pyramid.factors:
+    fitting = [factor for factor in pyramid.factors if factor > 1 and stride % factor == 0] if pyramid else []
+    if not fitting:
         return Rows.of_tokens(k, layout, stride, True)
-    before = pyramid.factors[: pyramid.factors.index(stride)]
+    before = pyramid.factors[: pyramid.factors.index(fitting[-1])]
     first = sum(block_count(layout.video_keys, factor) for factor in before)
-    return Rows.of_means(pyramid.keys, first, block_count(layout.video_keys, stride))
+    return Rows.of_means(pyramid.keys, first, layout.video_keys, fitting[-1], stride)
 
 
 @triton.jit
@@ -118,8 +120,8 @@ def importance_kernel(
     """Items of `TILE_M` query representatives of one head, one after the other.
 
     The row sums of the softmax are known only at the end. Until then one number a row and key block waits in the
-    scratch: log2 of the block's largest weight, or of the sum of its weights. Weights are relative to a reference,
-    each row's largest score in the first tile, which spares the products that follow a running maximum.
+    scratch: log2 of the block's largest weight, or the sum of its weights. Weights are relative to a reference, each
+    row's largest score in the first tile, which spares the products that follow a running maximum.
     """
     BLOCKS: tl.constexpr = TILE_N // COLUMNS
     SIZE: tl.constexpr = TILE_M * BLOCKS
@@ -139,7 +141,7 @@ def importance_kernel(
                     q = -q
                 reference = tl.load(tops_row)
                 top = tl.full([TILE_M, smaller(4, BLOCKS)], -float("inf"), tl.float32)
-                total = tl.zeros([TILE_M, 4], tl.float32)
+                total = tl.zeros([TILE_M, 4 if LARGEST else smaller(4, BLOCKS)], tl.float32)
                 # The last tile, perhaps a ragged one, comes first.
                 for back in tl.range(0, last + 1, num_stages=STAGES):
                     tile = last - back
@@ -153,7 +155,7 @@ def importance_kernel(
                     waiting, tile_top, weight = score_blocks(scores, reference, scale, COLUMNS, LARGEST)
                     top = tl.maximum(top, tile_top)
                     total += weight
-                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting), WARPS))
+                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting, LARGEST), WARPS))
                 tops = tl.max(top, 1) * scale
                 # Scores that lie too far above the reference are weighed anew, relative to the largest one.
                 again = tl.max(tops - reference, 0) > 56
@@ -162,8 +164,8 @@ def importance_kernel(
                 tl.debug_barrier()
                 reduce_item(
                     scratch, importance_ptr + head_index * query_blocks * row_stride, row_stride,
-                    tl.math.log2(tl.sum(total, 1)), item % query_tiles * TILE_M, query_samples, key_samples,
-                    query_blocks, key_blocks, SAMPLES, COLUMNS, LARGEST, TILE_N, WARPS, READ,
+                    tl.sum(total, 1), item % query_tiles * TILE_M, query_samples, key_samples, query_blocks,
+                    key_blocks, SAMPLES, COLUMNS, LARGEST, TILE_N, WARPS, READ,
                 )  # fmt: skip
                 tl.debug_barrier()
 
@@ -185,22 +187,33 @@ def score_blocks(scores, reference, scale, COLUMNS: tl.constexpr, LARGEST: tl.co
     largest = tl.max(tl.max(tl.max(tl.reshape(scores, unfolded), 6), 4), 1)
     if LARGEST:
         waiting = largest * scale - reference[:, None, None, None]
+        weights = tl.reshape(weights, [scores.shape[0], D[0] * D[1], D[2] * D[3], D[4] * D[5]])
     else:
-        waiting = tl.math.log2(tl.sum(tl.sum(tl.sum(tl.reshape(weights, unfolded), 6), 4), 1))
-    weights = tl.reshape(weights, [scores.shape[0], D[0] * D[1], D[2] * D[3], D[4] * D[5]])
+        waiting = tl.sum(tl.sum(tl.sum(tl.reshape(weights, unfolded), 6), 4), 1)
+        weights = waiting
     return waiting, tl.max(tl.max(largest, 3), 1), tl.sum(tl.sum(weights, 3), 1)
 
 
 @triton.jit
-def encode(x):
-    """A logarithm between -64 and 64 in 16 bits, in steps of 1/512; half as much to write and read as a float."""
-    # 2^23 + 2^15 shifts the step to the last bit of a float and zero to the middle of the range.
-    return (tl.maximum(x * 512.0, -32768.0) + 8421376.0).to(tl.int32, bitcast=True).to(tl.uint16)
+def encode(x, LOG: tl.constexpr):
+    """A number between 2^-64 and 2^64, or such a number's log2, in 16 bits; half as much to write and read as a float.
+
+    Numbers keep 9 bits behind the first, and smaller ones become 2^-64; logarithms come in steps of 1/512.
+    """
+    if LOG:
+        # 2^23 + 2^15 shifts the step to the last bit of a float and zero to the middle of the range.
+        return (tl.maximum(x * 512.0, -32768.0) + 8421376.0).to(tl.int32, bitcast=True).to(tl.uint16)
+    else:
+        # The bits of a float from those of 2^-64 on, rounded.
+        return (tl.maximum(x.to(tl.int32, bitcast=True) - 0x1F7FE000, 0) >> 14).to(tl.uint16)
 
 
 @triton.jit
-def decode(code):
-    return ((code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0) * (1.0 / 512)
+def decode(code, LOG: tl.constexpr):
+    if LOG:
+        return ((code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0) * (1.0 / 512)
+    else:
+        return ((code.to(tl.int32) << 14) + 0x1F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -234,29 +247,32 @@ def out_of_threads(entries, TILE_N: tl.constexpr, TILE_M: tl.constexpr, COLUMNS:
 
 @triton.jit
 def reduce_item(
-    scratch, importance, row_stride, norm, first_sample, query_samples, key_samples, query_blocks, key_blocks,
+    scratch, importance, row_stride, total, first_sample, query_samples, key_samples, query_blocks, key_blocks,
     SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, TILE_N: tl.constexpr, WARPS: tl.constexpr,
     READ: tl.constexpr,
 ):  # fmt: skip
-    """Largest or mean probability of each pair of blocks, from the scratch and the log2 of the row sums `norm`."""
-    TILE_M: tl.constexpr = norm.shape[0]
+    """Largest or mean probability of each pair of blocks, from the scratch and the row sums `total`."""
+    TILE_M: tl.constexpr = total.shape[0]
     QUERY_BLOCKS: tl.constexpr = TILE_M // SAMPLES
     WIDTH: tl.constexpr = READ // TILE_M
     R: tl.constexpr = row_dims(TILE_M, WARPS)
+    # What makes weights probabilities: a factor, or its log2.
+    norm = -tl.math.log2(total) if LARGEST else 1.0 / total
     norm = tl.reshape(tl.permute(tl.reshape(norm, [R[0], R[1], R[2], R[3]]), [1, 3, 0, 2]), [TILE_M])
-    norm = tl.where(first_sample + tl.arange(0, TILE_M) < query_samples, norm, float("inf"))
+    norm = tl.where(first_sample + tl.arange(0, TILE_M) < query_samples, norm, -float("inf") if LARGEST else 0.0)
     query_block = first_sample // SAMPLES + tl.arange(0, QUERY_BLOCKS)
     for first in range(0, key_blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
-        waiting = decode(tl.load(scratch + first * TILE_M + tl.arange(0, READ)))
-        shares = out_of_threads(waiting, TILE_N, TILE_M, COLUMNS, WARPS) - norm[None, :]
+        waiting = decode(tl.load(scratch + first * TILE_M + tl.arange(0, READ)), LARGEST)
+        waiting = out_of_threads(waiting, TILE_N, TILE_M, COLUMNS, WARPS)
+        shares = waiting + norm[None, :] if LARGEST else waiting * norm[None, :]
         pairs = tl.reshape(shares, [WIDTH, QUERY_BLOCKS, SAMPLES])
         if LARGEST:
             found = tl.math.exp2(tl.max(pairs, 2))
         else:
             rows = tl.minimum(query_samples - query_block * SAMPLES, SAMPLES)
             sizes = tl.minimum(key_samples - block * COLUMNS, COLUMNS)
-            found = tl.sum(tl.math.exp2(pairs), 2) / (sizes[:, None] * rows[None, :]).to(tl.float32)
+            found = tl.sum(pairs, 2) / (sizes[:, None] * rows[None, :]).to(tl.float32)
         tl.store(
             importance + query_block[None, :] * row_stride + block[:, None], found,
             mask=(query_block < query_blocks)[None, :] & (block < key_blocks)[:, None],
