@@ -3,7 +3,7 @@
     python scripts/measure_importance.py --output docs/benchmarks/importance.json
 
 Inputs are q, k, v of the bundled demo model (all heads of some layers and steps of dense runs) and smooth random fields
-with outliers. Both are cut into blocks as the presets do. Takes about four minutes on two cores; prints a table, and as
+with outliers. Both are cut into blocks as the presets do. Takes about five minutes of CPU time; prints a table, and as
 the last line one JSON document, the one that --output receives.
 
 Columns: `flops`, the estimate's dot products as a share of dense attention's; `recall`, the share of the exact softmax
