@@ -110,6 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", choices=[workload.name for workload in WORKLOADS], help="default: all")
     parser.add_argument("--block-key", type=int, default=64)
     parser.add_argument("--estimator", choices=("sampled", "pooled"), help="default: the operator's, as for strides")
+    parser.add_argument("--statistic", choices=("max", "mean"), help="default: the operator's")
     parser.add_argument("--query-stride", type=int)
     parser.add_argument("--key-stride", type=int)
     parser.add_argument("--repeats", type=int, default=7, help="timed calls; fewer of those that take over 100 ms")

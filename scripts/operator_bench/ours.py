@@ -25,7 +25,7 @@ def cases(
 
 def specs(options: argparse.Namespace) -> list[AttentionSpec]:
     """One for each density; importance is estimated as the operator does by default, unless told otherwise."""
-    wanted = {name: getattr(options, name) for name in ("estimator", "query_stride", "key_stride")}
+    wanted = {name: getattr(options, name) for name in ("estimator", "statistic", "query_stride", "key_stride")}
     told = {name: value for name, value in wanted.items() if value is not None}
     importance = dataclasses.replace(AttentionSpec().importance, **told)
     allocations = [*((LEVELS, thresholds) for thresholds in THRESHOLDS.values()), ((1,), (1.0,))]
