@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Hashable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
-from psa_diffusers.denoising import DenoisingStep, DenoisingTracker, Grid
-from psa_diffusers.list_cache import ListCache
-from psa_diffusers.models import AttentionCall, DenseOnlyError, find_family
+from psa_diffusers.compiled import Layer, Site
+from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
-from psa_diffusers.text_padding import TextLengths, attend
-from psa_diffusers.token_order import token_permutation
-from psa_kernels import AttentionSpec, select_blocks
-
-KEPT_PERMUTATIONS = 4
+from psa_diffusers.token_attention import TokenAttention
 
 
 class PSAFallbackWarning(UserWarning):
@@ -31,24 +26,6 @@ class PSAFallbackWarning(UserWarning):
 
 class PSAFallbackError(RuntimeError):
     """With `strict=True`: a call would have run dense although the preset asked for sparse attention."""
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One video self-attention; `spec` is None where the preset keeps it dense."""
-
-    name: str
-    transformer: str
-    preset: Preset
-    spec: AttentionSpec | None
-
-
-@dataclass(frozen=True)
-class _Module:
-    """An attention module of the pipeline: the processor it had, and the layer it is, if it is one."""
-
-    original: Any
-    layer: _Layer | None
 
 
 class PSAProcessor:
@@ -94,27 +71,25 @@ class PSAProcessor:
         if preset_2 is not None:
             self.presets["transformer_2"] = load_preset(preset_2)
         self._family = find_family(next(iter(transformers.values())))
-        self._modules: weakref.WeakKeyDictionary[torch.nn.Module, _Module] = weakref.WeakKeyDictionary()
+        self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         layers: list[str] = []
         self._transformers = {name: weakref.ref(transformer) for name, transformer in transformers.items()}
         for name, transformer in transformers.items():
             prefix = f"{name}." if len(transformers) > 1 else ""
             layers += self._take_over(transformer, name, prefix)
         self._dense_steps: dict[str, int] = {}
-        self._permutations: dict[Hashable, torch.Tensor] = {}
         self._warned: set[str] = set()
-        self._cache = ListCache()
-        self._text_lengths = TextLengths()
+        self._attention = TokenAttention(self._family)
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
-            self._hooks.append(transformer.register_forward_pre_hook(self._look_for_replaced))
+            self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
-        for attn in self._modules:
+        for attn in self._sites:
             set_processor(attn, self)
 
     def stats(self) -> RunStats:
@@ -123,13 +98,14 @@ class PSAProcessor:
 
     def restore(self) -> None:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""
-        for attn, module in self._modules.items():
+        for attn, site in self._sites.items():
+            compiled.withdraw(attn, site)
             if attn.processor is self:
-                set_processor(attn, module.original)
+                set_processor(attn, site.original)
         self._tracker.detach()
         while self._hooks:
             self._hooks.pop().remove()
-        self._cache.clear()
+        self._attention.clear()
 
     def __call__(
         self,
@@ -146,22 +122,25 @@ class PSAProcessor:
         All arguments have names, because diffusers passes on only those that it finds in the signature. Some models
         give their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
         """
-        module = self._modules.get(attn)
-        if module is None:
+        compiling = torch.compiler.is_compiling()
+        site = compiled.site_of(attn) if compiling else self._sites.get(attn)
+        if site is None:
             raise RuntimeError(
                 f"PSAProcessor was made for another pipeline and does not know this {type(attn).__name__}; "
                 "make one with PSAProcessor(pipe, ...)"
             )
         positions = image_rotary_emb if rotary_emb is None else rotary_emb
         call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
-        if module.layer is not None and self._is_sparse(module.layer, call):
-            return self._sparse(attn, module.layer, call)
+        if site.layer is not None:
+            if site.sparse if compiling else self._is_sparse(site.layer, call):
+                return self._sparse(attn, site, call)
+            if compiling:
+                compiled.note_dense(site.number)
         # Processors differ in which of these they know, so only what was given is passed on, and as it was given.
         positional = () if rotary_emb is None else (rotary_emb,)
         named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
         named = {name: value for name, value in named.items() if value is not None}
-        original = self._original(module)
-        return original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
+        return site.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
 
     def _take_over(self, transformer: torch.nn.Module, which: str, prefix: str) -> list[str]:
         """Note all attention modules of a transformer and their processors; return the names of its layers."""
@@ -169,32 +148,44 @@ class PSAProcessor:
         attentions = self._family.self_attentions(transformer)
         specs = preset.layer_specs(len(attentions))
         layers = {
-            attn: _Layer(prefix + name, which, preset, spec)
+            attn: Layer(prefix + name, which, preset, spec)
             for (name, attn), spec in zip(attentions.items(), specs, strict=True)
         }
         for attn in attention_modules(transformer):
             original = attn.processor
             if isinstance(original, PSAProcessor):
-                original = original._modules[attn].original
-            self._modules[attn] = _Module(original, layers.get(attn))
+                original = original._sites[attn].original
+            self._sites[attn] = Site(self, original, layers.get(attn))
         return [layer.name for layer in layers.values()]
 
-    def _look_for_replaced(self, transformer: torch.nn.Module, _: tuple) -> None:
-        """Notice processors that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
+    def _before_forward(self, transformer: torch.nn.Module, _: tuple) -> None:
+        """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
-        for attn, module in self._modules.items():
-            layer, processor = module.layer, attn.processor
-            if layer is None or self._transformers[layer.transformer]() is not transformer:
-                continue
-            if isinstance(processor, PSAProcessor) or processor is module.original:
-                continue
-            reason = (
-                f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
-            )
-            if at is not None:
-                self._begin_run(at)
-                self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
-            self._refuse(reason)
+        for attn, site in self._sites.items():
+            if attn.processor is self:
+                compiled.publish(attn, site)
+                # What diffusers has since set on this processor is meant for all of them.
+                for name in ("_attention_backend", "_parallel_config"):
+                    value = getattr(self, name)
+                    if value is not None and hasattr(site.original, name):
+                        setattr(site.original, name, value)
+            layer = site.layer
+            if layer is not None and self._transformers[layer.transformer]() is transformer:
+                site.sparse, site.reason = self._foresee(layer, at)
+                self._look_for_replaced(attn, site)
+
+    def _look_for_replaced(self, attn: torch.nn.Module, site: Site) -> None:
+        """Notice a processor that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
+        processor = attn.processor
+        if isinstance(processor, PSAProcessor) or processor is site.original:
+            return
+        reason = (
+            f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
+        )
+        at = self._tracker.current
+        if at is not None:
+            self._recorder.add_dense(at.step, site.layer.name, reason if self._wants_sparse(site.layer, at) else None)
+        self._refuse(reason)
 
     def _begin_run(self, at: DenoisingStep) -> None:
         """Forget the last run, if this step is of another one."""
@@ -202,52 +193,46 @@ class PSAProcessor:
             self._dense_steps = {name: preset.dense_step_count(at.steps) for name, preset in self.presets.items()}
             self._recorder.start(at.run, at.steps, min(self._dense_steps.values()))
 
-    def _wants_sparse(self, layer: _Layer, at: DenoisingStep) -> bool:
+    def _wants_sparse(self, layer: Layer, at: DenoisingStep) -> bool:
         """Whether the preset wants this layer sparse at this step."""
         return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
 
-    def _is_sparse(self, layer: _Layer, call: AttentionCall) -> bool:
+    def _is_sparse(self, layer: Layer, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
         at = self._tracker.current
+        sparse, reason = self._foresee(layer, at)
+        if sparse:
+            reason = self._attention.obstacle(at, call)
+            sparse = reason is None
+        if not sparse:
+            self.note_dense(layer, reason)
+        return sparse
+
+    def note_dense(self, layer: Layer, reason: str | None) -> None:
+        """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
+        at = self._tracker.current
+        if at is not None:
+            self._recorder.add_dense(at.step, layer.name, reason)
+        if reason is not None:
+            self._refuse(reason)
+
+    def _foresee(self, layer: Layer, at: DenoisingStep | None) -> tuple[bool, str | None]:
+        """Whether a layer can be sparse in this forward, and if it cannot although the preset wants it, why."""
         if at is None:
-            self._refuse("the denoising step is unknown, because the pipeline's scheduler has no timesteps")
-            return False
+            return False, "the denoising step is unknown, because the pipeline's scheduler has no timesteps"
         self._begin_run(at)
         if not self._wants_sparse(layer, at):
-            self._recorder.add_dense(at.step, layer.name)
-            return False
-        reason = self._obstacle(layer.preset, at, call)
-        if reason is not None:
-            self._recorder.add_dense(at.step, layer.name, reason)
-            self._refuse(reason)
-        return reason is None
-
-    def _obstacle(self, preset: Preset, at: DenoisingStep, call: AttentionCall) -> str | None:
-        """Why a call that the preset wants sparse cannot be."""
+            return False, None
+        reason = None
         if self._parallel_config is not None:
-            return "context parallelism is enabled, which sparse attention does not support yet"
-        if at.grid is None:
-            return "this pipeline does not tell the transformer the video's frames, height and width"
-        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
-        if tokens < video or (tokens > video and not self._family.history):
-            frames, height, width = at.grid
-            return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"
-        if video < preset.min_tokens:
-            return f"the sequence of {video} tokens is shorter than min_tokens={preset.min_tokens}"
-        if torch.is_grad_enabled():
-            return "gradients are enabled, and sparse attention is for inference only"
-        try:
-            self._real_text(call)
-        except DenseOnlyError as error:
-            return str(error)
-        return None
-
-    def _real_text(self, call: AttentionCall) -> list[int]:
-        """How many text tokens of each sample are no padding."""
-        mask = self._family.text_mask(call)
-        if mask is None:
-            return [call.text_tokens] * len(call.hidden_states)
-        return self._text_lengths.of(call.attention_mask, mask)
+            reason = "context parallelism is enabled, which sparse attention does not support yet"
+        elif at.grid is None:
+            reason = "this pipeline does not tell the transformer the video's frames, height and width"
+        elif (video := math.prod(at.grid)) < layer.preset.min_tokens:
+            reason = f"the sequence of {video} tokens is shorter than min_tokens={layer.preset.min_tokens}"
+        elif torch.is_grad_enabled():
+            reason = "gradients are enabled, and sparse attention is for inference only"
+        return reason is None, reason
 
     def _refuse(self, reason: str) -> None:
         if self.strict:
@@ -257,44 +242,42 @@ class PSAProcessor:
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
     def _sparse(
-        self, attn: torch.nn.Module, layer: _Layer, call: AttentionCall
+        self, attn: torch.nn.Module, site: Site, call: AttentionCall
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        at = self._tracker.current
         q, k, v = self._family.project(attn, call)
         text = call.text_tokens
-        after = text if self._family.text == "after" else 0
-        before = q.shape[1] - math.prod(at.grid) - after
-        permutation = self._permutation(layer.preset, at.grid, q.device)
-        fits = (q.shape[0], q.shape[2:], q.device, at.grid)
-        lists = self._cache.find(layer.name, at, fits, layer.preset)
-        if lists is None:
-            lists = select_blocks(q, k, layer.spec, text_before=before, text_after=after, permutation=permutation)
-            self._cache.keep(layer.name, at, fits, layer.preset, lists)
-        lengths = self._real_text(call) if after else [0] * len(q)
-        head, tail, stats = attend(
-            q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation
-        )
-        for figures in stats:
-            self._recorder.add_sparse(at.step, layer.name, figures)
+        if torch.compiler.is_compiling():
+            text_last = self._family.text == "after"
+            head, tail = compiled.attend(q, k, v, call.attention_mask, site.number, text, text_last)
+        else:
+            head, tail = self._attend(site.layer, q, k, v, call)
         if self._family.text == "before":
             return self._family.output(attn, head[:, text:], head[:, :text])
         return self._family.output(attn, head, tail if text else None)
 
-    def _permutation(self, preset: Preset, grid: Grid, device: torch.device) -> torch.Tensor | None:
-        """The preset's token order on a device; only the last few are kept."""
-        if preset.order == "raster":
-            return None
-        key = (preset.order, preset.tile, grid, device)
-        if key not in self._permutations:
-            if len(self._permutations) == KEPT_PERMUTATIONS:
-                self._permutations.clear()
-            self._permutations[key] = token_permutation(preset.order, grid, preset.tile).to(device)
-        return self._permutations[key]
+    def _attend(
+        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        at = self._tracker.current
+        head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
+        for figures in stats:
+            self._recorder.add_sparse(at.step, layer.name, figures)
+        return head, tail
 
-    def _original(self, module: _Module) -> Any:
-        """The processor that a module had, told what diffusers has since set on this one."""
-        for name in ("_attention_backend", "_parallel_config"):
-            value = getattr(self, name)
-            if value is not None and hasattr(module.original, name):
-                setattr(module.original, name, value)
-        return module.original
+    def attend_behind_graph(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        text: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention of a compiled block; what only the call itself shows to be dense is computed here then."""
+        # Of the hidden states that the block had, only the number of tokens matters.
+        call = AttentionCall(q[:, text:], q[:, :text] if text else None, attention_mask)
+        reason = self._attention.obstacle(self._tracker.current, call)
+        if reason is None:
+            return self._attend(layer, q, k, v, call)
+        self.note_dense(layer, reason)
+        return self._attention.dense(q, k, v, call)

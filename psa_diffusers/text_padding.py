@@ -33,12 +33,17 @@ class TextLengths:
             DenseOnlyError: padding stands before real text.
         """
         if self._source is None or self._source() is not source:
-            mask = text_mask.bool().cpu()
-            if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-                raise DenseOnlyError("padding stands between its text tokens")
-            self._lengths = mask.sum(1).tolist()
+            self._lengths = self._read(text_mask)
             self._source = weakref.ref(source)
         return self._lengths
+
+    @staticmethod
+    def _read(text_mask: torch.Tensor) -> list[int]:
+        """Wait for the device and count."""
+        mask = text_mask.bool().cpu()
+        if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise DenseOnlyError("padding stands between its text tokens")
+        return mask.sum(1).tolist()
 
 
 def attend(

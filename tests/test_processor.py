@@ -20,7 +20,7 @@ from tiny_pipelines import (
     tiny_wan_v2v,
 )
 
-import psa_diffusers.processor as processor_module
+import psa_diffusers.token_attention as token_attention
 from psa_diffusers import PSAProcessor, UnsupportedModelError, apply_psa, load_preset
 from psa_diffusers.presets import PresetError
 from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
@@ -221,8 +221,8 @@ def test_what_cannot_be_sparse_runs_dense_and_says_why():
 
 def count_selections(monkeypatch):
     calls = []
-    original = processor_module.select_blocks
-    monkeypatch.setattr(processor_module, "select_blocks", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = token_attention.select_blocks
+    monkeypatch.setattr(token_attention, "select_blocks", lambda *a, **k: calls.append(1) or original(*a, **k))
     return calls
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import CASES, ONE_EACH, SPARSE, preset
 
-import psa_diffusers.processor as processor_module
+import psa_diffusers.token_attention as token_attention
 from psa_diffusers import apply_psa
 from psa_diffusers.processor import PSAFallbackWarning
 
@@ -52,14 +52,14 @@ def test_padding_counts_for_nothing(name):
 def spy_on_attention(monkeypatch):
     """Every sparse call: its arguments and what came out."""
     calls = []
-    original = processor_module.attend
+    original = token_attention.attend
 
     def spy(q, k, v, spec, lists, **options):
         result = original(q, k, v, spec, lists, **options)
         calls.append(((q, k, v), options, result))
         return result
 
-    monkeypatch.setattr(processor_module, "attend", spy)
+    monkeypatch.setattr(token_attention, "attend", spy)
     return calls
 
 
@@ -158,8 +158,8 @@ def test_a_mask_that_is_not_of_padding_runs_dense():
 
 def test_lists_of_samples_with_different_text_serve_later_steps(monkeypatch):
     selections = []
-    original = processor_module.select_blocks
-    monkeypatch.setattr(processor_module, "select_blocks", lambda *a, **k: selections.append(1) or original(*a, **k))
+    original = token_attention.select_blocks
+    monkeypatch.setattr(token_attention, "select_blocks", lambda *a, **k: selections.append(1) or original(*a, **k))
     case, pipe = CASES["hunyuan-video"], CASES["hunyuan-video"].make()
     batch = {"prompt": ["a cat", "a dog, running"], "negative_prompt": ["", "bad"]}
     with apply_psa(pipe, preset(refresh=2, share_guidance=True), strict=True):

@@ -1,0 +1,106 @@
+"""Attention of a layer's queries, keys and values, video and text, whichever processor or graph they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+
+from psa_diffusers.compiled import Layer
+from psa_diffusers.denoising import DenoisingStep, Grid
+from psa_diffusers.list_cache import ListCache
+from psa_diffusers.models import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.presets import Preset
+from psa_diffusers.text_padding import TextLengths, attend
+from psa_diffusers.token_order import token_permutation
+from psa_kernels import AttentionStats, select_blocks
+
+KEPT_PERMUTATIONS = 4
+
+
+class TokenAttention:
+    """Attention after the projections of one family, with what is kept from call to call.
+
+    Tensors are `[B, N, H, D]` with text where the family has it; results are in two parts: text that stands last, and
+    the tokens before it.
+    """
+
+    def __init__(self, family: type[ModelFamily]) -> None:
+        self._family = family
+        self._cache = ListCache()
+        self._text_lengths = TextLengths()
+        self._permutations: dict[Hashable, torch.Tensor] = {}
+
+    def clear(self) -> None:
+        """Drop all kept lists."""
+        self._cache.clear()
+
+    def obstacle(self, at: DenoisingStep, call: AttentionCall) -> str | None:
+        """Why a call cannot be sparse."""
+        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
+        if tokens < video or (tokens > video and not self._family.history):
+            frames, height, width = at.grid
+            return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"
+        try:
+            self._real_text(call)
+        except DenseOnlyError as error:
+            return str(error)
+        return None
+
+    def sparse(
+        self, layer: Layer, at: DenoisingStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
+        """Sparse attention of a call without `obstacle`, and its statistics."""
+        after = self._text_after(call)
+        before = q.shape[1] - math.prod(at.grid) - after
+        permutation = self._permutation(layer.preset, at.grid, q.device)
+        fits = (q.shape[0], q.shape[2:], q.device, at.grid)
+        lists = self._cache.find(layer.name, at, fits, layer.preset)
+        if lists is None:
+            lists = select_blocks(q, k, layer.spec, text_before=before, text_after=after, permutation=permutation)
+            self._cache.keep(layer.name, at, fits, layer.preset, lists)
+        lengths = self._real_text(call) if after else [0] * len(q)
+        return attend(q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation)
+
+    def dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention of a call, with its mask."""
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=self._dense_mask(call)).transpose(1, 2)
+        first = q.shape[1] - self._text_after(call)
+        # Results of an operator behind a graph may share no memory.
+        return out[:, :first], out[:, first:].clone()
+
+    def _text_after(self, call: AttentionCall) -> int:
+        return call.text_tokens if self._family.text == "after" else 0
+
+    def _real_text(self, call: AttentionCall) -> list[int]:
+        """How many text tokens of each sample are no padding."""
+        mask = self._family.text_mask(call)
+        if mask is None:
+            return [call.text_tokens] * len(call.hidden_states)
+        return self._text_lengths.of(call.attention_mask, mask)
+
+    def _dense_mask(self, call: AttentionCall) -> torch.Tensor | None:
+        """The call's mask as `scaled_dot_product_attention` takes it."""
+        try:
+            text_mask = self._family.text_mask(call)
+        except DenseOnlyError:
+            return call.attention_mask
+        if text_mask is None:
+            return None
+        return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
+
+    def _permutation(self, preset: Preset, grid: Grid, device: torch.device) -> torch.Tensor | None:
+        """The preset's token order on a device; only the last few are kept."""
+        if preset.order == "raster":
+            return None
+        key = (preset.order, preset.tile, grid, device)
+        if key not in self._permutations:
+            if len(self._permutations) == KEPT_PERMUTATIONS:
+                self._permutations.clear()
+            self._permutations[key] = token_permutation(preset.order, grid, preset.tile).to(device)
+        return self._permutations[key]
