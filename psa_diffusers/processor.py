@@ -79,7 +79,7 @@ class PSAProcessor:
             layers += self._take_over(transformer, name, prefix)
         self._dense_steps: dict[str, int] = {}
         self._warned: set[str] = set()
-        self._attention = TokenAttention(self._family)
+        self._attention = TokenAttention(self._family, strict)
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []

@@ -57,6 +57,7 @@ def attend(
     after: int,
     lengths: list[int],
     permutation: torch.Tensor | None,
+    strict: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
     """`psa_attention` in which each sample has its own number of text tokens after the video.
 
@@ -67,7 +68,7 @@ def attend(
         q, k, v: `[B, N, H, D]`: `before` text tokens, the video, `after` text tokens, padding last.
         lists: which blocks the video tokens of all samples read.
         lengths: how many of the `after` tokens are real, for each sample.
-        permutation: as in `psa_attention`.
+        permutation, strict: as in `psa_attention`.
 
     Returns:
         The attention output of the first N - after tokens and of the last `after` ones, which is zero at padding; and
@@ -85,6 +86,7 @@ def attend(
             text_after=length,
             permutation=permutation,
             lists=BlockLists(lists.ids[part], lists.counts[part]),
+            strict=strict,
             return_stats=True,
         )
         heads.append(out[:, :first])

@@ -24,11 +24,12 @@ class TokenAttention:
     """Attention after the projections of one family, with what is kept from call to call.
 
     Tensors are `[B, N, H, D]` with text where the family has it; results are in two parts: text that stands last, and
-    the tokens before it.
+    the tokens before it. With `strict` a GPU that cannot use its fastest kernel is an error.
     """
 
-    def __init__(self, family: type[ModelFamily]) -> None:
+    def __init__(self, family: type[ModelFamily], strict: bool = False) -> None:
         self._family = family
+        self._strict = strict
         self._cache = ListCache()
         self._text_lengths = TextLengths()
         self._permutations: dict[Hashable, torch.Tensor] = {}
@@ -59,10 +60,15 @@ class TokenAttention:
         fits = (q.shape[0], q.shape[2:], q.device, at.grid)
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
-            lists = select_blocks(q, k, layer.spec, text_before=before, text_after=after, permutation=permutation)
+            lists = select_blocks(
+                q, k, layer.spec, text_before=before, text_after=after, permutation=permutation, strict=self._strict
+            )
             self._cache.keep(layer.name, at, fits, layer.preset, lists)
         lengths = self._real_text(call) if after else [0] * len(q)
-        return attend(q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation)
+        return attend(
+            q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation,
+            strict=self._strict,
+        )  # fmt: skip
 
     def dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
