@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
-from psa_diffusers.models.parts import project_out, split_heads
+from psa_diffusers.models.parts import first_attentions, project_out, split_heads
 
 
 class Allegro(ModelFamily):
@@ -20,9 +20,7 @@ class Allegro(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {
-            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
-        }
+        return first_attentions(transformer)
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
-from psa_diffusers.models.parts import project_out, rotate_pairs, split_heads
+from psa_diffusers.models.parts import first_attentions, project_out, rotate_pairs, split_heads
 
 
 class LTXVideo(ModelFamily):
@@ -20,9 +20,7 @@ class LTXVideo(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {
-            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
-        }
+        return first_attentions(transformer)
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:

@@ -9,6 +9,7 @@ import torch
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import (
+    first_attentions,
     join,
     normalise,
     project_added,
@@ -28,9 +29,7 @@ class Mochi(ModelFamily):
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
-        return {
-            f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)
-        }
+        return first_attentions(transformer)
 
     @staticmethod
     def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:

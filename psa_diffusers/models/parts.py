@@ -1,10 +1,15 @@
-"""What attention modules of several families have in common, in the layout `[B, N, H, D]`."""
+"""What the attention of several families has in common, in the layout `[B, N, H, D]`."""
 
 from __future__ import annotations
 
 import torch
 
 from psa_diffusers.models.family import AttentionCall, DenseOnlyError
+
+
+def first_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The `attn1` of each of a model's `transformer_blocks`, by name."""
+    return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
 
 
 def split_heads(attn: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

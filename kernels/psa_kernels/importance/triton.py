@@ -105,8 +105,7 @@ def _pooled_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, pyra
     fitting = [factor for factor in pyramid.factors if factor > 1 and stride % factor == 0] if pyramid else []
     if not fitting:
         return Rows.of_tokens(k, layout, stride, True)
-    before = pyramid.factors[: pyramid.factors.index(fitting[-1])]
-    first = sum(block_count(layout.video_keys, factor) for factor in before)
+    first = pyramid.first_row(fitting[-1], layout.video_keys)
     return Rows.of_means(pyramid.keys, first, layout.video_keys, fitting[-1], stride)
 
 

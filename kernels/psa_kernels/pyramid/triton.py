@@ -41,6 +41,10 @@ class TritonPyramid:
     factors: tuple[int, ...]
     coarsest: torch.Tensor | None
 
+    def first_row(self, factor: int, tokens: int) -> int:
+        """The row at which the level of a factor starts, for `tokens` video keys."""
+        return sum(block_count(tokens, finer) for finer in self.factors[: self.factors.index(factor)])
+
 
 def build_pyramid(
     k: torch.Tensor,

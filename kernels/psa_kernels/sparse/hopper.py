@@ -45,8 +45,8 @@ def sparse_attention(
     redo = counters[1:]
     # Where there is no permutation or log-sum-exp, any pointer will do.
     arguments = (
-        q, *_sources(pyramid.source_keys, pyramid.keys, pyramid.factors, layout, spec),
-        *_sources(pyramid.source_values, pyramid.values, pyramid.factors, layout, spec), out,
+        q, *_sources(pyramid.source_keys, pyramid.keys, pyramid, layout, spec),
+        *_sources(pyramid.source_values, pyramid.values, pyramid, layout, spec), out,
         counters if lse is None else lse, lists.ids, lists.counts, counters if permutation is None else permutation,
         counters, redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items,
         layout.video_queries, layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after,
@@ -77,7 +77,7 @@ def pipeline(head_dim: int) -> dict[str, int]:
 
 
 def _sources(
-    tokens: torch.Tensor, means: torch.Tensor, factors: tuple[int, ...], layout: TokenLayout, spec: AttentionSpec
+    tokens: torch.Tensor, means: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec
 ) -> list[TensorDescriptor | None]:
     """Where the boxes of text and of every level come from; each ends where its rows end, so that zeros follow."""
     heads_first = tokens.transpose(1, 2)
@@ -85,8 +85,8 @@ def _sources(
     text = [heads_first[:, :, : layout.text_before], heads_first[:, :, video_end:]]
     sources = [_boxes(rows, spec.block_key) if rows.shape[2] else None for rows in text]
     for factor in spec.levels:
-        if factor in factors:
-            start = sum(block_count(layout.video_keys, finer) for finer in factors[: factors.index(factor)])
+        if factor in pyramid.factors:
+            start = pyramid.first_row(factor, layout.video_keys)
             rows = means[:, :, start : start + block_count(layout.video_keys, factor)]
         else:
             rows = heads_first[:, :, layout.text_before : video_end]
