@@ -85,7 +85,7 @@ def attend(
             text_before=before,
             text_after=length,
             permutation=permutation,
-            lists=BlockLists(lists.ids[part], lists.counts[part]),
+            lists=lists[part],
             strict=strict,
             return_stats=True,
         )

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels.blocks import block_count
-from psa_kernels.implementations import choose
+from psa_kernels.head_groups import head_groups
+from psa_kernels.implementations import Implementation, choose
 from psa_kernels.layout import TokenLayout, make_layout
 from psa_kernels.lists import AttentionStats, BlockLists
 from psa_kernels.sparse.reference import text_attention
@@ -32,6 +33,9 @@ def psa_attention(
 
     Defined in "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", arXiv 2512.04025. Half
     precision is computed in float32 and returned in the dtype of `q`. Forward only: no gradient flows.
+
+    The kernels' pyramids take at most 1 1/4 times the memory of the output, or half a GiB if that is more (but at least
+    those of one head): where those of all heads would take more, the stages run for one group of heads after the other.
 
     Args:
         q, k, v: `[B, N, H, D]`, floating point, one dtype and device; the last stride is 1, the others are free. The
@@ -68,13 +72,37 @@ def psa_attention(
             return (out, stats) if return_stats else out
         if lists is not None:
             _check_lists(lists, q, spec, layout)
-        pyramid = chosen.build_pyramid(k, v, layout, spec, lists is None)
-        if lists is None:
-            lists = chosen.select(q, k, layout, spec, scale, pyramid)
-        out = chosen.attend(q, k, v, pyramid, lists, layout, spec, scale)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        head_bytes = 2 * q.shape[0] * chosen.pyramid_rows(layout, spec) * q.shape[3] * q.element_size()
+        stats = []
+        for heads in head_groups(q.shape[2], head_bytes, out.nbytes):
+            tensors = (x[:, :, heads] for x in (q, k, v, out))
+            used = _attend_heads(*tensors, None if lists is None else lists[:, heads], chosen, layout, spec, scale)
+            if return_stats:
+                stats.append(AttentionStats.from_lists(used, spec, chosen.name))
+            del used  # A group's lists need not outlive it.
         if text_before or text_after:
             text_attention(q, k, v, out, layout, scale)
-    return (out, AttentionStats.from_lists(lists, spec, chosen.name)) if return_stats else out
+    return (out, AttentionStats.of_all_heads(stats)) if return_stats else out
+
+
+def _attend_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lists: BlockLists | None,
+    chosen: Implementation,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+) -> BlockLists:
+    """All stages for a group of heads: fill the rows of video queries of `out`, and return the lists that were used."""
+    keys = chosen.pool_keys(k, layout, spec, lists is None)
+    if lists is None:
+        lists = chosen.select(q, k, layout, spec, scale, keys)
+    chosen.attend(q, k, v, keys, lists, layout, spec, scale, out)
+    return lists
 
 
 def select_blocks(

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -39,17 +39,20 @@ class Implementation:
 
     Attributes:
         name: one of `IMPLEMENTATIONS` but `auto`.
-        build_pyramid: `(k, v, layout, spec, selects)`; `selects` says whether `select` will be given the result. None
+        pyramid_rows: `(layout, spec)` to the rows that the pyramid of one head has, its keys and its values each; 0
             from an implementation that pools head by head inside `attend`.
-        select: `(q, k, layout, spec, scale, pyramid or None)` to the lists.
-        attend: `(q, k, v, pyramid, lists, layout, spec, scale)` to the output, in which the rows of text queries are
-            not set.
+        pool_keys: `(k, layout, spec, selects)` to the pyramid of keys; `selects` says whether `select` will be given
+            it.
+        select: `(q, k, layout, spec, scale, pyramid of keys or None)` to the lists.
+        attend: `(q, k, v, pyramid of keys, lists, layout, spec, scale, out)`: pools the values and fills `out`, but for
+            the rows of text queries.
     """
 
     name: str
-    build_pyramid: Callable[..., object]
+    pyramid_rows: Callable[..., int]
+    pool_keys: Callable[..., object]
     select: Callable[..., BlockLists]
-    attend: Callable[..., torch.Tensor]
+    attend: Callable[..., object]
 
 
 def choose(
@@ -174,10 +177,10 @@ def _reference() -> Implementation:
         found = importance.block_importance(q, k, layout, spec, scale)
         return allocation.allocate(found, pyramid.coarsest_levels(k, layout, spec), spec)
 
-    def attend(q, k, v, _, lists, layout, spec, scale):
-        return sparse.sparse_attention(q, k, v, lists, layout, spec, scale)
+    def attend(q, k, v, _, lists, layout, spec, scale, out):
+        sparse.sparse_attention(q, k, v, lists, layout, spec, scale, out)
 
-    return Implementation("reference", lambda *_: None, select, attend)
+    return Implementation("reference", lambda *_: 0, lambda *_: None, select, attend)
 
 
 @cache
@@ -188,15 +191,15 @@ def _triton() -> Implementation:
     from psa_kernels.pyramid import triton as pyramid
     from psa_kernels.sparse import triton as sparse
 
-    def select(q, k, layout, spec, scale, built):
-        found = importance.block_importance(q, k, layout, spec, scale, built)
-        coarsest = pyramid.coarsest_levels(k, layout, spec) if built is None else built.coarsest
+    def select(q, k, layout, spec, scale, keys):
+        found = importance.block_importance(q, k, layout, spec, scale, keys)
+        coarsest = pyramid.coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
         return allocation.allocate(found, coarsest, spec)
 
-    def attend(q, k, v, built, lists, layout, spec, scale):
-        return sparse.sparse_attention(q, built, lists, layout, spec, scale)
+    def attend(q, k, v, keys, lists, layout, spec, scale, out):
+        sparse.sparse_attention(q, pyramid.add_values(keys, v, layout), lists, layout, spec, scale, out=out)
 
-    return Implementation("triton", pyramid.build_pyramid, select, attend)
+    return Implementation("triton", pyramid.pyramid_rows, pyramid.pool_keys, select, attend)
 
 
 @cache
@@ -204,10 +207,13 @@ def _hopper() -> Implementation:
     from psa_kernels.pyramid import triton as pyramid
     from psa_kernels.sparse import hopper
 
-    def build_pyramid(k, v, layout, spec, selects):
-        return pyramid.build_pyramid(k, v, layout, spec, selects, gathered=True)
+    def attend(q, k, v, keys, lists, layout, spec, scale, out):
+        hopper.sparse_attention(q, pyramid.add_values(keys, v, layout), lists, layout, spec, scale, out=out)
 
-    def attend(q, k, v, built, lists, layout, spec, scale):
-        return hopper.sparse_attention(q, built, lists, layout, spec, scale)
-
-    return Implementation("hopper", build_pyramid, _triton().select, attend)
+    return Implementation(
+        "hopper",
+        partial(pyramid.pyramid_rows, gathered=True),
+        partial(pyramid.pool_keys, gathered=True),
+        _triton().select,
+        attend,
+    )

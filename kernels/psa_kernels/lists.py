@@ -22,6 +22,10 @@ class BlockLists:
     ids: torch.Tensor
     counts: torch.Tensor
 
+    def __getitem__(self, part: slice | tuple[slice, slice]) -> BlockLists:
+        """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them."""
+        return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous())
+
     @classmethod
     def from_levels(cls, level: torch.Tensor, num_levels: int) -> BlockLists:
         """Build the lists from the level index of every pair of blocks.
@@ -69,3 +73,14 @@ class AttentionStats:
             density = density + (1 - coverage) / spec.block_key
             coverage = torch.ones_like(coverage)
         return cls(density, coverage, shares, implementation)
+
+    @classmethod
+    def of_all_heads(cls, groups: list[AttentionStats]) -> AttentionStats:
+        """The statistics of one call, made of those of its groups of heads."""
+        if len(groups) == 1:
+            return groups[0]
+        density, coverage, shares = (
+            torch.cat([getattr(group, name) for group in groups], dim=1)
+            for name in ("density", "coverage", "level_shares")
+        )
+        return cls(density, coverage, shares, groups[0].implementation)

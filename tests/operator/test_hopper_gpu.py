@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, BlockLists, psa_attention
+from psa_kernels import AttentionSpec, BlockLists, head_groups, psa_attention
 from psa_kernels.layout import make_layout
 
 pytest.importorskip("triton")
@@ -77,6 +77,36 @@ def test_it_is_the_portable_kernel_to_rounding(seed):
     poison_free_memory()
     again = psa_attention(q, k, v, spec, lists=lists, implementation="hopper", **options)
     assert torch.equal(again, found["hopper"])
+
+
+@pytest.mark.parametrize("implementation", ["hopper", "triton"])
+@pytest.mark.parametrize("given", [True, False], ids=["given lists", "selects"])
+@pytest.mark.parametrize("seed", range(12))
+def test_groups_of_heads_change_nothing(seed, given, implementation, monkeypatch):
+    q, k, v, spec, lists, options = random_case(seed)
+    call = {"lists": lists if given else None, "implementation": implementation, "return_stats": True, **options}
+    whole, stats = psa_attention(q, k, v, spec, **call)
+    monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 1)
+    monkeypatch.setattr(head_groups, "LARGEST_SHARE", 0)
+    poison_free_memory()
+    parts, part_stats = psa_attention(q, k, v, spec, **call)
+    assert torch.equal(parts, whole) and torch.equal(part_stats.level_shares, stats.level_shares)
+
+
+def test_pyramids_take_no_more_memory_than_is_said(monkeypatch):
+    """Those of all heads would take 3 1/2 times the memory of the output, as tokens are permuted."""
+    monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 0)
+    tokens, heads, head_dim = 16_384, 40, 128
+    q, k, v = (torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    call = {"permutation": torch.randperm(tokens, device="cuda"), "implementation": "hopper"}
+    psa_attention(q, k, v, AttentionSpec(), **call)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    psa_attention(q, k, v, AttentionSpec(), **call)
+    extra = torch.cuda.max_memory_allocated() - before
+    rest = 2**26  # lists, importance, representatives and the like
+    assert q.nbytes < extra < q.nbytes + head_groups.LARGEST_SHARE * q.nbytes + rest
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

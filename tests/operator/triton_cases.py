@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, Importance, head_groups, psa_attention, select_blocks
 from psa_kernels.allocation import reference as reference_allocation
 from psa_kernels.allocation import triton as triton_allocation
 from psa_kernels.importance import reference as reference_importance
@@ -204,6 +204,27 @@ def test_log_sum_exp():
     expected = (0.25 * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).logsumexp(-1)
     torch.testing.assert_close(lse[:, :, 1:148], expected[:, :, 1:148], rtol=1e-5, atol=1e-5)
     assert lse[:, :, 0].isnan().all() and lse[:, :, 148:].isnan().all()
+
+
+def test_groups_of_heads_change_nothing(monkeypatch):
+    """Each kernel writes into its part of the output, and reads its part of the lists."""
+    q, k, v = inputs(70, batch=2, heads=2)
+    spec = AttentionSpec(
+        block_query=64, block_key=16, levels=(1, 4), thresholds=(0.3, 0.8), importance=Importance("pooled", "max", 8, 8)
+    )
+    options = {"text_before": 2, "permutation": torch.randperm(68), "implementation": "triton"}
+    lists = select_blocks(q, k, spec, **options)
+    whole, stats = psa_attention(q, k, v, spec, lists=lists, return_stats=True, **options)
+    launches, pool_tokens = [], triton_pyramid.pool_tokens
+    monkeypatch.setattr(triton_pyramid, "pool_tokens", lambda x, *a: launches.append(x.shape[2]) or pool_tokens(x, *a))
+    monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 1)
+    monkeypatch.setattr(head_groups, "LARGEST_SHARE", 0)
+    for kept in (None, lists):
+        parts, part_stats = psa_attention(q, k, v, spec, lists=kept, return_stats=True, **options)
+        assert torch.equal(parts, whole) and parts.is_contiguous()
+        for name in ("density", "coverage", "level_shares"):
+            assert torch.equal(getattr(part_stats, name), getattr(stats, name))
+    assert launches == [1] * 8
 
 
 def test_wide_offsets_change_nothing(monkeypatch):

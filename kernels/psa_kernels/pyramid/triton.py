@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -27,19 +27,20 @@ class TritonPyramid:
     """Keys and values as the attention kernel reads them: single tokens from the originals, means from here.
 
     Attributes:
-        source_keys, source_values: `[B, N, H, D]`, the caller's tensors.
-        keys, values: `[B, H, R, D]` in their dtype: the means of some levels, one level after the other; the last group
-            of a level may stand for fewer tokens.
+        source_keys: `[B, N, H, D]`, the caller's tensor.
+        keys: `[B, H, R, D]` in its dtype: the means of some levels, one level after the other; the last group of a
+            level may stand for fewer tokens.
         factors: the pooling factors of these levels.
         coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level each key block may have.
+        source_values, values: as those of the keys; None until they are needed.
     """
 
     source_keys: torch.Tensor
-    source_values: torch.Tensor
     keys: torch.Tensor
-    values: torch.Tensor
     factors: tuple[int, ...]
     coarsest: torch.Tensor | None
+    source_values: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
     def first_row(self, factor: int, tokens: int) -> int:
         """The row at which the level of a factor starts, for `tokens` video keys."""
@@ -57,15 +58,33 @@ def build_pyramid(
     """Pool keys and values `[B, N, H, D]` inside their blocks (DESIGN: stage 1).
 
     Args:
-        similarity: find the coarsest levels in the same pass over the keys, where the spec asks for a cap.
+        similarity, gathered: as in `pool_keys`.
+    """
+    return add_values(pool_keys(k, layout, spec, similarity, gathered), v, layout)
+
+
+def pool_keys(
+    k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, similarity: bool = False, gathered: bool = False
+) -> TritonPyramid:
+    """The pyramid of keys `[B, N, H, D]`, which is all that the importance reads.
+
+    Args:
+        similarity: find the coarsest levels in the same pass, where the spec asks for a cap.
         gathered: hold single tokens too where the layout permutes them, in the order of the blocks.
     """
-    factors = pooled_factors(spec)
-    if gathered and layout.permutation is not None and spec.levels[0] == 1:
-        factors = (1, *factors)
+    factors = held_factors(layout, spec, gathered)
     keys, coarsest = pool_tokens(k, layout, factors, spec if similarity else None)
-    values, _ = pool_tokens(v, layout, factors)
-    return TritonPyramid(k, v, keys, values, factors, coarsest)
+    return TritonPyramid(k, keys, factors, coarsest)
+
+
+def add_values(pyramid: TritonPyramid, v: torch.Tensor, layout: TokenLayout) -> TritonPyramid:
+    """The same pyramid with values `[B, N, H, D]` too."""
+    return replace(pyramid, source_values=v, values=pool_tokens(v, layout, pyramid.factors)[0])
+
+
+def pyramid_rows(layout: TokenLayout, spec: AttentionSpec, gathered: bool = False) -> int:
+    """Rows that the pyramid of the keys of one head has; that of the values has as many."""
+    return sum(block_count(layout.video_keys, factor) for factor in held_factors(layout, spec, gathered))
 
 
 def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> torch.Tensor | None:
@@ -73,10 +92,11 @@ def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -
     return pool_tokens(k, layout, (), spec)[1]
 
 
-def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
-    """Pooling factors of the pyramid's levels, one after the other; single tokens need no level."""
+def held_factors(layout: TokenLayout, spec: AttentionSpec, gathered: bool) -> tuple[int, ...]:
+    """Pooling factors of the pyramid's levels, one after the other; single tokens need no level, unless `gathered`."""
     factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
-    return tuple(factor for factor in factors if factor > 1)
+    finest = 1 if gathered and layout.permutation is not None else 2
+    return tuple(factor for factor in factors if factor >= finest)
 
 
 def pool_tokens(

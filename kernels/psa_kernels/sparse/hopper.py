@@ -29,6 +29,7 @@ def sparse_attention(
     spec: AttentionSpec,
     scale: float,
     lse: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same as the portable `sparse.triton.sparse_attention`, on a GPU of compute capability 9.0.
 
@@ -36,7 +37,8 @@ def sparse_attention(
         pyramid: with tokens as a level of factor 1 where they are permuted, since a box is a run of rows in memory.
     """
     batch, query_tokens, heads, head_dim = q.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     permutation = short_permutation(layout)
     items = triton.cdiv(layout.video_queries, TILE_M.value) * batch * heads
     # In half precision, weights relative to any but the largest logit could overflow.

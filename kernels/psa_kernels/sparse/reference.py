@@ -29,6 +29,7 @@ def sparse_attention(
     layout: TokenLayout,
     spec: AttentionSpec,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
 
@@ -37,12 +38,14 @@ def sparse_attention(
 
     Args:
         q, k, v: `[B, N, H, D]`, all tokens, in the order of the model.
+        out: where the result goes: `[B, Nq, H, D]` in the dtype of q; a new tensor if None.
 
     Returns:
-        `[B, Nq, H, D]` in the dtype of q; the rows of text queries are not written.
+        `out`; the rows of text queries are not written.
     """
     batch, heads, query_blocks, _ = lists.ids.shape
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     query_tokens = layout.video_query_tokens(q.device)
     rows = pyramid_rows(layout, spec, like=k)
     counts = _blocks_per_level(lists, spec)

@@ -36,6 +36,7 @@ def sparse_attention(
     spec: AttentionSpec,
     scale: float,
     lse: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
 
@@ -43,11 +44,13 @@ def sparse_attention(
         q: `[B, Nq, H, D]`, all queries, in the order of the model.
         lse: None, or a contiguous float32 `[B, H, Nq]`, of which the video queries are filled with ln of the sum of exp
             over their logits.
+        out: where the result goes: `[B, Nq, H, D]` in the dtype of q, its last stride 1; a new tensor if None.
 
     Returns:
-        `[B, Nq, H, D]` in the dtype of q; the rows of text queries are not written.
+        `out`; the rows of text queries are not written.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch(q, pyramid, lists, layout, spec, scale, out, lse)
     return out
 

@@ -1,0 +1,29 @@
+"""Heads that are computed at a time, so that no more of their pyramids than these exist at once."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+# What the pyramids of a group may take: so much of the memory of the whole output,
+LARGEST_SHARE = 1.25
+# or so many bytes, where that is more. With less work a launch, multiprocessors that are done first wait too long.
+SMALL_PYRAMIDS = 1 << 29
+
+
+def head_groups(heads: int, head_bytes: int, output_bytes: int) -> list[slice]:
+    """Cut the heads into as few groups as the memory of their pyramids allows; sizes differ by one at most.
+
+    Args:
+        heads: number of heads.
+        head_bytes: memory of the pyramids of keys and values of one head, of all batch items.
+        output_bytes: memory of the output of all heads.
+
+    Returns:
+        The groups, larger ones first: smaller ones then fit into the memory that they leave.
+    """
+    bound = max(int(LARGEST_SHARE * output_bytes), SMALL_PYRAMIDS)
+    most = max(1, min(heads, bound // head_bytes if head_bytes else heads))
+    groups = -(-heads // most)
+    size, larger = divmod(heads, groups)
+    starts = [index * size + min(index, larger) for index in range(groups + 1)]
+    return [slice(start, end) for start, end in pairwise(starts)]
