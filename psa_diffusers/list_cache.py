@@ -20,9 +20,10 @@ class _Entry:
 class ListCache:
     """Lists of the current run, one set a layer and guidance branch, or one a layer where branches share.
 
-    A set takes 2 bytes for each pair of a query block and a key block, head and batch item (4 beyond 32,767 key
-    blocks); for Wan2.1-14B at 720p that is 56 MB a layer and branch. Nothing is kept with `refresh` 1 and separate
-    branches. A run drops the lists of the last one.
+    A set takes 2 bytes for each query block and attended key block, head and batch item (4 beyond 32,767 key blocks);
+    for Wan2.1-14B at 720p with psa-3 that is 25 MB a layer and branch. With the mass rule or `rest: mean` skipped key
+    blocks take as much, 56 MB in all. Nothing is kept with `refresh` 1 and separate branches. A run drops the lists of
+    the last one.
     """
 
     def __init__(self) -> None:

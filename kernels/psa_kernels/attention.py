@@ -9,7 +9,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.head_groups import head_groups
 from psa_kernels.implementations import Implementation, choose
 from psa_kernels.layout import TokenLayout, make_layout
-from psa_kernels.lists import AttentionStats, BlockLists
+from psa_kernels.lists import AttentionStats, BlockLists, list_width
 from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
 
@@ -119,8 +119,8 @@ def select_blocks(
 ) -> BlockLists:
     """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
 
-    Arguments and errors are those of `psa_attention`. The lists take 2 bytes a pair of blocks (4 beyond 32,767 key
-    blocks) and 4 a query block and level.
+    Arguments and errors are those of `psa_attention`. The lists take 4 bytes a query block and level, and 2 (4 beyond
+    32,767 key blocks) a query block and attended key block; skipped ones take as much where `rule` is `mass`.
     """
     layout = _check(q, k, k, text_before, text_after, permutation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -176,9 +176,11 @@ def _check(
 
 
 def _check_lists(lists: BlockLists, q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> None:
-    expected = _list_shape(q, spec, layout)
-    if tuple(lists.ids.shape) != expected or tuple(lists.counts.shape) != (*expected[:3], len(spec.levels)):
+    *rows, key_blocks = _list_shape(q, spec, layout)
+    width = list_width(spec, key_blocks)
+    found = *lists.ids.shape[:3], lists.key_blocks, *lists.counts.shape
+    if found != (*rows, key_blocks, *rows, len(spec.levels)) or not width <= lists.ids.shape[3] <= key_blocks:
         raise ValueError(
-            f"lists: made for another call: ids {tuple(lists.ids.shape)} and counts {tuple(lists.counts.shape)}, "
-            f"expected {expected} and {(*expected[:3], len(spec.levels))}"
+            f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and counts "
+            f"{tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, len(spec.levels))}"
         )

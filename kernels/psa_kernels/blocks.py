@@ -11,6 +11,14 @@ def block_count(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
+def ranks_below(share: float, blocks: int) -> int:
+    """How many of the ranks r = 0 .. blocks - 1 have r / blocks < share in float64."""
+    rank = min(blocks, max(0, int(share * blocks) - 1))
+    while rank < blocks and rank / blocks < share:
+        rank += 1
+    return rank
+
+
 def group_sizes(tokens: int, group: int, device: torch.device) -> torch.Tensor:
     """Real tokens in each group of `group` neighbours: int64 `[ceil(tokens / group)]`."""
     starts = torch.arange(0, tokens, group, device=device)

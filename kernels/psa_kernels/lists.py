@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from psa_kernels.blocks import ranks_below
 from psa_kernels.spec import AttentionSpec
 
 
@@ -14,30 +15,52 @@ class BlockLists:
     """Key blocks of every query block, grouped by level.
 
     Attributes:
-        ids: int16 or int32 `[B, H, query blocks, key blocks]`: in each row first the blocks of the finest level, then
-            those of the next, ..., last the blocks past the last threshold; ascending inside each group.
+        ids: int16, or int32 beyond 32,767 key blocks, `[B, H, query blocks, list_width]`: in each row first the blocks
+            of the finest level, then those of the next, ..., last the blocks past the last threshold, as far as there
+            is room; ascending inside each group.
         counts: int32 `[B, H, query blocks, levels]`: how many blocks each level has.
+        key_blocks: how many key blocks there are, listed or not.
     """
 
     ids: torch.Tensor
     counts: torch.Tensor
+    key_blocks: int
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> BlockLists:
         """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them."""
-        return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous())
+        return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous(), self.key_blocks)
 
     @classmethod
-    def from_levels(cls, level: torch.Tensor, num_levels: int) -> BlockLists:
+    def from_levels(cls, level: torch.Tensor, num_levels: int, width: int | None = None) -> BlockLists:
         """Build the lists from the level index of every pair of blocks.
 
         Args:
             level: integer `[B, H, query blocks, key blocks]`: index into the levels, or `num_levels` past the last.
             num_levels: number of levels.
+            width: how many blocks a row lists, no fewer than have a level; all if None.
         """
-        ids = level.sort(dim=-1, stable=True).indices
-        ids = ids.to(torch.int16 if level.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32)
+        key_blocks = level.shape[-1]
+        ids = level.sort(dim=-1, stable=True).indices[..., :width]
         counts = torch.stack([(level == index).sum(-1) for index in range(num_levels)], dim=-1)
-        return cls(ids, counts.to(torch.int32))
+        return cls(
+            ids.to(id_dtype(key_blocks), memory_format=torch.contiguous_format), counts.to(torch.int32), key_blocks
+        )
+
+
+def id_dtype(key_blocks: int) -> torch.dtype:
+    """The shorter integer that can name every key block."""
+    return torch.int16 if key_blocks <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def list_width(spec: AttentionSpec, key_blocks: int) -> int:
+    """How many key blocks a row of the lists has room for.
+
+    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the mass
+    rule attends depends on the data, and `rest: mean` attends all.
+    """
+    if spec.rule != "count" or spec.rest != "skip":
+        return key_blocks
+    return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)
 
 
 @dataclass(frozen=True)
@@ -60,8 +83,8 @@ class AttentionStats:
     @classmethod
     def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:
         """Sum up the lists of one call; no pair of video blocks at all counts as density 1."""
-        batch, heads, query_blocks, key_blocks = lists.ids.shape
-        pairs = query_blocks * key_blocks
+        batch, heads, query_blocks, _ = lists.ids.shape
+        pairs = query_blocks * lists.key_blocks
         if not pairs:
             ones = torch.ones(batch, heads, device=lists.ids.device)
             return cls(ones, ones, torch.zeros(batch, heads, len(spec.levels), device=ones.device), implementation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,17 +194,30 @@ def test_lists_serve_another_step():
         psa_attention(*inputs(90), spec, lists=lists)
 
 
-def test_lists_are_grouped_by_level_and_ascending():
-    spec = AttentionSpec(block_query=16, block_key=8, thresholds=(0.2, 0.5, 0.8))
+@pytest.mark.parametrize(
+    ("fields", "listed"), [({}, 20), ({"floor": 0.9}, 23), ({"rest": "mean"}, 25), ({"rule": "mass"}, 25)], ids=str
+)
+def test_lists_are_grouped_by_level_and_ascending(fields, listed):
+    """The count rule lists what is attended, the others every block."""
+    spec = AttentionSpec(block_query=16, block_key=8, thresholds=(0.2, 0.5, 0.8), **fields)
     q, k, _ = inputs(200)
     lists = select_blocks(q, k, spec)
     assert lists.ids.dtype == torch.int16 and lists.counts.dtype == torch.int32
+    assert lists.key_blocks == 25 and lists.ids.shape[3] == listed and lists.ids.is_contiguous()
     for b, h, i in itertools.product(*map(range, lists.ids.shape[:3])):
         ids, counts = lists.ids[b, h, i], lists.counts[b, h, i].tolist()
-        assert counts == [5, 8, 7]
-        assert ids.sort().values.tolist() == list(range(25))
-        for part in ids.split([*counts, 25 - sum(counts)]):
+        assert fields.get("rule") == "mass" or counts == ([23, 0, 0] if "floor" in fields else [5, 8, 7])
+        assert len(ids.unique()) == listed and set(ids.tolist()) <= set(range(25))
+        for part in ids.split([*counts, listed - sum(counts)]):
             assert part.tolist() == sorted(part.tolist())
+
+
+def test_lists_that_lack_skipped_blocks_are_refused_where_these_are_attended():
+    spec = AttentionSpec(block_query=16, block_key=8)
+    q, k, v = inputs(200)
+    lists = select_blocks(q, k, spec)
+    with pytest.raises(ValueError, match=r"lists: made for another call: .* of 25 key blocks"):
+        psa_attention(q, k, v, replace(spec, rest="mean"), lists=lists)
 
 
 def test_no_row_is_ever_empty():

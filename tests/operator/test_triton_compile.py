@@ -140,7 +140,7 @@ def test_representatives(target, count, group):
 @pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
 def test_branches_that_the_interpreter_does_not_compile(factors):
     """Types must agree in every branch; scalars that equal 1 are compiled as constants."""
-    ones = ("heads", "video_queries", "video_keys", "key_blocks", "pyramid_rows", "text_before", "text_keys")
+    ones = ("heads", "video_queries", "video_keys", "list_width", "pyramid_rows", "text_before", "text_keys")
     constants = {
         "HEAD_DIM": 40,
         "PADDED_DIM": 64,

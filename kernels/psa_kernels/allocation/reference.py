@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from psa_kernels.lists import BlockLists
+from psa_kernels.lists import BlockLists, list_width
 from psa_kernels.spec import AttentionSpec
 
 
@@ -25,7 +25,7 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     if coarsest is not None:
         attended = level < len(spec.levels)
         level = torch.where(attended, torch.minimum(level, coarsest[:, :, None]), level)
-    return BlockLists.from_levels(level, len(spec.levels))
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]))
 
 
 def _levels_by_rank(importance: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.lists import BlockLists
+from psa_kernels.blocks import ranks_below
+from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
 
 # A row has to fit into the registers of one program.
@@ -25,17 +26,18 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
         The same lists as the reference.
     """
     batch, heads, query_blocks, key_blocks = importance.shape
-    narrow = key_blocks <= torch.iinfo(torch.int16).max
-    ids = torch.empty(importance.shape, dtype=torch.int16 if narrow else torch.int32, device=importance.device)
-    counts = torch.empty(batch, heads, query_blocks, len(spec.levels), dtype=torch.int32, device=importance.device)
+    rows, device = (batch, heads, query_blocks), importance.device
+    width = list_width(spec, key_blocks)
+    ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=device)
+    counts = torch.empty(*rows, len(spec.levels), dtype=torch.int32, device=device)
     allocation_kernel[(batch * heads * query_blocks,)](
-        importance, coarsest, ids, counts, importance.stride(2), query_blocks, key_blocks,
+        importance, coarsest, ids, counts, importance.stride(2), query_blocks, key_blocks, width,
         # Shares of the count depend on no data, so the ranks at which levels end are known here, exactly.
         ENDS=tuple(ranks_below(threshold, key_blocks) for threshold in spec.thresholds),
         FLOOR=ranks_below(spec.floor, key_blocks), THRESHOLDS=spec.thresholds, MASS=spec.rule == "mass",
         CAP=coarsest is not None, **row_shape(key_blocks, spec.rule == "mass"),
     )  # fmt: skip
-    return BlockLists(ids, counts)
+    return BlockLists(ids, counts, key_blocks)
 
 
 def row_shape(key_blocks: int, mass: bool) -> dict[str, int | tuple[int, ...]]:
@@ -52,19 +54,11 @@ def row_shape(key_blocks: int, mass: bool) -> dict[str, int | tuple[int, ...]]:
     return {"WIDTHS": widths, "CHUNK": min(width, 256 if width <= 2048 else 512), "num_warps": warps}
 
 
-def ranks_below(share: float, blocks: int) -> int:
-    """How many of the ranks r = 0 .. blocks - 1 have r / blocks < share in float64."""
-    rank = min(blocks, max(0, int(share * blocks) - 1))
-    while rank < blocks and rank / blocks < share:
-        rank += 1
-    return rank
-
-
 @triton.jit
 def allocation_kernel(
-    importance_ptr, coarsest_ptr, ids_ptr, counts_ptr, row_stride, query_blocks, key_blocks, ENDS: tl.constexpr,
-    FLOOR: tl.constexpr, THRESHOLDS: tl.constexpr, MASS: tl.constexpr, CAP: tl.constexpr, WIDTHS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    importance_ptr, coarsest_ptr, ids_ptr, counts_ptr, row_stride, query_blocks, key_blocks, list_width,
+    ENDS: tl.constexpr, FLOOR: tl.constexpr, THRESHOLDS: tl.constexpr, MASS: tl.constexpr, CAP: tl.constexpr,
+    WIDTHS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The boundaries of one row's levels, then its list."""
     row = tl.program_id(0).to(tl.int64)
@@ -123,7 +117,8 @@ def allocation_kernel(
             if STEP == 4:
                 place = tl.where(kind == 3, attended + (block - begin) - (a + b + c), place)
                 chosen = block < key_blocks
-            tl.store(ids_ptr + row * key_blocks + place, block.to(ids_ptr.dtype.element_ty), mask=chosen)
+            chosen = chosen & (place < list_width)
+            tl.store(ids_ptr + row * list_width + place, block.to(ids_ptr.dtype.element_ty), mask=chosen)
             found = tl.sum(ones, 0)
             places = advance(places, found)
             attended += CHUNK - ((found & 0x3FF) + ((found >> 10) & 0x3FF) + (found >> 20))

@@ -29,7 +29,7 @@ def fetch_queries(
     TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warp: announce items, gather their queries, perhaps permuted, and plan the tiles of their lists."""
-    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, key_blocks, text_before, text_after = lists
+    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
     CHUNKS: gl.constexpr = HEAD_DIM // 8
     ROWS: gl.constexpr = 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
@@ -56,8 +56,8 @@ def fetch_queries(
             )
         async_copy.commit_group()
         ends = run_ends(
-            ids_ptr + row * key_blocks, counts_ptr + row * len(FACTORS), key_blocks, video_keys, text_before,
-            text_after, BLOCK_KEY, FACTORS, TEXT,
+            ids_ptr + row * list_width, counts_ptr + row * len(FACTORS), video_keys, text_before, text_after,
+            BLOCK_KEY, FACTORS, TEXT,
         )  # fmt: skip
         plan_tiles(plans, biases, slot, ends, text_before, text_after, scale, BLOCK_KEY, FACTORS, TEXT)
         async_copy.wait_group(0)
@@ -73,14 +73,14 @@ def fetch_rows(
     BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile."""
-    ids_ptr, counts_ptr, heads, items, video_queries, _, key_blocks, text_before, text_after = lists
+    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
     tile = gl.to_tensor(0)
     done = gl.to_tensor(0)
     item = announced_item(schedule, done, 1)
     while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
-        ids = ids_ptr + row * key_blocks
+        ids = ids_ptr + row * list_width
         place = gl.to_tensor(0)
         if TEXT:
             for side in gl.static_range(2):
@@ -104,8 +104,8 @@ def fetch_rows(
             LAST: gl.constexpr = len(FACTORS) - 1
             for at in range(place, TILE_N, divide(BLOCK_KEY, FACTORS[LAST])):
                 copy_box(
-                    rows[2 + LAST], batch, head, key_blocks * divide(BLOCK_KEY, FACTORS[LAST]), tiles, full, tile, at,
-                    divide(BLOCK_KEY, FACTORS[LAST]), HEAD_DIM, STAGES,
+                    rows[2 + LAST], batch, head, video_keys, tiles, full, tile, at, divide(BLOCK_KEY, FACTORS[LAST]),
+                    HEAD_DIM, STAGES,
                 )  # fmt: skip
             tile += 1
         done += 1

@@ -31,13 +31,13 @@ LARGEST_SUM = gl.constexpr(float(2**100))
 
 @gluon.jit(
     do_not_specialize=[
-        "heads", "items", "video_queries", "video_keys", "key_blocks", "text_before", "text_after", "query_tokens",
+        "heads", "items", "video_queries", "video_keys", "list_width", "text_before", "text_after", "query_tokens",
     ]
 )  # fmt: skip
 def attention_kernel(
     q_ptr, k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4, v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4,
     out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, counter_ptr, redo_ptr, stride_qb, stride_qn, stride_qh,
-    stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, key_blocks, text_before, text_after,
+    stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before, text_after,
     query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
     STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
@@ -85,7 +85,7 @@ def attention_kernel(
     # Those that do not exist are None.
     k_rows = (k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4)
     v_rows = (v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4)
-    lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, key_blocks, text_before, text_after)
+    lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after)
     queries = (heads, items, video_queries, text_before)
     consumed = (q_tiles, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     results = (out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale)

@@ -20,7 +20,7 @@ NEVER = gl.constexpr(2147483647)
 
 @gluon.jit
 def run_ends(
-    ids, counts, key_blocks, video_keys, text_before, text_after, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
+    ids, counts, video_keys, text_before, text_after, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
     TEXT: gl.constexpr,
 ):  # fmt: skip
     """Where the runs of a list end.
@@ -44,7 +44,7 @@ def run_ends(
         # Ids ascend inside a level, so the last block of the sequence can only be the last of its run.
         last = gl.load(ids + start - 1, mask=count > 0, other=-1).to(gl.int32)
         end += count * divide(BLOCK_KEY, FACTORS[level])
-        is_ragged = (last == key_blocks - 1) & (video_keys % BLOCK_KEY != 0)
+        is_ragged = (last == gl.cdiv(video_keys, BLOCK_KEY) - 1) & (video_keys % BLOCK_KEY != 0)
         missing = gl.cdiv(BLOCK_KEY - video_keys % BLOCK_KEY, FACTORS[level])
         solid = gl.where(is_ragged, end - missing, solid)
         ragged_end = gl.where(is_ragged, end, ragged_end)

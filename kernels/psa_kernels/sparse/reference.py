@@ -118,7 +118,7 @@ def _blocks_per_level(lists: BlockLists, spec: AttentionSpec) -> torch.Tensor:
     """How many blocks of each row of lists stand at each level of the pyramid: `[B, H, query blocks, levels]`."""
     if spec.rest == "skip":
         return lists.counts
-    rest = lists.ids.shape[-1] - lists.counts.sum(-1, keepdim=True)
+    rest = lists.key_blocks - lists.counts.sum(-1, keepdim=True)
     return torch.cat([lists.counts, rest], dim=-1)
 
 
@@ -126,7 +126,7 @@ def _rows_of_lists(ids: torch.Tensor, counts: torch.Tensor, rows: PyramidRows) -
     """Rows of the pyramid that some query blocks attend.
 
     Args:
-        ids, counts: `[query blocks, key blocks]` and `[query blocks, levels]`, as in `BlockLists`.
+        ids, counts: `[query blocks, list width]` and `[query blocks, levels]`, as in `BlockLists`.
 
     Returns:
         int32 `[sum of lengths]`: the rows of the first query block, then those of the next, ...; and the lengths.

@@ -24,7 +24,7 @@ def log2_of(value):
 
 @triton.jit
 def cut_list(
-    ids, counts, key_blocks, video_keys, FACTORS: tl.constexpr, LISTED: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    ids, counts, video_keys, FACTORS: tl.constexpr, LISTED: tl.constexpr, BLOCK_KEY: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Cut one list into tiles.
@@ -46,6 +46,7 @@ def cut_list(
     tiles = 0
     leftover = 0
     level_row = 0
+    key_blocks = tl.cdiv(video_keys, BLOCK_KEY)
     last_tokens = video_keys - (key_blocks - 1) * BLOCK_KEY
     for level in tl.static_range(len(FACTORS)):
         if level < LISTED:

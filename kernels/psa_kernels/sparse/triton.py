@@ -111,7 +111,7 @@ def attention_kernel(
     q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, only_ptr,
     tiles, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
     stride_ob, stride_on, stride_oh,
-    heads, video_queries, video_keys, key_blocks, pyramid_rows, text_before, text_keys, query_tokens, scale,
+    heads, video_queries, video_keys, list_width, pyramid_rows, text_before, text_keys, query_tokens, scale,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
     FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
     STORE_LSE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr,
@@ -133,7 +133,7 @@ def attention_kernel(
             attend_tile(
                 item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr,
                 permutation, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
-                stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, key_blocks, pyramid_rows,
+                stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, list_width, pyramid_rows,
                 text_before, text_keys, query_tokens, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
                 LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES,
             )  # fmt: skip
@@ -143,7 +143,7 @@ def attention_kernel(
 def attend_tile(
     item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation,
     stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh,
-    stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, key_blocks, pyramid_rows, text_before,
+    stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, list_width, pyramid_rows, text_before,
     text_keys, query_tokens, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
@@ -155,7 +155,7 @@ def attend_tile(
     head_index = (item // query_tiles).to(tl.int64)
     batch, head = head_index // heads, head_index % heads
     list_row = head_index * tl.cdiv(video_queries, BLOCK_QUERY) + query_tile // (BLOCK_QUERY // TILE_M)
-    ids = ids_ptr + list_row * key_blocks
+    ids = ids_ptr + list_row * list_width
     k_head = k_ptr + batch * stride_kb + head * stride_kh
     v_head = v_ptr + batch * stride_vb + head * stride_vh
     pooled_k = pooled_k_ptr + head_index * pyramid_rows * HEAD_DIM
@@ -171,7 +171,7 @@ def attend_tile(
         q = -q
 
     starts, tile_ends, leftover_ends, level_rows = cut_list(
-        ids, counts_ptr + list_row * LISTED, key_blocks, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
+        ids, counts_ptr + list_row * LISTED, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
     )
     top = tl.full([TILE_M], -float("inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
