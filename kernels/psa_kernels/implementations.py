@@ -16,6 +16,7 @@ from psa_kernels.allocation import reference as allocation
 from psa_kernels.blocks import block_count
 from psa_kernels.importance import reference as importance
 from psa_kernels.layout import TokenLayout
+from psa_kernels.limits import LEAST_HOPPER_ROWS, MOST_BLOCK_SAMPLES, MOST_HOPPER_LEVELS, MOST_KEY_BLOCKS
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid import reference as pyramid
 from psa_kernels.sparse import reference as sparse
@@ -131,13 +132,13 @@ def why_not_triton(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: 
         return f"block_query={spec.block_query}: expected 64 or 128"
     if spec.block_key not in (16, 32, 64, 128, 256):
         return f"block_key={spec.block_key}: expected 16, 32, 64, 128 or 256"
-    if spec.block_key // spec.importance.key_stride > 128:
+    if spec.block_key // spec.importance.key_stride > MOST_BLOCK_SAMPLES:
         return (
             f"block_key={spec.block_key} with importance.key_stride={spec.importance.key_stride}: expected at most "
-            "128 samples a key block"
+            f"{MOST_BLOCK_SAMPLES} samples a key block"
         )
-    if block_count(layout.video_keys, spec.block_key) > 16384:
-        return f"{block_count(layout.video_keys, spec.block_key)} key blocks: expected at most 16384"
+    if block_count(layout.video_keys, spec.block_key) > MOST_KEY_BLOCKS:
+        return f"{block_count(layout.video_keys, spec.block_key)} key blocks: expected at most {MOST_KEY_BLOCKS}"
     if layout.permutation is not None and layout.permutation.device != q.device:
         return f"permutation on {layout.permutation.device}: expected {q.device}"
     return None
@@ -157,9 +158,10 @@ def why_not_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atte
         return f"block_query={spec.block_query}: expected 128"
     if spec.block_key not in (32, 64, 128):
         return f"block_key={spec.block_key}: expected 32, 64 or 128"
-    if spec.block_key // spec.levels[-1] < 8 or len(spec.levels) > 5:
+    if spec.block_key // spec.levels[-1] < LEAST_HOPPER_ROWS or len(spec.levels) > MOST_HOPPER_LEVELS:
         return (
-            f"levels={list(spec.levels)}: expected at most 5, and at least 8 rows of each of the {spec.block_key} keys"
+            f"levels={list(spec.levels)}: expected at most {MOST_HOPPER_LEVELS}, and at least {LEAST_HOPPER_ROWS} rows "
+            f"of each of the {spec.block_key} keys"
         )
     if spec.rest != "skip":
         return f"rest={spec.rest!r}: expected 'skip'"

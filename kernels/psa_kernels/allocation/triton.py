@@ -10,9 +10,6 @@ from psa_kernels.blocks import ranks_below
 from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
 
-# A row has to fit into the registers of one program.
-MOST_BLOCKS = 16384
-
 
 def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec) -> BlockLists:
     """Give every pair of blocks a level (DESIGN: stages 3 and 4).

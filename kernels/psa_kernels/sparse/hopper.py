@@ -10,6 +10,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
+from psa_kernels.limits import MOST_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.triton import TritonPyramid
 from psa_kernels.sparse import triton as portable
@@ -17,8 +18,6 @@ from psa_kernels.sparse.hopper_kernel import attention_kernel
 from psa_kernels.sparse.hopper_tiles import PANEL, TILE_M, box_layout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import short_permutation
-
-MOST_LEVELS = 5
 
 
 def sparse_attention(
@@ -93,7 +92,7 @@ def _sources(
         else:
             rows = heads_first[:, :, layout.text_before : video_end]
         sources.append(_boxes(rows, spec.block_key // factor))
-    return sources + [None] * (MOST_LEVELS - len(spec.levels))
+    return sources + [None] * (MOST_HOPPER_LEVELS - len(spec.levels))
 
 
 def _boxes(rows: torch.Tensor, height: int) -> TensorDescriptor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from psa_kernels.limits import MOST_HOPPER_LEVELS
 from psa_kernels.sparse.hopper_tiles import TILE_N, divide, log2_of, write_number
 
-# Where one of up to 5 levels or 2 texts ends.
-MOST_MIXED = gl.constexpr(8)
+# Where one of the levels or of the 2 texts ends, or the groups of full size of the ragged last block.
+MOST_MIXED = gl.constexpr(MOST_HOPPER_LEVELS + 3)
 # How many tiles a list has; then, for each mixed tile and past the last: its index, and the bias of the tiles before.
-PLAN = gl.constexpr(1 + 2 * (8 + 1))
+PLAN = gl.constexpr(1 + 2 * (MOST_HOPPER_LEVELS + 3 + 1))
 NEVER = gl.constexpr(2147483647)
 
 
