@@ -194,3 +194,11 @@ def test_allocation(target, rule, key_blocks):
         **row,
     }
     compile_and_check(allocation_kernel, target, constants, options, tensor_cores=False)
+
+
+def test_allocation_without_finest_blocks():
+    # psa-2 leaves its first two levels empty; the compiler must not fold what is known of them into nothing.
+    row = row_shape(81, False)
+    options = {"num_warps": row.pop("num_warps")}
+    constants = {"ENDS": (0, 0, 81), "FLOOR": 0, "THRESHOLDS": (0.0, 0.0, 1.0), "MASS": False, "CAP": False, **row}
+    compile_and_check(allocation_kernel, 90, constants, options, tensor_cores=False)
