@@ -61,8 +61,9 @@ class TokenAttention:
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
             lists = select_blocks(
-                q, k, layer.spec, text_before=before, text_after=after, permutation=permutation, strict=self._strict
-            )
+                q, k, layer.spec, v=v, text_before=before, text_after=after, permutation=permutation,
+                strict=self._strict,
+            )  # fmt: skip
             self._cache.keep(layer.name, at, fits, layer.preset, lists)
         lengths = self._real_text(call) if after else [0] * len(q)
         return attend(

@@ -55,8 +55,8 @@ def id_dtype(key_blocks: int) -> torch.dtype:
 def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     """How many key blocks a row of the lists has room for.
 
-    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the mass
-    rule attends depends on the data, and `rest: mean` attends all.
+    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the
+    other rules attend depends on the data, and `rest: mean` attends all.
     """
     if spec.rule != "count" or spec.rest != "skip":
         return key_blocks
