@@ -170,7 +170,7 @@ def attend_tile(
     if NEGATIVE_SCALE:
         q = -q
 
-    starts, tile_ends, leftover_ends, level_rows = cut_list(
+    starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias = cut_list(
         ids, counts_ptr + list_row * LISTED, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
     )
     top = tl.full([TILE_M], -float("inf"), tl.float32)
@@ -182,7 +182,7 @@ def attend_tile(
     for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=1):
         tail, is_token, tail_bias = tail_rows(
             first + tl.arange(0, TAIL_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
-            leftover_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N, PERMUTED,
+            leftover_ends, level_rows, ragged_place, ragged_bias, FACTORS, BLOCK_KEY, TILE_N, PERMUTED,
         )  # fmt: skip
         pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
         k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
