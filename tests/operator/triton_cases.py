@@ -159,6 +159,12 @@ def test_attention(name):
     assert attention_error(*inputs(tokens), spec) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["psa-3", "no exact level"])
+def test_sums_that_are_finished_late(name, monkeypatch):
+    monkeypatch.setattr(triton_sparse, "LATE_SUM", (8,))
+    assert attention_error(*inputs(203), AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})) < 2e-5
+
+
 @pytest.mark.parametrize("name", ["psa-3", "rest mean"])
 def test_attention_in_another_order(name):
     spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
