@@ -107,7 +107,7 @@ def test_no_exchange_between_two_blocks_would_err_less():
     costs = torch.tensor([1, 1 / 2, 1 / 4, 0])
     table = errors[:, 0, 0, 0]
     error, cost = table.gather(0, level[None]).sum(), costs[level].sum()
-    # The optimum of the same cost lies above every Lagrangian bound; what is left over may buy one block less than that.
+    # The optimum of the same cost lies above every Lagrangian bound, and what is left over buys less than one block.
     bound = max(
         (table + price * costs[:, None]).amin(0).sum() - price * cost for price in torch.logspace(-3, 3, 400).double()
     )
