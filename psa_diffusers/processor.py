@@ -132,9 +132,11 @@ class PSAProcessor:
         positions = image_rotary_emb if rotary_emb is None else rotary_emb
         call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
         if site.layer is not None:
-            if site.sparse if compiling else self._is_sparse(site.layer, call):
+            if site.sparse if compiling else self._is_sparse(site, call):
                 return self._sparse(attn, site, call)
             if compiling:
+                if not self._family.stock_traceable:
+                    return self._sparse(attn, site, call)  # dense, but behind the graph
                 compiled.note_dense(site.number)
         # Processors differ in which of these they know, so only what was given is passed on, and as it was given.
         positional = () if rotary_emb is None else (rotary_emb,)
@@ -161,8 +163,10 @@ class PSAProcessor:
     def _before_forward(self, transformer: torch.nn.Module, _: tuple) -> None:
         """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
+        patched: set[str] = set()
         for attn, site in self._sites.items():
             if attn.processor is self:
+                patched |= {site.layer.transformer} if site.layer is not None else set()
                 compiled.publish(attn, site)
                 # What diffusers has since set on this processor is meant for all of them.
                 for name in ("_attention_backend", "_parallel_config"):
@@ -173,6 +177,7 @@ class PSAProcessor:
             if layer is not None and self._transformers[layer.transformer]() is transformer:
                 site.sparse, site.reason = self._foresee(layer, at)
                 self._look_for_replaced(attn, site)
+        self._look_for_unpatched(transformer, patched)
 
     def _look_for_replaced(self, attn: torch.nn.Module, site: Site) -> None:
         """Notice a processor that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
@@ -182,10 +187,32 @@ class PSAProcessor:
         reason = (
             f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
         )
+        self._note_unreached(site.layer, reason)
+        self._refuse(reason)
+
+    def _look_for_unpatched(self, transformer: torch.nn.Module, patched: set[str]) -> None:
+        """Notice the expert of two that was left out, as `pipe.transformer.set_attn_processor` does with the second."""
+        (which,) = (name for name, found in self._transformers.items() if found() is transformer)
+        left_out = [
+            site.layer
+            for attn, site in self._sites.items()
+            if site.layer is not None and site.layer.transformer == which and attn.processor is site.original
+        ]
+        if which in patched or not patched or not left_out:
+            return
+        reason = (
+            f"pipe.{which} was not patched; call pipe.{which}.set_attn_processor(processor) with the same "
+            "PSAProcessor, or patch both experts with apply_psa(pipe)"
+        )
+        for layer in left_out:
+            self._note_unreached(layer, reason)
+        self._refuse(reason)
+
+    def _note_unreached(self, layer: Layer, reason: str) -> None:
+        """Note a layer that is dense because this processor is not in its place."""
         at = self._tracker.current
         if at is not None:
-            self._recorder.add_dense(at.step, site.layer.name, reason if self._wants_sparse(site.layer, at) else None)
-        self._refuse(reason)
+            self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
 
     def _begin_run(self, at: DenoisingStep) -> None:
         """Forget the last run, if this step is of another one."""
@@ -197,15 +224,12 @@ class PSAProcessor:
         """Whether the preset wants this layer sparse at this step."""
         return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
 
-    def _is_sparse(self, layer: Layer, call: AttentionCall) -> bool:
+    def _is_sparse(self, site: Site, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
-        at = self._tracker.current
-        sparse, reason = self._foresee(layer, at)
-        if sparse:
-            reason = self._attention.obstacle(at, call)
-            sparse = reason is None
+        reason = self._attention.obstacle(self._tracker.current, call) if site.sparse else site.reason
+        sparse = site.sparse and reason is None
         if not sparse:
-            self.note_dense(layer, reason)
+            self.note_dense(site.layer, reason)
         return sparse
 
     def note_dense(self, layer: Layer, reason: str | None) -> None:
@@ -219,7 +243,7 @@ class PSAProcessor:
     def _foresee(self, layer: Layer, at: DenoisingStep | None) -> tuple[bool, str | None]:
         """Whether a layer can be sparse in this forward, and if it cannot although the preset wants it, why."""
         if at is None:
-            return False, "the denoising step is unknown, because the pipeline's scheduler has no timesteps"
+            return False, compiled.NO_STEP
         self._begin_run(at)
         if not self._wants_sparse(layer, at):
             return False, None
@@ -266,18 +290,16 @@ class PSAProcessor:
 
     def attend_behind_graph(
         self,
-        layer: Layer,
+        site: Site,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention of a compiled block; what only the call itself shows to be dense is computed here then."""
+        """The attention of a compiled block; also dense, where only the call shows it or no graph can hold it."""
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(q[:, text:], q[:, :text] if text else None, attention_mask)
-        reason = self._attention.obstacle(self._tracker.current, call)
-        if reason is None:
-            return self._attend(layer, q, k, v, call)
-        self.note_dense(layer, reason)
+        if self._is_sparse(site, call):
+            return self._attend(site.layer, q, k, v, call)
         return self._attention.dense(q, k, v, call)

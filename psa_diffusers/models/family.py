@@ -45,12 +45,14 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
     """
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    stock_traceable: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod
