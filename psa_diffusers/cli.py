@@ -77,7 +77,9 @@ def _generate(
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.", rich_help_panel=OWN_DEFAULT)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)
@@ -92,7 +94,10 @@ def _generate(
             help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE
         ),
     ] = "none",
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,

@@ -149,19 +149,22 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
         "width": settings.width,
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
         "generator": torch.Generator("cpu").manual_seed(settings.seed),
         "output_type": "np",
     }
+    kind, clock = plan.model.kind, StepClock(settings.device)
+    if kind.guider:
+        pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
+    else:
+        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": clock.step}
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
-        arguments["image"] = plan.image
+        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
     title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
-    clock = StepClock(settings.device)
-    with clock.watching(pipe):
-        frames = pipe(**arguments, callback_on_step_end=clock.step).frames[0]
+    with clock.watching(pipe), clock.following_scheduler(pipe) if kind.guider else contextlib.nullcontext():
+        frames = pipe(**arguments).frames[0]
     frames = np.asarray(frames, np.float32)
     faults = frame_faults(frames)
     if not clock.finite:
