@@ -57,18 +57,22 @@ class Site:
     Attributes:
         owner: the processor that made this.
         original: the processor that the module had before.
+        transformer: which of the pipeline's transformers it is in.
         layer: the layer that it is; None for other attention, as that to text.
         number: 0-dim tensor on the CPU, which names the site to the operators.
         sparse: which graph a compiled block takes for this module in the current forward.
         reason: why it is the dense one, if the preset wants it sparse. An eager block goes by these two as well.
+        ours: whether `original` is not to be asked in the current forward, dense or not.
     """
 
-    def __init__(self, owner: Stateful, original: Any, layer: Layer | None) -> None:
+    def __init__(self, owner: Stateful, original: Any, transformer: str, layer: Layer | None) -> None:
         self.owner = owner
         self.original = original
+        self.transformer = transformer
         self.layer = layer
         self.sparse = False
         self.reason: str | None = NO_STEP
+        self.ours = False
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
             self.number = torch.tensor(number)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
@@ -49,3 +50,12 @@ class CogVideoX(ModelFamily):
         attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return project_out(attn, video), project_out(attn, text)
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+        tables = ContextParallelInput(split_dim=0, expected_dims=2)
+        return {
+            "": {"image_rotary_emb": [tables, tables]},
+            "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+        }

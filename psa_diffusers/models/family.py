@@ -96,3 +96,11 @@ class ModelFamily(ABC):
         if call.attention_mask is not None:
             raise DenseOnlyError("the layer was given an attention mask")
         return None
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+        """Where context parallelism splits and joins the video tokens; text of joint attention stays on every rank.
+
+        None if it cannot be; by default diffusers' own plan for the model, if it has one.
+        """
+        return getattr(transformer, "_cp_plan", None)
