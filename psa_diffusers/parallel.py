@@ -115,7 +115,7 @@ class Ulysses:
         video = torch.cat(parts, dim=2).transpose(0, 1)
         if before:
             video = torch.cat([self._gather_text(head[:, :before]), video], dim=1)
-        return video, self._gather_text(tail) if tail.shape[1] else video[:, :0]
+        return video, self._gather_text(tail) if tail.shape[1] else video.new_empty(batch, 0, *video.shape[2:])
 
     def _gather_text(self, text: torch.Tensor) -> torch.Tensor:
         """All heads `[B, T, H, D]` of text of which every rank has its own."""
