@@ -79,18 +79,23 @@ class Ulysses:
                 f"context parallelism: this rank has {video.shape[1]} video tokens instead of "
                 f"{self.tokens[self.rank]} of {sum(self.tokens)}; use the plan of context_parallel_plan(transformer)"
             )
-        batch, width = x.shape[0], x.shape[3]
-        mine = self.heads[self.rank]
-        send = torch.cat([part.transpose(0, 1).reshape(-1) for part in video.split(self.heads, dim=2)])
+        batch, width, mine, total = x.shape[0], x.shape[3], self.heads[self.rank], sum(self.tokens)
         sizes = [video.shape[1] * batch * heads * width for heads in self.heads]
-        received = send.new_empty(sum(self.tokens) * batch * mine * width)
-        dist.all_to_all_single(received, send, [n * batch * mine * width for n in self.tokens], sizes, self.group)
-        video = received.view(sum(self.tokens), batch, mine, width).transpose(0, 1)
-        if not before and not after:
-            return video
+        # Tokens first: then what the ranks send is in order, and text has its place beside it.
+        joined = x.new_empty(before + total + after, batch, mine, width)
+        received = joined[before : before + total].view(-1)
+        shares = [tokens * batch * mine * width for tokens in self.tokens]
+        dist.all_to_all_single(received, self._by_rank(video), shares, sizes, self.group)
         start = sum(self.heads[: self.rank])
-        texts = (x[:, :before, start : start + mine], x[:, x.shape[1] - after :, start : start + mine])
-        return torch.cat([texts[0], video, texts[1]], dim=1)
+        for place, text in ((joined[:before], x[:, :before]), (joined[before + total :], x[:, x.shape[1] - after :])):
+            place.copy_(text[:, :, start : start + mine].transpose(0, 1))
+        return joined.transpose(0, 1)
+
+    def _by_rank(self, video: torch.Tensor) -> torch.Tensor:
+        """`[B, n, H, D]` flat, the heads of the first rank first."""
+        if len(set(self.heads)) == 1:
+            return video.unflatten(2, (len(self.heads), -1)).permute(2, 1, 0, 3, 4).reshape(-1)
+        return torch.cat([part.transpose(0, 1).reshape(-1) for part in video.split(self.heads, dim=2)])
 
     def gather_heads(self, head: torch.Tensor, tail: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The way back, for the two parts of an attention output.
@@ -146,7 +151,7 @@ def share_of(
     if config is None:
         return None, "tensor parallelism is enabled, which sparse attention does not support"
     if family.parallel_plan(transformer) is None:
-        return None, f"context parallelism of {family.name} is not supported"
+        return None, f"context parallelism of {type(transformer).__name__} is not supported"
     if config.ring_degree > 1:
         if family.text != "none":
             raise ValueError(f"{family.name} cannot run with ring_degree={config.ring_degree}: {RING}")

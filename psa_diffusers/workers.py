@@ -120,7 +120,10 @@ def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None]
             for worker in workers:
                 worker.join()
     except KeyboardInterrupt:
+        # A terminal interrupts all of them; one that was not has nothing to clean up that the next run does not.
         for worker in workers:
+            worker.join(timeout=10)
+            worker.terminate()
             worker.join()
         raise Interrupted(finish(plan, folder, todo)) from None
     for place, worker in zip(places, workers, strict=True):
