@@ -77,7 +77,8 @@ class Ulysses:
         if video.shape[1] != self.tokens[self.rank]:
             raise RuntimeError(
                 f"context parallelism: this rank has {video.shape[1]} video tokens instead of "
-                f"{self.tokens[self.rank]} of {sum(self.tokens)}; use the plan of context_parallel_plan(transformer)"
+                f"{self.tokens[self.rank]} of {sum(self.tokens)}; use the plan of context_parallel_plan(transformer), "
+                "and no conditions beside the video"
             )
         batch, width, mine, total = x.shape[0], x.shape[3], self.heads[self.rank], sum(self.tokens)
         sizes = [video.shape[1] * batch * heads * width for heads in self.heads]

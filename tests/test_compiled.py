@@ -50,8 +50,8 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["hunyuan-video"], "eager", 5),
         # The first block gets its text as a view, which takes a graph of its own.
         (CASES["cogvideox-5b"], "eager", 2),
-        # The last block has no output for text. Stock diffusers cannot be compiled without graph breaks.
-        (CASES["mochi"], "eager", 2),
+        # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
+        (CASES["mochi"], "eager", 1),
     ],
     ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
 )

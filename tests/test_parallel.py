@@ -31,8 +31,7 @@ def on_ranks(tmp_path, monkeypatch):
     ("ranks", "name", "inputs", "first", "config"),
     [
         (2, "wan", {}, "parallelism", EVEN),
-        (2, "wan", TWO_PROMPTS, "patch", EVEN),
-        (4, "wan", UNEVEN, "patch", ANY),
+        (4, "wan", {**UNEVEN, **TWO_PROMPTS}, "patch", ANY),
         (2, "wan-two-experts", {}, "patch", EVEN),
         (2, "hunyuan-video", TWO_PROMPTS, "parallelism", EVEN),
         (4, "hunyuan-video", UNEVEN, "patch", ANY),
