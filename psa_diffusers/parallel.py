@@ -10,6 +10,7 @@ heads of the result are gathered. Every rank calls the collectives in the same o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,18 +62,27 @@ class Ulysses:
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
 
-    def gather_tokens(self, x: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    def gather_tokens(self, tensors: Iterable[torch.Tensor], before: int, after: int) -> list[torch.Tensor]:
         """From this rank's video tokens of all heads to all video tokens of this rank's heads.
 
         Args:
-            x: `[B, before + n + after, H, D]`: this rank's n video tokens, and `before` and `after` text tokens.
+            tensors: of the shape `[B, before + n + after, H, D]`: this rank's n video tokens, and `before` and `after`
+                text tokens.
 
         Returns:
-            `[B, before + N + after, h, D]`.
+            For each a tensor `[B, before + N + after, h, D]`.
 
         Raises:
             RuntimeError: n is not what this rank should have.
         """
+        # One is packed while the one before it is on its way.
+        begun = [self._begin_gathering(x, before, after) for x in tensors]
+        for _, work in begun:
+            work.wait()
+        return [joined.transpose(0, 1) for joined, _ in begun]
+
+    def _begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
+        """Where the result will be, tokens first, and what to wait for."""
         video = x[:, before : x.shape[1] - after]
         if video.shape[1] != self.tokens[self.rank]:
             raise RuntimeError(
@@ -84,13 +94,13 @@ class Ulysses:
         sizes = [video.shape[1] * batch * heads * width for heads in self.heads]
         # Tokens first: then what the ranks send is in order, and text has its place beside it.
         joined = x.new_empty(before + total + after, batch, mine, width)
-        received = joined[before : before + total].view(-1)
-        shares = [tokens * batch * mine * width for tokens in self.tokens]
-        dist.all_to_all_single(received, self._by_rank(video), shares, sizes, self.group)
         start = sum(self.heads[: self.rank])
         for place, text in ((joined[:before], x[:, :before]), (joined[before + total :], x[:, x.shape[1] - after :])):
             place.copy_(text[:, :, start : start + mine].transpose(0, 1))
-        return joined.transpose(0, 1)
+        received = joined[before : before + total].view(-1)
+        shares = [tokens * batch * mine * width for tokens in self.tokens]
+        packed = self._by_rank(video)
+        return joined, dist.all_to_all_single(received, packed, shares, sizes, self.group, async_op=True)
 
     def _by_rank(self, video: torch.Tensor) -> torch.Tensor:
         """`[B, n, H, D]` flat, the heads of the first rank first."""

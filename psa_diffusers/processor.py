@@ -322,7 +322,7 @@ class PSAProcessor:
         before, after = (text, 0) if self._family.text == "before" else (0, text)
         share = self._share
         if share is not None:
-            q, k, v = (share.gather_tokens(x, before, after) for x in (q, k, v))
+            q, k, v = share.gather_tokens((q, k, v), before, after)
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(q[:, text:], q[:, :text] if text else None, attention_mask)
         if self._is_sparse(site, call):
