@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
+from psa_diffusers.models.plans import gather, split
 
 
 class CogVideoX(ModelFamily):
@@ -53,9 +53,9 @@ class CogVideoX(ModelFamily):
 
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
-        tables = ContextParallelInput(split_dim=0, expected_dims=2)
+        tables = split(0, 2)
         return {
             "": {"image_rotary_emb": [tables, tables]},
-            "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
-            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
         }

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
 from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+from psa_diffusers.models.plans import gather, split
 
 
 class HunyuanVideo(ModelFamily):
@@ -74,9 +74,9 @@ class HunyuanVideo(ModelFamily):
         # Blocks of this kind of image to video treat their first tokens apart, as those of the first frame.
         if getattr(transformer.config, "image_condition_type", None) == "token_replace":
             return None
-        tables = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
+        tables = split(0, 2, output=True)
         return {
             "rope": {0: tables, 1: tables},
-            "transformer_blocks.0": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
-            "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
         }
