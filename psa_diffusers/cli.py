@@ -77,7 +77,9 @@ def _generate(
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.", rich_help_panel=OWN_DEFAULT)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)
@@ -92,7 +94,14 @@ def _generate(
             help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE
         ),
     ] = "none",
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    num_processes: Annotated[
+        int,
+        typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),
+    ] = 1,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
@@ -131,20 +140,35 @@ def _generate(
         )
     )
     from psa_diffusers.generate import Interrupted, run
+    from psa_diffusers.workers import check_devices, launched_place, run_shared
 
+    place = launched_place()
+    if num_processes < 1 or (num_processes > 1 and place.ranks > 1):
+        allowed = "at least 1" if num_processes < 1 else f"left out, as {place.ranks} processes were launched already"
+        raise InputError(f"--num-processes {num_processes}: must be {allowed}")
+    if place.ranks > 1:
+        check_devices(plan, place.local_rank + 1, overwrite_alone=True)
     try:
-        summary = run(plan)
+        summary = run_shared(plan, num_processes) if num_processes > 1 else run(plan, place)
     except Interrupted as stop:
+        if not place.reports:
+            raise typer.Exit(INTERRUPTED) from None
         missing = f"{stop.summary['missing']} of {len(plan.prompts)} prompts missing"
         again = "run the same command again" + (" without --overwrite" if overwrite else "")
         _note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
         _print_json({**stop.summary, "status": "interrupted"})
         raise typer.Exit(INTERRUPTED) from None
+    if summary is None:
+        return
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
             _note(_figures(entry))
     _note(f"report: {summary['report']}")
     _print_json(summary)
+    if summary["missing"]:
+        again = "run the same command again" + (" without --overwrite" if overwrite else "")
+        _note(f"psa-generate: {summary['missing']} of {len(plan.prompts)} prompts missing; {again} to make them")
+        raise typer.Exit(FAILURE)
 
 
 @compare_app.command(help=COMPARE_HELP, no_args_is_help=True)

@@ -21,6 +21,7 @@ from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_
 from psa_diffusers.settings import DENSE, Plan
 from psa_diffusers.step_clock import StepClock
 from psa_diffusers.video import write_video
+from psa_diffusers.workers import ALONE, Place
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,35 +50,42 @@ class Generated:
     peak_memory_gib: float | None = None
 
 
-def run(plan: Plan) -> dict[str, Any]:
+def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
     """Makes what is missing in the plan's folder and the report of all that is there; returns the summary.
+
+    Of several processes each makes what no other has begun; the first one waits for the others and makes the report,
+    if it is not left to the process that started them. The others return None.
 
     Raises:
         InputError: the folder holds something else, or cannot be written to. Nothing was loaded then.
         Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
     """
-    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts)
+    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, place.launch)
     folder.check(plan.overwrite)
     todo = folder.missing()
     try:
-        if todo:
-            _make(plan, folder, todo)
+        if place.rank < len(todo):
+            _make(plan, folder, todo, place)
     except KeyboardInterrupt:
-        raise Interrupted(_finish(plan, folder, made=len(todo) - len(folder.missing()))) from None
+        raise Interrupted(finish(plan, folder, todo) if place.reports else {}) from None
     except BaseException:
         with contextlib.suppress(Exception):  # what failed first is the one to tell
-            _finish(plan, folder, made=0)
+            if place.reports:
+                finish(plan, folder, folder.missing())
         raise
-    return _finish(plan, folder, made=len(todo))
+    if not place.reports:
+        return None
+    folder.wait()
+    return finish(plan, folder, todo)
 
 
-def _make(plan: Plan, folder: RunFolder, todo: list[int]) -> None:
+def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
     settings = plan.settings
     started = time.perf_counter()
     pipe = load_pipeline(
         plan.model,
         dtype=settings.dtype,
-        device=settings.device,
+        device=place.take_device(settings.device),
         offload=settings.offload,
         flow_shift=settings.flow_shift,
     )
@@ -89,8 +97,10 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int]) -> None:
     }
     folder.begin()
     for index in todo:
-        with folder.writing(index) as path:
-            _make_prompt(plan, pipe, index, path, about)
+        with folder.claim(index) as mine:
+            if mine:
+                with folder.writing(index) as path:
+                    _make_prompt(plan, pipe, index, path, about)
 
 
 def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str, Any]) -> None:
@@ -149,19 +159,22 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
         "width": settings.width,
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
         "generator": torch.Generator("cpu").manual_seed(settings.seed),
         "output_type": "np",
     }
+    kind, clock = plan.model.kind, StepClock(settings.device)
+    if kind.guider:
+        pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
+    else:
+        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": clock.step}
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
-        arguments["image"] = plan.image
+        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
     title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
-    clock = StepClock(settings.device)
-    with clock.watching(pipe):
-        frames = pipe(**arguments, callback_on_step_end=clock.step).frames[0]
+    with clock.watching(pipe), clock.following_scheduler(pipe) if kind.guider else contextlib.nullcontext():
+        frames = pipe(**arguments).frames[0]
     frames = np.asarray(frames, np.float32)
     faults = frame_faults(frames)
     if not clock.finite:
@@ -194,10 +207,11 @@ def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
     }
 
 
-def _finish(plan: Plan, folder: RunFolder, made: int) -> dict[str, Any]:
-    """Writes the report of what is finished and sums it up."""
+def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
+    """Writes the report of what is finished and sums it up; `todo` is what was missing before."""
     reports = folder.finished()
     missing = len(plan.prompts) - len(reports)
+    made = len(set(todo) - set(folder.missing()))
     if reports:
         write_report(folder.path, reports, missing=missing)
     else:

@@ -142,7 +142,7 @@ def make_plan(request: Request) -> Plan:
         image_digest=digest,
         strict=request.strict,
     )
-    if image is not None:
+    if image is not None and model.kind.image == "first":
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     return Plan(settings, model, preset, prompts, output, request.overwrite, image)
@@ -203,7 +203,7 @@ def _pick_dtype(dtype: str, device: str, trained: str) -> str:
 
 def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, str | None]":
     if path is None:
-        if model.takes_image:
+        if model.kind.image == "first":
             raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
         return None, None
     if not model.takes_image:
@@ -227,7 +227,7 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
-    if image is not None and request.height is None and request.width is None:
+    if image is not None and model.kind.image == "first" and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
         width = max(step, round((area / ratio) ** 0.5) // step * step)
@@ -249,10 +249,11 @@ def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
 
 
 def _frames(frames: int, model: Model) -> int:
-    step = model.frame_step
-    if frames < 1 or (frames - 1) % step:
-        below = max(1, (frames - 1) // step * step + 1)
-        raise InputError(f"--frames {frames}: must be {step}k+1, such as {below} or {below + step}")
+    step, rest = model.frame_step, model.kind.frame_rest
+    if frames < 1 or (frames - rest) % step:
+        below = max(rest or step, (frames - rest) // step * step + rest)
+        form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
+        raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
     return frames
 
 

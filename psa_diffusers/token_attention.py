@@ -74,12 +74,23 @@ class TokenAttention:
     def dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention of a call, with its mask."""
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=self._dense_mask(call)).transpose(1, 2)
-        first = q.shape[1] - self._text_after(call)
+        """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""
+        first, after = q.shape[1] - self._text_after(call), self._text_after(call)
+        padding, mask = self._common_padding(call), None
+        if padding is None:
+            padding, mask = 0, self._dense_mask(call)
+        heads_first = (x[:, : x.shape[1] - padding].transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
         # Results of an operator behind a graph may share no memory.
-        return out[:, :first], out[:, first:].clone()
+        return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding)) if after else out[:, :0].clone()
+
+    def _common_padding(self, call: AttentionCall) -> int | None:
+        """How many text tokens are padding in every sample alike; None if samples differ, or another mask is there."""
+        try:
+            lengths = set(self._real_text(call))
+        except DenseOnlyError:
+            return None
+        return call.text_tokens - lengths.pop() if len(lengths) == 1 else None
 
     def _text_after(self, call: AttentionCall) -> int:
         return call.text_tokens if self._family.text == "after" else 0

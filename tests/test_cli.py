@@ -26,6 +26,7 @@ OPTIONS = {
         "--dtype",
         "--device",
         "--offload",
+        "--num-processes",
         "--image",
         "--overwrite",
         "--strict",
