@@ -183,7 +183,7 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
         kind = type(error).__name__  # by name: the classes live in what is only imported when needed
         if kind == "OutOfMemoryError":
             return _fail(name, "out of GPU memory; try --offload model or group, or fewer --frames", FAILURE)
-        if kind == "PSAFallbackError":
+        if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
             return _fail(name, str(error), FAILURE)
         import traceback
 

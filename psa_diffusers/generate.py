@@ -121,7 +121,9 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
     from psa_diffusers.processor import PSAFallbackWarning
 
     with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
-        warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
+        # Both are told below, with the number of calls.
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
         result = generate_video(pipe, plan, prompt, plan.name)
         result.attention = psa.stats().to_dict()
     steps = result.attention["density"]
@@ -134,6 +136,12 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
         reason = "" if fallbacks else ": every step is in the dense phase"
         result.warnings.append(f"attention was dense throughout{reason}")
     result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
+    result.warnings += [
+        f"{layer}: sparse attention was not finite at step {', '.join(str(step + 1) for step in at)}; dense there"
+        for layer, at in result.attention["not_finite"].items()
+    ]
+    if result.attention["model_not_finite"]:
+        result.warnings.append(result.attention["model_not_finite"])
     return result
 
 

@@ -14,6 +14,7 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
@@ -82,10 +83,13 @@ class PSAProcessor:
         self._attention = TokenAttention(self._family, strict)
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
+        self._guard = FiniteGuard(self._tracker, self._recorder, self._attention.forget_step, self._refuse, strict)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
             self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
+            watch = {"prepend": True, "with_kwargs": True}
+            self._hooks.append(transformer.register_forward_hook(self._guard.after_forward, **watch))
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
@@ -173,6 +177,7 @@ class PSAProcessor:
             if layer is not None and self._transformers[layer.transformer]() is transformer:
                 site.sparse, site.reason = self._foresee(layer, at)
                 self._look_for_replaced(attn, site)
+        self._guard.before_forward(transformer, shared=self._parallel_config is not None)
 
     def _look_for_replaced(self, attn: torch.nn.Module, site: Site) -> None:
         """Notice a processor that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
@@ -260,8 +265,24 @@ class PSAProcessor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
         head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
+        if self._guard.looks_closer and not all_finite(head, tail):
+            return self._attend_again(layer, q, k, v, call)
         for figures in stats:
             self._recorder.add_sparse(at.step, layer.name, figures)
+        return head, tail
+
+    def _attend_again(
+        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention in place of sparse attention that was not finite."""
+        at = self._tracker.current
+        self._attention.forget_step(at)
+        head, tail = self._attention.dense(q, k, v, call)
+        if all_finite(head, tail):
+            self._guard.blame_sparse(layer.name, at)
+        else:
+            self._guard.blame_model(layer.name, at)
+        self._recorder.add_dense(at.step, layer.name, REASON)
         return head, tail
 
     def attend_behind_graph(

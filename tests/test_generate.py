@@ -263,6 +263,24 @@ def test_latents_that_are_not_finite_are_reported(ask, monkeypatch):
     assert summary["prompts"][0]["psnr"] is None
 
 
+def test_sparse_attention_that_is_not_finite_is_reported(ask, monkeypatch, tmp_path, recwarn):
+    from psa_diffusers.token_attention import TokenAttention
+
+    sparse = TokenAttention.sparse
+
+    def spoiled(self, layer, at, *arguments):
+        head, tail, stats = sparse(self, layer, at, *arguments)
+        return (head * float("nan") if layer.name == "blocks.1" and at.step > 1 else head), tail, stats
+
+    monkeypatch.setattr(TokenAttention, "sparse", spoiled)
+    summary = carry_out(ask("a cat"))
+    told = summary["prompts"][0]["warnings"]
+    assert "small: blocks.1: sparse attention was not finite at step 3, 4; dense there" in told
+    assert any(line.startswith("small: 4 attention calls ran dense: its sparse output held values") for line in told)
+    assert "sparse attention was not finite at step 3, 4" in (tmp_path / "out" / "report.html").read_text()
+    assert not [entry for entry in recwarn if "finite" in str(entry.message)]
+
+
 def test_a_video_too_short_for_sparse_attention_says_so_once(ask, recwarn):
     summary = carry_out(ask("a cat", preset="psa-3"))
     assert summary["prompts"][0]["density"] == 1.0
