@@ -61,6 +61,8 @@ class DenoisingTracker:
             self._handles.pop().remove()
         self.current = None
 
+    # Compiled into a graph of the whole transformer, it would be run from what it saw the first time.
+    @torch.compiler.disable
     def _observe(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         previous, self.current = self.current, None
         pipe = self._pipe()

@@ -162,6 +162,7 @@ class PSAProcessor:
             self._sites[attn] = Site(self, original, layers.get(attn))
         return [layer.name for layer in layers.values()]
 
+    @torch.compiler.disable
     def _before_forward(self, transformer: torch.nn.Module, _: tuple) -> None:
         """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
