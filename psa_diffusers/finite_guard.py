@@ -48,6 +48,7 @@ class FiniteGuard:
         self._tracker, self._recorder, self._forget, self._refuse = tracker, recorder, forget, refuse
         self._strict = strict
         self._run = 0
+        self._seen: set[int] = set()
         self._given_up = False
         self._told: set[str] = set()
         self.looks_closer = False
@@ -60,8 +61,11 @@ class FiniteGuard:
         if at.run != self._run:
             self._run, self._given_up, self.looks_closer = at.run, False, False
             self._told.clear()
-        if not self._given_up and not self.looks_closer:
-            self.looks_closer = shared or keeps_state_between_forwards(transformer)
+            self._seen.clear()
+        if id(transformer) not in self._seen:  # once a run: all its modules are asked
+            self._seen.add(id(transformer))
+            closer = shared or keeps_state_between_forwards(transformer)
+            self.looks_closer = not self._given_up and (self.looks_closer or closer)
         self._recorder.begin_forward()
 
     @torch.compiler.disable

@@ -13,6 +13,7 @@ import numpy as np
 
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
+from psa_diffusers.folder_lock import locked
 from psa_diffusers.metrics import frame_faults
 from psa_diffusers.panels import Label
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline
@@ -53,11 +54,21 @@ def run(plan: Plan) -> dict[str, Any]:
     """Makes what is missing in the plan's folder and the report of all that is there; returns the summary.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written to. Nothing was loaded then.
+        InputError: the folder holds something else, another run is writing there, or it cannot be written to. Nothing
+            was loaded then.
         Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
     """
     folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts)
     folder.check(plan.overwrite)
+    try:
+        with locked(folder.path):
+            folder.check(plan.overwrite)  # another process may have worked there until now
+            return _run(plan, folder)
+    finally:
+        folder.withdraw()
+
+
+def _run(plan: Plan, folder: RunFolder) -> dict[str, Any]:
     todo = folder.missing()
     try:
         if todo:
@@ -208,8 +219,6 @@ def _finish(plan: Plan, folder: RunFolder, made: int) -> dict[str, Any]:
     missing = len(plan.prompts) - len(reports)
     if reports:
         write_report(folder.path, reports, missing=missing)
-    else:
-        folder.withdraw()
     return {
         "status": "complete" if not missing else "incomplete",
         "output": str(folder.path),
