@@ -3,15 +3,14 @@
 import errno
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.stopping import listen
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 OUT_OF_MEMORY = (
@@ -212,9 +211,7 @@ def compare() -> None:
 
 
 def _prepare_process() -> None:
-    # Stopped by a job scheduler: as by Ctrl-C, finished prompts get their report and nothing half is left.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

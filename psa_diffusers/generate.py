@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers import stopping
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.folder_lock import locked
@@ -100,6 +101,7 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int]) -> None:
     }
     folder.begin()
     for index in todo:
+        stopping.check()
         with folder.writing(index) as path:
             _make_prompt(plan, pipe, index, path, about)
 
@@ -179,8 +181,14 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
     title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     clock = StepClock(settings.device)
+
+    def after_step(*step: Any) -> dict[str, Any]:
+        stopping.check()
+        return clock.step(*step)
+
     with clock.watching(pipe):
-        frames = pipe(**arguments, callback_on_step_end=clock.step).frames[0]
+        frames = pipe(**arguments, callback_on_step_end=after_step).frames[0]
+    stopping.check()
     frames = np.asarray(frames, np.float32)
     faults = frame_faults(frames)
     if not clock.finite:

@@ -58,7 +58,8 @@ def environment(folder: Path, row: str, torch: str) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    code = "import json, sys; from importlib.metadata import version; print(json.dumps({n: version(n) for n in sys.argv[1:]}))"
+    code = "import json, sys; from importlib.metadata import version\n"
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
     told = subprocess.run([str(python), "-c", code, *SHOWN], check=True, capture_output=True, text=True)
     return json.loads(told.stdout)
 

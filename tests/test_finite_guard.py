@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from group_offload import offload_groups
 from tiny_families import CASES, preset
 from tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from tiny_pipelines import tiny_wan
@@ -150,7 +151,7 @@ def test_compiled_blocks(spoil):
 def test_offload(kind, spoil):
     pipe = WAN.make()
     if kind == "group":
-        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        offload_groups(pipe.transformer)
     else:
         pipe.enable_model_cpu_offload(device="cpu")
     spoil()
@@ -213,3 +214,31 @@ def test_a_run_without_sparse_attention_is_not_looked_at():
         with apply_psa(pipe, preset(dense_steps=1.0)) as psa:
             WAN.run(pipe)
     assert psa.stats().model_not_finite is None
+
+
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_value_anywhere_is_found(device, dtype):
+    x = torch.full((3, 1000, 7), torch.finfo(dtype).max, dtype=dtype, device=device)
+    x[1] *= -1
+    assert finite_guard.all_finite(x, x[:0])
+    for value in ("nan", "inf", "-inf"):
+        for place in ((0, 0, 0), (2, 999, 6), (1, 511, 3)):
+            spoiled = x.clone()
+            spoiled[place] = float(value)
+            assert not finite_guard.all_finite(x, spoiled)
+            assert not finite_guard.all_finite(spoiled.transpose(0, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(spoil):
+    pipe = WAN.make().to("cuda")
+    spoil()
+    big = {"block": {"query": 64, "key": 16}}
+    with apply_psa(pipe, preset(**big)) as psa, pytest.warns(PSAFallbackWarning, match=SAID):
+        assert WAN.run(pipe).isfinite().all()
+    assert psa.stats().not_finite == {LAYER: [STEP]}

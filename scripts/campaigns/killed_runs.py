@@ -40,7 +40,8 @@ class KilledRuns:
         for _ in range(chance.choice([1, 1, 2, 3])):
             outcome = generate(arguments, self.log, stop_after=chance.uniform(0, 1.1 * self.seconds), by=by)
             assert outcome.code in (0, -by, 130), (outcome.code, outcome.said)
-            assert "Traceback" not in outcome.said, outcome.said
+            # Where Python is in a callback it says that it ignores the exception; the run stops at the next step then.
+            assert "Traceback" not in outcome.said or "Exception ignored in" in outcome.said, outcome.said
             stopped += outcome.code != 0
             if output.exists():
                 videos(output)
