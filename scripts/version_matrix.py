@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Packages whose oldest supported version the row `oldest` takes; of the others pip takes what fits these.
-PINNED = ("diffusers", "transformers", "accelerate", "safetensors")
+PINNED = ("diffusers", "transformers")
 SHOWN = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "peft", "numpy")
 TESTS = [
     *("test_processor", "test_denoising", "test_families", "test_changed_pipelines", "test_compiled", "test_text"),
