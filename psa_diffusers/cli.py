@@ -1,5 +1,6 @@
 """The commands `psa-generate` and `psa-compare`. What is heavy is imported inside, so that --help answers at once."""
 
+import errno
 import json
 import os
 import sys
@@ -9,8 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.stopping import listen
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+OUT_OF_MEMORY = (
+    "out of GPU memory; try --offload model or group, fewer --frames, or a smaller --height and --width; "
+    "finished prompts are kept"
+)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
 GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare them with dense attention.
@@ -206,9 +213,11 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
             return _fail(name, error.format_message() or "no prompt given; see --help", BAD_INPUT)
         kind = type(error).__name__  # by name: the classes live in what is only imported when needed
         if kind == "OutOfMemoryError":
-            return _fail(name, "out of GPU memory; try --offload model or group, or fewer --frames", FAILURE)
-        if kind == "PSAFallbackError":
+            return _fail(name, OUT_OF_MEMORY, FAILURE)
+        if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
             return _fail(name, str(error), FAILURE)
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            return _fail(name, f"cannot write: {error}; finished prompts are kept, run the same command again", FAILURE)
         import traceback
 
         traceback.print_exc()
@@ -226,6 +235,7 @@ def compare() -> None:
 
 
 def _prepare_process() -> None:
+    listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers import stopping
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
+from psa_diffusers.folder_lock import locked
 from psa_diffusers.metrics import frame_faults
 from psa_diffusers.panels import Label
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline
@@ -57,11 +59,22 @@ def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
     if it is not left to the process that started them. The others return None.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written to. Nothing was loaded then.
+        InputError: the folder holds something else, another run is writing there, or it cannot be written to. Nothing
+            was loaded then.
         Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
     """
     folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, place.launch)
     folder.check(plan.overwrite)
+    try:
+        # Processes that were started together hold single prompts, and who started them the folder.
+        with locked(folder.path) if place is ALONE else contextlib.nullcontext():
+            folder.check(plan.overwrite)  # another process may have worked there until now
+            return _run(plan, folder, place)
+    finally:
+        folder.withdraw()
+
+
+def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
     todo = folder.missing()
     try:
         if place.rank < len(todo):
@@ -97,6 +110,7 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
     }
     folder.begin()
     for index in todo:
+        stopping.check()
         with folder.claim(index) as mine:
             if mine:
                 with folder.writing(index) as path:
@@ -131,7 +145,9 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
     from psa_diffusers.processor import PSAFallbackWarning
 
     with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
-        warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
+        # Both are told below, with the number of calls.
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
         result = generate_video(pipe, plan, prompt, plan.name)
         result.attention = psa.stats().to_dict()
     steps = result.attention["density"]
@@ -144,6 +160,12 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
         reason = "" if fallbacks else ": every step is in the dense phase"
         result.warnings.append(f"attention was dense throughout{reason}")
     result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
+    result.warnings += [
+        f"{layer}: sparse attention was not finite at step {', '.join(str(step + 1) for step in at)}; dense there"
+        for layer, at in result.attention["not_finite"].items()
+    ]
+    if result.attention["model_not_finite"]:
+        result.warnings.append(result.attention["model_not_finite"])
     return result
 
 
@@ -163,10 +185,15 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
         "output_type": "np",
     }
     kind, clock = plan.model.kind, StepClock(settings.device)
+
+    def after_step(*step: Any) -> dict[str, Any]:
+        stopping.check()
+        return clock.step(*step)
+
     if kind.guider:
         pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
     else:
-        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": clock.step}
+        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": after_step}
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
@@ -175,6 +202,7 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     with clock.watching(pipe), clock.following_scheduler(pipe) if kind.guider else contextlib.nullcontext():
         frames = pipe(**arguments).frames[0]
+    stopping.check()
     frames = np.asarray(frames, np.float32)
     faults = frame_faults(frames)
     if not clock.finite:
@@ -214,8 +242,6 @@ def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
     made = len(set(todo) - set(folder.missing()))
     if reports:
         write_report(folder.path, reports, missing=missing)
-    else:
-        folder.withdraw()
     return {
         "status": "complete" if not missing else "incomplete",
         "output": str(folder.path),

@@ -170,9 +170,9 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
 
 def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     pipeline = index.get("_class_name")
-    if pipeline in IN_CODE_ONLY:
+    if isinstance(pipeline, str) and pipeline in IN_CODE_ONLY:
         raise InputError(f"--model {name}: it is a {pipeline}: {IN_CODE_ONLY[pipeline]}")
-    if pipeline not in PIPELINE_KINDS:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINE_KINDS:
         raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
     return pipeline
 

@@ -14,6 +14,7 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.parallel import Ulysses, parallel_config, share_of
 from psa_diffusers.presets import Preset, load_preset
@@ -85,10 +86,13 @@ class PSAProcessor:
         self._parallel_obstacle: str | None = None
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
+        self._guard = FiniteGuard(self._tracker, self._recorder, self._attention.forget_step, self._refuse, strict)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
             self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
+            watch = {"prepend": True, "with_kwargs": True}
+            self._hooks.append(transformer.register_forward_hook(self._guard.after_forward, **watch))
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
@@ -173,6 +177,7 @@ class PSAProcessor:
             self._sites[attn] = Site(self, original, which, layers.get(attn))
         return [layer.name for layer in layers.values()]
 
+    @torch.compiler.disable
     def _before_forward(self, transformer: torch.nn.Module, _: tuple) -> None:
         """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
@@ -190,6 +195,7 @@ class PSAProcessor:
                 site.ours = site.sparse or always_ours
                 self._look_for_replaced(attn, site)
         self._look_for_unpatched(transformer, patched)
+        self._guard.before_forward(transformer, shared=parallel_config(transformer) is not None)
 
     def _hand_on(self, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on this one, or on the transformer."""
@@ -305,8 +311,24 @@ class PSAProcessor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
         head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
+        if self._guard.looks_closer and not all_finite(head, tail):
+            return self._attend_again(layer, q, k, v, call)
         for figures in stats:
             self._recorder.add_sparse(at.step, layer.name, figures)
+        return head, tail
+
+    def _attend_again(
+        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention in place of sparse attention that was not finite."""
+        at = self._tracker.current
+        self._attention.forget_step(at)
+        head, tail = self._attention.dense(q, k, v, call)
+        if all_finite(head, tail):
+            self._guard.blame_sparse(layer.name, at)
+        else:
+            self._guard.blame_model(layer.name, at)
+        self._recorder.add_dense(at.step, layer.name, REASON)
         return head, tail
 
     def attend_behind_graph(

@@ -41,7 +41,7 @@ class RunFolder:
         self, path: Path, settings: dict[str, Any], prompts: tuple[str, ...], launch: str | None = None
     ) -> None:
         self.path = Path(path)
-        self._launch = launch or uuid.uuid4().hex
+        self.launch = launch or uuid.uuid4().hex
         self.contents = {"format": 1, "settings": settings, "prompts": list(prompts)}
         self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
         self._replaces = False
@@ -104,9 +104,9 @@ class RunFolder:
         with self._locked(self.names[index]) as free:
             tried = self._lock_folder() / f"{self.names[index]}.tried"
             mine = free and not self._is_done(index)
-            mine = mine and not (tried.is_file() and tried.read_text(encoding="utf-8") == self._launch)
+            mine = mine and not (tried.is_file() and tried.read_text(encoding="utf-8") == self.launch)
             if mine:
-                tried.write_text(self._launch, encoding="utf-8")
+                tried.write_text(self.launch, encoding="utf-8")
             yield mine
 
     def wait(self) -> None:

@@ -38,6 +38,10 @@ class TokenAttention:
         """Drop all kept lists."""
         self._cache.clear()
 
+    def forget_step(self, at: DenoisingStep) -> None:
+        """Drop the lists that were made at this step: what they were made from was not finite."""
+        self._cache.forget_step(at)
+
     def obstacle(self, at: DenoisingStep, call: AttentionCall) -> str | None:
         """Why a call cannot be sparse."""
         tokens, video = call.hidden_states.shape[1], math.prod(at.grid)

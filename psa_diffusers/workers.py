@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.errors import InputError
 
 if TYPE_CHECKING:
+    from psa_diffusers.run_folder import RunFolder
     from psa_diffusers.settings import Plan
 
 
@@ -98,20 +99,30 @@ def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None]
         InputError: as `generate.run`, and there are not so many devices.
         Interrupted: likewise.
     """
-    from psa_diffusers.generate import Interrupted, finish
+    from psa_diffusers.folder_lock import locked
     from psa_diffusers.run_folder import RunFolder
 
     check_devices(plan, processes)
-    launch = uuid.uuid4().hex
-    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, launch)
+    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, uuid.uuid4().hex)
     folder.check(plan.overwrite)
+    try:
+        with locked(folder.path):
+            folder.check(plan.overwrite)  # another process may have worked there until now
+            return _run_shared(plan, folder, processes, target)
+    finally:
+        folder.withdraw()
+
+
+def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[[Plan, Place], None]) -> dict[str, Any]:
+    from psa_diffusers.generate import Interrupted, finish
+
     todo = folder.missing()
     if todo:
         folder.begin()
         plan = replace(plan, overwrite=False)
     context = multiprocessing.get_context("spawn")
     ranks = min(processes, len(todo))
-    places = [Place(rank, ranks, rank, launch, reports=False) for rank in range(ranks)]
+    places = [Place(rank, ranks, rank, folder.launch, reports=False) for rank in range(ranks)]
     workers = [context.Process(target=target, args=(plan, place), daemon=True) for place in places]
     try:
         with _ending_with_this_process(workers):

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from diffusers import SanaVideoTransformer3DModel
+from group_offload import offload_groups
 from tiny_pipelines import run as run_small
 from tiny_pipelines import (
     tiny_image,
@@ -356,7 +357,7 @@ def test_offload(kind):
     pipe = tiny_wan()
     stock = run(pipe)
     if kind == "group":
-        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        offload_groups(pipe.transformer)
     else:
         pipe.enable_model_cpu_offload(device="cpu")
     with apply_psa(pipe, EVERYTHING):
