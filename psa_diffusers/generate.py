@@ -4,23 +4,31 @@ import contextlib
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.metrics import frame_faults
-from psa_diffusers.panels import Label
+from psa_diffusers.overlay import attention_overlay
+from psa_diffusers.panels import Label, write_image
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline
 from psa_diffusers.report import write_report
 from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
 from psa_diffusers.settings import DENSE, Plan
 from psa_diffusers.step_clock import StepClock
 from psa_diffusers.video import write_video
+
+if TYPE_CHECKING:
+    from psa_diffusers.masks import BlockMask, MaskRecorder
+    from psa_diffusers.processor import PSAProcessor
+
+OVERLAY = "attention.png"
+MIDDLE = (0.5, 0.5, 0.5)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,6 +48,7 @@ class Generated:
         seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
         warnings: what is wrong with the frames, empty if nothing is.
         attention: what `RunStats.to_dict()` told, None for a dense run.
+        masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
     """
 
     frames: np.ndarray
@@ -47,6 +56,7 @@ class Generated:
     warnings: list[str]
     attention: dict[str, Any] | None = None
     peak_memory_gib: float | None = None
+    masks: "list[BlockMask]" = field(default_factory=list)
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -112,6 +122,9 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
         labels = (_label(DENSE, results[DENSE]), _label(name, results[name]))
         comparison = write_comparison(path, results[DENSE].frames, results[name].frames, labels, plan.settings.fps)
         report["files"] = comparison.pop("files")
+        if results[name].masks:
+            write_image(path / OVERLAY, attention_overlay(results[name].frames, results[name].masks))
+            report["files"]["attention"] = OVERLAY
         report["comparison"] = {**comparison, "speedup": _speedup(results[DENSE], results[name])}
     write_json(path / PROMPT_FILE, {**report, **about})
 
@@ -122,7 +135,9 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
 
     with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
         warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
+        recorder = _watch(psa.processor) if plan.settings.compare else None
         result = generate_video(pipe, plan, prompt, plan.name)
+        result.masks = recorder.masks() if recorder else []
         result.attention = psa.stats().to_dict()
     steps = result.attention["density"]
     sparse = [index for index, row in enumerate(steps) if any(value is not None and value < 1 for value in row)]
@@ -135,6 +150,18 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
         result.warnings.append(f"attention was dense throughout{reason}")
     result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
     return result
+
+
+def _watch(processor: "PSAProcessor") -> "MaskRecorder":
+    """Record the first, the middle and the last layer of each transformer, in the middle of the sparse steps."""
+    from psa_diffusers.masks import MaskRecorder
+
+    layers = processor.stats().layers
+    count = len(layers) // len(processor.presets)
+    chosen = {first + at for first in range(0, len(layers), count) for at in (0, count // 2, count - 1)}
+    recorder = MaskRecorder([layers[index] for index in sorted(chosen)], point=MIDDLE)
+    processor.record_masks(recorder)
+    return recorder
 
 
 def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:

@@ -14,6 +14,7 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
@@ -95,6 +96,10 @@ class PSAProcessor:
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
         return self._recorder.stats()
+
+    def record_masks(self, recorder: MaskRecorder | None) -> None:
+        """From now on, hand the block lists of sparse calls to a recorder; None ends it."""
+        self._attention.mask_recorder = recorder
 
     def restore(self) -> None:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""

@@ -105,6 +105,7 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
         "links": [*_links(videos, link), *((key.replace("_", " "), file) for key, file in _links(files, link))],
         "strip": data_uri("image/png", strip.read_bytes()) if strip else None,
+        "overlay": data_uri("image/png", (base / files["attention"]).read_bytes()) if "attention" in files else None,
         "warnings": warnings,
         "quality": _quality(report.get("comparison")),
         "columns": list(report["runs"]),

@@ -15,7 +15,7 @@ from psa_diffusers.settings import Request, make_plan
 from psa_diffusers.video import read_video
 
 STEPS, FRAMES, SIZE, LAYERS = 4, 5, 64, 2
-SPARSE_FILES = ["dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
+SPARSE_FILES = ["attention.png", "dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,12 @@ class BlockLists:
         counts = torch.stack([(level == index).sum(-1) for index in range(num_levels)], dim=-1)
         return cls(ids, counts.to(torch.int32))
 
+    def levels(self) -> torch.Tensor:
+        """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
+        place = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        level = sum((place >= end[..., None]).long() for end in self.counts.cumsum(-1).unbind(-1))
+        return torch.empty_like(level).scatter_(-1, self.ids.long(), level)
+
 
 @dataclass(frozen=True)
 class AttentionStats:
