@@ -132,6 +132,10 @@ def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.insert(2, ("Equal frames, not in the PSNR", str(psnr["identical_frames"])))
     measured = _number(lpips["mean"], "{:.4f}")
     rows.append(("LPIPS (AlexNet)", f"not measured: {lpips['reason']}" if lpips["reason"] else measured))
+    vmaf = comparison.get("vmaf")  # absent from reports of earlier versions, which a continued run reads too
+    if vmaf:
+        measured = _number(vmaf["mean"], "{:.1f} of 100")
+        rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
     return rows
 
 
