@@ -4,6 +4,7 @@ import contextlib
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -21,6 +22,8 @@ from psa_diffusers.report import write_report
 from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
 from psa_diffusers.settings import DENSE, Plan
 from psa_diffusers.step_clock import StepClock
+from psa_diffusers.vbench import FOLDER as VBENCH_FOLDER
+from psa_diffusers.vbench import lay_out
 from psa_diffusers.video import write_video
 
 if TYPE_CHECKING:
@@ -104,13 +107,14 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int]) -> None:
 
 
 def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str, Any]) -> None:
-    prompt, name = plan.prompts[index], plan.name
+    prompt, name, seed = plan.prompts[index], plan.name, plan.settings.seed + plan.sample(index)
     results: dict[str, Generated] = {}
     if plan.preset is None or plan.settings.compare:
-        results[DENSE] = generate_video(pipe, plan, prompt, DENSE)
+        results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
     if plan.preset is not None:
-        results[name] = _generate_sparse(pipe, plan, prompt)
-    report = {"prompt": prompt, "index": index, "seed": plan.settings.seed, "preset": plan.settings.preset}
+        results[name] = _generate_sparse(pipe, plan, prompt, seed)
+    report = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
+    report["sample"] = plan.sample(index)
     report["runs"] = {key: _as_json(result) for key, result in results.items()}
     report["videos"] = {key: f"{key}.mp4" for key in results}
     report["files"] = {}
@@ -129,14 +133,14 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
     write_json(path / PROMPT_FILE, {**report, **about})
 
 
-def _generate_sparse(pipe: Any, plan: Plan, prompt: str) -> Generated:
+def _generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
     from psa_diffusers import apply_psa
     from psa_diffusers.processor import PSAFallbackWarning
 
     with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
         warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
         recorder = _watch(psa.processor) if plan.settings.compare else None
-        result = generate_video(pipe, plan, prompt, plan.name)
+        result = generate_video(pipe, plan, prompt, plan.name, seed)
         result.masks = recorder.masks() if recorder else []
         result.attention = psa.stats().to_dict()
     steps = result.attention["density"]
@@ -164,8 +168,15 @@ def _watch(processor: "PSAProcessor") -> "MaskRecorder":
     return recorder
 
 
-def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
-    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device."""
+def generate_video(
+    pipe: Any, plan: Plan, prompt: str, name: str, seed: int, after_step: Callable[[int], None] | None = None
+) -> Generated:
+    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
+
+    Args:
+        name: what the progress bar calls the run.
+        after_step: told the number of each step, from 0, when it is done; may raise to end the run.
+    """
     import torch
 
     settings = plan.settings
@@ -177,7 +188,7 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
-        "generator": torch.Generator("cpu").manual_seed(settings.seed),
+        "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": "np",
     }
     if settings.guidance_2 is not None:
@@ -187,8 +198,14 @@ def generate_video(pipe: Any, plan: Plan, prompt: str, name: str) -> Generated:
     title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     clock = StepClock(settings.device)
+
+    def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if after_step is not None:
+            after_step(index)
+        return clock.step(pipe, index, timestep, values)
+
     with clock.watching(pipe):
-        frames = pipe(**arguments, callback_on_step_end=clock.step).frames[0]
+        frames = pipe(**arguments, callback_on_step_end=step_done).frames[0]
     frames = np.asarray(frames, np.float32)
     faults = frame_faults(frames)
     if not clock.finite:
@@ -227,12 +244,15 @@ def _finish(plan: Plan, folder: RunFolder, made: int) -> dict[str, Any]:
     missing = len(plan.prompts) - len(reports)
     if reports:
         write_report(folder.path, reports, missing=missing)
+        if plan.vbench:
+            lay_out(folder.path, reports)
     else:
         folder.withdraw()
     return {
         "status": "complete" if not missing else "incomplete",
         "output": str(folder.path),
         "report": str(folder.path / REPORT_FILE) if reports else None,
+        "vbench": str(folder.path / VBENCH_FOLDER) if reports and plan.vbench else None,
         "model": plan.settings.model,
         "preset": plan.settings.preset,
         "seed": plan.settings.seed,
@@ -250,6 +270,7 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompt": report["prompt"],
         "folder": report["folder"],
+        "seed": report["seed"],
         "seconds": {name: entry["seconds"]["total"] for name, entry in runs.items()},
         "density": attention["density_run"] if attention else None,
         "psnr": comparison["psnr"]["mean"] if comparison else None,

@@ -99,7 +99,7 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
     warnings = list(report.get("warnings", []))
     warnings += [f"{key}: {text}" for key, entry in report["runs"].items() for text in entry["warnings"]]
     return {
-        "heading": report.get("prompt", ""),
+        "heading": _heading(report),
         "video": data_uri("video/mp4", (base / name).read_bytes()) if embedded else None,
         "video_bytes": size if embedded else 0,
         "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
@@ -112,6 +112,11 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "rows": _run_rows(report["runs"]),
         "plots": _plots(report),
     }
+
+
+def _heading(report: dict[str, Any]) -> str:
+    prompt = report.get("prompt", "")
+    return f"{prompt} (seed {report['seed']})" if report["settings"].get("samples", 1) > 1 else prompt
 
 
 def _links(files: dict[str, str], folder: str) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from psa_diffusers.model_aliases import MODELS
 from psa_diffusers.pipeline_kinds import PIPELINE_KINDS
 from psa_diffusers.pipelines import Model, resolve_model
 from psa_diffusers.prompts import read_prompts, slug
+from psa_diffusers.vbench import check_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +32,7 @@ class Request:
     compare: bool = False
     output: str | None = None
     seed: int = 0
+    samples: int = 1
     steps: int | None = None
     guidance: float | None = None
     height: int | None = None
@@ -44,13 +46,15 @@ class Request:
     image: str | None = None
     overwrite: bool = False
     strict: bool = False
+    vbench: bool = False
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
 
-    `preset_rules` is the whole preset (None for dense), `image_digest` the first half of the image file's SHA-256.
+    `preset_rules` is the whole preset (None for dense), `image_digest` the first half of the image file's SHA-256. The
+    videos of a prompt (`samples`) have the seeds `seed`, `seed + 1`, ...
     """
 
     model: str
@@ -60,6 +64,7 @@ class Settings:
     preset_rules: dict[str, Any] | None
     compare: bool
     seed: int
+    samples: int
     steps: int
     guidance: float
     guidance_2: float | None
@@ -83,7 +88,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: nothing in it is left to guess. `preset` is None for a dense run."""
+    """A checked run: nothing in it is left to guess.
+
+    `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
+    """
 
     settings: Settings
     model: Model
@@ -92,6 +100,11 @@ class Plan:
     output: Path
     overwrite: bool
     image: "Image.Image | None"
+    vbench: bool = False
+
+    def sample(self, index: int) -> int:
+        """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
+        return index % self.settings.samples
 
     @property
     def name(self) -> str:
@@ -110,6 +123,9 @@ def make_plan(request: Request) -> Plan:
     _one_of("--offload", request.offload, OFFLOADS)
     if request.compare and request.preset == DENSE:
         raise InputError("--compare needs a sparse --preset; dense is what it is compared with")
+    samples = _in_range("--samples", request.samples, 1, 1000)
+    if request.vbench:
+        check_names(prompts, samples)
     preset = _load_preset(request.preset)
     device = _pick_device(request.device, request.offload)
     model = resolve_model(request.model)
@@ -126,6 +142,7 @@ def make_plan(request: Request) -> Plan:
         preset_rules=None if preset is None else preset.model_dump(mode="json"),
         compare=request.compare,
         seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
+        samples=samples,
         steps=_in_range("--steps", _given(request.steps, card.steps), 1, 1000),
         guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
@@ -145,7 +162,8 @@ def make_plan(request: Request) -> Plan:
     if image is not None:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
-    return Plan(settings, model, preset, prompts, output, request.overwrite, image)
+    repeated = tuple(prompt for prompt in prompts for _ in range(samples))
+    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench)
 
 
 def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:

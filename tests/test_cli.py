@@ -30,7 +30,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
-    *("--list", "--version"),
+    *("--samples", "--vbench", "--list", "--version"),
 }
 
 

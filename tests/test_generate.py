@@ -241,6 +241,39 @@ def test_a_run_that_fails_at_once_leaves_no_folder(ask, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_have_seeds_of_their_own_and_vbench_names(ask, tmp_path):
+    summary = carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    assert [entry["seed"] for entry in summary["prompts"]] == [3, 4, 3, 4]
+    names = ["a cat?-0.mp4", "a cat?-1.mp4", "a dog-0.mp4", "a dog-1.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense", "small"]
+    assert contents(tmp_path / "out" / "vbench" / "dense") == names
+    assert contents(tmp_path / "out" / "vbench" / "small") == names
+    for entry, name in zip(summary["prompts"], names, strict=True):
+        video = (tmp_path / "out" / entry["folder"] / "small.mp4").read_bytes()
+        assert (tmp_path / "out" / "vbench" / "small" / name).read_bytes() == video
+    single = carry_out(ask("a cat?", preset="dense", seed=4, steps=2, output=str(tmp_path / "single")))
+    alone = (tmp_path / "single" / single["prompts"][0]["folder"] / "dense.mp4").read_bytes()
+    assert (tmp_path / "out" / "vbench" / "dense" / "a cat?-1.mp4").read_bytes() == alone
+    # Asked for again, without videos to make, and in another run's place.
+    carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    carry_out(ask("a cow", preset="dense", vbench=True, steps=2, overwrite=True))
+    assert contents(tmp_path / "out" / "vbench" / "dense") == ["a cow-0.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (("a cat", "yes/no"), "the prompt 'yes/no' holds a character that no file name can"),
+        (("a cat " * 50,), "makes a file name of 305 bytes; at most 255"),
+        (("a cat", "a cat"), "the prompt 'a cat' is given twice; use --samples"),
+    ],
+)
+def test_prompts_that_vbench_could_not_name(ask, prompts, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(ask(*prompts, vbench=True))
+
+
 def test_black_frames_are_reported(ask, tmp_path, monkeypatch, capsys):
     def blacken(pipe):
         decode = pipe.vae.decode
