@@ -66,6 +66,9 @@ def _generate(
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
     preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",
+    preset_2: Annotated[
+        str | None, typer.Option(help="Another preset for the second of two transformers (Wan 2.2).")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense, same seed, and compare.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
@@ -116,6 +119,7 @@ def _generate(
             prompts=tuple(prompts or ()),
             model=model,
             preset=preset,
+            preset_2=preset_2,
             compare=compare,
             output=output,
             seed=seed,

@@ -28,6 +28,7 @@ from psa_diffusers.video import write_video
 
 if TYPE_CHECKING:
     from psa_diffusers.masks import BlockMask, MaskRecorder
+    from psa_diffusers.patching import PSAHandle
     from psa_diffusers.processor import PSAProcessor
 
 OVERLAY = "attention.png"
@@ -134,10 +135,9 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
 
 
 def _generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
-    from psa_diffusers import apply_psa
     from psa_diffusers.processor import PSAFallbackWarning
 
-    with warnings.catch_warnings(), apply_psa(pipe, plan.preset, strict=plan.settings.strict) as psa:
+    with warnings.catch_warnings(), _patched(pipe, plan) as psa:
         warnings.simplefilter("ignore", PSAFallbackWarning)  # told below, with the number of calls
         recorder = _watch(psa.processor) if plan.settings.compare else None
         result = generate_video(pipe, plan, prompt, plan.name, seed)
@@ -154,6 +154,12 @@ def _generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated
         result.warnings.append(f"attention was dense throughout{reason}")
     result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
     return result
+
+
+def _patched(pipe: Any, plan: Plan) -> "PSAHandle":
+    from psa_diffusers import apply_psa
+
+    return apply_psa(pipe, plan.preset, preset_2=plan.preset_2, strict=plan.settings.strict)
 
 
 def _watch(processor: "PSAProcessor") -> "MaskRecorder":

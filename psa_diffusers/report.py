@@ -201,8 +201,11 @@ def _plot(title: str, note: str, svg: str, legend: list[str] | None = None, grad
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    settings = {key: value for key, value in report["settings"].items() if key != "preset_rules"}
+    settings = {
+        key: value for key, value in report["settings"].items() if key not in ("preset_rules", "preset_2_rules")
+    }
     groups = [("Settings", settings), ("Preset", report["settings"].get("preset_rules") or {})]
+    groups.append(("Preset of the second transformer", report["settings"].get("preset_2_rules") or {}))
     machine = dict(report["hardware"])
     if "load_seconds" in report:
         machine["load_seconds"] = round(report["load_seconds"], 2)

@@ -30,7 +30,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
-    *("--samples", "--vbench", "--list", "--version"),
+    *("--preset-2", "--samples", "--vbench", "--list", "--version"),
 }
 
 

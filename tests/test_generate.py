@@ -261,6 +261,24 @@ def test_samples_have_seeds_of_their_own_and_vbench_names(ask, tmp_path):
     assert contents(tmp_path / "out" / "vbench") == ["dense"]
 
 
+def test_each_expert_may_have_its_own_preset(ask, models, tmp_path):
+    (tmp_path / "second.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
+    experts = str(models / "experts")
+    carry_out(ask("a cat", model=experts, preset_2=str(tmp_path / "second.yaml"), guidance=1.0))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    attention = report["runs"]["small"]["attention"]
+    ran = {}
+    for row in attention["density"]:
+        for layer, value in zip(attention["layers"], row, strict=True):
+            ran.setdefault(layer.split(".")[0], set()).add(value)
+    assert ran["transformer_2"] == {None, 1.0}
+    assert min(value for value in ran["transformer"] if value is not None) < 1
+    assert report["settings"]["preset_2_rules"]["dense_steps"] == 1.0
+    for changes in ({}, {"model": experts, "preset": "dense"}):
+        with pytest.raises(InputError, match="--preset-2 psa-1: needs a model with two transformers"):
+            make_plan(ask("a cat", preset_2="psa-1", **changes))
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
