@@ -77,6 +77,9 @@ def test_a_density_is_met_and_nothing_is_measured_twice(calibrate, monkeypatch, 
     assert summary["verified"]["calibrated"]["density"] == pytest.approx(0.4, abs=0.01)
     assert summary["expected"]["error"] <= summary["expected"]["error_uniform"] * 1.001
     assert "verified on 1 held-out prompts, calibrated: PSNR" in said
+    psnr = [summary["verified"][name]["psnr"] for name in ("calibrated", "uniform")]
+    assert summary["verified"]["gain_db"] == pytest.approx(psnr[0] - psnr[1])
+    assert ("dB worse than one set of" in said) == (psnr[0] < psnr[1])
     preset = load_preset(Path("mine.yaml"))
     specs = preset.layer_specs(4)
     assert preset.name == "mine" and specs[0] is None and preset.dense_steps == 0.5

@@ -18,6 +18,7 @@ from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset
 from psa_diffusers.calibrate.solve import Curve, Solution, reachable, spread, uniform
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import Target, density_for_psnr, density_for_speedup
+from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
 from psa_diffusers.presets import Preset, PresetError
 from psa_diffusers.settings import Plan
@@ -123,14 +124,14 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     for path, preset in zip(calibration.outputs, presets, strict=False):
         _write(path, preset, f"density {expected['density']:.3f}, target {target}")
         tell(f"preset: {path}")
-    verified = _verify(calibration, runs, presets, _presets(calibration, runs, plain), tell)
+    verified = verify(calibration, runs, presets, _presets(calibration, runs, plain), tell)
     return {
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
         "expected": expected,
         "verified": verified,
-        "met": _met(calibration, verified),
+        "met": is_met(calibration, verified),
     }
 
 
@@ -241,50 +242,3 @@ def _write(path: Path, preset: Preset | None, note: str) -> None:
     with whole_file(path) as partial:
         # The digest tells a file that was edited since, which is not to be overwritten.
         partial.write_text(f"{HEADER} {note} [{_digest(text)}]\n{text}", encoding="utf-8")
-
-
-def _verify(
-    calibration: Calibration, runs: Runs, presets: Presets, plain: Presets, tell: Callable[[str], None]
-) -> dict[str, Any]:
-    """PSNR, density and speed on the prompts that were not measured on, beside one set of thresholds for all layers."""
-    rows = []
-    for prompt in calibration.held_out:
-        dense = runs.dense(prompt)
-        row = {"prompt": prompt, "dense_step": dense["step"]}
-        row["calibrated"] = runs.sparse(prompt, presets, "verifying")
-        row["uniform"] = runs.sparse(prompt, plain, "verifying, all layers alike")
-        rows.append(row)
-    summary: dict[str, Any] = {"prompts": rows}
-    for name in ("calibrated", "uniform"):
-        values = [row[name]["psnr"] for row in rows if row[name]["psnr"] is not None]
-        summary[name] = {
-            "psnr": float(np.mean(values)) if values else None,
-            "density": float(np.mean([row[name]["density"] for row in rows])),
-            "speedup": float(
-                np.mean([_speedup(calibration.plan, row["dense_step"], row[name]["step"]) for row in rows])
-            ),
-        }
-        shown = "equal" if summary[name]["psnr"] is None else f"{summary[name]['psnr']:.2f} dB"
-        label = "calibrated" if name == "calibrated" else "all layers alike"
-        tell(
-            f"verified on {len(rows)} held-out prompts, {label}: PSNR {shown} at density "
-            f"{summary[name]['density']:.3f}, denoising {summary[name]['speedup']:.2f}x as fast as dense"
-        )
-    return summary
-
-
-def _speedup(plan: Plan, dense_step: float, sparse_step: float | None) -> float:
-    """Times as fast as dense that denoising is, from the median steps of two runs."""
-    steps, first = plan.settings.steps, plan.preset.dense_step_count(plan.settings.steps)
-    sparse = dense_step if sparse_step is None else sparse_step
-    return steps * dense_step / (first * dense_step + (steps - first) * sparse)
-
-
-def _met(calibration: Calibration, verified: dict[str, Any]) -> bool:
-    """Whether the target holds on the held-out prompts; a density to a hundredth of the whole."""
-    result, target = verified["calibrated"], calibration.target
-    if target.kind == "psnr":
-        return result["psnr"] is None or result["psnr"] >= target.value
-    if target.kind == "speedup":
-        return result["speedup"] >= target.value
-    return abs(result["density"] - target.value) <= 0.01
