@@ -73,11 +73,15 @@ def _generate(
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
     preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",
+    preset_2: Annotated[
+        str | None, typer.Option(help="Another preset for the second of two transformers (Wan 2.2).")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense, same seed, and compare.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
+    samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale (of both experts).", rich_help_panel=OWN_DEFAULT)
@@ -113,6 +117,9 @@ def _generate(
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where attention would fall back to dense.")] = False,
+    vbench: Annotated[
+        bool, typer.Option("--vbench", help="Also lay the videos out as VBench names them, in OUTPUT/vbench.")
+    ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_show_list, help="Show every model and preset.")
     ] = False,
@@ -120,7 +127,7 @@ def _generate(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
     ] = False,
 ) -> None:
-    _prepare_process()
+    prepare_process()
     from psa_diffusers.settings import Request, make_plan
 
     plan = make_plan(
@@ -128,9 +135,11 @@ def _generate(
             prompts=tuple(prompts or ()),
             model=model,
             preset=preset,
+            preset_2=preset_2,
             compare=compare,
             output=output,
             seed=seed,
+            samples=samples,
             steps=steps,
             guidance=guidance,
             height=height,
@@ -144,6 +153,7 @@ def _generate(
             image=image,
             overwrite=overwrite,
             strict=strict,
+            vbench=vbench,
         )
     )
     from psa_diffusers.generate import Interrupted, run
@@ -162,19 +172,19 @@ def _generate(
             raise typer.Exit(INTERRUPTED) from None
         missing = f"{stop.summary['missing']} of {len(plan.prompts)} prompts missing"
         again = "run the same command again" + (" without --overwrite" if overwrite else "")
-        _note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
-        _print_json({**stop.summary, "status": "interrupted"})
+        note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
+        print_json({**stop.summary, "status": "interrupted"})
         raise typer.Exit(INTERRUPTED) from None
     if summary is None:
         return
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
-            _note(_figures(entry))
-    _note(f"report: {summary['report']}")
-    _print_json(summary)
+            note(_figures(entry))
+    note(f"report: {summary['report']}")
+    print_json(summary)
     if summary["missing"]:
         again = "run the same command again" + (" without --overwrite" if overwrite else "")
-        _note(f"psa-generate: {summary['missing']} of {len(plan.prompts)} prompts missing; {again} to make them")
+        note(f"psa-generate: {summary['missing']} of {len(plan.prompts)} prompts missing; {again} to make them")
         raise typer.Exit(FAILURE)
 
 
@@ -191,8 +201,8 @@ def _compare(
     from psa_diffusers.compare import compare_files
 
     summary = compare_files(reference, other, output, overwrite)
-    _note(f"report: {summary['report']}")
-    _print_json(summary)
+    note(f"report: {summary['report']}")
+    print_json(summary)
 
 
 def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
@@ -234,7 +244,8 @@ def compare() -> None:
     sys.exit(run_command("psa-compare", compare_app))
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Listen to requests to stop, and set what must be set before transformers and diffusers are imported."""
     listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -250,15 +261,17 @@ def _figures(entry: dict[str, Any]) -> str:
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    _note(f"{name}: error: {' '.join(message.split())}")
+    note(f"{name}: error: {' '.join(message.split())}")
     return code
 
 
-def _note(message: str) -> None:
+def note(message: str) -> None:
+    """Say something to whoever watches, on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
-def _print_json(content: Any) -> None:
+def print_json(content: Any) -> None:
+    """The last line on stdout."""
     print(json.dumps(content, ensure_ascii=False), flush=True)
 
 

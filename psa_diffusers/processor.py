@@ -15,6 +15,7 @@ from psa_diffusers.attention_modules import attention_modules, find_transformers
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
 from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
+from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.parallel import Ulysses, parallel_config, share_of
 from psa_diffusers.presets import Preset, load_preset
@@ -102,6 +103,10 @@ class PSAProcessor:
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
         return self._recorder.stats()
+
+    def record_masks(self, recorder: MaskRecorder | None) -> None:
+        """From now on, hand the block lists of sparse calls to a recorder; None ends it."""
+        self._attention.mask_recorder = recorder
 
     def restore(self) -> None:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""

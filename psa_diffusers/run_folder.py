@@ -14,6 +14,7 @@ from typing import Any
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.prompts import slug
+from psa_diffusers.vbench import FOLDER as VBENCH_FOLDER
 from psa_diffusers.video import whole_file
 
 RUN_FILE = "run.json"
@@ -74,7 +75,7 @@ class RunFolder:
             if (self.path / RUN_FILE).is_file():
                 self._must_match(_read_json(self.path / RUN_FILE))
             else:
-                taken = [name for name in (*self.names, REPORT_FILE) if (self.path / name).exists()]
+                taken = [name for name in (*self.names, REPORT_FILE, VBENCH_FOLDER) if (self.path / name).exists()]
                 if taken:
                     raise InputError(
                         f"--output {self.path}: {taken[0]} is already there; choose another folder or add --overwrite"
@@ -175,6 +176,7 @@ class RunFolder:
         names = set(self.names)
         with contextlib.suppress(InputError):
             prompts = _read_json(self.path / RUN_FILE).get("prompts", [])
+            names.add(VBENCH_FOLDER)
             names |= {f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)}
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from psa_diffusers.compiled import Layer
 from psa_diffusers.denoising import DenoisingStep, Grid
 from psa_diffusers.list_cache import ListCache
+from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.presets import Preset
 from psa_diffusers.text_padding import TextLengths, attend
@@ -33,6 +34,7 @@ class TokenAttention:
         self._cache = ListCache()
         self._text_lengths = TextLengths()
         self._permutations: dict[Hashable, torch.Tensor] = {}
+        self.mask_recorder: MaskRecorder | None = None
 
     def clear(self) -> None:
         """Drop all kept lists."""
@@ -69,6 +71,8 @@ class TokenAttention:
                 strict=self._strict,
             )  # fmt: skip
             self._cache.keep(layer.name, at, fits, layer.preset, lists)
+        if self.mask_recorder is not None:
+            self.mask_recorder.record(layer, at, lists)
         lengths = self._real_text(call) if after else [0] * len(q)
         return attend(
             q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation,

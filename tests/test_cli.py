@@ -33,7 +33,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
-    *("--list", "--version"),
+    *("--preset-2", "--samples", "--vbench", "--list", "--version"),
 }
 
 

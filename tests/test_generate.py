@@ -17,7 +17,7 @@ from psa_diffusers.settings import Request, make_plan
 from psa_diffusers.video import read_video
 
 STEPS, FRAMES, SIZE, LAYERS = 4, 5, 64, 2
-SPARSE_FILES = ["dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
+SPARSE_FILES = ["attention.png", "dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +286,57 @@ def test_a_run_that_fails_at_once_leaves_no_folder(ask, tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         carry_out(ask("a cat"))
     assert not (tmp_path / "out").exists()
+
+
+def test_samples_have_seeds_of_their_own_and_vbench_names(ask, tmp_path):
+    summary = carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    assert [entry["seed"] for entry in summary["prompts"]] == [3, 4, 3, 4]
+    names = ["a cat?-0.mp4", "a cat?-1.mp4", "a dog-0.mp4", "a dog-1.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense", "small"]
+    assert contents(tmp_path / "out" / "vbench" / "dense") == names
+    assert contents(tmp_path / "out" / "vbench" / "small") == names
+    for entry, name in zip(summary["prompts"], names, strict=True):
+        video = (tmp_path / "out" / entry["folder"] / "small.mp4").read_bytes()
+        assert (tmp_path / "out" / "vbench" / "small" / name).read_bytes() == video
+    single = carry_out(ask("a cat?", preset="dense", seed=4, steps=2, output=str(tmp_path / "single")))
+    alone = (tmp_path / "single" / single["prompts"][0]["folder"] / "dense.mp4").read_bytes()
+    assert (tmp_path / "out" / "vbench" / "dense" / "a cat?-1.mp4").read_bytes() == alone
+    # Asked for again, without videos to make, and in another run's place.
+    carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    carry_out(ask("a cow", preset="dense", vbench=True, steps=2, overwrite=True))
+    assert contents(tmp_path / "out" / "vbench" / "dense") == ["a cow-0.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense"]
+
+
+def test_each_expert_may_have_its_own_preset(ask, models, tmp_path):
+    (tmp_path / "second.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
+    experts = str(models / "experts")
+    carry_out(ask("a cat", model=experts, preset_2=str(tmp_path / "second.yaml"), guidance=1.0))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    attention = report["runs"]["small"]["attention"]
+    ran = {}
+    for row in attention["density"]:
+        for layer, value in zip(attention["layers"], row, strict=True):
+            ran.setdefault(layer.split(".")[0], set()).add(value)
+    assert ran["transformer_2"] == {None, 1.0}
+    assert min(value for value in ran["transformer"] if value is not None) < 1
+    assert report["settings"]["preset_2_rules"]["dense_steps"] == 1.0
+    for changes in ({}, {"model": experts, "preset": "dense"}):
+        with pytest.raises(InputError, match="--preset-2 psa-1: needs a model with two transformers"):
+            make_plan(ask("a cat", preset_2="psa-1", **changes))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (("a cat", "yes/no"), "the prompt 'yes/no' holds a character that no file name can"),
+        (("a cat " * 50,), "makes a file name of 305 bytes; at most 255"),
+        (("a cat", "a cat"), "the prompt 'a cat' is given twice; use --samples"),
+    ],
+)
+def test_prompts_that_vbench_could_not_name(ask, prompts, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(ask(*prompts, vbench=True))
 
 
 def test_black_frames_are_reported(ask, tmp_path, monkeypatch, capsys):

@@ -62,6 +62,12 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
         return key_blocks
     return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)
 
+    def levels(self) -> torch.Tensor:
+        """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
+        place = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        level = sum((place >= end[..., None]).long() for end in self.counts.cumsum(-1).unbind(-1))
+        return torch.empty_like(level).scatter_(-1, self.ids.long(), level)
+
 
 @dataclass(frozen=True)
 class AttentionStats:
