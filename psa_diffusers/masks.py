@@ -94,7 +94,7 @@ class MaskRecorder:
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
         row = 0 if self._point is None else query_block_at(self._point, layer.preset, layer.spec, at.grid)
         rows = slice(None) if self._point is None else slice(row, row + 1)
-        part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone())
+        part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
         self._kept[layer.name] = (layer, at, row, part)
 
     def masks(self) -> list[BlockMask]:
