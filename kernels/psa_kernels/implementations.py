@@ -198,7 +198,7 @@ def _triton() -> Implementation:
     from psa_kernels.sparse import triton as sparse
 
     def select(q, k, v, layout, spec, scale, keys):
-        found = importance.block_importance(q, k, layout, spec, scale, keys)
+        found = importance.block_importance(q, k, layout, spec, scale)
         if spec.rule == "budget":
             return allocate_budget(upgrade_prices(q, k, v, found, layout, spec, scale), found, spec)
         coarsest = pyramid.coarsest_levels(k, layout, spec) if keys is None else keys.coarsest

@@ -60,12 +60,12 @@ def _stages(
         skip("psa-hopper", obstacle)
 
     pyramid = build_pyramid(k, v, layout, spec)
-    importance = block_importance(q, k, layout, spec, scale, pyramid)
+    importance = block_importance(q, k, layout, spec, scale)
     lists = allocate(importance, None, spec)
     density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
     both = tuple(f"psa-{name}" for name in attend)
     yield Case(both, density, "pyramid", partial(build_pyramid, k, v, layout, spec))
-    yield Case(both, density, "importance", partial(block_importance, q, k, layout, spec, scale, pyramid))
+    yield Case(both, density, "importance", partial(block_importance, q, k, layout, spec, scale))
     yield Case(both, density, "allocation", partial(allocate, importance, None, spec))
     for name, sparse_attention in attend.items():
         method = (f"psa-{name}",)

@@ -130,18 +130,17 @@ def test_importance(target, columns, statistic):
     compile_and_check(importance.importance_kernel, target, constants, options, programs=programs)
 
 
-@pytest.mark.parametrize(("count", "group"), [(1, 1), (16, 1), (2, 4)])
+@pytest.mark.parametrize("count", [1, 16])
 @pytest.mark.parametrize("target", TARGETS)
-def test_representatives(target, count, group):
+def test_representatives(target, count):
     constants = {
         "HEAD_DIM": 128,
         "PADDED_DIM": 128,
         "COUNT": count,
-        "GROUP": group,
         "TILE": 64,
         "SIZES": (2, 1, 4, 1, 2, 4),
         "STRIDES": (1, 2, 16, 2, 8, 4),
-        "PERMUTED": group == 1,
+        "PERMUTED": True,
         "WIDE": False,
         "CHUNK": representatives.CHUNK,
     }

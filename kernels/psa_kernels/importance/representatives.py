@@ -53,63 +53,35 @@ NATURAL_ROWS = (1, 3, 0, 2)
 
 
 def in_tiles(
-    rows: Rows, batch: int, heads: int, head_dim: int, samples: int, dims: tuple[int, ...], natural: tuple[int, ...]
+    x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool, dims: tuple[int, ...], natural: tuple[int, ...]
 ) -> torch.Tensor:
     """Copy representatives of all heads into tiles.
 
     Args:
-        samples: how many of them there are in a head.
+        x: `[B, N, H, D]`, queries or keys.
+        stride: one of every so many video tokens is copied, or the mean of them if `pooled`.
         dims: what the rows of a tile unfold to.
         natural: these dimensions in natural order.
 
     Returns:
-        `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of the rows, zeros past the last.
+        `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of x, zeros past the last.
     """
     strides = [1] * len(dims)
     for i in reversed(range(len(dims) - 1)):
         strides[i] = strides[i + 1] * dims[i + 1]
     tile = strides[0] * dims[0]
-    tiles = block_count(samples, tile)
-    x = rows.tensor
+    batch, tokens, heads, head_dim = x.shape
+    video = tokens - layout.text_before - layout.text_after
+    tiles = block_count(block_count(video, stride), tile)
+    permutation = short_permutation(layout)
     out = torch.empty(batch * heads, tiles, tile, padded_dim(head_dim), dtype=x.dtype, device=x.device)
     tile_kernel[(batch * heads, tiles * tile // CHUNK)](
-        x, out, rows.permutation, *rows.strides, rows.step, rows.first, rows.tokens, heads, samples,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=rows.count, GROUP=rows.group, TILE=tile,
+        x, out, permutation, *x.stride()[:3], stride, layout.text_before, video, heads,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=stride if pooled else 1, TILE=tile,
         SIZES=tuple(dims[i] for i in reversed(natural)), STRIDES=tuple(strides[i] for i in reversed(natural)),
-        PERMUTED=rows.permutation is not None, WIDE=rows.wide, CHUNK=CHUNK, num_warps=4,
+        PERMUTED=permutation is not None, WIDE=needs_wide_offsets(x), CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
     return out
-
-
-class Rows:
-    """Where representatives come from: number i of a head is the mean of `count` rows from position `step * i` on.
-
-    Attributes:
-        tensor: `[B, N, H, D]` in the order of `strides`, the element strides of its first three dimensions.
-        first: the row at position 0, where there is no permutation.
-        tokens: how many tokens all positions stand for.
-        group: how many tokens each position stands for; the last one may stand for fewer.
-        permutation: None, or int32 `[tokens]`: which row stands at a position, counted from `first`.
-    """
-
-    def __init__(self, tensor, strides, first, tokens, step=1, count=1, group=1, permutation=None, wide=False):
-        self.tensor, self.strides, self.first, self.tokens = tensor, strides, first, tokens
-        self.step, self.count, self.group, self.permutation, self.wide = step, count, group, permutation, wide
-
-    @classmethod
-    def of_tokens(cls, x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool) -> Rows:
-        """One of every `stride` video tokens of `x`, `[B, N, H, D]`, or the mean of them."""
-        video = x.shape[1] - layout.text_before - layout.text_after
-        return cls(
-            x, x.stride()[:3], layout.text_before, video, stride, stride if pooled else 1,
-            permutation=short_permutation(layout), wide=needs_wide_offsets(x),
-        )  # fmt: skip
-
-    @classmethod
-    def of_means(cls, means: torch.Tensor, first: int, tokens: int, group: int, stride: int) -> Rows:
-        """Means of every `stride` tokens, from those of every `group` in `means`, `[B, H, R, D]`, from `first` on."""
-        batch, heads, row, _ = means.stride()
-        return cls(means, (batch, row, heads), first, tokens, stride // group, stride // group, group)
 
 
 # Inside a kernel, `min` stands for an operation on tensors.
@@ -130,11 +102,11 @@ def reorder(n, SIZES: tl.constexpr, STRIDES: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    x_ptr, out_ptr, permutation, stride_b, stride_n, stride_h, step, first, tokens, heads, samples,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr,
-    SIZES: tl.constexpr, STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, out_ptr, permutation, stride_b, stride_n, stride_h, step, text_before, tokens, heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr,
+    STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`CHUNK` representatives of one head."""
+    """`CHUNK` representatives of one head: number i is the mean of `COUNT` tokens from position `step * i` on."""
     # Heads run fastest: those of one token are neighbours in memory.
     head_index = tl.program_id(0).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
@@ -145,16 +117,12 @@ def tile_kernel(
     for start in range(0, COUNT, UNROLLED):
         for i in tl.static_range(UNROLLED):
             position = sample * step + start + i
-            left = tokens - position * GROUP
-            real = (sample < samples) & (left > 0)
-            row = video_tokens(position, permutation, first, real, PERMUTED)
-            x = load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
-            if COUNT > 1 and GROUP > 1:
-                x *= tl.minimum(left, GROUP).to(tl.float32)[:, None]
-            total += x
+            real = position < tokens
+            row = video_tokens(position, permutation, text_before, real, PERMUTED)
+            total += load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
     if COUNT > 1:
-        left = tokens - sample * step * GROUP
-        total *= (1.0 / tl.maximum(tl.minimum(left, COUNT * GROUP), 1).to(tl.float32))[:, None]
+        left = tokens - sample * step
+        total *= (1.0 / tl.maximum(tl.minimum(left, COUNT), 1).to(tl.float32))[:, None]
     place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
     rows = head_index * (tl.num_programs(1) * CHUNK) + place
     tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))

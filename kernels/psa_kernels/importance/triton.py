@@ -12,14 +12,12 @@ from psa_kernels.blocks import block_count
 from psa_kernels.importance.representatives import (
     NATURAL_COLUMNS,
     NATURAL_ROWS,
-    Rows,
     column_dims,
     in_tiles,
     row_dims,
     smaller,
 )
 from psa_kernels.layout import TokenLayout
-from psa_kernels.pyramid.triton import TritonPyramid
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import capability, padded_dim
 
@@ -28,19 +26,13 @@ READ = 16384
 
 
 def block_importance(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    layout: TokenLayout,
-    spec: AttentionSpec,
-    scale: float,
-    pyramid: TritonPyramid | None = None,
+    q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float
 ) -> torch.Tensor:
     """Importance S of every pair of video blocks (DESIGN: stage 2).
 
     Args:
         q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, all queries and keys, in the order of the model.
         scale: factor on the dot products.
-        pyramid: of k; spares the estimator `pooled` a pass over the keys where a level's factor divides the key stride.
 
     Returns:
         float32 `[B, H, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
@@ -55,14 +47,8 @@ def block_importance(
     key_blocks = block_count(layout.video_keys, spec.block_key)
     query_blocks = block_count(layout.video_queries, spec.block_query)
     pooled = how.estimator == "pooled"
-    queries = in_tiles(
-        Rows.of_tokens(q, layout, how.query_stride, pooled), batch, heads, head_dim, query_samples,
-        row_dims(tile["TILE_M"], tile["num_warps"]), NATURAL_ROWS,
-    )  # fmt: skip
-    keys = in_tiles(
-        _pooled_keys(k, layout, spec, pyramid) if pooled else Rows.of_tokens(k, layout, how.key_stride, False), batch,
-        heads, head_dim, key_samples, column_dims(tile["TILE_N"], columns), NATURAL_COLUMNS,
-    )  # fmt: skip
+    queries = in_tiles(q, layout, how.query_stride, pooled, row_dims(tile["TILE_M"], tile["num_warps"]), NATURAL_ROWS)
+    keys = in_tiles(k, layout, how.key_stride, pooled, column_dims(tile["TILE_N"], columns), NATURAL_COLUMNS)
     # Rows lie at multiples of 64 bytes, which the allocation reads faster.
     padded = torch.empty(batch, heads, query_blocks, block_count(key_blocks, 16) * 16, device=q.device)
     importance = padded[..., :key_blocks]
@@ -97,16 +83,6 @@ def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, co
         tile["STAGES"] = 2 if width <= 512 else 1
     tile["TILE_N"] = max(tile["TILE_N"], columns)
     return tile
-
-
-def _pooled_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, pyramid: TritonPyramid | None) -> Rows:
-    """Means of keys, from those of the pyramid that come closest."""
-    stride = spec.importance.key_stride
-    fitting = [factor for factor in pyramid.factors if factor > 1 and stride % factor == 0] if pyramid else []
-    if not fitting:
-        return Rows.of_tokens(k, layout, stride, True)
-    first = pyramid.first_row(fitting[-1], layout.video_keys)
-    return Rows.of_means(pyramid.keys, first, layout.video_keys, fitting[-1], stride)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def build_pyramid(
 def pool_keys(
     k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, similarity: bool = False, gathered: bool = False
 ) -> TritonPyramid:
-    """The pyramid of keys `[B, N, H, D]`, which is all that the importance reads.
+    """The pyramid of keys `[B, N, H, D]`.
 
     Args:
         similarity: find the coarsest levels in the same pass, where the spec asks for a cap.
