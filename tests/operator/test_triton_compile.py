@@ -76,16 +76,6 @@ def cuobjdump(compiled, option):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention(target, head_dim, permuted):
-    compile_attention(target, head_dim, permuted, False)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_attention_with_late_sums(head_dim):
-    """Below 9.0 there are not the registers for it."""
-    compile_attention(90, head_dim, False, True)
-
-
-def compile_attention(target, head_dim, permuted, late_sum):
     tile = sparse.tile_shape(divmod(target, 10), head_dim, 2, 128)
     warps = tile.pop("num_warps")
     constants = {
@@ -103,7 +93,7 @@ def compile_attention(target, head_dim, permuted, late_sum):
         "lse_ptr": None,
         "FLAGS": 64,
         "only_ptr": None,
-        "LATE_SUM": late_sum,
+        "LATE_SUM": target // 10 in sparse.LATE_SUM,
         **tile,
         **({} if permuted else {"permutation": None}),
     }

@@ -178,6 +178,7 @@ def test_attention(name):
 
 @pytest.mark.parametrize("name", ["psa-3", "no exact level"])
 def test_sums_that_are_finished_late(name, monkeypatch):
+    """As on GPUs of compute capability 9.0."""
     monkeypatch.setattr(triton_sparse, "LATE_SUM", (8,))
     assert attention_error(*inputs(203), AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})) < 2e-5
 
