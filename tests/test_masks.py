@@ -10,7 +10,7 @@ from psa_diffusers.masks import BlockMask, MaskRecorder, query_block_at
 from psa_diffusers.overlay import CELL_WIDTH, GAP, QUERY_COLOUR, RAMP, attention_overlay, frame_of
 from psa_diffusers.panels import LEAST_PANEL_WIDTH, bar_height
 from psa_diffusers.token_order import token_permutation
-from psa_kernels import AttentionSpec, BlockLists
+from psa_kernels import AttentionSpec, BlockLists, Importance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +81,7 @@ def test_a_recorder_changes_nothing(pipe):
 def test_the_overlay_shows_levels_where_their_tokens_are():
     # One frame of 2 x 4 tokens in blocks of 4: the left half is a block, and the right half.
     preset = Preset(name="halves", order="tiles", tile=[1, 2, 2])
-    spec = AttentionSpec(block_query=4, block_key=4)
+    spec = AttentionSpec(block_query=4, block_key=4, importance=Importance(query_stride=4, key_stride=4))
     mask = BlockMask("blocks.0", 1, 4, (1, 2, 4), preset, spec, 0, 1, np.array([[[3, 0]]]))
     white = np.ones((1, 32, 64, 3), np.float32)
     picture = np.asarray(attention_overlay(white, [mask])).astype(int)

@@ -50,7 +50,7 @@ def test_published_allocations(name):
     (spec,) = set(preset.layer_specs(30))
     assert spec.levels == (1, 2, 4) and spec.rule == "count" and spec.floor == 0 and spec.similarity is None
     assert (spec.block_query, spec.block_key, spec.rest) == (128, 64, "skip")
-    assert spec.importance == Importance("sampled", "max", 4, 4)
+    assert spec.importance == Importance("sampled", "max", 8, 8)
     shares = [round(100 * (high - low), 9) for low, high in itertools.pairwise((0, *spec.thresholds, 1))]
     assert shares == list(PUBLISHED[name])
     assert sum(share / pool for share, pool in zip(shares, spec.levels, strict=False)) == pytest.approx(25)
@@ -62,7 +62,9 @@ def test_the_authors_mass_presets(name):
     preset = load_preset(name)
     key, thresholds, similarity = AUTHORS_MASS[name]
     assert set(preset.layer_specs(30)) == {
-        AttentionSpec(128, key, (1, 2, 4, 8), "mass", thresholds, 0.06, similarity, Importance(), "skip")
+        AttentionSpec(
+            128, key, (1, 2, 4, 8), "mass", thresholds, 0.06, similarity, Importance("sampled", "max", 4, 4), "skip"
+        )
     }
     assert (preset.dense_step_count(50), preset.dense_step_count(40)) == (15, 12)
     assert "be122cf" in preset.source and "ziplab" in preset.source
@@ -74,7 +76,9 @@ def test_the_authors_count_presets(name):
     key, order = AUTHORS_COUNT[name]
     thresholds = (0.10, 0.15, 0.15, 0.35)
     assert set(preset.layer_specs(42)) == {
-        AttentionSpec(128, key, (1, 2, 4, 8), "count", thresholds, 0.0, None, Importance(), "skip")
+        AttentionSpec(
+            128, key, (1, 2, 4, 8), "count", thresholds, 0.0, None, Importance("sampled", "max", 4, 4), "skip"
+        )
     }
     assert (preset.dense_step_count(50), preset.order) == (15, order)
     assert "be122cf" in preset.source and "ziplab" in preset.source
@@ -177,11 +181,11 @@ def test_a_rule_changes_every_key_of_a_layer():
 
 def test_nested_keys_and_null_are_merged():
     base = {"block": {"query": 64, "key": 128}, "importance": {"estimator": "pooled"}, "similarity": [0.7, 0.6]}
-    rules = [{"match": "0-", "importance": {"key_stride": 8}}, {"match": 1, "block": {"key": 32}, "similarity": None}]
+    rules = [{"match": "0-", "importance": {"key_stride": 4}}, {"match": 1, "block": {"key": 32}, "similarity": None}]
     first, second = specs_of(*rules, num_layers=2, **base)
     assert (first.block_query, first.block_key, first.similarity) == (64, 128, (0.7, 0.6))
     assert (second.block_query, second.block_key, second.similarity) == (64, 32, None)
-    assert first.importance == second.importance == Importance("pooled", "max", 4, 8)
+    assert first.importance == second.importance == Importance("pooled", "max", 8, 4)
 
 
 def test_rules_that_only_together_make_sense_are_judged_by_the_layers_there_are():

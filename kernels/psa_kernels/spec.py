@@ -23,8 +23,8 @@ class Importance:
 
     estimator: str = "sampled"
     statistic: str = "max"
-    query_stride: int = 4
-    key_stride: int = 4
+    query_stride: int = 8
+    key_stride: int = 8
 
     def __post_init__(self) -> None:
         _require_choice("importance.estimator", self.estimator, ESTIMATORS)
@@ -35,7 +35,8 @@ class Importance:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3.
+    """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3, its importance from
+    every 8th token.
 
     Attributes:
         block_query: queries per query block.

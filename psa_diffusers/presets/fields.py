@@ -90,12 +90,12 @@ class BlockSizes(Section):
 
 
 class ImportanceSettings(Section):
-    """How the importance of a key block for a query block is estimated; a stride of 4 samples every fourth token."""
+    """How the importance of a key block for a query block is estimated; a stride of 8 samples every eighth token."""
 
     estimator: Literal["sampled", "pooled"] = Field("sampled", description="sampled or pooled")
     statistic: Literal["max", "mean"] = Field("max", description="max or mean")
-    query_stride: Positive = Field(4, description="a positive integer that divides block.query")
-    key_stride: Positive = Field(4, description="a positive integer that divides block.key")
+    query_stride: Positive = Field(8, description="a positive integer that divides block.query")
+    key_stride: Positive = Field(8, description="a positive integer that divides block.key")
 
 
 class LayerSettings(Section):

@@ -13,6 +13,8 @@ from brute_force import brute_force
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 
 EVERYTHING = {"levels": (1,), "thresholds": (1.0,)}
+# So that a block of 8 has more than one representative.
+EVERY_FOURTH = Importance(query_stride=4, key_stride=4)
 
 
 def inputs(queries, keys=None, *, batch=1, heads=2, head_dim=8, dtype=torch.float64):
@@ -36,27 +38,42 @@ def check(q, k, v, spec, **options):
 
 
 SPECS = {
-    "psa-3": AttentionSpec(block_query=16, block_key=8),
-    "binary": AttentionSpec(block_query=8, block_key=8, levels=(1,), thresholds=(0.3,)),
-    "psa-2": AttentionSpec(block_query=16, block_key=8, thresholds=(0.0, 0.0, 1.0)),
-    "whole-block-level": AttentionSpec(block_query=8, block_key=8, levels=(1, 8), thresholds=(0.2, 0.6)),
-    "no-level-1": AttentionSpec(block_query=8, block_key=8, levels=(2, 4), thresholds=(0.3, 0.6)),
+    "psa-3": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH),
+    "binary": AttentionSpec(block_query=8, block_key=8, importance=EVERY_FOURTH, levels=(1,), thresholds=(0.3,)),
+    "psa-2": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, thresholds=(0.0, 0.0, 1.0)),
+    "whole-block-level": AttentionSpec(
+        block_query=8, block_key=8, importance=EVERY_FOURTH, levels=(1, 8), thresholds=(0.2, 0.6)
+    ),
+    "no-level-1": AttentionSpec(
+        block_query=8, block_key=8, importance=EVERY_FOURTH, levels=(2, 4), thresholds=(0.3, 0.6)
+    ),
     "levels-3-and-6": AttentionSpec(
         block_query=6,
         block_key=12,
         levels=(1, 3, 6),
         importance=Importance(query_stride=3, key_stride=3),
     ),
-    "mass": AttentionSpec(block_query=16, block_key=8, rule="mass", thresholds=(0.4, 0.6, 0.9)),
-    "mass-floor": AttentionSpec(block_query=16, block_key=8, rule="mass", thresholds=(0.1, 0.2, 0.3), floor=0.25),
-    "count-floor": AttentionSpec(block_query=16, block_key=8, thresholds=(0.0, 0.1, 0.3), floor=0.2),
-    "rest-mean": AttentionSpec(block_query=16, block_key=8, rest="mean"),
-    "similarity": AttentionSpec(block_query=16, block_key=8, similarity=(0.05, 0.0)),
-    "similarity-long-stride": AttentionSpec(
-        block_query=8, block_key=8, levels=(1, 2, 8), thresholds=(0.2, 0.5, 0.9), similarity=(-0.1, 0.1)
+    "mass": AttentionSpec(
+        block_query=16, block_key=8, importance=EVERY_FOURTH, rule="mass", thresholds=(0.4, 0.6, 0.9)
     ),
-    "mean-statistic": AttentionSpec(block_query=16, block_key=8, importance=Importance(statistic="mean")),
-    "pooled": AttentionSpec(block_query=16, block_key=8, importance=Importance(estimator="pooled")),
+    "mass-floor": AttentionSpec(
+        block_query=16, block_key=8, importance=EVERY_FOURTH, rule="mass", thresholds=(0.1, 0.2, 0.3), floor=0.25
+    ),
+    "count-floor": AttentionSpec(
+        block_query=16, block_key=8, importance=EVERY_FOURTH, thresholds=(0.0, 0.1, 0.3), floor=0.2
+    ),
+    "rest-mean": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, rest="mean"),
+    "similarity": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, similarity=(0.05, 0.0)),
+    "similarity-long-stride": AttentionSpec(
+        block_query=8,
+        block_key=8,
+        levels=(1, 2, 8),
+        thresholds=(0.2, 0.5, 0.9),
+        similarity=(-0.1, 0.1),
+        importance=EVERY_FOURTH,
+    ),
+    "mean-statistic": AttentionSpec(block_query=16, block_key=8, importance=replace(EVERY_FOURTH, statistic="mean")),
+    "pooled": AttentionSpec(block_query=16, block_key=8, importance=replace(EVERY_FOURTH, estimator="pooled")),
     "pooled-mean": AttentionSpec(
         block_query=16, block_key=8, importance=Importance("pooled", "mean", query_stride=8, key_stride=2)
     ),
@@ -109,7 +126,7 @@ def test_only_text_or_only_text_keys():
 def test_thresholds_that_keep_everything_give_dense_attention(rule, tokens):
     q, k, v = inputs(tokens, dtype=torch.float32)
     q[:, 0] *= 40  # a nearly one-hot row: the importance of most blocks underflows
-    spec = AttentionSpec(block_query=16, block_key=8, rule=rule, **EVERYTHING)
+    spec = AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, rule=rule, **EVERYTHING)
     out, stats = psa_attention(q, k, v, spec, return_stats=True)
     # Logits of several hundred: float32 rounds them by 1e-5, and so the weights.
     expected = dense(*(x.double() for x in (q, k, v))).float()
@@ -123,9 +140,13 @@ def test_identical_tokens_inside_each_block_give_dense_attention(tokens):
     q, k, v = inputs(tokens)
     blocks = torch.arange(tokens) // 8 * 8
     k, v = k[:, blocks], v[:, blocks]
-    spec = AttentionSpec(block_query=16, block_key=8, levels=(1, 2, 4, 8), thresholds=(0.2, 0.4, 0.7, 1.0))
+    spec = AttentionSpec(
+        block_query=16, block_key=8, importance=EVERY_FOURTH, levels=(1, 2, 4, 8), thresholds=(0.2, 0.4, 0.7, 1.0)
+    )
     torch.testing.assert_close(psa_attention(q, k, v, spec), dense(q, k, v), rtol=1e-10, atol=1e-10)
-    spec = AttentionSpec(block_query=16, block_key=8, levels=(2, 4), thresholds=(0.2, 0.4), rest="mean")
+    spec = AttentionSpec(
+        block_query=16, block_key=8, importance=EVERY_FOURTH, levels=(2, 4), thresholds=(0.2, 0.4), rest="mean"
+    )
     torch.testing.assert_close(psa_attention(q, k, v, spec), dense(q, k, v), rtol=1e-10, atol=1e-10)
 
 
@@ -199,7 +220,7 @@ def test_lists_serve_another_step():
 )
 def test_lists_are_grouped_by_level_and_ascending(fields, listed):
     """The count rule lists what is attended, the others every block."""
-    spec = AttentionSpec(block_query=16, block_key=8, thresholds=(0.2, 0.5, 0.8), **fields)
+    spec = AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, thresholds=(0.2, 0.5, 0.8), **fields)
     q, k, _ = inputs(200)
     lists = select_blocks(q, k, spec)
     assert lists.ids.dtype == torch.int16 and lists.counts.dtype == torch.int32
@@ -213,7 +234,7 @@ def test_lists_are_grouped_by_level_and_ascending(fields, listed):
 
 
 def test_lists_that_lack_skipped_blocks_are_refused_where_these_are_attended():
-    spec = AttentionSpec(block_query=16, block_key=8)
+    spec = AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH)
     q, k, v = inputs(200)
     lists = select_blocks(q, k, spec)
     with pytest.raises(ValueError, match=r"lists: made for another call: .* of 25 key blocks"):
@@ -221,7 +242,7 @@ def test_lists_that_lack_skipped_blocks_are_refused_where_these_are_attended():
 
 
 def test_no_row_is_ever_empty():
-    spec = AttentionSpec(block_query=16, block_key=8, levels=(1, 2), thresholds=(0.0, 1e-9))
+    spec = AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, levels=(1, 2), thresholds=(0.0, 1e-9))
     for tokens in (1, 9, 300):
         lists = select_blocks(*inputs(tokens)[:2], spec)
         assert lists.counts.sum(-1).eq(1).all()
@@ -229,7 +250,7 @@ def test_no_row_is_ever_empty():
 
 def test_density_of_the_published_allocation():
     q, k, v = inputs(40 * 8, head_dim=4, heads=1)
-    spec = AttentionSpec(block_query=64, block_key=8)
+    spec = AttentionSpec(block_query=64, block_key=8, importance=EVERY_FOURTH)
     stats = psa_attention(q, k, v, spec, return_stats=True)[1]
     assert stats.density.item() == pytest.approx(0.25) and stats.coverage.item() == pytest.approx(0.45)
     assert stats.level_shares.squeeze().tolist() == pytest.approx([0.15, 0.10, 0.20])
