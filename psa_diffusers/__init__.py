@@ -22,6 +22,7 @@ _HOMES = {
     "RunStats": "statistics",
     "UnsupportedModelError": "models",
     "apply_psa": "patching",
+    "context_parallel_plan": "parallel",
     "list_presets": "presets",
     "load_preset": "presets",
     "token_permutation": "token_order",

@@ -19,6 +19,8 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
         UnsupportedModelError: it has none.
     """
     found = {name: module for name in TRANSFORMERS if (module := getattr(pipe, name, None)) is not None}
+    # What `torch.compile(module)` returns stands for the module, whose hooks and processors it uses.
+    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
     if not found:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
     return found

@@ -1,5 +1,6 @@
 """The commands `psa-generate` and `psa-compare`. What is heavy is imported inside, so that --help answers at once."""
 
+import errno
 import json
 import os
 import sys
@@ -9,8 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.stopping import listen
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+OUT_OF_MEMORY = (
+    "out of GPU memory; try --offload model or group, fewer --frames, or a smaller --height and --width; "
+    "finished prompts are kept"
+)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
 GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare them with dense attention.
@@ -66,18 +73,24 @@ def _generate(
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
     preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",
+    preset_2: Annotated[
+        str | None, typer.Option(help="Another preset for the second of two transformers (Wan 2.2).")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense, same seed, and compare.")] = False,
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
+    samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale (of both experts).", rich_help_panel=OWN_DEFAULT)
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.", rich_help_panel=OWN_DEFAULT)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)
@@ -92,11 +105,21 @@ def _generate(
             help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE
         ),
     ] = "none",
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    num_processes: Annotated[
+        int,
+        typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),
+    ] = 1,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where attention would fall back to dense.")] = False,
+    vbench: Annotated[
+        bool, typer.Option("--vbench", help="Also lay the videos out as VBench names them, in OUTPUT/vbench.")
+    ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_show_list, help="Show every model and preset.")
     ] = False,
@@ -104,7 +127,7 @@ def _generate(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
     ] = False,
 ) -> None:
-    _prepare_process()
+    prepare_process()
     from psa_diffusers.settings import Request, make_plan
 
     plan = make_plan(
@@ -112,9 +135,11 @@ def _generate(
             prompts=tuple(prompts or ()),
             model=model,
             preset=preset,
+            preset_2=preset_2,
             compare=compare,
             output=output,
             seed=seed,
+            samples=samples,
             steps=steps,
             guidance=guidance,
             height=height,
@@ -128,23 +153,39 @@ def _generate(
             image=image,
             overwrite=overwrite,
             strict=strict,
+            vbench=vbench,
         )
     )
     from psa_diffusers.generate import Interrupted, run
+    from psa_diffusers.workers import check_devices, launched_place, run_shared
 
+    place = launched_place()
+    if num_processes < 1 or (num_processes > 1 and place.ranks > 1):
+        allowed = "at least 1" if num_processes < 1 else f"left out, as {place.ranks} processes were launched already"
+        raise InputError(f"--num-processes {num_processes}: must be {allowed}")
+    if place.ranks > 1:
+        check_devices(plan, place.local_rank + 1, overwrite_alone=True)
     try:
-        summary = run(plan)
+        summary = run_shared(plan, num_processes) if num_processes > 1 else run(plan, place)
     except Interrupted as stop:
+        if not place.reports:
+            raise typer.Exit(INTERRUPTED) from None
         missing = f"{stop.summary['missing']} of {len(plan.prompts)} prompts missing"
         again = "run the same command again" + (" without --overwrite" if overwrite else "")
-        _note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
-        _print_json({**stop.summary, "status": "interrupted"})
+        note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
+        print_json({**stop.summary, "status": "interrupted"})
         raise typer.Exit(INTERRUPTED) from None
+    if summary is None:
+        return
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
-            _note(_figures(entry))
-    _note(f"report: {summary['report']}")
-    _print_json(summary)
+            note(_figures(entry))
+    note(f"report: {summary['report']}")
+    print_json(summary)
+    if summary["missing"]:
+        again = "run the same command again" + (" without --overwrite" if overwrite else "")
+        note(f"psa-generate: {summary['missing']} of {len(plan.prompts)} prompts missing; {again} to make them")
+        raise typer.Exit(FAILURE)
 
 
 @compare_app.command(help=COMPARE_HELP, no_args_is_help=True)
@@ -160,8 +201,8 @@ def _compare(
     from psa_diffusers.compare import compare_files
 
     summary = compare_files(reference, other, output, overwrite)
-    _note(f"report: {summary['report']}")
-    _print_json(summary)
+    note(f"report: {summary['report']}")
+    print_json(summary)
 
 
 def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
@@ -182,9 +223,11 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
             return _fail(name, error.format_message() or "no prompt given; see --help", BAD_INPUT)
         kind = type(error).__name__  # by name: the classes live in what is only imported when needed
         if kind == "OutOfMemoryError":
-            return _fail(name, "out of GPU memory; try --offload model or group, or fewer --frames", FAILURE)
-        if kind == "PSAFallbackError":
+            return _fail(name, OUT_OF_MEMORY, FAILURE)
+        if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
             return _fail(name, str(error), FAILURE)
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            return _fail(name, f"cannot write: {error}; finished prompts are kept, run the same command again", FAILURE)
         import traceback
 
         traceback.print_exc()
@@ -201,7 +244,9 @@ def compare() -> None:
     sys.exit(run_command("psa-compare", compare_app))
 
 
-def _prepare_process() -> None:
+def prepare_process() -> None:
+    """Listen to requests to stop, and set what must be set before transformers and diffusers are imported."""
+    listen()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -216,15 +261,17 @@ def _figures(entry: dict[str, Any]) -> str:
 
 
 def _fail(name: str, message: str, code: int) -> int:
-    _note(f"{name}: error: {' '.join(message.split())}")
+    note(f"{name}: error: {' '.join(message.split())}")
     return code
 
 
-def _note(message: str) -> None:
+def note(message: str) -> None:
+    """Say something to whoever watches, on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
-def _print_json(content: Any) -> None:
+def print_json(content: Any) -> None:
+    """The last line on stdout."""
     print(json.dumps(content, ensure_ascii=False), flush=True)
 
 

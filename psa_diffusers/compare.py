@@ -73,6 +73,7 @@ def compare_files(first: str, second: str, output: str | None = None, overwrite:
         "psnr": report["comparison"]["psnr"]["mean"],
         "ssim": report["comparison"]["ssim"]["mean"],
         "lpips": report["comparison"]["lpips"]["mean"],
+        "vmaf": report["comparison"]["vmaf"]["mean"],
         "frames": len(clips[0].frames),
         "warnings": report["warnings"],
     }

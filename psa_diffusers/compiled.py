@@ -19,6 +19,7 @@ from psa_diffusers.presets import Preset
 from psa_kernels import AttentionSpec
 
 ATTRIBUTE = "psa_site"
+NO_STEP = "the denoising step is unknown, because the pipeline's scheduler has no timesteps"
 
 _numbers = itertools.count()
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
@@ -31,7 +32,7 @@ class Stateful(Protocol):
 
     def attend_behind_graph(
         self,
-        layer: Layer,
+        site: Site,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -56,18 +57,22 @@ class Site:
     Attributes:
         owner: the processor that made this.
         original: the processor that the module had before.
+        transformer: which of the pipeline's transformers it is in.
         layer: the layer that it is; None for other attention, as that to text.
         number: 0-dim tensor on the CPU, which names the site to the operators.
         sparse: which graph a compiled block takes for this module in the current forward.
-        reason: why it is the dense one, if the preset wants it sparse.
+        reason: why it is the dense one, if the preset wants it sparse. An eager block goes by these two as well.
+        ours: whether `original` is not to be asked in the current forward, dense or not.
     """
 
-    def __init__(self, owner: Stateful, original: Any, layer: Layer | None) -> None:
+    def __init__(self, owner: Stateful, original: Any, transformer: str, layer: Layer | None) -> None:
         self.owner = owner
         self.original = original
+        self.transformer = transformer
         self.layer = layer
         self.sparse = False
-        self.reason: str | None = None
+        self.reason: str | None = NO_STEP
+        self.ours = False
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
             self.number = torch.tensor(number)
@@ -127,7 +132,7 @@ def attend(
         of the others.
     """
     found = _sites[int(site)]
-    head, tail = found.owner.attend_behind_graph(found.layer, q, k, v, mask, text)
+    head, tail = found.owner.attend_behind_graph(found, q, k, v, mask, text)
     return head.contiguous(), tail.contiguous()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import step_count
+
 Grid = tuple[int, int, int]
 
 
@@ -59,6 +61,8 @@ class DenoisingTracker:
             self._handles.pop().remove()
         self.current = None
 
+    # Compiled into a graph of the whole transformer, it would be run from what it saw the first time.
+    @torch.compiler.disable
     def _observe(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         previous, self.current = self.current, None
         pipe = self._pipe()
@@ -96,8 +100,7 @@ def denoising_position(pipe: Any, timestep: torch.Tensor | None) -> tuple[int, i
     timesteps = getattr(scheduler, "timesteps", None)
     if timesteps is None or not len(timesteps):
         return None
-    # A video-to-video run uses only the last of the scheduler's timesteps; the pipeline knows how many.
-    steps = min(getattr(pipe, "_num_timesteps", None) or len(timesteps), len(timesteps))
+    steps = step_count(pipe, timesteps)
     if hasattr(scheduler, "step_index"):
         index = scheduler.step_index
         if index is not None:

@@ -51,6 +51,10 @@ class ListCache:
         if preset.refresh > 1 or preset.share_guidance:
             self._entries[_key(layer, at, preset)] = _Entry(at.step, call, lists)
 
+    def forget_step(self, at: DenoisingStep) -> None:
+        """Drop the lists that were made at this step."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.step != at.step}
+
     def clear(self) -> None:
         """Drop all lists."""
         self._entries.clear()

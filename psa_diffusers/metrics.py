@@ -12,19 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers.vmaf import vmaf
+
 LEAST_SIDE = 11  # the SSIM window
 BLACK = 2 / 255
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """PSNR, SSIM and, where its weights are at hand, LPIPS of `other` against `reference`, as JSON values.
+    """PSNR, SSIM and, where they can be had, LPIPS and VMAF of `other` against `reference`, as JSON values.
 
     Returns:
         psnr (dB) and ssim: mean, worst and per_frame. A frame equal to its reference has no finite PSNR: it is None in
         per_frame, counted in identical_frames and left out of the mean (None if all are equal). A frame that is not
         finite has None for both. SSIM is Wang et al.'s (11 x 11 Gaussian window); None for frames smaller than that.
-        lpips: mean and per_frame, or None and the reason.
+        lpips, vmaf: mean and per_frame, or None and the reason.
 
     Raises:
         ValueError: the shapes differ.
@@ -38,6 +40,7 @@ def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
         "psnr": {**_summary(psnr), "identical_frames": sum(same)},
         "ssim": _summary(ssim),
         "lpips": lpips(reference, other),
+        "vmaf": vmaf(reference, other),
     }
 
 

@@ -14,13 +14,24 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 
 @dataclass(frozen=True)
+class Part:
+    """A component of a pipeline that its card loads from another repository than the rest."""
+
+    name: str
+    library: str
+    type: str
+    repository: str
+    subfolder: str = ""
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """A model and the settings that its card runs it with.
 
     `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
     has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
-    `dtype` is what the weights were trained in.
+    `dtype` is what the weights were trained in. `parts` replace components of the repository.
     """
 
     name: str
@@ -37,6 +48,15 @@ class ModelCard:
     fps: int = 16
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def transformer(self) -> tuple[str | None, str]:
+        """The repository of the transformer, and the path of its configuration there."""
+        for part in self.parts:
+            if part.name == "transformer":
+                return part.repository, f"{part.subfolder}/config.json".lstrip("/")
+        return self.hub_id, "transformer/config.json"
 
 
 HUNYUAN_VIDEO = {
@@ -48,6 +68,13 @@ HUNYUAN_VIDEO = {
     "fps": 24,
     "negative_prompt": "",
 }
+HUNYUAN_VIDEO_1_5 = {**HUNYUAN_VIDEO, "frames": 121}
+REDUX = "lllyasviel/flux_redux_bfl"
+FRAMEPACK_PARTS = (
+    Part("transformer", "diffusers", "HunyuanVideoFramepackTransformer3DModel", "lllyasviel/FramePackI2V_HY"),
+    Part("feature_extractor", "transformers", "SiglipImageProcessor", REDUX, "feature_extractor"),
+    Part("image_encoder", "transformers", "SiglipVisionModel", REDUX, "image_encoder"),
+)
 COGVIDEOX = {
     "height": 480,
     "width": 720,
@@ -153,6 +180,22 @@ MODELS: dict[str, ModelCard] = {
             fps=24,
         ),
         ModelCard(
+            name="wan-vace-1.3b",
+            hub_id="Wan-AI/Wan2.1-VACE-1.3B-diffusers",
+            about="Wan 2.1 VACE text, or text and a reference image, to video, 1.3B, 480p",
+            pipeline="WanVACEPipeline",
+            flow_shift=3.0,
+        ),
+        ModelCard(
+            name="wan-vace-14b",
+            hub_id="Wan-AI/Wan2.1-VACE-14B-diffusers",
+            about="Wan 2.1 VACE text, or text and a reference image, to video, 14B, 720p",
+            pipeline="WanVACEPipeline",
+            height=720,
+            width=1280,
+            flow_shift=5.0,
+        ),
+        ModelCard(
             name="hunyuanvideo",
             hub_id="hunyuanvideo-community/HunyuanVideo",
             about="HunyuanVideo text to video, 13B, 720p; its guidance is distilled",
@@ -165,6 +208,34 @@ MODELS: dict[str, ModelCard] = {
             about="HunyuanVideo image to video, 13B, 720p; its guidance is distilled",
             pipeline="HunyuanVideoImageToVideoPipeline",
             **HUNYUAN_VIDEO,
+        ),
+        ModelCard(
+            name="hunyuanvideo-1.5-480p",
+            hub_id="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+            about="HunyuanVideo 1.5 text to video, 8B, 480 x 848",
+            pipeline="HunyuanVideo15Pipeline",
+            **{**HUNYUAN_VIDEO_1_5, "height": 480, "width": 848},
+        ),
+        ModelCard(
+            name="hunyuanvideo-1.5-720p",
+            hub_id="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",
+            about="HunyuanVideo 1.5 text to video, 8B, 720p",
+            pipeline="HunyuanVideo15Pipeline",
+            **HUNYUAN_VIDEO_1_5,
+        ),
+        ModelCard(
+            name="framepack",
+            hub_id="hunyuanvideo-community/HunyuanVideo",
+            about="HunyuanVideo Framepack image to video, 13B, in sections; transformer of lllyasviel/FramePackI2V_HY",
+            pipeline="HunyuanVideoFramepackPipeline",
+            height=832,
+            width=480,
+            frames=91,
+            steps=30,
+            guidance=9.0,
+            fps=30,
+            negative_prompt="",
+            parts=FRAMEPACK_PARTS,
         ),
         ModelCard(
             name="cogvideox-2b",
@@ -247,6 +318,19 @@ MODELS: dict[str, ModelCard] = {
             guidance=5.0,
             flow_shift=5.0,
         ),
+        ModelCard(
+            name="allegro",
+            hub_id="rhymes-ai/Allegro",
+            about="Allegro text to video, 3B, 720p at 15 fps",
+            pipeline="AllegroPipeline",
+            height=720,
+            width=1280,
+            frames=88,
+            steps=100,
+            guidance=7.5,
+            fps=15,
+            negative_prompt="",
+        ),
     )
 }
 
@@ -261,9 +345,9 @@ def card_for(source: str, pipeline: str) -> ModelCard:
     repository = source.rstrip("/").rsplit("/", 1)[-1]
     cards = [card for card in MODELS.values() if card.pipeline == pipeline]
     for card in cards:
-        if card.hub_id is not None and card.hub_id.endswith("/" + repository):
+        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
             return card
-    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None}
+    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
     if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
         return ModelCard(**unknown, pipeline=pipeline)
     return replace(cards[0], **unknown)

@@ -49,7 +49,7 @@ def side_by_side(left: np.ndarray, right: np.ndarray, labels: tuple[Label, Label
     canvas[:] = BACKGROUND
     for index, video in enumerate((left, right)):
         at = index * (panel_width + GAP)
-        canvas[:, :bar, at : at + panel_width] = _label_bar(labels[index], panel_width, bar)
+        canvas[:, :bar, at : at + panel_width] = label_bar(labels[index], panel_width, bar)
         pixels = to_uint8(video)
         for number in range(count):
             canvas[number, bar : bar + panel_height, at : at + panel_width] = _enlarge(pixels[number], scale)
@@ -72,7 +72,7 @@ def filmstrip(top: np.ndarray, bottom: np.ndarray, labels: tuple[Label, Label]) 
     strip = Image.new("RGB", (strip_width, 2 * (bar + cell_height) + GAP), BACKGROUND)
     for row, (video, label) in enumerate(((top, labels[0]), (bottom, labels[1]))):
         y = row * (bar + cell_height + GAP)
-        strip.paste(Image.fromarray(_label_bar(label, strip_width, bar)), (0, y))
+        strip.paste(Image.fromarray(label_bar(label, strip_width, bar)), (0, y))
         for column, number in enumerate(numbers):
             cell = Image.fromarray(to_uint8(video[number])).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
             strip.paste(cell, (column * (cell_width + GAP), y + bar))
@@ -90,7 +90,8 @@ def bar_height(panel_width: int) -> int:
     return 2 * round(max(28, min(64, panel_width * 0.08)) / 2)
 
 
-def _label_bar(label: Label, width: int, height: int) -> np.ndarray:
+def label_bar(label: Label, width: int, height: int) -> np.ndarray:
+    """A line with the label's name on the left and its facts on the right: uint8 [height, width, 3]."""
     from PIL import Image, ImageDraw
 
     bar = Image.new("RGB", (width, height), BACKGROUND)
@@ -103,20 +104,21 @@ def _label_bar(label: Label, width: int, height: int) -> np.ndarray:
     name = label.name
     while len(name) > 1 and _length(name, size) + _length(facts, size) + 3 * margin > width:
         name = name[:-1]
-    draw.text((margin, height / 2), name, font=_font(size), fill=NAME_COLOUR, anchor="lm")
-    draw.text((width - margin, height / 2), facts, font=_font(size), fill=FACT_COLOUR, anchor="rm")
+    draw.text((margin, height / 2), name, font=font(size), fill=NAME_COLOUR, anchor="lm")
+    draw.text((width - margin, height / 2), facts, font=font(size), fill=FACT_COLOUR, anchor="rm")
     return np.asarray(bar)
 
 
 @lru_cache
-def _font(size: int) -> "ImageFont.FreeTypeFont":
+def font(size: int) -> "ImageFont.FreeTypeFont":
+    """Pillow's own font at a size in pixels."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
 
 
 def _length(text: str, size: int) -> float:
-    return _font(size).getlength(text)
+    return font(size).getlength(text)
 
 
 def _enlarge(frame: np.ndarray, scale: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import MODELS, ModelCard, card_for
-from psa_diffusers.pipeline_kinds import PIPELINE_KINDS, PipelineKind
+from psa_diffusers.model_aliases import MODELS, ModelCard, Part, card_for
+from psa_diffusers.pipeline_kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
@@ -22,8 +22,8 @@ class Model:
     """What `--model` named, as far as its configuration files tell.
 
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
-    one more than a multiple of `frame_step`. `num_layers` counts the transformer blocks, `experts` the transformers.
-    `fixed_size` is the only height and width of a model that can make no other.
+    a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
+    transformers. `fixed_size` is the only height and width of a model that can make no other.
     """
 
     name: str
@@ -100,6 +100,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
                 parts["vae"] = vae_class.from_pretrained(
                     model.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
                 )
+            for part in model.card.parts:
+                parts[part.name] = _load_part(part, getattr(torch, dtype))
             pipe = pipeline_class.from_pretrained(
                 model.source, **parts, torch_dtype=getattr(torch, dtype), use_safetensors=True
             )
@@ -116,6 +118,14 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
     else:
         pipe.to(device)
     return pipe
+
+
+def _load_part(part: Part, dtype: Any) -> Any:
+    import torch
+
+    kind = getattr(importlib.import_module(part.library), part.type)
+    weights = {"torch_dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
+    return kind.from_pretrained(part.repository, subfolder=part.subfolder, **weights)
 
 
 def current_flow_shift(pipe: Any) -> float | None:
@@ -140,7 +150,8 @@ def _quiet_unless_terminal() -> None:
 
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
     vae = _read_json(source, "vae/config.json")
-    transformer = _read_json(source, "transformer/config.json")
+    repository, file = card.transformer
+    transformer = _read_json(repository if card.parts else source, file)
     kind = PIPELINE_KINDS[card.pipeline]
     size_step, frame_step = kind.steps(vae, transformer)
     # Positions that were learned: CogVideoX 5B's image-to-video model.
@@ -159,7 +170,9 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
 
 def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     pipeline = index.get("_class_name")
-    if pipeline not in PIPELINE_KINDS:
+    if isinstance(pipeline, str) and pipeline in IN_CODE_ONLY:
+        raise InputError(f"--model {name}: it is a {pipeline}: {IN_CODE_ONLY[pipeline]}")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINE_KINDS:
         raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
     return pipeline
 

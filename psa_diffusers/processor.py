@@ -14,7 +14,10 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
+from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
+from psa_diffusers.parallel import Ulysses, parallel_config, share_of
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.token_attention import TokenAttention
@@ -80,12 +83,17 @@ class PSAProcessor:
         self._dense_steps: dict[str, int] = {}
         self._warned: set[str] = set()
         self._attention = TokenAttention(self._family, strict)
+        self._share: Ulysses | None = None
+        self._parallel_obstacle: str | None = None
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
+        self._guard = FiniteGuard(self._tracker, self._recorder, self._attention.forget_step, self._refuse, strict)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
             self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
+            watch = {"prepend": True, "with_kwargs": True}
+            self._hooks.append(transformer.register_forward_hook(self._guard.after_forward, **watch))
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
@@ -96,9 +104,15 @@ class PSAProcessor:
         """What the last run attended; waits for the device."""
         return self._recorder.stats()
 
+    def record_masks(self, recorder: MaskRecorder | None) -> None:
+        """From now on, hand the block lists of sparse calls to a recorder; None ends it."""
+        self._attention.mask_recorder = recorder
+
     def restore(self) -> None:
         """Give every module that still has this processor its own one back, and stop watching the pipeline."""
         for attn, site in self._sites.items():
+            if attn.processor is self:
+                self._hand_on(site)
             compiled.withdraw(attn, site)
             if attn.processor is self:
                 set_processor(attn, site.original)
@@ -106,6 +120,12 @@ class PSAProcessor:
         while self._hooks:
             self._hooks.pop().remove()
         self._attention.clear()
+        if self._family.text != "none" and any(parallel_config(found()) for found in self._transformers.values()):
+            warnings.warn(
+                f"{self._family.name} in context parallel is only right with PSAProcessor; do not run it without",
+                PSAFallbackWarning,
+                stacklevel=2,
+            )
 
     def __call__(
         self,
@@ -132,10 +152,14 @@ class PSAProcessor:
         positions = image_rotary_emb if rotary_emb is None else rotary_emb
         call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
         if site.layer is not None:
-            if site.sparse if compiling else self._is_sparse(site.layer, call):
-                return self._sparse(attn, site, call)
+            # In a graph, and where other ranks have to go the same way, it was decided before the forward.
+            decided = compiling or self._share is not None
+            if site.ours if decided else self._is_sparse(site, call):
+                return self._compute(attn, site, call)
             if compiling:
                 compiled.note_dense(site.number)
+            elif decided:
+                self.note_dense(site.layer, site.reason)
         # Processors differ in which of these they know, so only what was given is passed on, and as it was given.
         positional = () if rotary_emb is None else (rotary_emb,)
         named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
@@ -155,24 +179,35 @@ class PSAProcessor:
             original = attn.processor
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
-            self._sites[attn] = Site(self, original, layers.get(attn))
+            self._sites[attn] = Site(self, original, which, layers.get(attn))
         return [layer.name for layer in layers.values()]
 
+    @torch.compiler.disable
     def _before_forward(self, transformer: torch.nn.Module, _: tuple) -> None:
         """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
+        grid = None if at is None else at.grid
+        self._share, self._parallel_obstacle = share_of(transformer, self._family, grid)
+        always_ours = not self._family.stock_traceable or (self._share is not None and self._family.text != "none")
+        patched: set[str] = set()
         for attn, site in self._sites.items():
             if attn.processor is self:
+                patched |= {site.transformer} if site.layer is not None else set()
                 compiled.publish(attn, site)
-                # What diffusers has since set on this processor is meant for all of them.
-                for name in ("_attention_backend", "_parallel_config"):
-                    value = getattr(self, name)
-                    if value is not None and hasattr(site.original, name):
-                        setattr(site.original, name, value)
-            layer = site.layer
-            if layer is not None and self._transformers[layer.transformer]() is transformer:
-                site.sparse, site.reason = self._foresee(layer, at)
+                self._hand_on(site)
+            if site.layer is not None and self._transformers[site.transformer]() is transformer:
+                site.sparse, site.reason = self._foresee(site.layer, at)
+                site.ours = site.sparse or always_ours
                 self._look_for_replaced(attn, site)
+        self._look_for_unpatched(transformer, patched)
+        self._guard.before_forward(transformer, shared=parallel_config(transformer) is not None)
+
+    def _hand_on(self, site: Site) -> None:
+        """Give the module's own processor what diffusers has since set on this one, or on the transformer."""
+        config = parallel_config(self._transformers[site.transformer]())
+        for name, value in (("_attention_backend", self._attention_backend), ("_parallel_config", config)):
+            if value is not None and hasattr(site.original, name):
+                setattr(site.original, name, value)
 
     def _look_for_replaced(self, attn: torch.nn.Module, site: Site) -> None:
         """Notice a processor that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
@@ -182,10 +217,32 @@ class PSAProcessor:
         reason = (
             f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
         )
+        self._note_unreached(site.layer, reason)
+        self._refuse(reason)
+
+    def _look_for_unpatched(self, transformer: torch.nn.Module, patched: set[str]) -> None:
+        """Notice the expert of two that was left out, as `pipe.transformer.set_attn_processor` does with the second."""
+        (which,) = (name for name, found in self._transformers.items() if found() is transformer)
+        left_out = [
+            site.layer
+            for attn, site in self._sites.items()
+            if site.layer is not None and site.transformer == which and attn.processor is site.original
+        ]
+        if which in patched or not patched or not left_out:
+            return
+        reason = (
+            f"pipe.{which} was not patched; call pipe.{which}.set_attn_processor(processor) with the same "
+            "PSAProcessor, or patch both experts with apply_psa(pipe)"
+        )
+        for layer in left_out:
+            self._note_unreached(layer, reason)
+        self._refuse(reason)
+
+    def _note_unreached(self, layer: Layer, reason: str) -> None:
+        """Note a layer that is dense because this processor is not in its place."""
         at = self._tracker.current
         if at is not None:
-            self._recorder.add_dense(at.step, site.layer.name, reason if self._wants_sparse(site.layer, at) else None)
-        self._refuse(reason)
+            self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
 
     def _begin_run(self, at: DenoisingStep) -> None:
         """Forget the last run, if this step is of another one."""
@@ -197,15 +254,12 @@ class PSAProcessor:
         """Whether the preset wants this layer sparse at this step."""
         return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
 
-    def _is_sparse(self, layer: Layer, call: AttentionCall) -> bool:
+    def _is_sparse(self, site: Site, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
-        at = self._tracker.current
-        sparse, reason = self._foresee(layer, at)
-        if sparse:
-            reason = self._attention.obstacle(at, call)
-            sparse = reason is None
+        reason = self._attention.obstacle(self._tracker.current, call) if site.sparse else site.reason
+        sparse = site.sparse and reason is None
         if not sparse:
-            self.note_dense(layer, reason)
+            self.note_dense(site.layer, reason)
         return sparse
 
     def note_dense(self, layer: Layer, reason: str | None) -> None:
@@ -219,13 +273,13 @@ class PSAProcessor:
     def _foresee(self, layer: Layer, at: DenoisingStep | None) -> tuple[bool, str | None]:
         """Whether a layer can be sparse in this forward, and if it cannot although the preset wants it, why."""
         if at is None:
-            return False, "the denoising step is unknown, because the pipeline's scheduler has no timesteps"
+            return False, compiled.NO_STEP
         self._begin_run(at)
         if not self._wants_sparse(layer, at):
             return False, None
         reason = None
-        if self._parallel_config is not None:
-            reason = "context parallelism is enabled, which sparse attention does not support yet"
+        if self._parallel_obstacle is not None:
+            reason = self._parallel_obstacle
         elif at.grid is None:
             reason = "this pipeline does not tell the transformer the video's frames, height and width"
         elif (video := math.prod(at.grid)) < layer.preset.min_tokens:
@@ -241,7 +295,7 @@ class PSAProcessor:
             self._warned.add(reason)
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
-    def _sparse(
+    def _compute(
         self, attn: torch.nn.Module, site: Site, call: AttentionCall
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         q, k, v = self._family.project(attn, call)
@@ -249,6 +303,8 @@ class PSAProcessor:
         if torch.compiler.is_compiling():
             text_last = self._family.text == "after"
             head, tail = compiled.attend(q, k, v, call.attention_mask, site.number, text, text_last)
+        elif self._share is not None:
+            head, tail = self.attend_behind_graph(site, q, k, v, call.attention_mask, text)
         else:
             head, tail = self._attend(site.layer, q, k, v, call)
         if self._family.text == "before":
@@ -260,24 +316,44 @@ class PSAProcessor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
         head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
+        if self._guard.looks_closer and not all_finite(head, tail):
+            return self._attend_again(layer, q, k, v, call)
         for figures in stats:
             self._recorder.add_sparse(at.step, layer.name, figures)
         return head, tail
 
+    def _attend_again(
+        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention in place of sparse attention that was not finite."""
+        at = self._tracker.current
+        self._attention.forget_step(at)
+        head, tail = self._attention.dense(q, k, v, call)
+        if all_finite(head, tail):
+            self._guard.blame_sparse(layer.name, at)
+        else:
+            self._guard.blame_model(layer.name, at)
+        self._recorder.add_dense(at.step, layer.name, REASON)
+        return head, tail
+
     def attend_behind_graph(
         self,
-        layer: Layer,
+        site: Site,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         attention_mask: torch.Tensor | None,
         text: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The attention of a compiled block; what only the call itself shows to be dense is computed here then."""
+        """The attention of a block that is compiled, or shared among ranks, after its projections; perhaps dense."""
+        before, after = (text, 0) if self._family.text == "before" else (0, text)
+        share = self._share
+        if share is not None:
+            q, k, v = share.gather_tokens((q, k, v), before, after)
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(q[:, text:], q[:, :text] if text else None, attention_mask)
-        reason = self._attention.obstacle(self._tracker.current, call)
-        if reason is None:
-            return self._attend(layer, q, k, v, call)
-        self.note_dense(layer, reason)
-        return self._attention.dense(q, k, v, call)
+        if self._is_sparse(site, call):
+            head, tail = self._attend(site.layer, q, k, v, call)
+        else:
+            head, tail = self._attention.dense(q, k, v, call)
+        return (head, tail) if share is None else share.gather_heads(head, tail, before)

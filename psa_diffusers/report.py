@@ -99,18 +99,24 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
     warnings = list(report.get("warnings", []))
     warnings += [f"{key}: {text}" for key, entry in report["runs"].items() for text in entry["warnings"]]
     return {
-        "heading": report.get("prompt", ""),
+        "heading": _heading(report),
         "video": data_uri("video/mp4", (base / name).read_bytes()) if embedded else None,
         "video_bytes": size if embedded else 0,
         "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
         "links": [*_links(videos, link), *((key.replace("_", " "), file) for key, file in _links(files, link))],
         "strip": data_uri("image/png", strip.read_bytes()) if strip else None,
+        "overlay": data_uri("image/png", (base / files["attention"]).read_bytes()) if "attention" in files else None,
         "warnings": warnings,
         "quality": _quality(report.get("comparison")),
         "columns": list(report["runs"]),
         "rows": _run_rows(report["runs"]),
         "plots": _plots(report),
     }
+
+
+def _heading(report: dict[str, Any]) -> str:
+    prompt = report.get("prompt", "")
+    return f"{prompt} (seed {report['seed']})" if report["settings"].get("samples", 1) > 1 else prompt
 
 
 def _links(files: dict[str, str], folder: str) -> list[tuple[str, str]]:
@@ -131,6 +137,10 @@ def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
         rows.insert(2, ("Equal frames, not in the PSNR", str(psnr["identical_frames"])))
     measured = _number(lpips["mean"], "{:.4f}")
     rows.append(("LPIPS (AlexNet)", f"not measured: {lpips['reason']}" if lpips["reason"] else measured))
+    vmaf = comparison.get("vmaf")  # absent from reports of earlier versions, which a continued run reads too
+    if vmaf:
+        measured = _number(vmaf["mean"], "{:.1f} of 100")
+        rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
     return rows
 
 
@@ -191,8 +201,11 @@ def _plot(title: str, note: str, svg: str, legend: list[str] | None = None, grad
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    settings = {key: value for key, value in report["settings"].items() if key != "preset_rules"}
+    settings = {
+        key: value for key, value in report["settings"].items() if key not in ("preset_rules", "preset_2_rules")
+    }
     groups = [("Settings", settings), ("Preset", report["settings"].get("preset_rules") or {})]
+    groups.append(("Preset of the second transformer", report["settings"].get("preset_2_rules") or {}))
     machine = dict(report["hardware"])
     if "load_seconds" in report:
         machine["load_seconds"] = round(report["load_seconds"], 2)

@@ -1,10 +1,12 @@
 """The folder of a run: what is finished, what is missing, whose it is; results appear whole or not at all."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.prompts import slug
+from psa_diffusers.vbench import FOLDER as VBENCH_FOLDER
 from psa_diffusers.video import whole_file
 
 RUN_FILE = "run.json"
@@ -29,10 +32,17 @@ class RunFolder:
     """One folder a prompt, `0000-slug`, below `path`; `run.json` tells the settings and prompts they all belong to.
 
     A prompt's folder is filled under a hidden name and renamed when it is complete, so the ones that exist are done.
+    Several processes may fill one folder: each prompt has a lock, which the system frees when its holder dies.
+
+    Args:
+        launch: what the processes that were started together have in common; None if this one is alone.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], prompts: tuple[str, ...]) -> None:
+    def __init__(
+        self, path: Path, settings: dict[str, Any], prompts: tuple[str, ...], launch: str | None = None
+    ) -> None:
         self.path = Path(path)
+        self.launch = launch or uuid.uuid4().hex
         self.contents = {"format": 1, "settings": settings, "prompts": list(prompts)}
         self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
         self._replaces = False
@@ -41,7 +51,10 @@ class RunFolder:
         """The prompts, by index, that have no finished folder."""
         if self._replaces:
             return list(range(len(self.names)))
-        return [index for index, name in enumerate(self.names) if not (self.path / name / PROMPT_FILE).is_file()]
+        return [index for index in range(len(self.names)) if not self._is_done(index)]
+
+    def _is_done(self, index: int) -> bool:
+        return (self.path / self.names[index] / PROMPT_FILE).is_file()
 
     def finished(self) -> list[dict[str, Any]]:
         """The reports of the prompts that are done, in order; each with its folder's name under "folder"."""
@@ -62,7 +75,7 @@ class RunFolder:
             if (self.path / RUN_FILE).is_file():
                 self._must_match(_read_json(self.path / RUN_FILE))
             else:
-                taken = [name for name in (*self.names, REPORT_FILE) if (self.path / name).exists()]
+                taken = [name for name in (*self.names, REPORT_FILE, VBENCH_FOLDER) if (self.path / name).exists()]
                 if taken:
                     raise InputError(
                         f"--output {self.path}: {taken[0]} is already there; choose another folder or add --overwrite"
@@ -80,8 +93,51 @@ class RunFolder:
             self._remove_old()
             self._replaces = False
         for leftover in self.path.glob(".[0-9]*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            with self._locked(leftover.name[1:].removesuffix(".partial")) as free:
+                if free:
+                    shutil.rmtree(leftover, ignore_errors=True)
         write_json(self.path / RUN_FILE, self.contents)
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Whether a prompt is this process's to make: nobody else is at it, it is not done, and none of the processes
+        that were started together has failed at it or died."""
+        with self._locked(self.names[index]) as free:
+            tried = self._lock_folder() / f"{self.names[index]}.tried"
+            mine = free and not self._is_done(index)
+            mine = mine and not (tried.is_file() and tried.read_text(encoding="utf-8") == self.launch)
+            if mine:
+                tried.write_text(self.launch, encoding="utf-8")
+            yield mine
+
+    def wait(self) -> None:
+        """Wait until nobody is making a prompt."""
+        for index in self.missing():
+            with self._locked(self.names[index], wait=True):
+                pass
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Holds a prompt's lock; false if another process has it and is not waited for."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._lock_folder() / f"{name}.lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock_folder(self) -> Path:
+        """Beside the system's other temporary files: locks work there, and nothing of them is left with the results."""
+        owner = f"{getattr(os, 'getuid', str)()} {self.path.resolve()}"
+        folder = Path(tempfile.gettempdir(), f"psa-generate-{hashlib.sha256(owner.encode()).hexdigest()[:24]}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
 
     def withdraw(self) -> None:
         """Undoes `check`'s making of the folder if nothing was put there."""
@@ -120,6 +176,7 @@ class RunFolder:
         names = set(self.names)
         with contextlib.suppress(InputError):
             prompts = _read_json(self.path / RUN_FILE).get("prompts", [])
+            names.add(VBENCH_FOLDER)
             names |= {f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)}
         for name in names:
             shutil.rmtree(self.path / name, ignore_errors=True)

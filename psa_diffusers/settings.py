@@ -10,6 +10,7 @@ from psa_diffusers.model_aliases import MODELS
 from psa_diffusers.pipeline_kinds import PIPELINE_KINDS
 from psa_diffusers.pipelines import Model, resolve_model
 from psa_diffusers.prompts import read_prompts, slug
+from psa_diffusers.vbench import check_names
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,9 +29,11 @@ class Request:
     prompts: tuple[str, ...]
     model: str = "demo"
     preset: str = "psa-3"
+    preset_2: str | None = None
     compare: bool = False
     output: str | None = None
     seed: int = 0
+    samples: int = 1
     steps: int | None = None
     guidance: float | None = None
     height: int | None = None
@@ -44,13 +47,16 @@ class Request:
     image: str | None = None
     overwrite: bool = False
     strict: bool = False
+    vbench: bool = False
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
 
-    `preset_rules` is the whole preset (None for dense), `image_digest` the first half of the image file's SHA-256.
+    `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
+    it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
+    the seeds `seed`, `seed + 1`, ...
     """
 
     model: str
@@ -58,8 +64,10 @@ class Settings:
     pipeline: str
     preset: str
     preset_rules: dict[str, Any] | None
+    preset_2_rules: dict[str, Any] | None
     compare: bool
     seed: int
+    samples: int
     steps: int
     guidance: float
     guidance_2: float | None
@@ -83,7 +91,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: nothing in it is left to guess. `preset` is None for a dense run."""
+    """A checked run: nothing in it is left to guess.
+
+    `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
+    """
 
     settings: Settings
     model: Model
@@ -92,6 +103,12 @@ class Plan:
     output: Path
     overwrite: bool
     image: "Image.Image | None"
+    vbench: bool = False
+    preset_2: "Preset | None" = None
+
+    def sample(self, index: int) -> int:
+        """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
+        return index % self.settings.samples
 
     @property
     def name(self) -> str:
@@ -110,12 +127,20 @@ def make_plan(request: Request) -> Plan:
     _one_of("--offload", request.offload, OFFLOADS)
     if request.compare and request.preset == DENSE:
         raise InputError("--compare needs a sparse --preset; dense is what it is compared with")
-    preset = _load_preset(request.preset)
+    samples = _in_range("--samples", request.samples, 1, 1000)
+    if request.vbench:
+        check_names(prompts, samples)
+    preset = _load_preset("--preset", request.preset)
+    preset_2 = None if request.preset_2 is None else _load_preset("--preset-2", request.preset_2)
     device = _pick_device(request.device, request.offload)
     model = resolve_model(request.model)
     card = model.card
     if preset is not None:
-        _fits_model(preset, model)
+        _fits_model("--preset", preset, model)
+    if request.preset_2 is not None:
+        if model.experts != 2 or preset is None or preset_2 is None:
+            raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
+        _fits_model("--preset-2", preset_2, model)
     image, digest = _load_image(request.image, model)
     height, width = _size(request, model, image)
     settings = Settings(
@@ -124,8 +149,10 @@ def make_plan(request: Request) -> Plan:
         pipeline=card.pipeline,
         preset=DENSE if preset is None else preset.name,
         preset_rules=None if preset is None else preset.model_dump(mode="json"),
+        preset_2_rules=None if preset_2 is None else preset_2.model_dump(mode="json"),
         compare=request.compare,
         seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
+        samples=samples,
         steps=_in_range("--steps", _given(request.steps, card.steps), 1, 1000),
         guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
@@ -142,10 +169,11 @@ def make_plan(request: Request) -> Plan:
         image_digest=digest,
         strict=request.strict,
     )
-    if image is not None:
+    if image is not None and model.kind.image == "first":
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
-    return Plan(settings, model, preset, prompts, output, request.overwrite, image)
+    repeated = tuple(prompt for prompt in prompts for _ in range(samples))
+    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2)
 
 
 def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
@@ -154,7 +182,7 @@ def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
     return Path("psa-output", f"{slug(settings.model)}-{slug(settings.preset)}-{slug(prompts[0], 24)}-{digest}")
 
 
-def _load_preset(name: str) -> "Preset | None":
+def _load_preset(option: str, name: str) -> "Preset | None":
     if name == DENSE:
         return None
     from psa_diffusers.presets import load_preset
@@ -162,14 +190,14 @@ def _load_preset(name: str) -> "Preset | None":
     try:
         return load_preset(name)
     except ValueError as error:
-        raise InputError(f"--preset {error}") from error
+        raise InputError(f"{option} {error}") from error
 
 
-def _fits_model(preset: "Preset", model: Model) -> None:
+def _fits_model(option: str, preset: "Preset", model: Model) -> None:
     try:
         preset.layer_specs(model.num_layers)
     except ValueError as error:
-        raise InputError(f"--preset {error}") from error
+        raise InputError(f"{option} {error}") from error
 
 
 def _pick_device(device: str, offload: str) -> str:
@@ -203,7 +231,7 @@ def _pick_dtype(dtype: str, device: str, trained: str) -> str:
 
 def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, str | None]":
     if path is None:
-        if model.takes_image:
+        if model.kind.image == "first":
             raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
         return None, None
     if not model.takes_image:
@@ -227,7 +255,7 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
-    if image is not None and request.height is None and request.width is None:
+    if image is not None and model.kind.image == "first" and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
         width = max(step, round((area / ratio) ** 0.5) // step * step)
@@ -249,10 +277,11 @@ def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
 
 
 def _frames(frames: int, model: Model) -> int:
-    step = model.frame_step
-    if frames < 1 or (frames - 1) % step:
-        below = max(1, (frames - 1) // step * step + 1)
-        raise InputError(f"--frames {frames}: must be {step}k+1, such as {below} or {below + step}")
+    step, rest = model.frame_step, model.kind.frame_rest
+    if frames < 1 or (frames - rest) % step:
+        below = max(rest or step, (frames - rest) // step * step + rest)
+        form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
+        raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
     return frames
 
 

@@ -30,6 +30,9 @@ class RunStats:
         density_sparse, coverage_sparse: means over the layers and steps that were sparse; None if there were none.
         implementation: what computed the sparse calls; None if there were none.
         fallbacks: why calls ran dense although the preset asked for sparse ones, and how many did.
+        not_finite: layers whose sparse output held NaN or infinite values, and at which steps, counted from 0; it was
+            computed again there, dense.
+        model_not_finite: what was not finite with dense attention either, in one line; None if nothing was seen to be.
     """
 
     steps: int = 0
@@ -42,6 +45,8 @@ class RunStats:
     coverage_sparse: float | None = None
     implementation: str | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
+    not_finite: dict[str, list[int]] = field(default_factory=dict)
+    model_not_finite: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain lists and numbers, ready for JSON."""
@@ -62,16 +67,42 @@ class RunRecorder:
         self._calls: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor] | None]] = {}
         self._fallbacks: Counter[str] = Counter()
         self._implementation: str | None = None
+        self._not_finite: dict[str, list[int]] = {}
+        self.model_not_finite: str | None = None
+        self.begin_forward()
+
+    def begin_forward(self) -> None:
+        """Begin a forward, which `undo_forward` can forget."""
+        self._forward: list[tuple[tuple[int, str], str | None]] = []
+        self.was_sparse = False
+
+    def undo_forward(self) -> None:
+        """Forget what was noted since `begin_forward`."""
+        for key, fallback in self._forward:
+            self._calls[key].pop()
+            if fallback:
+                self._fallbacks[fallback] -= 1
+        self._fallbacks = +self._fallbacks
+        self.begin_forward()
+
+    def add_not_finite(self, step: int, layer: str) -> None:
+        """Note that the sparse output of a layer was not finite, so that it is dense at this step."""
+        steps = self._not_finite.setdefault(layer, [])
+        if step not in steps:
+            steps.append(step)
 
     def add_dense(self, step: int, layer: str, fallback: str | None = None) -> None:
         """Note a dense call, and why it was dense against the preset."""
         self._calls.setdefault((step, layer), []).append(None)
+        self._forward.append(((step, layer), fallback))
         if fallback:
             self._fallbacks[fallback] += 1
 
     def add_sparse(self, step: int, layer: str, stats: AttentionStats) -> None:
         """Note a sparse call."""
         self._calls.setdefault((step, layer), []).append((stats.density.mean(), stats.coverage.mean()))
+        self._forward.append(((step, layer), None))
+        self.was_sparse = True
         self._implementation = stats.implementation
 
     def stats(self) -> RunStats:
@@ -96,6 +127,8 @@ class RunRecorder:
             coverage_sparse=_mean(sparse, 1),
             implementation=self._implementation,
             fallbacks=dict(self._fallbacks),
+            not_finite={layer: list(steps) for layer, steps in self._not_finite.items()},
+            model_not_finite=self.model_not_finite,
         )
 
     def _fetch(self) -> dict[tuple[int, str], list[tuple[float, float]]]:

@@ -1,7 +1,7 @@
 """Timing a pipeline run step by step, without touching what it computes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -42,8 +42,24 @@ class StepClock:
         """For `callback_on_step_end`; changes nothing."""
         self._marks.append(self._now())
         if index + 1 == pipe.num_timesteps:
-            self.finite = bool(values["latents"].isfinite().all())
+            self.finite = self.finite and bool(values["latents"].isfinite().all())
         return {}
+
+    @contextmanager
+    def following_scheduler(self, pipe: Any, done: Callable[..., Any]) -> Iterator[None]:
+        """Calls `done` as pipelines call `callback_on_step_end`, for those that take none; changes nothing."""
+        scheduler, original = pipe.scheduler, pipe.scheduler.step
+
+        def step(*arguments: Any, **settings: Any) -> Any:
+            result = original(*arguments, **settings)
+            done(pipe, len(self._marks), None, {"latents": result[0]})
+            return result
+
+        scheduler.step = step
+        try:
+            yield
+        finally:
+            del scheduler.step
 
     def seconds(self) -> dict[str, Any]:
         """Seconds in all, before the first step, in every step, and after the last."""

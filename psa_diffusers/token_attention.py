@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from psa_diffusers.compiled import Layer
 from psa_diffusers.denoising import DenoisingStep, Grid
 from psa_diffusers.list_cache import ListCache
+from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.presets import Preset
 from psa_diffusers.text_padding import TextLengths, attend
@@ -33,10 +34,15 @@ class TokenAttention:
         self._cache = ListCache()
         self._text_lengths = TextLengths()
         self._permutations: dict[Hashable, torch.Tensor] = {}
+        self.mask_recorder: MaskRecorder | None = None
 
     def clear(self) -> None:
         """Drop all kept lists."""
         self._cache.clear()
+
+    def forget_step(self, at: DenoisingStep) -> None:
+        """Drop the lists that were made at this step: what they were made from was not finite."""
+        self._cache.forget_step(at)
 
     def obstacle(self, at: DenoisingStep, call: AttentionCall) -> str | None:
         """Why a call cannot be sparse."""
@@ -61,9 +67,12 @@ class TokenAttention:
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
             lists = select_blocks(
-                q, k, layer.spec, text_before=before, text_after=after, permutation=permutation, strict=self._strict
-            )
+                q, k, layer.spec, v=v, text_before=before, text_after=after, permutation=permutation,
+                strict=self._strict,
+            )  # fmt: skip
             self._cache.keep(layer.name, at, fits, layer.preset, lists)
+        if self.mask_recorder is not None:
+            self.mask_recorder.record(layer, at, lists)
         lengths = self._real_text(call) if after else [0] * len(q)
         return attend(
             q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation,
@@ -73,12 +82,23 @@ class TokenAttention:
     def dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention of a call, with its mask."""
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=self._dense_mask(call)).transpose(1, 2)
-        first = q.shape[1] - self._text_after(call)
+        """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""
+        first, after = q.shape[1] - self._text_after(call), self._text_after(call)
+        padding, mask = self._common_padding(call), None
+        if padding is None:
+            padding, mask = 0, self._dense_mask(call)
+        heads_first = (x[:, : x.shape[1] - padding].transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
         # Results of an operator behind a graph may share no memory.
-        return out[:, :first], out[:, first:].clone()
+        return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding)) if after else out[:, :0].clone()
+
+    def _common_padding(self, call: AttentionCall) -> int | None:
+        """How many text tokens are padding in every sample alike; None if samples differ, or another mask is there."""
+        try:
+            lengths = set(self._real_text(call))
+        except DenseOnlyError:
+            return None
+        return call.text_tokens - lengths.pop() if len(lengths) == 1 else None
 
     def _text_after(self, call: AttentionCall) -> int:
         return call.text_tokens if self._family.text == "after" else 0

@@ -3,6 +3,7 @@
 Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column."""
+    """Writes an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column.
+
+    Raises:
+        OSError: it could not be written in full.
+    """
     import imageio.v2 as imageio
 
     pixels = to_uint8(frames)
@@ -56,9 +61,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     if odd_height or odd_width:
         pixels = np.pad(pixels, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
     options = ["-crf", "16", "-preset", "medium", "-movflags", "+faststart", *COLOUR]
-    with (
-        whole_file(path) as partial,
-        imageio.get_writer(
+    with whole_file(path) as partial:
+        with imageio.get_writer(
             partial,
             format="FFMPEG",
             fps=fps,
@@ -68,10 +72,25 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             pixelformat="yuv420p",
             output_params=options,
             ffmpeg_log_level="error",
-        ) as writer,
-    ):
-        for frame in pixels:
-            writer.append_data(frame)
+        ) as writer:
+            for frame in pixels:
+                try:
+                    writer.append_data(frame)
+                except OSError as error:  # it carries no number, and all of the encoder's command line
+                    raise OSError(errno.EIO, "the video encoder failed; is the disk full?", str(path)) from error
+        _check_length(partial, len(pixels), path)
+
+
+def _check_length(partial: Path, frames: int, path: Path) -> None:
+    """The encoder is a process of its own, whose failure at the end, as of a full disk, goes unnoticed."""
+    import imageio_ffmpeg
+
+    try:
+        written = imageio_ffmpeg.count_frames_and_secs(str(partial))[0]
+    except (OSError, RuntimeError):
+        written = 0
+    if written != frames:
+        raise OSError(errno.EIO, f"the video encoder wrote {written} of {frames} frames; is the disk full?", str(path))
 
 
 def read_video(path: Path) -> Clip:

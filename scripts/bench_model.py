@@ -107,7 +107,7 @@ def run(
     with DENSE[method]() if method != "psa" else nullcontext(), torch.no_grad():
         try:
             if method == "psa":
-                processor = PSAProcessor(pipe, _preset(machine, density), strict=True)
+                processor = PSAProcessor(pipe, scaled_preset(machine, density), strict=True)
                 processor.install()
             if compiled:
                 compile_blocks(transformer, machine.backend)
@@ -164,7 +164,7 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     attn = next(iter(find_family(transformer).self_attentions(transformer).values()))
     block = next(module for module in transformer.modules() if attn in module.children())
     pipe = OneStep(transformer)
-    processor = PSAProcessor(pipe, _preset(machine, 1.0), strict=True)
+    processor = PSAProcessor(pipe, scaled_preset(machine, 1.0), strict=True)
     outputs: list[torch.Tensor] = []
     hook = attn.register_forward_hook(lambda module, args, result: outputs.append(_first(result).float()))
     with torch.no_grad():
@@ -299,7 +299,7 @@ def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
-def _preset(machine: Machine, density: float) -> Preset:
+def scaled_preset(machine: Machine, density: float) -> Preset:
     """psa-3, whose density is 0.25, with its shares scaled; at density 1 everything is kept in full."""
     preset = load_preset("psa-3")
     thresholds = [1.0] * 3 if density == 1 else [t * density / 0.25 for t in preset.thresholds]

@@ -9,10 +9,11 @@ Sources, by the letter in each row:
 - C: `scripts/convert_cogvideox_to_diffusers.py`: the class's defaults but for the keys here;
 - L: `scripts/convert_ltx_to_diffusers.py`, which for 0.9 equals Lightricks/LTX-Video's transformer/config.json;
 - M: `scripts/convert_mochi_to_diffusers.py` (48 blocks) and the class's defaults;
-- A: transformer/config.json of rhymes-ai/Allegro.
+- A: transformer/config.json of rhymes-ai/Allegro;
+- F: `load_packed_model` of kohya-ss/musubi-tuner (src/musubi_tuner/frame_pack/hunyuan_video_packed.py, 0382db2), which
+  writes out the configuration that it loads the published weights into; equal to the class's defaults but for two keys.
 
-Sizes and text lengths are the defaults of the diffusers pipelines and of the model cards. HunyuanVideo Framepack is not
-here: its published configuration was not at hand.
+Sizes and text lengths are the defaults of the diffusers pipelines and of the model cards.
 """
 
 from __future__ import annotations
@@ -108,6 +109,12 @@ HUNYUAN_I2V_33 = {
     "image_condition_type": "latent_concat",
 }
 HUNYUAN_I2V = {**HUNYUAN, "image_condition_type": "token_replace"}
+FRAMEPACK = {
+    **HUNYUAN,
+    "has_image_proj": True,
+    "image_proj_dim": 1152,
+    "has_clean_x_embedder": True,
+}
 COGVIDEOX_1_0 = {"patch_size": 2, "sample_height": 60, "sample_width": 90, "sample_frames": 49}
 COGVIDEOX_2B = {**COGVIDEOX_1_0, "num_layers": 30, "num_attention_heads": 30}
 COGVIDEOX_5B = {
@@ -153,6 +160,8 @@ ALLEGRO = {
 }
 # Text of HunyuanVideo 1.5: 1000 tokens, 256 of glyphs and 729 of an image, which are padding in text to video.
 HUNYUAN_1_5_TEXT = 1000 + 256 + 729
+# Text of Framepack: 729 tokens of the image, and up to 256 of the prompt.
+FRAMEPACK_TEXT = 729 + 256
 
 HV, HV15 = "HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"
 COG, LTXV = "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel"
@@ -209,6 +218,18 @@ PUBLISHED: tuple[Published, ...] = (
         128,
         (33, 45, 80),
         256,
+    ),
+    # A section of 9 latent frames of 832 x 480 pixels; the tokens of earlier frames before it are not in the grid.
+    Published(
+        "lllyasviel/FramePackI2V_HY",
+        "HunyuanVideoFramepackTransformer3DModel",
+        FRAMEPACK,
+        (1, 16, 9, 104, 60),
+        60,
+        24,
+        128,
+        (9, 52, 30),
+        FRAMEPACK_TEXT,
     ),
     Published(
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",

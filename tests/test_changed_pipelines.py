@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from group_offload import offload_groups
 from tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
 
 from psa_diffusers import apply_psa
@@ -62,7 +63,7 @@ def test_layerwise_casting(name):
 def test_group_offload(name):
     case, pipe = CASES[name], CASES[name].make()
     stock = case.run(pipe)
-    pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    offload_groups(pipe.transformer)
     with apply_psa(pipe, EVERYTHING, strict=True):
         assert_equal_to_rounding(case.run(pipe), stock)
 

@@ -1,7 +1,9 @@
 """The two commands as a user meets them: help, lists, one-line errors, exit codes, one JSON document."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +28,12 @@ OPTIONS = {
         "--dtype",
         "--device",
         "--offload",
+        "--num-processes",
         "--image",
         "--overwrite",
         "--strict",
     ),
-    *("--list", "--version"),
+    *("--preset-2", "--samples", "--vbench", "--list", "--version"),
 }
 
 
@@ -179,3 +182,30 @@ def test_psa_compare(tmp_path):
     again = in_a_process("a.mp4", "b.mp4", "--output", "out", cwd=tmp_path, function="compare")
     assert again.returncode == 2
     assert again.stderr.startswith("psa-compare: error: --output out: side-by-side.mp4 is already there")
+
+
+def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_path, monkeypatch, capsys):
+    """An exception that a signal's handler raises inside a callback is ignored by Python."""
+    load = generate.load_pipeline
+
+    def load_and_signal(*arguments, **settings):
+        pipe = load(*arguments, **settings)
+        encode = pipe.encode_prompt
+
+        def encode_prompt(*values, **named):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            return encode(*values, **named)
+
+        pipe.encode_prompt = encode_prompt
+        return pipe
+
+    monkeypatch.setattr(generate, "load_pipeline", load_and_signal)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = psa_generate("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert code == 130 and "interrupted, 1 of 1 prompts missing" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]

@@ -50,8 +50,10 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["hunyuan-video"], "eager", 5),
         # The first block gets its text as a view, which takes a graph of its own.
         (CASES["cogvideox-5b"], "eager", 2),
+        # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
+        (CASES["mochi"], "eager", 1),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
@@ -65,8 +67,8 @@ def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, mon
         assert_equal_to_rounding(case.run(pipe), eager)
         assert psa.stats() == stats and 0.2 < stats.density_sparse < 0.5
     assert stock_graphs < counter.frame_count <= 2 * stock_graphs
-    # The text's lengths are brought from the device once a sparse forward, not once a layer.
-    assert len(masks) in (0, 2 * 2)
+    # The text's lengths are brought from the device at most once a sparse forward, not once a layer.
+    assert len(masks) <= 2 * 2
 
 
 def test_what_the_preset_leaves_dense_is_bit_identical_and_noted():

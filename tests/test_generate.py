@@ -9,13 +9,15 @@ import torch
 from tiny_pipelines import tiny_image, tiny_wan, tiny_wan_i2v
 
 from psa_diffusers import generate
+from psa_diffusers.cli import generate_app, run_command
 from psa_diffusers.errors import InputError
+from psa_diffusers.folder_lock import locked
 from psa_diffusers.generate import Interrupted, run
 from psa_diffusers.settings import Request, make_plan
 from psa_diffusers.video import read_video
 
 STEPS, FRAMES, SIZE, LAYERS = 4, 5, 64, 2
-SPARSE_FILES = ["dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
+SPARSE_FILES = ["attention.png", "dense.mp4", "filmstrip.png", "report.json", "side-by-side.mp4", "small.mp4"]
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,51 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_half_files(ask, tmp_path, monke
     assert "still missing" not in (tmp_path / "out" / "report.html").read_text()
 
 
+def fail_at_the_dog(error):
+    def edit(pipe):
+        encode = pipe.encode_prompt
+
+        def encode_prompt(prompt, **arguments):
+            if prompt == "a dog":
+                raise error
+            return encode(prompt, **arguments)
+
+        pipe.encode_prompt = encode_prompt
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "out of GPU memory; try --offload model or group, fewer --frames",
+        ),
+        (OSError(28, "No space left on device"), "cannot write: [Errno 28] No space left on device"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_a_run_that_fails_midway_keeps_the_finished_prompts(error, said, ask, tmp_path, monkeypatch, capsys):
+    request = ask("a cat", "a dog")
+    arguments = ["a cat", "a dog", "--model", request.model, "--preset", request.preset, "--output", request.output]
+    arguments += f"--steps {STEPS} --height {SIZE} --width {SIZE} --frames {FRAMES} --fps 8 --seed 3".split()
+    with monkeypatch.context() as patch:
+        edit_pipeline(patch, fail_at_the_dog(error))
+        assert run_command("psa-generate", generate_app, arguments) == 1
+    told = capsys.readouterr().err
+    assert f"psa-generate: error: {said}" in told and "finished prompts are kept" in told and "Traceback" not in told
+    assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
+    assert carry_out(request)["made"] == 1
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(ask, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(InputError, match=r"another run .* is writing there"):
+        carry_out(ask("a cat"))
+    assert carry_out(ask("a cat"))["made"] == 1
+
+
 def test_a_killed_run_s_leftovers_are_swept_up(ask, tmp_path):
     carry_out(ask("a cat"))
     (tmp_path / "out" / "0000-a-cat").rename(tmp_path / "out" / ".0000-a-cat.partial")
@@ -241,6 +288,57 @@ def test_a_run_that_fails_at_once_leaves_no_folder(ask, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_samples_have_seeds_of_their_own_and_vbench_names(ask, tmp_path):
+    summary = carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    assert [entry["seed"] for entry in summary["prompts"]] == [3, 4, 3, 4]
+    names = ["a cat?-0.mp4", "a cat?-1.mp4", "a dog-0.mp4", "a dog-1.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense", "small"]
+    assert contents(tmp_path / "out" / "vbench" / "dense") == names
+    assert contents(tmp_path / "out" / "vbench" / "small") == names
+    for entry, name in zip(summary["prompts"], names, strict=True):
+        video = (tmp_path / "out" / entry["folder"] / "small.mp4").read_bytes()
+        assert (tmp_path / "out" / "vbench" / "small" / name).read_bytes() == video
+    single = carry_out(ask("a cat?", preset="dense", seed=4, steps=2, output=str(tmp_path / "single")))
+    alone = (tmp_path / "single" / single["prompts"][0]["folder"] / "dense.mp4").read_bytes()
+    assert (tmp_path / "out" / "vbench" / "dense" / "a cat?-1.mp4").read_bytes() == alone
+    # Asked for again, without videos to make, and in another run's place.
+    carry_out(ask("a cat?", "a dog", compare=True, samples=2, vbench=True, steps=2))
+    carry_out(ask("a cow", preset="dense", vbench=True, steps=2, overwrite=True))
+    assert contents(tmp_path / "out" / "vbench" / "dense") == ["a cow-0.mp4"]
+    assert contents(tmp_path / "out" / "vbench") == ["dense"]
+
+
+def test_each_expert_may_have_its_own_preset(ask, models, tmp_path):
+    (tmp_path / "second.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
+    experts = str(models / "experts")
+    carry_out(ask("a cat", model=experts, preset_2=str(tmp_path / "second.yaml"), guidance=1.0))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    attention = report["runs"]["small"]["attention"]
+    ran = {}
+    for row in attention["density"]:
+        for layer, value in zip(attention["layers"], row, strict=True):
+            ran.setdefault(layer.split(".")[0], set()).add(value)
+    assert ran["transformer_2"] == {None, 1.0}
+    assert min(value for value in ran["transformer"] if value is not None) < 1
+    assert report["settings"]["preset_2_rules"]["dense_steps"] == 1.0
+    for changes in ({}, {"model": experts, "preset": "dense"}):
+        with pytest.raises(InputError, match="--preset-2 psa-1: needs a model with two transformers"):
+            make_plan(ask("a cat", preset_2="psa-1", **changes))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (("a cat", "yes/no"), "the prompt 'yes/no' holds a character that no file name can"),
+        (("a cat " * 50,), "makes a file name of 305 bytes; at most 255"),
+        (("a cat", "a cat"), "the prompt 'a cat' is given twice; use --samples"),
+    ],
+)
+def test_prompts_that_vbench_could_not_name(ask, prompts, message):
+    with pytest.raises(InputError, match=message):
+        make_plan(ask(*prompts, vbench=True))
+
+
 def test_black_frames_are_reported(ask, tmp_path, monkeypatch, capsys):
     def blacken(pipe):
         decode = pipe.vae.decode
@@ -261,6 +359,24 @@ def test_latents_that_are_not_finite_are_reported(ask, monkeypatch):
     summary = carry_out(ask("a cat", compare=True))
     assert "dense: the latents hold values that are not finite" in summary["prompts"][0]["warnings"]
     assert summary["prompts"][0]["psnr"] is None
+
+
+def test_sparse_attention_that_is_not_finite_is_reported(ask, monkeypatch, tmp_path, recwarn):
+    from psa_diffusers.token_attention import TokenAttention
+
+    sparse = TokenAttention.sparse
+
+    def spoiled(self, layer, at, *arguments):
+        head, tail, stats = sparse(self, layer, at, *arguments)
+        return (head * float("nan") if layer.name == "blocks.1" and at.step > 1 else head), tail, stats
+
+    monkeypatch.setattr(TokenAttention, "sparse", spoiled)
+    summary = carry_out(ask("a cat"))
+    told = summary["prompts"][0]["warnings"]
+    assert "small: blocks.1: sparse attention was not finite at step 3, 4; dense there" in told
+    assert any(line.startswith("small: 4 attention calls ran dense: its sparse output held values") for line in told)
+    assert "sparse attention was not finite at step 3, 4" in (tmp_path / "out" / "report.html").read_text()
+    assert not [entry for entry in recwarn if "finite" in str(entry.message)]
 
 
 def test_a_video_too_short_for_sparse_attention_says_so_once(ask, recwarn):

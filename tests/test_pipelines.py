@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from published_models import PUBLISHED
@@ -10,7 +11,7 @@ from tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v
 
 from psa_diffusers import pipelines
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS
+from psa_diffusers.model_aliases import IMAGE_TO_VIDEO, MODELS, Part
 from psa_diffusers.pipeline_kinds import PIPELINE_KINDS
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline, resolve_model
 from psa_diffusers.prompts import read_prompts, slug
@@ -100,7 +101,9 @@ CHECKPOINTS = {published.checkpoint: published for published in PUBLISHED}
 VAES = {
     "Wan": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
     "SkyReels": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    "HunyuanVideo15": {"spatial_compression_ratio": 16, "temporal_compression_ratio": 4},
     "Hunyuan": {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4},
+    "Allegro": {},
     "CogVideoX": {"temporal_compression_ratio": 4},
 }
 
@@ -108,8 +111,8 @@ VAES = {
 @pytest.mark.parametrize("name", [name for name, card in MODELS.items() if card.hub_id])
 def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     """With the published configuration of its checkpoint, and the size whose token grid is known."""
-    card, published = MODELS[name], CHECKPOINTS[MODELS[name].hub_id]
-    hub["transformer/config.json"] = published.config
+    card, published = MODELS[name], CHECKPOINTS[MODELS[name].transformer[0]]
+    hub[card.transformer[1]] = published.config
     hub["vae/config.json"] = next((vae for kind, vae in VAES.items() if card.pipeline.startswith(kind)), {})
     if "2.2" in name and "5b" in name:
         hub["vae/config.json"] = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
@@ -121,13 +124,54 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     settings, model = plan.settings, plan.model
     assert (settings.source, settings.steps, settings.fps) == (card.hub_id, card.steps, card.fps)
     assert settings.negative_prompt == card.negative_prompt
-    assert settings.negative_prompt.startswith("色调艳丽") == ("wan" in name)
+    assert settings.negative_prompt.startswith("色调艳丽") == (name.startswith("wan"))
     assert (model.num_layers, model.experts) == (published.layers, 1 + two)
     frames, height, width = published.grid
     assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
-    assert -(-((settings.frames - 1) // model.frame_step + 1) // published.config.get("patch_size_t", 1)) == frames
+    if name != "framepack":  # its grid is that of a section
+        latents = -(-settings.frames // model.frame_step)
+        assert -(-latents // published.config.get("patch_size_t", 1)) == frames
     if name == "wan2.2-14b":
         assert (settings.guidance, settings.guidance_2) == (4.0, 3.0)
+
+
+def test_a_model_that_needs_more_than_the_command_can_give(hub):
+    hub["model_index.json"]["_class_name"] = "WanAnimatePipeline"
+    with pytest.raises(InputError, match=r"it is a WanAnimatePipeline: it needs a video of a pose .* apply_psa"):
+        resolve_model("Wan-AI/Wan2.2-Animate-14B-Diffusers")
+
+
+def test_frames_that_are_no_multiple(hub):
+    hub["transformer/config.json"], hub["vae/config.json"] = CHECKPOINTS["rhymes-ai/Allegro"].config, {}
+    with pytest.raises(InputError, match="--frames 81: must be a multiple of 4, such as 80 or 84"):
+        make_plan(Request(prompts=("a cat",), model="allegro", frames=81))
+
+
+def test_a_reference_image_is_optional_and_stays_as_it_is(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["Wan-AI/Wan2.1-VACE-1.3B-diffusers"].config
+    tiny_image(320, 100).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="wan-vace-1.3b")
+    assert make_plan(request).image is None
+    plan = make_plan(replace(request, image=str(tmp_path / "image.png")))
+    assert (plan.image.size, plan.settings.height, plan.settings.width) == ((320, 100), 480, 832)
+
+
+def test_components_from_other_repositories(saved, monkeypatch):
+    """Framepack's transformer and image encoder are not in the repository of the rest."""
+    card = resolve_model(str(saved / "wan")).card
+    part = Part("transformer", "diffusers", "WanTransformer3DModel", str(saved / "experts"), "transformer_2")
+    model = replace(resolve_model(str(saved / "wan")), card=replace(card, parts=(part,)))
+    seen = []
+    original = diffusers.WanTransformer3DModel.from_pretrained.__func__
+
+    def from_pretrained(cls, *arguments, **settings):
+        seen.append((arguments, settings.get("subfolder")))
+        return original(cls, *arguments, **settings)
+
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "from_pretrained", classmethod(from_pretrained))
+    pipe = load_pipeline(model, dtype="bfloat16", device="cpu", offload="none")
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert seen == [((str(saved / "experts"),), "transformer_2")]
 
 
 def test_a_model_that_makes_one_size_only(hub, tmp_path):

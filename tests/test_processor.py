@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from diffusers import SanaVideoTransformer3DModel
+from group_offload import offload_groups
 from tiny_pipelines import run as run_small
 from tiny_pipelines import (
     tiny_image,
@@ -166,6 +167,34 @@ def test_the_dense_phase_counts_the_steps_of_both_experts():
     assert all((first[0] is None) != (second[0] is None) for first, second in experts)
     figures = [first[0] if second[0] is None else second[0] for first, second in experts]
     assert figures[:3] == [1, 1, 1] and max(figures[3:]) < 0.6
+
+
+@pytest.mark.parametrize(("patched", "left_out"), [("transformer", "transformer_2"), ("transformer_2", "transformer")])
+def test_an_expert_that_was_left_out_is_named(patched, left_out):
+    pipe = tiny_wan(two_stage=True)
+    processor = PSAProcessor(pipe, preset(dense_steps=0.0))
+    getattr(pipe, patched).set_attn_processor(processor)
+    call = rf"pipe\.{left_out} was not patched; call pipe\.{left_out}\.set_attn_processor\(processor\)"
+    with pytest.warns(PSAFallbackWarning, match=call) as caught:
+        run(pipe, num_inference_steps=6)
+        run(pipe, num_inference_steps=6)
+    assert len([w for w in caught if w.category is PSAFallbackWarning]) == 1
+    stats = processor.stats()
+    first, second = (
+        {value for row in stats.density for value in row[part] if value is not None}
+        for part in (slice(0, 4), slice(4, 8))
+    )
+    dense, sparse = (first, second) if left_out == "transformer" else (second, first)
+    assert dense == {1} and max(sparse) < 0.6
+    assert [count % 4 for count in stats.fallbacks.values()] == [0]
+    getattr(pipe, left_out).set_attn_processor(processor)
+    run(pipe, num_inference_steps=6)
+    assert processor.stats().fallbacks == {}
+    processor.restore()
+    strict = PSAProcessor(pipe, preset(dense_steps=0.0), strict=True)
+    getattr(pipe, patched).set_attn_processor(strict)
+    with pytest.raises(PSAFallbackError, match=f"pipe.{left_out} was not patched"):
+        run(pipe, num_inference_steps=6)
 
 
 def test_each_expert_may_have_its_own_preset():
@@ -328,7 +357,7 @@ def test_offload(kind):
     pipe = tiny_wan()
     stock = run(pipe)
     if kind == "group":
-        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+        offload_groups(pipe.transformer)
     else:
         pipe.enable_model_cpu_offload(device="cpu")
     with apply_psa(pipe, EVERYTHING):

@@ -87,6 +87,16 @@ def test_the_figures_are_there(tmp_path):
     assert "still missing" not in html
 
 
+def test_the_picture_of_the_attention_is_inside(tmp_path):
+    report = a_report(tmp_path)
+    assert "Where one block of queries looks" not in write_report(tmp_path, [report]).read_text(encoding="utf-8")
+    (tmp_path / "0000-a-cat" / "attention.png").write_bytes(b"picture")
+    report["files"]["attention"] = "attention.png"
+    html = write_report(tmp_path, [report]).read_text(encoding="utf-8")
+    assert "Where one block of queries looks" in html
+    assert "data:image/png;base64,cGljdHVyZQ==" in html
+
+
 def test_a_stopped_run_says_what_is_missing(tmp_path):
     html = write_report(tmp_path, [a_report(tmp_path)], missing=1).read_text(encoding="utf-8")
     assert "This run was stopped: 1 prompt still missing" in html

@@ -100,7 +100,7 @@ def _attend_heads(
     """All stages for a group of heads: fill the rows of video queries of `out`, and return the lists that were used."""
     keys = chosen.pool_keys(k, layout, spec, lists is None)
     if lists is None:
-        lists = chosen.select(q, k, layout, spec, scale, keys)
+        lists = chosen.select(q, k, v, layout, spec, scale, keys)
     chosen.attend(q, k, v, keys, lists, layout, spec, scale, out)
     return lists
 
@@ -110,6 +110,7 @@ def select_blocks(
     k: torch.Tensor,
     spec: AttentionSpec,
     *,
+    v: torch.Tensor | None = None,
     text_before: int = 0,
     text_after: int = 0,
     permutation: torch.Tensor | None = None,
@@ -119,16 +120,21 @@ def select_blocks(
 ) -> BlockLists:
     """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
 
-    Arguments and errors are those of `psa_attention`. The lists take 4 bytes a query block and level, and 2 (4 beyond
-    32,767 key blocks) a query block and attended key block; skipped ones take as much where `rule` is `mass`.
+    Arguments and errors are those of `psa_attention`; only the rule `budget` needs `v`. The lists take 4 bytes a query
+    block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block; skipped ones take as much
+    unless `rule` is `count`.
     """
-    layout = _check(q, k, k, text_before, text_after, permutation)
+    if v is None:
+        if spec.rule == "budget":
+            raise ValueError("v=None: the rule 'budget' needs the values")
+        v = k
+    layout = _check(q, k, v, text_before, text_after, permutation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = choose(q, k, k, layout, spec, scale, implementation, strict)
+    chosen = choose(q, k, v, layout, spec, scale, implementation, strict)
     with torch.no_grad():
         if not layout.video_queries or not layout.video_keys:
             return _no_lists(q, spec, layout)
-        return chosen.select(q, k, layout, spec, scale, None)
+        return chosen.select(q, k, v, layout, spec, scale, None)
 
 
 def _no_lists(q: torch.Tensor, spec: AttentionSpec, layout: TokenLayout) -> BlockLists:

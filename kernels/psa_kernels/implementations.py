@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 
 from psa_kernels.allocation import reference as allocation
+from psa_kernels.allocation.budget import allocate_budget
+from psa_kernels.allocation.prices import upgrade_prices
 from psa_kernels.blocks import block_count
 from psa_kernels.importance import reference as importance
 from psa_kernels.layout import TokenLayout
@@ -44,7 +46,7 @@ class Implementation:
             from an implementation that pools head by head inside `attend`.
         pool_keys: `(k, layout, spec, selects)` to the pyramid of keys; `selects` says whether `select` will be given
             it.
-        select: `(q, k, layout, spec, scale, pyramid of keys or None)` to the lists.
+        select: `(q, k, v, layout, spec, scale, pyramid of keys or None)` to the lists.
         attend: `(q, k, v, pyramid of keys, lists, layout, spec, scale, out)`: pools the values and fills `out`, but for
             the rows of text queries.
     """
@@ -175,8 +177,10 @@ def why_not_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atte
 
 @cache
 def _reference() -> Implementation:
-    def select(q, k, layout, spec, scale, _):
+    def select(q, k, v, layout, spec, scale, _):
         found = importance.block_importance(q, k, layout, spec, scale)
+        if spec.rule == "budget":
+            return allocate_budget(upgrade_prices(q, k, v, found, layout, spec, scale), found, spec)
         return allocation.allocate(found, pyramid.coarsest_levels(k, layout, spec), spec)
 
     def attend(q, k, v, _, lists, layout, spec, scale, out):
@@ -193,8 +197,10 @@ def _triton() -> Implementation:
     from psa_kernels.pyramid import triton as pyramid
     from psa_kernels.sparse import triton as sparse
 
-    def select(q, k, layout, spec, scale, keys):
+    def select(q, k, v, layout, spec, scale, keys):
         found = importance.block_importance(q, k, layout, spec, scale, keys)
+        if spec.rule == "budget":
+            return allocate_budget(upgrade_prices(q, k, v, found, layout, spec, scale), found, spec)
         coarsest = pyramid.coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
         return allocation.allocate(found, coarsest, spec)
 

@@ -55,12 +55,18 @@ def id_dtype(key_blocks: int) -> torch.dtype:
 def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     """How many key blocks a row of the lists has room for.
 
-    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the mass
-    rule attends depends on the data, and `rest: mean` attends all.
+    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the
+    other rules attend depends on the data, and `rest: mean` attends all.
     """
     if spec.rule != "count" or spec.rest != "skip":
         return key_blocks
     return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)
+
+    def levels(self) -> torch.Tensor:
+        """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
+        place = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        level = sum((place >= end[..., None]).long() for end in self.counts.cumsum(-1).unbind(-1))
+        return torch.empty_like(level).scatter_(-1, self.ids.long(), level)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-RULES = ("count", "mass")
+RULES = ("count", "mass", "budget")
 RESTS = ("skip", "mean")
 ESTIMATORS = ("sampled", "pooled")
 STATISTICS = ("max", "mean")
@@ -41,14 +41,18 @@ class AttentionSpec:
         block_query: queries per query block.
         block_key: keys per key block.
         levels: pooling factors, finest first; each divides `block_key`.
-        rule: what a block's share is measured in: `count` (of the blocks) or `mass` (of the row's importance).
+        rule: what a block's share is measured in: `count` (of the blocks) or `mass` (of the row's importance); or
+            `budget`: the levels at which a row of the given density errs least, by the estimate in
+            `allocation/prices.py`.
         thresholds: one per level, non-decreasing in [0, 1]. A block whose more important blocks make up a share
-            c gets the first level h with c < thresholds[h]; past the last threshold it is left to `rest`.
+            c gets the first level h with c < thresholds[h]; past the last threshold it is left to `rest`. The rule
+            `budget` does without.
         floor: blocks up to this share (by count) get the finest level whatever the rule says.
         similarity: None, or one threshold per level after the first: the coarsest level that a key block may have is
             the last one whose neighbouring keys have a mean cosine above the threshold.
         importance: how importance is estimated.
         rest: `skip` drops blocks past the last threshold; `mean` keeps one mean token for each of them.
+        density: of the rule `budget`: the share of the cost of dense attention, above 0 and at most 1.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and what is allowed.
@@ -63,6 +67,7 @@ class AttentionSpec:
     similarity: tuple[float, ...] | None = None
     importance: Importance = field(default_factory=Importance)
     rest: str = "skip"
+    density: float | None = None
 
     def __post_init__(self) -> None:
         # Lists are accepted and stored as tuples, so that a spec can always be hashed.
@@ -75,9 +80,12 @@ class AttentionSpec:
         _require_choice("rule", self.rule, RULES)
         _require_choice("rest", self.rest, RESTS)
         self._check_levels()
-        self._check_thresholds()
         _require_share("floor", self.floor)
-        self._check_similarity()
+        if self.rule == "budget":
+            self._check_budget()
+        else:
+            self._check_thresholds()
+            self._check_similarity()
         self._check_strides()
 
     def _check_levels(self) -> None:
@@ -92,6 +100,8 @@ class AttentionSpec:
 
     def _check_thresholds(self) -> None:
         thresholds = self.thresholds
+        if self.density is not None:
+            raise ValueError(f"density={self.density!r}: expected None with the rule {self.rule!r}")
         if not isinstance(thresholds, tuple) or len(thresholds) != len(self.levels):
             raise ValueError(f"thresholds={thresholds!r}: expected one per level of levels={self.levels!r}")
         for threshold in thresholds:
@@ -100,6 +110,15 @@ class AttentionSpec:
             raise ValueError(f"thresholds={thresholds!r}: expected values that do not decrease (they are cumulative)")
         if thresholds[-1] <= 0:
             raise ValueError(f"thresholds={thresholds!r}: the last must be above 0, or no key would be attended")
+
+    def _check_budget(self) -> None:
+        if not _is_number(self.density) or not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density!r}: the rule 'budget' needs a number above 0 and at most 1")
+        if self.rest == "mean" and self.density * self.block_key < 1:
+            raise ValueError(f"density={self.density!r}: the mean tokens alone are 1 / {self.block_key}; expected more")
+        for name, unused in (("floor", 0), ("similarity", None)):
+            if getattr(self, name) != unused:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {unused} with the rule 'budget'")
 
     def _check_similarity(self) -> None:
         if self.similarity is None:

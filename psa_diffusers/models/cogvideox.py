@@ -9,6 +9,7 @@ import torch
 
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
+from psa_diffusers.models.plans import gather, split
 
 
 class CogVideoX(ModelFamily):
@@ -49,3 +50,12 @@ class CogVideoX(ModelFamily):
         attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return project_out(attn, video), project_out(attn, text)
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+        tables = split(0, 2)
+        return {
+            "": {"image_rotary_emb": [tables, tables]},
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
+        }

@@ -45,12 +45,14 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
     """
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    stock_traceable: ClassVar[bool] = True
 
     @staticmethod
     @abstractmethod
@@ -94,3 +96,11 @@ class ModelFamily(ABC):
         if call.attention_mask is not None:
             raise DenseOnlyError("the layer was given an attention mask")
         return None
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+        """Where context parallelism splits and joins the video tokens; text of joint attention stays on every rank.
+
+        None if it cannot be; by default diffusers' own plan for the model, if it has one.
+        """
+        return getattr(transformer, "_cp_plan", None)

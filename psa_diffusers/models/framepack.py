@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from psa_diffusers.models.hunyuan_video import HunyuanVideo
 
 
@@ -15,3 +17,8 @@ class Framepack(HunyuanVideo):
     name = "HunyuanVideo Framepack"
     transformers = ("HunyuanVideoFramepackTransformer3DModel",)
     history = True
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> None:
+        # Its rotary tables are joined from several, each of which a plan would split.
+        return None

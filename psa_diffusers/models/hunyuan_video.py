@@ -9,6 +9,7 @@ import torch
 
 from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+from psa_diffusers.models.plans import gather, split
 
 
 class HunyuanVideo(ModelFamily):
@@ -67,3 +68,15 @@ class HunyuanVideo(ModelFamily):
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
         return mask[:, 0, 0, tokens:]
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+        # Blocks of this kind of image to video treat their first tokens apart, as those of the first frame.
+        if getattr(transformer.config, "image_condition_type", None) == "token_replace":
+            return None
+        tables = split(0, 2, output=True)
+        return {
+            "rope": {0: tables, 1: tables},
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
+        }

@@ -26,6 +26,7 @@ class Mochi(ModelFamily):
     name = "Mochi"
     transformers = ("MochiTransformer3DModel",)
     text = "after"
+    stock_traceable = False  # it gathers the real text tokens, whose number only the mask's content tells
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:

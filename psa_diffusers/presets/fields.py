@@ -105,10 +105,13 @@ class LayerSettings(Section):
     levels: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)] = Field(
         (1, 2, 4), description="strictly increasing positive integers that each divide block.key"
     )
-    rule: Literal["count", "mass"] = Field("count", description="count or mass")
+    rule: Literal["count", "mass", "budget"] = Field("count", description="count, mass or budget")
     thresholds: Annotated[tuple[Share, ...], AsTuple, AfterValidator(_cumulative)] = Field(
         (0.15, 0.25, 0.45),
         description="one number from 0 to 1 per level, none smaller than the one before, the last above 0",
+    )
+    density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None, description="null, or with the rule budget a number above 0 and up to 1"
     )
     floor: Share = Field(0.0, description="a number from 0 to 1")
     importance: ImportanceSettings = Field(

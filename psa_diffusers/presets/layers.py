@@ -26,7 +26,18 @@ def conflict(settings: LayerSettings) -> Conflict | None:
     for level in levels:
         if block.key % level:
             return Conflict((("levels",), ("block", "key")), f"level {level} does not divide block.key = {block.key}")
-    if len(thresholds) != len(levels):
+    budget = settings.rule == "budget"
+    if budget and settings.density is None:
+        return Conflict((("rule",), ("density",)), "the rule budget needs a density")
+    if budget and settings.rest == "mean" and settings.density * block.key < 1:
+        keys = (("density",), ("rest",), ("block", "key"))
+        return Conflict(keys, f"the mean tokens alone are 1 / {block.key} of dense attention")
+    if budget and (settings.floor or similarity is not None):
+        key = "floor" if settings.floor else "similarity"
+        return Conflict(((key,), ("rule",)), f"the rule budget takes no {key}")
+    if settings.density is not None and not budget:
+        return Conflict((("density",), ("rule",)), f"the rule {settings.rule} takes no density")
+    if len(thresholds) != len(levels) and not budget:
         reason = f"thresholds has length {len(thresholds)}, levels {list(levels)} needs {len(levels)}"
         return Conflict((("thresholds",), ("levels",)), reason)
     if similarity is not None and len(similarity) != len(levels) - 1:
@@ -91,6 +102,7 @@ def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec 
         levels=merged.levels,
         rule=merged.rule,
         thresholds=merged.thresholds,
+        density=merged.density if merged.rule == "budget" else None,
         floor=merged.floor,
         similarity=merged.similarity,
         importance=Importance(**dict(merged.importance)),

@@ -14,7 +14,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from psa_kernels.implementations import GLUON_VERSIONS  # noqa: E402
 from psa_kernels.limits import MOST_HOPPER_LEVELS  # noqa: E402
-from psa_kernels.sparse.hopper import pipeline  # noqa: E402
+from psa_kernels.sparse.hopper import pipeline, softmax  # noqa: E402
 from psa_kernels.sparse.hopper_kernel import attention_kernel  # noqa: E402
 from psa_kernels.sparse.hopper_tiles import box_layout  # noqa: E402
 
@@ -27,7 +27,10 @@ CASES = [
     # head_dim, block_key, levels, dtype, further constants
     (128, 64, (1, 2, 4), "bf16", {}),
     (64, 64, (1, 2, 4), "bf16", {"TEXT": True}),
+    (64, 64, (1, 2, 4), "bf16", {"LATE_SUM": True, "POLYNOMIAL": 4}),
+    (128, 64, (1, 2, 4), "bf16", {"LATE_SUM": True, "POLYNOMIAL": 8}),
     (128, 128, (1, 2, 4, 8), "fp16", {"PERMUTED": True, "STORE_LSE": True}),
+    (128, 64, (1, 2, 4), "fp16", {"LATE_SUM": True}),
     (128, 32, (2, 4), "bf16", {"BLOCK_QUERY": 256, "STORE_LSE": True}),
 ]
 
@@ -43,6 +46,7 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants):
         "STORE_LSE": False,
         "ONLINE": dtype == "fp16",
         **pipeline(head_dim),
+        **softmax(head_dim, dtype == "fp16"),
         **constants,
     }
     boxes = {f"{x}_{i}": block_key // factor for x in "kv" for i, factor in enumerate(levels)}
@@ -97,7 +101,10 @@ def test_kernel_fits_and_overlaps(head_dim, block_key, levels, dtype, constants)
         assert not [name for name in instructions if name.startswith(("STL", "LDL"))]
         assert sum(name.startswith("HGMMA") for name in instructions) == head_dim // 16 + 128 // 16
         exponentials = [place for place, name in enumerate(instructions) if name == "MUFU.EX2"]
-        assert len(exponentials) == 64 + (2 if dtype == "fp16" else 0)
+        by_polynomial = 64 // share if (share := constants.get("POLYNOMIAL")) else 0
+        assert len(exponentials) == 64 - by_polynomial + (2 if dtype == "fp16" else 0)
+        # Rows are summed up across threads once, after all tiles.
+        assert dtype == "fp16" or ("SHFL.BFLY" in instructions) is not bool(constants.get("LATE_SUM"))
         # The last wait for a product comes after the exponentials, so that the tensor cores run meanwhile.
         waits = [place for place, name in enumerate(instructions) if name.startswith("WARPGROUP.DEPBAR")]
         assert waits and waits[-1] > exponentials[-1]

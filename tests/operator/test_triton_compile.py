@@ -76,6 +76,16 @@ def cuobjdump(compiled, option):
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention(target, head_dim, permuted):
+    compile_attention(target, head_dim, permuted, False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_attention_with_late_sums(head_dim):
+    """Below 9.0 there are not the registers for it."""
+    compile_attention(90, head_dim, False, True)
+
+
+def compile_attention(target, head_dim, permuted, late_sum):
     tile = sparse.tile_shape(divmod(target, 10), head_dim, 2, 128)
     warps = tile.pop("num_warps")
     constants = {
@@ -93,6 +103,7 @@ def test_attention(target, head_dim, permuted):
         "lse_ptr": None,
         "FLAGS": 64,
         "only_ptr": None,
+        "LATE_SUM": late_sum,
         **tile,
         **({} if permuted else {"permutation": None}),
     }
@@ -153,6 +164,7 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
         "STORE_LSE": True,
         "WIDE": True,
         "ONLY": True,
+        "LATE_SUM": True,
         "FLAGS": 64,
         "TILE_M": 64,
         "TILE_N": 32,
@@ -194,3 +206,11 @@ def test_allocation(target, rule, key_blocks):
         **row,
     }
     compile_and_check(allocation_kernel, target, constants, options, tensor_cores=False)
+
+
+def test_allocation_without_finest_blocks():
+    # psa-2 leaves its first two levels empty; the compiler must not fold what is known of them into nothing.
+    row = row_shape(81, False)
+    options = {"num_warps": row.pop("num_warps")}
+    constants = {"ENDS": (0, 0, 81), "FLOOR": 0, "THRESHOLDS": (0.0, 0.0, 1.0), "MASS": False, "CAP": False, **row}
+    compile_and_check(allocation_kernel, 90, constants, options, tensor_cores=False)

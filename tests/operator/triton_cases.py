@@ -6,6 +6,7 @@ which the interpreter computes garbage.
 
 from __future__ import annotations
 
+import not_finite
 import pytest
 import torch
 
@@ -159,6 +160,12 @@ def test_attention(name):
     assert attention_error(*inputs(tokens), spec) < 2e-5
 
 
+@pytest.mark.parametrize("name", ["psa-3", "no exact level"])
+def test_sums_that_are_finished_late(name, monkeypatch):
+    monkeypatch.setattr(triton_sparse, "LATE_SUM", (8,))
+    assert attention_error(*inputs(203), AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})) < 2e-5
+
+
 @pytest.mark.parametrize("name", ["psa-3", "rest mean"])
 def test_attention_in_another_order(name):
     spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
@@ -234,3 +241,13 @@ def test_wide_offsets_change_nothing(monkeypatch):
     for module in (triton_pyramid, representatives, triton_sparse):
         monkeypatch.setattr(module, "needs_wide_offsets", lambda *_: True)
     assert torch.equal(psa_attention(q, k, v, spec, implementation="triton"), narrow)
+
+
+@pytest.mark.parametrize(
+    ("which", "value", "name"), [("q", "nan", "count"), ("k", "nan", "mass, similarity, rest"), ("v", "huge", "count")]
+)
+def test_values_that_are_not_finite(which, value, name):
+    spec = not_finite.make_spec(name)
+    not_finite.check_output(which, value, spec, "triton", 1e-4, tokens=100)
+    if which == "k":
+        not_finite.check_lists(which, value, spec, "triton", tokens=100)

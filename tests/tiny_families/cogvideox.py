@@ -53,14 +53,14 @@ def _parts(scheduler: type = CogVideoXDDIMScheduler, **config) -> dict:
     }
 
 
-def tiny_cogvideox_2b() -> CogVideoXPipeline:
+def tiny_cogvideox_2b(**config) -> CogVideoXPipeline:
     """As CogVideoX 2B: added sinusoidal positions, DDIM."""
-    return CogVideoXPipeline(**_parts())
+    return CogVideoXPipeline(**_parts(**config))
 
 
-def tiny_cogvideox_5b() -> CogVideoXPipeline:
+def tiny_cogvideox_5b(**config) -> CogVideoXPipeline:
     """As CogVideoX 5B: rotary positions, DPM."""
-    return CogVideoXPipeline(**_parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True))
+    return CogVideoXPipeline(**_parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True, **config))
 
 
 def tiny_cogvideox_1_5() -> CogVideoXPipeline:

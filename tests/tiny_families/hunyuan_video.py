@@ -95,10 +95,10 @@ def _parts(transformer: torch.nn.Module) -> dict:
     }
 
 
-def tiny_hunyuan_video() -> HunyuanVideoPipeline:
-    """Text to video; `true_cfg_scale` makes it run both guidance branches."""
+def tiny_hunyuan_video(**config) -> HunyuanVideoPipeline:
+    """Text to video; `true_cfg_scale` makes it run both guidance branches. `config` overrides the transformer's."""
     torch.manual_seed(0)
-    return HunyuanVideoPipeline(**_parts(HunyuanVideoTransformer3DModel(**TRANSFORMER)))
+    return HunyuanVideoPipeline(**_parts(HunyuanVideoTransformer3DModel(**{**TRANSFORMER, **config})))
 
 
 def tiny_hunyuan_video_i2v(condition: str = "token_replace") -> HunyuanVideoImageToVideoPipeline:

@@ -12,13 +12,13 @@ from diffusers.guiders import ClassifierFreeGuidance
 TEXT, GLYPHS = 10, 6
 
 
-def tiny_hunyuan_video15() -> HunyuanVideo15Pipeline:
-    """Text to video with guidance 3: two dual-stream blocks, 2 heads of 16."""
+def tiny_hunyuan_video15(heads: int = 2) -> HunyuanVideo15Pipeline:
+    """Text to video with guidance 3: two dual-stream blocks, heads of 16."""
     torch.manual_seed(0)
     transformer = HunyuanVideo15Transformer3DModel(
         in_channels=9,
         out_channels=4,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=16,
         num_layers=2,
         num_refiner_layers=1,

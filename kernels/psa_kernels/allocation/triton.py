@@ -182,14 +182,16 @@ def most_important(keys, below, largest, key_blocks, AMOUNT: tl.constexpr):
     """Boundary of the `AMOUNT` largest keys, and how many that equal it are among them but not all."""
     low, above_low = below, key_blocks
     high, above_high = largest, 0
-    if AMOUNT == 0:
+    # Only where there is something to find: the compiler does not survive a loop that it knows never to run.
+    if AMOUNT > 0:
+        while (high - low > 1) & (above_low > AMOUNT):
+            middle = low + (high - low) // 2
+            above = count_above(keys, middle)
+            enough = above >= AMOUNT
+            low, above_low = tl.where(enough, middle, low), tl.where(enough, above, above_low)
+            high, above_high = tl.where(enough, high, middle), tl.where(enough, above_high, above)
+    else:
         low, above_low = largest, 0
-    while (high - low > 1) & (above_low > AMOUNT):
-        middle = low + (high - low) // 2
-        above = count_above(keys, middle)
-        enough = above >= AMOUNT
-        low, above_low = tl.where(enough, middle, low), tl.where(enough, above, above_low)
-        high, above_high = tl.where(enough, high, middle), tl.where(enough, above_high, above)
     met = above_low <= AMOUNT
     return tl.where(met, low, high), tl.where(met, 0, AMOUNT - above_high)
 

@@ -64,6 +64,7 @@ def sparse_attention(
         "ONLINE": online,
         "num_warps": 4,
         **pipeline(head_dim),
+        **softmax(head_dim, online),
     }
     programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
     attention_kernel[(programs,)](*arguments, **options)
@@ -75,6 +76,11 @@ def sparse_attention(
 def pipeline(head_dim: int) -> dict[str, int]:
     """How many tiles of keys, of values and of queries are in flight; as many as fit shared memory do not pay."""
     return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2}
+
+
+def softmax(head_dim: int, online: bool) -> dict[str, bool | int]:
+    """How the softmax of a tile is computed."""
+    return {"LATE_SUM": False, "POLYNOMIAL": 0}
 
 
 def _sources(

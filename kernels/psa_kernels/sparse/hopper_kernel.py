@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_kernels.sparse.hopper_fetch import fetch_queries, fetch_rows
 from psa_kernels.sparse.hopper_plan import MOST_MIXED, PLAN
+from psa_kernels.sparse.hopper_softmax import exp2, per_row, row_sums
 from psa_kernels.sparse.hopper_tiles import TICKETS, TILE_M, TILE_N, announced_item, in_ring, item_at, read_number
 
 # Sums of weights up to here leave room for the product with values of up to 2^27; larger ones are computed anew.
@@ -40,7 +41,7 @@ def attention_kernel(
     stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before, text_after,
     query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
-    STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, LATE_SUM: gl.constexpr, POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
@@ -50,6 +51,7 @@ def attention_kernel(
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
         stride_q*: in units of 8 elements, which tells the compiler how far it may widen its reads.
         ONLINE: keep a running row maximum instead of that of the first tile.
+        LATE_SUM, POLYNOMIAL: `LATE` of `row_sums` and `SHARE` of `exp2`.
     """
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -93,11 +95,13 @@ def attention_kernel(
         [
             (
                 consume,
-                (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+                (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
+                 LATE_SUM, POLYNOMIAL),
             ),
             (
                 consume,
-                (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+                (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
+                 LATE_SUM, POLYNOMIAL),
             ),
             (
                 fetch_queries,
@@ -124,6 +128,7 @@ def attention_kernel(
 def consume(
     schedule, consumed, queries, results, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, PERMUTED: gl.constexpr,
     STORE_LSE: gl.constexpr, ONLINE: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    LATE_SUM: gl.constexpr, POLYNOMIAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of half of each item's queries.
 
@@ -167,8 +172,8 @@ def consume(
             mixed = read_number(plans, plan + 1, 4)
             bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
         top = gl.max(scores, 1) * scale + bias
-        weights = gl.exp2(scores * scale - (top - bias)[:, None])
-        total = gl.sum(weights, 1)
+        weights = exp2(scores * scale - (top - bias)[:, None], POLYNOMIAL)
+        total = row_sums(weights, LATE_SUM)
         operand = gl.convert_layout(weights.to(dtype), weight_layout)
         accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         for index in range(1, tiles):
@@ -185,10 +190,10 @@ def consume(
             if ONLINE:
                 new_top = gl.maximum(top, gl.max(scores, 1) * scale + bias)
                 shrink = gl.exp2(top - new_top)
-                total = total * shrink
+                total = total * per_row(shrink, total)
                 top = new_top
-            weights = gl.exp2(scores * scale - (top - bias)[:, None])
-            total = total + gl.sum(weights, 1)
+            weights = exp2(scores * scale - (top - bias)[:, None], POLYNOMIAL)
+            total = total + row_sums(weights, LATE_SUM)
             operand = gl.convert_layout(weights.to(dtype), weight_layout)
             last, stage, phase = stage, next_stage, next_phase
             tile += 1
@@ -206,7 +211,7 @@ def consume(
         mbarrier.arrive(v_empty.index(stage), count=1)
 
         out_rows: gl.constexpr = gl.SliceLayout(1, out_layout)
-        sums = gl.convert_layout(total, out_rows)
+        sums = gl.convert_layout(gl.sum(total, 1) if LATE_SUM else total, out_rows)
         if not ONLINE:
             # Anything times 0 is 0, but infinity and NaN.
             sound = (gl.sum(accumulator * 0.0, 1) == 0.0) & (sums < LARGEST_SUM)

@@ -35,13 +35,15 @@ def cut_list(
 
     Returns:
         Tuples of scalars, one entry a level: first entry of the list; number of full tiles up to and with this level;
-        number of leftover rows up to and with it; first row in the pyramid, which
-        holds no level of factor 1.
+        number of leftover rows up to and with it; first row in the pyramid, which holds no level of factor 1. And two
+        scalars: where in the tail the sequence's last group stands, if it is ragged, else -1; and log2 of its tokens.
     """
     starts = ()
     tile_ends = ()
     leftover_ends = ()
     level_rows = ()
+    ragged_place = -1
+    ragged_bias = 0.0
     start = 0
     tiles = 0
     leftover = 0
@@ -63,10 +65,13 @@ def cut_list(
         leftover += full_rows % TILE + ragged * tl.cdiv(last_tokens, FACTORS[level])
         tile_ends = tile_ends + (tiles,)
         leftover_ends = leftover_ends + (leftover,)
+        last_count = (last_tokens - 1) % FACTORS[level] + 1
+        ragged_place = tl.where(ragged > 0, leftover - 1, ragged_place)
+        ragged_bias = tl.where(ragged > 0, tl.math.log2(last_count.to(tl.float32)), ragged_bias)
         start += count
         if FACTORS[level] > 1:
             level_row += tl.cdiv(video_keys, FACTORS[level])
-    return starts, tile_ends, leftover_ends, level_rows
+    return starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias
 
 
 @triton.jit
@@ -108,7 +113,8 @@ def full_tile_bias(tile, tile_ends, FACTORS: tl.constexpr):
 @triton.jit
 def tail_rows(
     place, ids, permutation, text_before, text_keys, video_keys, starts, tile_ends, leftover_ends, level_rows,
-    FACTORS: tl.constexpr, BLOCK_KEY: tl.constexpr, TILE: tl.constexpr, PERMUTED: tl.constexpr,
+    ragged_place, ragged_bias, FACTORS: tl.constexpr, BLOCK_KEY: tl.constexpr, TILE: tl.constexpr,
+    PERMUTED: tl.constexpr,
 ):  # fmt: skip
     """Rows at some places of the tail.
 
@@ -120,7 +126,7 @@ def tail_rows(
         for. Past the end it is token 0, which always exists, with -inf.
     """
     row = tl.zeros_like(place)
-    count = tl.zeros_like(place)
+    bias = tl.full(place.shape, -float("inf"), tl.float32)
     is_token = place >= 0
     leftover_start = 0
     tile_start = 0
@@ -128,7 +134,8 @@ def tail_rows(
         inside = (place >= leftover_start) & (place < leftover_ends[level])
         run_position = (tile_ends[level] - tile_start) * TILE + place - leftover_start
         group = listed_groups(ids + starts[level], run_position, inside, BLOCK_KEY // FACTORS[level])
-        count = tl.where(inside, tl.minimum(video_keys - group * FACTORS[level], FACTORS[level]), count)
+        # From the place, not from the group: a thread needs the bias of many rows, and would read the list for each.
+        bias = tl.where(inside, float(log2_of(FACTORS[level])), bias)
         if FACTORS[level] == 1:
             row = tl.where(inside, video_tokens(group, permutation, text_before, inside, PERMUTED), row)
         else:
@@ -139,8 +146,7 @@ def tail_rows(
     text = place - leftover_start
     is_text = (text >= 0) & (text < text_keys)
     row = tl.where(is_text, tl.where(text < text_before, text, text + video_keys), row)
-    count = tl.where(is_text, 1, count)
-    bias = tl.where(count > 0, tl.math.log2(tl.maximum(count, 1).to(tl.float32)), -float("inf"))
+    bias = tl.where(place == ragged_place, ragged_bias, tl.where(is_text, 0.0, bias))
     return row, is_token, bias
 
 

@@ -26,6 +26,8 @@ from psa_kernels.triton_rows import (
 
 # Tiles whose flags one program looks at, when only some tiles are to be computed.
 FLAGS = 64
+# Major compute capabilities on which the sum of a row stays in four parts until the last tile.
+LATE_SUM: tuple[int, ...] = ()
 
 
 def sparse_attention(
@@ -76,7 +78,8 @@ def launch(
     # Tokens are read from the originals also where the pyramid has them.
     means = [x[:, :, layout.video_keys if 1 in pyramid.factors else 0 :] for x in (pyramid.keys, pyramid.values)]
     permutation = short_permutation(layout)
-    tile = tile_shape(capability(q.device), head_dim, q.element_size(), spec.block_query)
+    gpu = capability(q.device)
+    tile = tile_shape(gpu, head_dim, q.element_size(), spec.block_query)
     tiles = triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads
     programs = tiles if only is None else triton.cdiv(tiles, FLAGS)
     attention_kernel[(programs,)](
@@ -87,7 +90,8 @@ def launch(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permutation is not None, STORE_LSE=lse is not None,
-        WIDE=needs_wide_offsets(q, k, v, out), ONLY=only is not None, FLAGS=FLAGS, **tile,
+        WIDE=needs_wide_offsets(q, k, v, out), ONLY=only is not None, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
+        **tile,
     )  # fmt: skip
 
 
@@ -115,7 +119,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
     FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
     STORE_LSE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, STAGES: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
 ):  # fmt: skip
     """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set."""
     first, last = tl.program_id(0), tl.program_id(0) + 1
@@ -136,6 +140,7 @@ def attention_kernel(
                 stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, list_width, pyramid_rows,
                 text_before, text_keys, query_tokens, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
                 LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES,
+                LATE_SUM,
             )  # fmt: skip
 
 
@@ -147,7 +152,7 @@ def attend_tile(
     text_keys, query_tokens, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
 ):  # fmt: skip
     """`TILE_M` queries of one head against their list; neighbouring items share a head and its keys in the cache."""
     query_tiles = tl.cdiv(video_queries, TILE_M)
@@ -170,11 +175,11 @@ def attend_tile(
     if NEGATIVE_SCALE:
         q = -q
 
-    starts, tile_ends, leftover_ends, level_rows = cut_list(
+    starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias = cut_list(
         ids, counts_ptr + list_row * LISTED, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
     )
     top = tl.full([TILE_M], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_M], tl.float32)
+    total = tl.zeros([TILE_M, 4] if LATE_SUM else [TILE_M], tl.float32)
     accumulator = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
 
     # The tail comes first: what only it needs then takes up no registers in the loop over full tiles.
@@ -182,14 +187,16 @@ def attend_tile(
     for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=1):
         tail, is_token, tail_bias = tail_rows(
             first + tl.arange(0, TAIL_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
-            leftover_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N, PERMUTED,
+            leftover_ends, level_rows, ragged_place, ragged_bias, FACTORS, BLOCK_KEY, TILE_N,
+            PERMUTED,
         )  # fmt: skip
         pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
         k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
         v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
         top, total, accumulator = attend(
-            q, k_rows, v_rows, dims, scale, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM, PADDED_DIM
-        )
+            q, k_rows, v_rows, dims, scale, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM, PADDED_DIM,
+            LATE_SUM,
+        )  # fmt: skip
 
     columns = tl.arange(0, TILE_N)
     for tile in tl.range(0, tile_ends[len(FACTORS) - 1], num_stages=STAGES):
@@ -202,9 +209,11 @@ def attend_tile(
         v_rows = tl.where(exact, v_head, pooled_v) + row_offsets(rows, tl.where(exact, stride_vn, HEAD_DIM), WIDE)
         bias = full_tile_bias(tile, tile_ends, FACTORS)
         top, total, accumulator = attend(
-            q, k_rows, v_rows, dims, scale, bias, True, top, total, accumulator, HEAD_DIM, PADDED_DIM
+            q, k_rows, v_rows, dims, scale, bias, True, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM
         )
 
+    if LATE_SUM:
+        total = tl.sum(total, 1)
     # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.
     position = (item + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
     real = position < video_queries
@@ -223,7 +232,7 @@ def attend_tile(
 @triton.jit
 def attend(
     q, k_rows, v_rows, dims, scale, bias, COMMON_BIAS: tl.constexpr, top, total, accumulator, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, LATE_SUM: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in base 2.
 
@@ -233,7 +242,9 @@ def attend(
         scale: positive factor on the dot products, log2(e) included.
         bias: added to every logit: a scalar if `COMMON_BIAS`, else `[1, n]`.
         top, total, accumulator: largest logit so far, sum of the weights and weighted sum of values relative to it:
-            float32 `[m]`, `[m]`, `[m, PADDED_DIM]`.
+            float32 `[m]`, `[m]` or `[m, 4]`, `[m, PADDED_DIM]`.
+        LATE_SUM: leave each row's sum in four parts. On tensor cores thread t of every four has columns 8 j + 2 t + e,
+            so that these need no exchange between threads.
 
     Returns:
         The new top, total and accumulator.
@@ -249,7 +260,11 @@ def attend(
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.math.exp2(scores - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
+    if LATE_SUM:
+        parts = tl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
+        total = total * shrink[:, None] + tl.sum(tl.sum(parts, 3), 1)
+    else:
+        total = total * shrink + tl.sum(weights, 1)
     values = load_rows(v_rows, dims, HEAD_DIM, PADDED_DIM)
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None], input_precision="ieee")
     return new_top, total, accumulator

@@ -1,0 +1,70 @@
+"""The level of every pair of blocks so that each row costs what it may and errs least, in PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from psa_kernels.allocation.prices import HIGHEST_PRICE
+from psa_kernels.lists import BlockLists
+from psa_kernels.spec import AttentionSpec
+
+
+def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec) -> BlockLists:
+    """Spend on each row of pairs the share `spec.density` of what dense attention costs, where it pays most.
+
+    The lowest price that the row can afford is found by bisection. What is then left goes to the pairs whose upgrades
+    the next lower price would pay, in the order of the blocks. The row's most important block is never
+    skipped, even where the budget is smaller than that.
+
+    Args:
+        prices: of `upgrade_prices`: int16 `[levels, B, H, query blocks, key blocks]`.
+        importance: `[B, H, query blocks, key blocks]`.
+
+    Returns:
+        The lists; the cost of a row is at most the budget, and less than it by less than a step between two levels.
+    """
+    units = unit_costs(spec)
+    key_blocks = prices.shape[-1]
+    budget = row_budget(spec, key_blocks)
+    prices = prices.int()
+    if spec.rest == "skip":
+        most_important = importance.argmax(-1, keepdim=True)
+        prices[-1].scatter_(-1, most_important, HIGHEST_PRICE + 1)
+
+    def levels_at(price: torch.Tensor) -> torch.Tensor:
+        return (prices < price).sum(0)
+
+    cost_of = torch.tensor(units, device=prices.device)
+    # A price above all is affordable but for the most important block; -1 stands for one that is known not to be.
+    low = torch.full_like(prices[0, ..., :1], -1)
+    high = torch.full_like(low, HIGHEST_PRICE + 1)
+    for _ in range(math.ceil(math.log2(HIGHEST_PRICE + 2))):
+        middle = (low + high) // 2
+        affordable = cost_of[levels_at(middle)].sum(-1, keepdim=True) <= budget
+        low, high = torch.where(affordable, low, middle), torch.where(affordable, middle, high)
+    level, finer = levels_at(high), levels_at(high - 1)
+    extra = (cost_of[finer] - cost_of[level]).cumsum(-1)
+    left = budget - cost_of[level].sum(-1, keepdim=True)
+    upgraded = extra <= left
+    # The first pair whose upgrade is too dear gets the best that the rest pays for.
+    first = upgraded.sum(-1, keepdim=True).clamp(max=level.shape[-1] - 1)
+    left = left - torch.where(upgraded, extra, 0).amax(-1, keepdim=True)
+    level = torch.where(upgraded, finer, level)
+    affordable = cost_of <= cost_of[level.gather(-1, first)] + left
+    level.scatter_(-1, first, affordable.int().argmax(-1, keepdim=True))
+    return BlockLists.from_levels(level, len(spec.levels))
+
+
+def unit_costs(spec: AttentionSpec) -> list[int]:
+    """Cost of a key block at each level, and last past the levels, in units of which each is a whole number."""
+    unit = math.lcm(*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ()))
+    return [unit // factor for factor in spec.levels] + [unit // spec.block_key if spec.rest == "mean" else 0]
+
+
+def row_budget(spec: AttentionSpec, key_blocks: int) -> int:
+    """What a row may cost, in the same units."""
+    unit = unit_costs(spec)[0] * spec.levels[0]
+    # The product may fall short of the whole number that it is in exact arithmetic.
+    return math.floor(spec.density * unit * key_blocks + 1e-6)

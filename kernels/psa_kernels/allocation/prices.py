@@ -1,0 +1,117 @@
+"""What a finer level is worth, for every pair of blocks, in PyTorch.
+
+To pool keys that differ, or to skip a block, moves the output of the attention. For a block that holds the share m of a
+query's attention, whose logits vary by `noise` (a variance) inside groups of p tokens, the values by `spread`, and
+whose mean value lies `distance` from the output, the squared error is to second order
+
+    pooled p-fold   m^2 (noise * spread * p / block_key + (noise * distance)^2 / 4)
+    skipped         m^2 distance^2
+
+The first term is the covariance of weights and values that a mean loses, which is independent from group to group; the
+second, the weight that the group loses because exp is convex. A price is the error that a finer level spares for each
+unit of the cost that it adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+
+from psa_kernels.blocks import compute_dtype, group_means
+from psa_kernels.layout import TokenLayout
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.threads import run_tasks
+
+# Prices are fixed-point logarithms: steps of 1/256 of an octave, 64 octaves down and up from 1.
+STEPS_PER_OCTAVE = 256
+HIGHEST_PRICE = 128 * STEPS_PER_OCTAVE - 1
+COVARIANCE = 0.5
+EXPONENT = 1.4
+TOKENS_AT_ONCE = 1 << 19
+
+
+def upgrade_prices(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    importance: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+) -> torch.Tensor:
+    """At which price of cost each level of each pair of blocks pays.
+
+    Args:
+        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, all tokens, in the order of the model.
+        importance: `[B, H, query blocks, key blocks]`; shares of its sums over a row stand for m.
+        scale: factor on the dot products.
+
+    Returns:
+        int16 `[levels, B, H, query blocks, key blocks]`, from 0 to `HIGHEST_PRICE`: entry l is the logarithm of the
+        highest price at which level l or a finer one is the best choice. It does not decrease from level to level, so
+        that at a price of x a pair gets the level whose number is the count of its entries below x.
+    """
+    prices = torch.empty(len(spec.levels), *importance.shape, dtype=torch.int16, device=q.device)
+    query_tokens, key_tokens = layout.video_query_tokens(q.device), layout.video_key_tokens(k.device)
+    # Heads at a time: one on a CPU, where threads share them; on a GPU so many that its launches are worth while.
+    heads = max(1, TOKENS_AT_ONCE // len(key_tokens)) if q.is_cuda else 1
+
+    def worker(tasks: Iterator[tuple[int, int]]) -> None:
+        for b, first in tasks:
+            part = slice(first, first + heads)
+            queries, keys, values = (
+                x[b, :, part].index_select(0, tokens).transpose(0, 1).to(compute_dtype(x))
+                for x, tokens in ((q, query_tokens), (k, key_tokens), (v, key_tokens))
+            )
+            # The scale goes to the queries, so that what comes of them are variances of logits.
+            errors = _errors(queries * scale, keys, values, importance[b, part], spec)
+            prices[:, b, part] = _prices(errors, spec)
+
+    run_tasks(product(range(q.shape[0]), range(0, q.shape[2], heads)), worker, q.device)
+    return prices
+
+
+def _errors(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec
+) -> torch.Tensor:
+    """Squared error of each level, and last of what `rest` does: `[levels + 1, H, query blocks, key blocks]`."""
+    mass = importance.to(keys.dtype)
+    mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    centres = group_means(values, spec.block_key)
+    outputs = mass @ centres
+    distance = outputs.square().sum(-1)[..., None] + centres.square().sum(-1)[:, None] - 2 * outputs @ centres.mT
+    distance = distance.clamp_min(0)
+    energy = group_means(queries.square(), spec.block_query)
+    errors = []
+    for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
+        noise = energy @ _spread(keys, factor, spec.block_key).mT
+        spread = _spread(values, factor, spec.block_key).sum(-1)[:, None]
+        errors.append(COVARIANCE * noise * spread + noise.square() * distance / 4)
+    if spec.rest == "skip":
+        errors.append(distance)
+    return torch.stack(errors) * mass**EXPONENT
+
+
+def _spread(tokens: torch.Tensor, factor: int, block: int) -> torch.Tensor:
+    """Variance inside groups of `factor` neighbours, mean over each block: `[..., N, D]` to `[..., blocks, D]`."""
+    means = group_means(tokens, factor).repeat_interleave(factor, dim=-2)[..., : tokens.shape[-2], :]
+    return group_means((tokens - means).square(), block)
+
+
+def _prices(errors: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """From errors `[levels + 1, ...]` to prices `[levels, ...]`: slopes of the lower convex hull of error over cost."""
+    costs = [1 / factor for factor in spec.levels] + [1 / spec.block_key if spec.rest == "mean" else 0.0]
+    prices = []
+    for level in range(len(spec.levels)):
+        # The level is worth its cost as long as it is against every coarser choice.
+        slopes = [
+            (errors[other] - errors[level]) / (costs[level] - costs[other])
+            for other in range(level + 1, len(costs))
+            if costs[level] > costs[other]
+        ]
+        price = torch.stack(slopes).amin(0) if slopes else torch.zeros_like(errors[0])
+        prices.append(torch.maximum(price, prices[-1]) if prices else price)
+    steps = torch.stack(prices).log2().mul(STEPS_PER_OCTAVE).floor().add(HIGHEST_PRICE // 2)
+    return steps.nan_to_num(nan=0.0, neginf=0.0).clamp(0, HIGHEST_PRICE).to(torch.int16)

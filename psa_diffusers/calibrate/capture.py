@@ -1,0 +1,142 @@
+"""What sparse attention of several densities would do in each layer, measured on the tensors of a dense run.
+
+Two figures a layer: the relative error of its attention output at each scale, cheap, and what the base preset in this
+layer alone changes in the transformer's output, for one more forward a layer. Their ratio carries the first over to the
+output: a large error in a layer that hardly matters is no reason to spend work there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from psa_diffusers.calibrate.scaling import BASE, SCALES, scaled_spec
+from psa_diffusers.compiled import Layer
+from psa_diffusers.denoising import DenoisingStep
+from psa_diffusers.models import AttentionCall
+from psa_diffusers.presets import Preset
+from psa_diffusers.processor import PSAProcessor
+
+Figures = dict[str, dict[str, list[float]]]
+
+
+class MeasuringProcessor(PSAProcessor):
+    """Computes everything densely; at some steps it also measures, and never changes the video.
+
+    Args:
+        base: the preset whose thresholds are scaled.
+        steps: the denoising steps, counted from 0, at which to measure: sparse ones of the base preset.
+    """
+
+    def __init__(self, pipe: Any, base: Preset, steps: set[int]) -> None:
+        # Lists that are kept for later steps would be those of another scale.
+        super().__init__(pipe, base.model_copy(update={"refresh": 1, "share_guidance": False}), strict=True)
+        self._measured_steps = steps
+        self._probed: Layer | None = None
+        self._errors: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._densities: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._effects: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._blocks: dict[str, int] = {}
+        for reference in self._transformers.values():
+            self._hooks.append(reference().register_forward_hook(self._probe, with_kwargs=True))
+
+    def figures(self) -> Figures:
+        """Of each layer the means over its measured calls: `errors` (squared) and `densities`, one a scale; `effect`.
+
+        And `blocks`, its number of key blocks.
+        """
+        return {
+            name: {
+                "errors": _means(self._errors[name]),
+                "densities": _means(self._densities[name]),
+                "effect": _means(self._effects[name]),
+                "blocks": [self._blocks[name]],
+            }
+            for name in self._errors
+        }
+
+    def _attend(
+        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        at = self._tracker.current
+        if layer is self._probed:
+            return super()._attend(layer, q, k, v, call)
+        head, tail = self._attention.dense(q, k, v, call)
+        self._recorder.add_dense(at.step, layer.name)
+        if self._probed is None and self._measured(at):
+            self._measure(layer, at, q, k, v, call, head)
+        return head, tail
+
+    def _measured(self, at: DenoisingStep) -> bool:
+        return at.branch == 0 and at.step in self._measured_steps
+
+    def _measure(
+        self,
+        layer: Layer,
+        at: DenoisingStep,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: AttentionCall,
+        dense: torch.Tensor,
+    ) -> None:
+        video = math.prod(at.grid)
+        self._blocks[layer.name] = -(-video // layer.spec.block_key)
+        errors, densities = [], []
+        for scale in SCALES:
+            scaled = replace(layer, spec=scaled_spec(layer.spec, scale))
+            sparse, _, stats = self._attention.sparse(scaled, at, q, k, v, call)
+            errors.append(_squared_error(sparse[:, -video:], dense[:, -video:]))
+            densities.append(torch.stack([figures.density.mean() for figures in stats]).mean())
+        self._errors[layer.name].append(torch.stack(errors))
+        self._densities[layer.name].append(torch.stack(densities))
+
+    def _probe(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """After a dense forward, the same once more for each layer with that one sparse."""
+        at = self._tracker.current
+        if at is None or not self._measured(at):
+            return
+        for site in self._sites.values():
+            layer = site.layer
+            if layer is None or layer.name not in self._errors:
+                continue
+            if self._transformers[layer.transformer]() is not transformer:
+                continue
+            self._probed = layer
+            try:
+                changed = transformer.forward(*args, **kwargs)
+            finally:
+                self._probed = None
+            self._effects[layer.name].append(_squared_error(_tensor(changed), _tensor(output))[None])
+
+
+def curves_of(figures: list[Figures], base: int = BASE) -> dict[str, tuple[list[float], list[float]]]:
+    """Densities and errors by layer over several prompts, the errors carried over to the transformer's output."""
+    merged: dict[str, tuple[list[float], list[float]]] = {}
+    for name in {name: None for each in figures for name in each}:
+        rows = [each[name] for each in figures if name in each]
+        densities = np.mean([row["densities"] for row in rows], axis=0)
+        errors = np.mean([row["errors"] for row in rows], axis=0)
+        effect = float(np.mean([row["effect"] for row in rows]))
+        # More work never counts as a larger error: a rise is noise of the few prompts.
+        errors = np.minimum.accumulate(errors)
+        merged[name] = (densities.tolist(), (errors * effect / max(errors[base], 1e-20)).tolist())
+    return merged
+
+
+def _squared_error(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    reference = reference.float()
+    return (other.float() - reference).square().sum() / reference.square().sum().clamp_min(1e-20)
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _means(values: list[torch.Tensor]) -> list[float]:
+    return torch.stack(values).double().mean(0).tolist()

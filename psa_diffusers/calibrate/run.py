@@ -1,0 +1,244 @@
+"""A calibration from end to end: measure, solve, try, write the preset, verify it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from psa_diffusers.calibrate.capture import Figures, curves_of
+from psa_diffusers.calibrate.runs import Presets, Runs
+from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
+from psa_diffusers.calibrate.solve import Curve, Solution, reachable, spread, uniform
+from psa_diffusers.calibrate.store import Store
+from psa_diffusers.calibrate.targets import Target, density_for_psnr, density_for_speedup
+from psa_diffusers.calibrate.verify import is_met, verify
+from psa_diffusers.errors import InputError
+from psa_diffusers.presets import Preset, PresetError
+from psa_diffusers.settings import Plan
+from psa_diffusers.video import whole_file
+from psa_kernels import AttentionSpec
+
+Curves = dict[str, dict[int, Curve]]
+# Per video the settings that PSNR and measurements depend on; names and files do not count.
+UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
+TIMED = (0.12, 0.4)
+HEADER = "# Made by psa-calibrate:"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to do, checked.
+
+    Attributes:
+        plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
+        held_out: prompts to verify on.
+        target: what the preset is to reach.
+        measured_steps: at how many denoising steps to measure.
+        output: the YAML file; that of a second expert has "-2" at the end of its name.
+    """
+
+    plan: Plan
+    held_out: tuple[str, ...]
+    target: Target
+    measured_steps: int
+    output: Path
+    overwrite: bool
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The file of each expert."""
+        second = self.output.with_name(f"{self.output.stem}-2{self.output.suffix}")
+        return (self.output, second)[: self.plan.model.experts]
+
+    @property
+    def folder(self) -> Path:
+        """Where the measurements are kept."""
+        return self.output.with_suffix(".calibration")
+
+
+def check(calibration: Calibration) -> None:
+    """Refuses what cannot work, before anything runs.
+
+    Raises:
+        InputError: no sparse base preset or step, a name that no preset may have, or a file in the way.
+    """
+    plan = calibration.plan
+    if plan.preset is None:
+        raise InputError("--base-preset dense: has no thresholds to scale; give a sparse preset")
+    if calibration.output.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"--output {calibration.output}: must end in .yaml")
+    for path in calibration.outputs:
+        try:
+            Preset(name=path.stem)
+        except PresetError as error:
+            raise InputError(f"--output {path}: {error.problem}") from error
+        if path.exists() and not calibration.overwrite and not _is_own(path):
+            raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
+    if plan.preset.dense_step_count(plan.settings.steps) >= plan.settings.steps:
+        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
+    if not any(plan.preset.layer_specs(plan.model.num_layers)):
+        raise InputError(f"--base-preset {plan.preset.name}: keeps every layer dense")
+    both = sorted(set(plan.prompts) & set(calibration.held_out))
+    if both:
+        raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")
+
+
+def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Carries a calibration out, continuing one that was stopped; returns the summary.
+
+    Args:
+        tell: called with each line of progress.
+
+    Raises:
+        InputError: as `check`; or the measurements there are of other settings; or a speed is out of reach.
+        PSAFallbackError: attention would be dense, for the reason that it says.
+    """
+    check(calibration)
+    plan, target = calibration.plan, calibration.target
+    settings = {name: value for name, value in plan.settings.to_dict().items() if name not in UNIMPORTANT}
+    store = Store(calibration.folder, settings, calibration.overwrite)
+    runs = Runs(plan, store, tell)
+    tell(
+        f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
+        f"measurements are kept in {calibration.folder}"
+    )
+    steps = measured_steps(plan, calibration.measured_steps)
+    figures = [runs.measure(prompt, steps) for prompt in plan.prompts]
+    curves = _curves(plan, figures, runs.layers(), tell)
+    density = _density(calibration, runs, curves, tell)
+    solutions = {which: spread(each, density) for which, each in curves.items()}
+    plain = {which: uniform(each, solutions[which].density) for which, each in curves.items()}
+    expected = _expectation(solutions, plain)
+    tell(
+        f"expected: density {expected['density']:.3f} of the sparse steps; the model's output at a step changes by "
+        f"{expected['error']:.2%}, with the same thresholds in all layers by {expected['error_uniform']:.2%}"
+    )
+    presets = _presets(calibration, runs, solutions)
+    for path, preset in zip(calibration.outputs, presets, strict=False):
+        _write(path, preset, f"density {expected['density']:.3f}, target {target}")
+        tell(f"preset: {path}")
+    verified = verify(calibration, runs, presets, _presets(calibration, runs, plain), tell)
+    return {
+        "status": "complete",
+        "output": [str(path) for path in calibration.outputs],
+        "target": str(target),
+        "expected": expected,
+        "verified": verified,
+        "met": is_met(calibration, verified),
+    }
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file is the result of an earlier calibration, as it was written."""
+    try:
+        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return first.startswith(HEADER) and first.endswith(f"[{_digest(rest)}]")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def measured_steps(plan: Plan, count: int) -> list[int]:
+    """Denoising steps, counted from 0, spread evenly over the sparse ones: the middle of each of `count` stretches."""
+    first, steps = plan.preset.dense_step_count(plan.settings.steps), plan.settings.steps
+    places = first + (np.arange(count) + 0.5) * (steps - first) / count
+    return sorted({int(place) for place in places})
+
+
+def _curves(plan: Plan, figures: list[Figures], layers: dict[str, list[str]], tell: Callable[[str], None]) -> Curves:
+    """What was measured, by transformer and number of the layer, without layers that the base preset keeps dense."""
+    measured = curves_of(figures)
+    specs = plan.preset.layer_specs(plan.model.num_layers)
+    blocks = {name: int(row["blocks"][0]) for each in figures for name, row in each.items()}
+
+    def curve(name: str, spec: AttentionSpec) -> Curve:
+        return Curve(SCALES, *measured[name], lambda scale: known_density(scaled_spec(spec, scale), blocks[name]))
+
+    curves = {
+        which: {index: curve(name, specs[index]) for index, name in enumerate(names) if name in measured}
+        for which, names in layers.items()
+    }
+    for which, each in curves.items():
+        if not each:
+            tell(f"{which} did not run at a measured step, so it keeps the base preset; more: --measured-steps")
+    return {which: each for which, each in curves.items() if each}
+
+
+def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
+    """The mean density of the layers that the target asks for."""
+    target, plan = calibration.target, calibration.plan
+    lowest = max(reachable(each) for each in curves.values())
+
+    def presets_at(density: float) -> Presets:
+        return _presets(calibration, runs, {which: spread(each, density) for which, each in curves.items()})
+
+    if target.kind == "density":
+        if target.value < lowest:
+            raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
+        return target.value
+    if target.kind == "speedup":
+        first = plan.prompts[0]
+        trials = [runs.sparse(first, presets_at(max(lowest, share)), f"timing density {share:g}") for share in TIMED]
+        dense = runs.timed_dense(first)
+        timed = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
+        dense_steps = plan.preset.dense_step_count(plan.settings.steps)
+        density = density_for_speedup(target.value, plan.settings.steps, dense_steps, timed, lowest)
+        pairs = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in timed["sparse"])
+        tell(
+            f"on this machine a dense step takes {dense:.3g} s, a sparse one {pairs} (medians of one run each); "
+            f"{target} of denoising, {dense_steps} of {plan.settings.steps} steps dense, needs density {density:.3f}"
+        )
+        return density
+
+    def psnr_at(density: float) -> float:
+        results = [runs.sparse(prompt, presets_at(density), f"trying {density:.3f}") for prompt in plan.prompts]
+        values = [result["psnr"] for result in results if result["psnr"] is not None]
+        psnr = float(np.mean(values)) if values else math.inf
+        tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")
+        return psnr
+
+    density, tried = density_for_psnr(target.value, lowest, psnr_at)
+    if max(psnr for _, psnr in tried) < target.value:
+        tell(f"{target} was not reached with dense_steps {plan.preset.dense_steps:g}: try a base preset with more")
+    return density
+
+
+def _expectation(solutions: dict[str, Solution], plain: dict[str, Solution]) -> dict[str, float]:
+    return {
+        "density": float(np.mean([each.density for each in solutions.values()])),
+        "error": math.sqrt(np.mean([each.error for each in solutions.values()])),
+        "density_uniform": float(np.mean([each.density for each in plain.values()])),
+        "error_uniform": math.sqrt(np.mean([each.error for each in plain.values()])),
+    }
+
+
+def _presets(calibration: Calibration, runs: Runs, solutions: dict[str, Solution]) -> Presets:
+    """A preset for each transformer; the second is None where there is one."""
+    base, layers = calibration.plan.preset, runs.layers()
+    source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]
+    made = [
+        scaled_preset(base, solutions[which].scales if which in solutions else {}, len(names), path.stem, source)
+        for (which, names), path in zip(layers.items(), calibration.outputs, strict=False)
+    ]
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _write(path: Path, preset: Preset | None, note: str) -> None:
+    if preset is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = preset.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    with whole_file(path) as partial:
+        # The digest tells a file that was edited since, which is not to be overwritten.
+        partial.write_text(f"{HEADER} {note} [{_digest(text)}]\n{text}", encoding="utf-8")

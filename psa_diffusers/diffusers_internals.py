@@ -1,0 +1,38 @@
+"""What this package uses of diffusers beyond its public interface, in one place.
+
+Each name is looked up when it is needed and has a way out, so that a diffusers that moved it costs a feature rather
+than the import.
+
+- `module._diffusers_hook.hooks[...]._is_stateful` tells whether a cache of blocks is on. If it moves, only caches that
+  were switched on by `enable_cache` are seen.
+- `transformer._is_cached` tells the same of the package cache-dit. If it moves, such a cache goes unnoticed.
+- `pipe._num_timesteps` is the number of steps of a run that skips the first ones. If it moves, the scheduler's is
+  taken, and the dense phase of video-to-video runs is too long.
+
+`processor._attention_backend` and `processor._parallel_config` are written by diffusers (`set_attention_backend`,
+`enable_parallelism`) on processors that have them. `PSAProcessor` declares both and hands them on to the processors
+that it stands for. If they move, those two calls no longer reach the dense phase.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
+    """Whether something on the transformer keeps values of one forward for the next: a cache of blocks or attention."""
+    if getattr(transformer, "is_cache_enabled", False) or getattr(transformer, "_is_cached", False):
+        return True
+    for module in transformer.modules():
+        registry = module.__dict__.get("_diffusers_hook")
+        hooks = getattr(registry, "hooks", None) or {}
+        if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
+            return True
+    return False
+
+
+def step_count(pipe: Any, timesteps: torch.Tensor) -> int:
+    """How many of the scheduler's timesteps a run has: a video-to-video run uses only the last ones."""
+    return min(getattr(pipe, "_num_timesteps", None) or len(timesteps), len(timesteps))

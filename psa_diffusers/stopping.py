@@ -1,0 +1,31 @@
+"""A request to stop by Ctrl-C or by a job scheduler's SIGTERM, which must not get lost.
+
+The exception that a signal's handler raises is swallowed where Python is in a callback, as when it starts a process. So
+the request is noted too, and whoever works asks between steps.
+"""
+
+import signal
+import threading
+from types import FrameType
+
+_requested = threading.Event()
+
+
+def listen() -> None:
+    """Take SIGINT and SIGTERM as requests to stop; earlier requests are forgotten."""
+    _requested.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _request)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if a stop was requested."""
+    if _requested.is_set():
+        _requested.clear()
+        raise KeyboardInterrupt
+
+
+def _request(number: int, frame: FrameType | None) -> None:
+    _requested.set()
+    raise KeyboardInterrupt

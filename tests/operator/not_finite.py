@@ -1,0 +1,77 @@
+"""What every implementation owes to inputs with NaN, infinite and overflowing values: nothing is hidden or invented.
+
+`test_not_finite.py` and `triton_cases.py` run these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+from psa_kernels import AttentionSpec, psa_attention, select_blocks
+
+TOKENS, HEADS, BAD_TOKEN, BAD_HEAD = 203, 2, 77, 1
+VALUES = {"nan": math.nan, "inf": math.inf, "minus-inf": -math.inf, "huge": None}
+CASES = list(itertools.product(("q", "k", "v"), VALUES))
+SPECS = {
+    "count": {},
+    "mass, similarity, rest": {
+        "rule": "mass",
+        "thresholds": (0.4, 0.7, 0.9),
+        "similarity": (0.01, 0.0),
+        "rest": "mean",
+    },
+}
+
+
+def make_spec(name: str, block_key: int = 32) -> AttentionSpec:
+    return AttentionSpec(**{"block_query": 64, "block_key": block_key, **SPECS[name]})
+
+
+def spoiled_inputs(which, value, *, device="cpu", dtype=torch.float32, tokens=TOKENS, head_dim=16):
+    """Random q, k, v, and the same with one bad token in one head."""
+    sound = [torch.randn(1, tokens, HEADS, head_dim, device=device, dtype=torch.float32).to(dtype) for _ in range(3)]
+    spoiled = [x.clone() for x in sound]
+    # The largest value of the dtype: products with it, and sums of it, run over.
+    # One of them a row, for sums of several run over to either side in any order, as those of dense attention do.
+    bad, places = (torch.finfo(dtype).max, slice(3, 4)) if VALUES[value] is None else (VALUES[value], slice(0, None, 3))
+    spoiled["qkv".index(which)][0, BAD_TOKEN, BAD_HEAD, places] = bad
+    return sound, spoiled
+
+
+def check_output(which, value, spec, implementation, tolerance, **options):
+    """With the lists of sound inputs, so that what each row reads is known.
+
+    Against float64: what must not be finite is not, what is finite is right, and the other head is untouched. More rows
+    than that may be lost in the bad head: the processor sees it and computes dense attention.
+    """
+    sound, spoiled = spoiled_inputs(which, value, **options)
+    lists = select_blocks(*sound[:2], spec, implementation=implementation)
+    out = psa_attention(*spoiled, spec, lists=lists, implementation=implementation)
+    wide = [x.double() for x in spoiled]
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference")
+    finite = out.isfinite()
+    assert not (finite & ~expected.isfinite()).any(), "a value that is not finite was hidden"
+    allowed = tolerance * (1 + expected.abs())
+    wrong = finite & ((out.double() - expected).abs() > allowed)
+    assert not wrong.any(), f"{int(wrong.sum())} finite values are wrong"
+    other = 1 - BAD_HEAD
+    assert finite[:, :, other].all()
+    if value == "nan" and which == "q":  # a key may have been skipped
+        assert not finite[:, :, BAD_HEAD].all()
+
+
+def check_lists(which, value, spec, implementation, **options):
+    """Lists made of spoiled inputs name each block once, so that no kernel reads out of bounds."""
+    _, spoiled = spoiled_inputs(which, value, **options)
+    lists = select_blocks(*spoiled[:2], spec, implementation=implementation)
+    blocks = lists.ids.shape[-1]
+    assert torch.equal(
+        lists.ids.long().sort(-1).values, torch.arange(blocks, device=lists.ids.device).expand_as(lists.ids)
+    )
+    assert (lists.counts >= 0).all() and (lists.counts.sum(-1) <= blocks).all()
+    out = psa_attention(*spoiled, spec, implementation=implementation)
+    assert out.shape == spoiled[0].shape
+    assert out[:, :, 1 - BAD_HEAD].isfinite().all()
