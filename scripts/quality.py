@@ -103,7 +103,7 @@ def _draw(name: str, path: Path) -> None:
     picture = path.with_suffix(".png")
     result = read(path)
     title = f"{name}: {EXPERIMENTS[name].about}\n{result.get('model')}, {result.get('prompts')} prompts"
-    if plot(result["rows"], title, picture, curve=EXPERIMENTS[name].curve):
+    if plot(result["rows"], title, picture, axis=EXPERIMENTS[name].axis):
         print(f"drew {picture}", flush=True)
     else:
         print(f"{picture} is not drawn: matplotlib is not installed, or there are no rows", flush=True)

@@ -20,11 +20,11 @@ SIMILARITY = [0.7, 0.65]
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked, its settings, and whether the plot shows PSNR against density (else a point a setting)."""
+    """What is asked, its settings, and the density that the plot shows PSNR against; None for a line a setting."""
 
     about: str
     settings: Callable[[], Iterator[Setting]]
-    curve: bool = False
+    axis: str | None = None
 
 
 def density() -> Iterator[Setting]:
@@ -105,12 +105,14 @@ def rules() -> Iterator[Setting]:
 
 
 EXPERIMENTS = {
-    "density": Experiment("a pyramid against blocks that are kept or skipped, at the same densities", density, True),
+    "density": Experiment(
+        "a pyramid against blocks that are kept or skipped, at the same densities", density, "density"
+    ),
     "levels": Experiment("four levels against one, by mass; the five published presets, by count", levels),
-    "thresholds": Experiment("the count rule against the mass rule, with and without a floor", thresholds, True),
+    "thresholds": Experiment("the count rule against the mass rule, with and without a floor", thresholds, "density"),
     "estimators": Experiment("how the importance of blocks is estimated", estimators),
-    "similarity": Experiment("the similarity cap over backgrounds from plain to busy", similarity, True),
+    "similarity": Experiment("the similarity cap over backgrounds from plain to busy", similarity, "density"),
     "order": Experiment("the order of the tokens", order),
-    "dense-steps": Experiment("the share of dense steps", dense_steps),
+    "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
 }

@@ -1,4 +1,4 @@
-"""An experiment as a picture: PSNR against density, or a point a setting."""
+"""An experiment as a picture: PSNR against density, or a line a setting."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any
 
 Row = dict[str, Any]
 
+AXES = {"density": "density of the sparse steps", "density_run": "density of all steps"}
 
-def plot(rows: list[Row], title: str, path: Path, *, curve: bool) -> bool:
-    """Writes a PNG; False where there is nothing to draw, or no matplotlib to draw with."""
+
+def plot(rows: list[Row], title: str, path: Path, *, axis: str | None) -> bool:
+    """Writes a PNG, with PSNR against the density that `axis` names, if it names one.
+
+    False where there is nothing to draw, or no matplotlib to draw with.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -19,9 +24,12 @@ def plot(rows: list[Row], title: str, path: Path, *, curve: bool) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (7, 4.5) if curve else (7, 0.32 * len(rows) + 1.2)
+    size = (7, 4.5) if axis else (7, 0.32 * len(rows) + 1.2)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    (_curves if curve else _points)(axes, rows)
+    if axis:
+        _curves(axes, rows, axis)
+    else:
+        _points(axes, rows)
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
@@ -29,14 +37,14 @@ def plot(rows: list[Row], title: str, path: Path, *, curve: bool) -> bool:
     return True
 
 
-def _curves(axes: Any, rows: list[Row]) -> None:
+def _curves(axes: Any, rows: list[Row], axis: str) -> None:
     colours: dict[str, Any] = {}
     for series in dict.fromkeys(row["series"] for row in rows):
-        points = sorted((row for row in rows if row["series"] == series), key=lambda row: row["density"])
+        points = sorted((row for row in rows if row["series"] == series), key=lambda row: row[axis])
         # Two series over the same content have the same colour, the second one is dashed.
         group = points[0]["content"] or series
         line = axes.errorbar(
-            [row["density"] for row in points],
+            [row[axis] for row in points],
             [row["psnr"] for row in points],
             yerr=[row["psnr_ci"] or 0 for row in points],
             marker="o",
@@ -48,7 +56,7 @@ def _curves(axes: Any, rows: list[Row]) -> None:
             label=series,
         )
         colours[group] = line.lines[0].get_color()
-    axes.set(xlabel="density of the sparse steps", ylabel="PSNR against dense (dB), 95 % interval")
+    axes.set(xlabel=AXES[axis], ylabel="PSNR against dense (dB), 95 % interval")
     axes.legend(frameon=False, fontsize=8)
 
 
