@@ -91,6 +91,7 @@ def rules() -> Iterator[Setting]:
     ways = {
         "count": {},
         "budget": {"rule": "budget"},
+        "budget, levels to 8": {"rule": "budget", "levels": [1, 2, 4, 8]},
         "count, rest mean": {"rest": "mean"},
         "budget, rest mean": {"rule": "budget", "rest": "mean"},
         "count, shared guidance": {"share_guidance": True},
@@ -102,6 +103,12 @@ def rules() -> Iterator[Setting]:
         preset = vary_if_known(name, "psa-3", thresholds=at_density(share), **changes, **spending)
         if preset is not None:
             yield Setting(name, preset, f"count {share}", way)
+    # Their densities depend on the videos and come near these two.
+    for share, floor in ((0.25, 0.15), (0.25, 0.12), (0.15, 0.04), (0.15, 0.06)):
+        preset = vary(
+            "psa-3", rule="mass", thresholds=[0.4, 0.6, 0.9] if share == 0.25 else [0.3, 0.45, 0.7], floor=floor
+        )
+        yield Setting(f"mass, floor {floor}", preset, f"count {share}", "mass")
 
 
 EXPERIMENTS = {
