@@ -30,7 +30,7 @@ def document(
         **settings,
         "hardware": hardware(device),
         "versions": versions(),
-        "commit": commit or _head(),
+        "commit": commit or head(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }
@@ -41,8 +41,8 @@ def write(result: dict[str, Any], output: Path) -> None:
     output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _head() -> str:
-    """Empty outside a checkout, and where there is no git."""
+def head() -> str:
+    """Git's HEAD, abbreviated; empty outside a checkout, and where there is no git."""
     try:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:

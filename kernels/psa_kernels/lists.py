@@ -46,6 +46,13 @@ class BlockLists:
             ids.to(id_dtype(key_blocks), memory_format=torch.contiguous_format), counts.to(torch.int32), key_blocks
         )
 
+    def levels(self) -> torch.Tensor:
+        """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
+        place = torch.arange(self.ids.shape[-1], device=self.ids.device)
+        level = (place >= self.counts.cumsum(-1)[..., None]).sum(-2)
+        past_last = level.new_full((*level.shape[:-1], self.key_blocks), self.counts.shape[-1])
+        return past_last.scatter_(-1, self.ids.long(), level)
+
 
 def id_dtype(key_blocks: int) -> torch.dtype:
     """The shorter integer that can name every key block."""
@@ -61,12 +68,6 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     if spec.rule != "count" or spec.rest != "skip":
         return key_blocks
     return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)
-
-    def levels(self) -> torch.Tensor:
-        """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
-        place = torch.arange(self.ids.shape[-1], device=self.ids.device)
-        level = sum((place >= end[..., None]).long() for end in self.counts.cumsum(-1).unbind(-1))
-        return torch.empty_like(level).scatter_(-1, self.ids.long(), level)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Importance:
     Each query block is represented by one vector of every `query_stride` neighbouring queries and each key block by one
     of every `key_stride` keys: the first of them (`sampled`) or their mean (`pooled`). The paper's sample counts are
     s_q = block_query / query_stride and s_k = block_key / key_stride. `statistic` reduces the softmax probabilities of
-    a pair of blocks to one number.
+    a pair of blocks to one number. The default strides cost a quarter of the paper's, which are 4 and 4.
     """
 
     estimator: str = "sampled"
@@ -35,8 +35,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3, its importance from
-    every 8th token.
+    """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3.
 
     Attributes:
         block_query: queries per query block.

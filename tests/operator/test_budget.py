@@ -20,13 +20,6 @@ def budget_spec(density=0.25, **changes):
     return AttentionSpec(rule="budget", density=density, **settings)
 
 
-def levels_of(lists, num_levels):
-    level = torch.full((*lists.ids.shape[:3], lists.key_blocks), num_levels)
-    place = torch.arange(lists.ids.shape[-1])
-    kind = (place >= lists.counts.cumsum(-1)[..., None]).sum(-2)
-    return level.scatter(-1, lists.ids.long(), kind)
-
-
 def random_prices(levels, shape, seed):
     draw = torch.Generator().manual_seed(seed)
     steps = torch.randint(0, HIGHEST_PRICE, (levels, *shape), generator=draw)
@@ -87,7 +80,7 @@ def test_rows_spend_their_budget(levels, rest, density):
     shape = (2, 3, 5, 40)
     given = random_prices(len(levels), shape, seed=round(density * 100))
     importance = torch.rand(shape)
-    level = levels_of(allocate_budget(given, importance, spec), len(levels))
+    level = allocate_budget(given, importance, spec).levels()
     units = torch.tensor(unit_costs(spec))
     cost, budget = units[level].sum(-1), row_budget(spec, 40)
     assert (level.gather(-1, importance.argmax(-1, keepdim=True)) < len(levels)).all() or rest == "mean"
@@ -103,7 +96,7 @@ def test_no_exchange_between_two_blocks_would_err_less():
     errors[0] = 0
     given = prices._prices(errors, spec)
     importance = torch.rand(1, 1, 1, 30)
-    level = levels_of(allocate_budget(given, importance, spec), 3)[0, 0, 0]
+    level = allocate_budget(given, importance, spec).levels()[0, 0, 0]
     costs = torch.tensor([1, 1 / 2, 1 / 4, 0])
     table = errors[:, 0, 0, 0]
     error, cost = table.gather(0, level[None]).sum(), costs[level].sum()

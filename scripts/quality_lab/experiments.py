@@ -1,0 +1,125 @@
+"""The experiments: which settings each compares. All settings count blocks of 128 queries and 64 keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from demo.captions import BACKGROUNDS
+from quality_lab.settings import Setting, at_density, published, scaled, vary, vary_if_known
+
+DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5)
+COUNT_SCALES = (0.4, 0.6, 0.8, 1.0, 1.4)
+MASS_SCALES = (0.5, 0.7, 0.85, 1.0, 1.1)
+MASS_THRESHOLDS = (0.7, 0.8, 0.9)
+FLOOR = 0.12
+STRIDES = (4, 8, 16)
+SIMILARITY = [0.7, 0.65]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked, its settings, and the density that the plot shows PSNR against; None for a line a setting."""
+
+    about: str
+    settings: Callable[[], Iterator[Setting]]
+    axis: str | None = None
+
+
+def density() -> Iterator[Setting]:
+    for share in DENSITIES:
+        binary = f"binary {share}"
+        yield Setting(binary, vary("psa-3", levels=[1], thresholds=[share]), binary, "binary")
+        yield Setting(f"psa-3 {share}", vary("psa-3", thresholds=at_density(share)), binary, "psa-3, scaled")
+
+
+def levels() -> Iterator[Setting]:
+    first = "binary mass 0.85"
+    for mass in (0.85, 0.75, 0.8, 0.9):
+        yield Setting(f"binary mass {mass}", vary("psa-3", rule="mass", levels=[1], thresholds=[mass]), first, "mass")
+    pyramid = vary("psa-3", rule="mass", levels=[1, 2, 4, 8], thresholds=[0.7, 0.8, 0.9, 0.9])
+    yield Setting("levels mass .7 .8 .9 .9", pyramid, first, "mass")
+    for number in range(1, 6):
+        yield Setting(f"psa-{number}", published(f"psa-{number}"), "psa-1", "count, published")
+
+
+def thresholds() -> Iterator[Setting]:
+    first = "count x 1.0"
+    for scale in sorted(COUNT_SCALES, key=lambda scale: scale != 1):
+        yield Setting(f"count x {scale}", vary("psa-3", thresholds=scaled(scale)), first, "count")
+    for scale in COUNT_SCALES:
+        if scaled(scale)[0] < FLOOR:  # a lower floor changes nothing
+            preset = vary("psa-3", thresholds=scaled(scale), floor=FLOOR)
+            yield Setting(f"count x {scale}, floor {FLOOR}", preset, first, f"count, floor {FLOOR}")
+    for floor, scale in product((0.0, FLOOR), MASS_SCALES):
+        series = f"mass, floor {floor}" if floor else "mass"
+        preset = vary("psa-3", rule="mass", thresholds=scaled(scale, MASS_THRESHOLDS), floor=floor)
+        yield Setting(series.replace("mass", f"mass x {scale}"), preset, first, series)
+
+
+def estimators() -> Iterator[Setting]:
+    for estimator, statistic, stride in product(("sampled", "pooled"), ("max", "mean"), STRIDES):
+        importance = {"estimator": estimator, "statistic": statistic, "query_stride": stride, "key_stride": stride}
+        preset = vary("psa-3", importance=importance)
+        yield Setting(
+            f"{estimator} {statistic} {stride}/{stride}", preset, "sampled max 4/4", f"{estimator} {statistic}"
+        )
+
+
+def similarity() -> Iterator[Setting]:
+    """The cap raises the density, so both are measured at two scales: curves can be compared where densities meet."""
+    for content in BACKGROUNDS:
+        first = f"{content}, no cap x 1.0"
+        for cap, scale in ((None, 1.0), (SIMILARITY, 1.0), (None, 1.5), (SIMILARITY, 0.7)):
+            word = "cap" if cap else "no cap"
+            preset = vary("psa-3", thresholds=scaled(scale), similarity=cap)
+            yield Setting(f"{content}, {word} x {scale}", preset, first, f"{content}, {word}", content)
+
+
+def order() -> Iterator[Setting]:
+    for base, way in product(("psa-3", "psa-5"), ("hilbert", "tiles", "raster")):
+        yield Setting(f"{base} {way}", vary(base, order=way), f"{base} hilbert", base)
+
+
+def dense_steps() -> Iterator[Setting]:
+    for share in (0.0, 0.1, 0.25, 0.4, 0.5):
+        yield Setting(f"dense {share:.0%}", vary("psa-3", dense_steps=share), "dense 0%", "psa-3")
+
+
+def rules() -> Iterator[Setting]:
+    ways = {
+        "count": {},
+        "budget": {"rule": "budget"},
+        "budget, levels to 8": {"rule": "budget", "levels": [1, 2, 4, 8]},
+        "count, rest mean": {"rest": "mean"},
+        "budget, rest mean": {"rule": "budget", "rest": "mean"},
+        "count, shared guidance": {"share_guidance": True},
+        "count, refresh 4": {"refresh": 4},
+    }
+    for share, (way, changes) in product((0.15, 0.25), ways.items()):
+        name = f"{way} {share}"
+        spending = {"density": share} if "rule" in changes else {}
+        preset = vary_if_known(name, "psa-3", thresholds=at_density(share), **changes, **spending)
+        if preset is not None:
+            yield Setting(name, preset, f"count {share}", way)
+    # Their densities depend on the videos and come near these two.
+    for share, floor in ((0.25, 0.15), (0.25, 0.12), (0.15, 0.04), (0.15, 0.06)):
+        preset = vary(
+            "psa-3", rule="mass", thresholds=[0.4, 0.6, 0.9] if share == 0.25 else [0.3, 0.45, 0.7], floor=floor
+        )
+        yield Setting(f"mass, floor {floor}", preset, f"count {share}", "mass")
+
+
+EXPERIMENTS = {
+    "density": Experiment(
+        "a pyramid against blocks that are kept or skipped, at the same densities", density, "density"
+    ),
+    "levels": Experiment("four levels against one, by mass; the five published presets, by count", levels),
+    "thresholds": Experiment("the count rule against the mass rule, with and without a floor", thresholds, "density"),
+    "estimators": Experiment("how the importance of blocks is estimated", estimators),
+    "similarity": Experiment("the similarity cap over backgrounds from plain to busy", similarity, "density"),
+    "order": Experiment("the order of the tokens", order),
+    "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
+    "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
+}
