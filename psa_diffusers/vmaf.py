@@ -73,11 +73,13 @@ def _measure(command: str, reference: np.ndarray, other: np.ndarray) -> dict[str
 @lru_cache(maxsize=1)
 def _ffmpeg() -> tuple[str, str | None]:
     """The program, and why it cannot be used."""
-    import imageio_ffmpeg
-
     try:
+        import imageio_ffmpeg
+
         command = imageio_ffmpeg.get_ffmpeg_exe()
         filters = subprocess.run([command, "-hide_banner", "-filters"], capture_output=True, text=True, check=True)
+    except ImportError:
+        return "", "imageio-ffmpeg is not installed"
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return "", f"ffmpeg cannot be run ({type(error).__name__})"
     if re.search(r"\blibvmaf\b", filters.stdout) is None:

@@ -45,12 +45,12 @@ def watched_work(plan, place: Place) -> None:
     """As `workers.work`, but a process that begins with the fox is killed."""
     original = generate.generate_video
 
-    def generate_video(pipe, plan, prompt, name):
+    def generate_video(pipe, plan, prompt, *rest):
         with open(os.environ[LOG], "a") as file:
             file.write(f"{place.rank}:{prompt}\n")
         if prompt == "a fox":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(pipe, plan, prompt, name)
+        return original(pipe, plan, prompt, *rest)
 
     generate.generate_video = generate_video
     workers.work(plan, place)

@@ -50,7 +50,7 @@ def test_errors_are_those_of_the_formula(rest):
                         deviations = torch.cat([group - group.mean(0) for group in groups])
                         spreads.append(deviations.square().mean(0))
                     noise, spread = energy @ spreads[0], spreads[1].sum()
-                    error = prices.COVARIANCE * noise * spread + noise**2 * distance / 4
+                    error = prices.COVARIANCE * factor / 16 * noise * spread + noise**2 * distance / 4
                     expected = error * mass[j] ** prices.EXPONENT
                     assert found[level, head, i, j] == pytest.approx(expected.item(), abs=1e-12)
                 if rest == "skip":

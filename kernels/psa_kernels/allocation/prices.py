@@ -1,18 +1,19 @@
 """What a finer level is worth, for every pair of blocks, in PyTorch.
 
 To pool keys that differ, or to skip a block, moves the output of the attention. For a block that holds the share m of a
-query's attention, whose logits vary by `noise` (a variance) inside groups of tokens, the values by `spread`, and whose
+query's attention, whose logits vary by `noise` (a variance) inside groups of p tokens, the values by `spread`, and whose
 mean value lies `distance` from the output, the squared error is to second order
 
-    pooled    m^2 (c noise * spread + (noise * distance)^2 / 4)
-    skipped   m^2 distance^2
+    pooled p-fold   m^2 (c p / block_key noise * spread + (noise * distance)^2 / 4)
+    skipped         m^2 distance^2
 
-The first term is the covariance of weights and values that a mean loses, c the square of their correlation; the second,
-the weight that the group loses because exp is convex. A price is the error that a finer level spares for each unit of
-the cost that it adds.
+The first term is the covariance of weights and values that a mean loses, in `block_key / p` groups that err
+independently; the second, the weight that a group loses because exp is convex. A price is the error that a finer level
+spares for each unit of the cost that it adds.
 
-Two constants are not of this theory but chosen by the videos of the demo model: c is set to 1, its largest value, for
-errors of one sign add up over blocks; and m has the exponent 1.4, since what is known of it is an estimate.
+Two constants are not of this theory but those with which videos of the demo model came closest to the dense ones: c is 16
+where independent groups would have at most 1, for their errors are not independent; and m has the exponent 1.4, since
+what is known of it is an estimate.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from psa_kernels.threads import run_tasks
 # Prices are fixed-point logarithms: steps of 1/256 of an octave, 64 octaves down and up from 1.
 STEPS_PER_OCTAVE = 256
 HIGHEST_PRICE = 128 * STEPS_PER_OCTAVE - 1
-COVARIANCE = 1.0
+COVARIANCE = 16.0
 EXPONENT = 1.4
 TOKENS_AT_ONCE = 1 << 19
 
@@ -91,7 +92,7 @@ def _errors(
     for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
         noise = energy @ _spread(keys, factor, spec.block_key).mT
         spread = _spread(values, factor, spec.block_key).sum(-1)[:, None]
-        errors.append(COVARIANCE * noise * spread + noise.square() * distance / 4)
+        errors.append(COVARIANCE * factor / spec.block_key * noise * spread + noise.square() * distance / 4)
     if spec.rest == "skip":
         errors.append(distance)
     return torch.stack(errors) * mass**EXPONENT
