@@ -1,8 +1,8 @@
 """What a finer level is worth, for every pair of blocks, in PyTorch.
 
-To pool keys that differ, or to skip a block, moves the output of the attention. For a block that holds the share m of a
-query's attention, whose logits vary by `noise` (a variance) inside groups of p tokens, the values by `spread`, and whose
-mean value lies `distance` from the output, the squared error is to second order
+To pool keys that differ, or to skip a block, moves the output of the attention. For a block that holds the share m of
+a query's attention, whose logits vary by `noise` (a variance) inside groups of p tokens, the values by `spread`, and
+whose mean value lies `distance` from the output, the squared error is to second order
 
     pooled p-fold   m^2 (c p / block_key noise * spread + (noise * distance)^2 / 4)
     skipped         m^2 distance^2
@@ -11,8 +11,8 @@ The first term is the covariance of weights and values that a mean loses, in `bl
 independently; the second, the weight that a group loses because exp is convex. A price is the error that a finer level
 spares for each unit of the cost that it adds.
 
-Two constants are not of this theory but those with which videos of the demo model came closest to the dense ones: c is 16
-where independent groups would have at most 1, for their errors are not independent; and m has the exponent 1.4, since
+Two constants are not of this theory but those with which videos of the demo model came closest to the dense ones: c is
+16 where independent groups would have at most 1, for their errors are not independent; and m has the exponent 1.4, for
 what is known of it is an estimate.
 """
 
