@@ -33,15 +33,15 @@ def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     """
     if reference.shape != other.shape:
         raise ValueError(f"the two videos differ in shape: {reference.shape} and {other.shape}")
+    return {**psnr_and_ssim(reference, other), "lpips": lpips(reference, other), "vmaf": vmaf(reference, other)}
+
+
+def psnr_and_ssim(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+    """The part of `compare_frames` that needs neither a network nor a program; for equal shapes."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         pairs = list(pool.map(_frame_figures, reference, other))
     psnr, ssim, same = zip(*pairs, strict=True)
-    return {
-        "psnr": {**_summary(psnr), "identical_frames": sum(same)},
-        "ssim": _summary(ssim),
-        "lpips": lpips(reference, other),
-        "vmaf": vmaf(reference, other),
-    }
+    return {"psnr": {**_summary(psnr), "identical_frames": sum(same)}, "ssim": _summary(ssim)}
 
 
 def lpips(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffusers import WanPipeline
 from results import publish
 
 from psa_diffusers import apply_psa
-from psa_diffusers.metrics import compare_frames
+from psa_diffusers.metrics import psnr_and_ssim
 from psa_diffusers.step_clock import StepClock
 
 PROMPTS = (
@@ -69,7 +69,7 @@ def main() -> None:
             with apply_psa(pipe, preset) as psa:
                 video, seconds = generate(pipe, prompt, seed, options.steps)
             stats = psa.stats()
-            figures = compare_frames(dense, video)
+            figures = psnr_and_ssim(dense, video)
             runs[preset].append(
                 {
                     "density_sparse": stats.density_sparse,

@@ -23,11 +23,11 @@ def ssim(reference: torch.Tensor, video: torch.Tensor) -> list[float | None]:
     """Mean over frames of each video's SSIM; empty where scikit-image is not installed."""
     if not _has_skimage():
         return []
-    from psa_diffusers.metrics import compare_frames
+    from psa_diffusers.metrics import psnr_and_ssim
 
     pairs = zip(reference, video, strict=True)
     frames = ([video.permute(0, 2, 3, 1).float().cpu().numpy() for video in pair] for pair in pairs)
-    return [compare_frames(*pair)["ssim"]["mean"] for pair in frames]
+    return [psnr_and_ssim(*pair)["ssim"]["mean"] for pair in frames]
 
 
 def half_interval(values: Sequence[float]) -> float | None:
