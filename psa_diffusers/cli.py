@@ -9,6 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
+from psa_diffusers.cli_options import (
+    OWN_DEFAULT,
+    PLACE,
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    NegativePrompt,
+    Offload,
+    Steps,
+    Width,
+)
 from psa_diffusers.errors import InputError
 from psa_diffusers.stopping import listen
 
@@ -18,7 +30,6 @@ OUT_OF_MEMORY = (
     "finished prompts are kept"
 )
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
-OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
 GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare them with dense attention.
 
@@ -82,29 +93,18 @@ def _generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
     samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)] = None,
+    steps: Steps = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale (of both experts).", rich_help_panel=OWN_DEFAULT)
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)
-    ] = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16 or float32; the VAE is float32.", rich_help_panel=PLACE)
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=PLACE)] = "auto",
-    offload: Annotated[
-        str,
-        typer.Option(
-            help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE
-        ),
-    ] = "none",
+    negative_prompt: NegativePrompt = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
     num_processes: Annotated[
         int,
         typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),

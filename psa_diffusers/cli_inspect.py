@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from psa_diffusers.cli import OWN_DEFAULT, PLACE, note, prepare_process, print_json, run_command
+from psa_diffusers.cli import note, prepare_process, print_json, run_command
+from psa_diffusers.cli_options import OWN_DEFAULT, Device, Dtype, Frames, Height, NegativePrompt, Offload, Steps, Width
 
 INSPECT_HELP = """Draw which key blocks each query block reads, and how finely: one layer, one head, one denoising step.
 
@@ -36,19 +37,15 @@ def _inspect(
     output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write.")] = "mask.png",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)] = None,
+    steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4k+1.", rich_help_panel=OWN_DEFAULT)] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16, float16 or float32; the VAE is float32.", rich_help_panel=PLACE)
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=PLACE)] = "auto",
-    offload: Annotated[str, typer.Option(help="none, model or group.", rich_help_panel=PLACE)] = "none",
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    negative_prompt: NegativePrompt = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
     image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
 ) -> None:
     prepare_process()

@@ -1,0 +1,21 @@
+"""Options that several commands have: what a pipeline is called with, and where it runs."""
+
+from typing import Annotated
+
+import typer
+
+OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
+
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)]
+Height = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
+Width = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
+Frames = Annotated[int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)]
+Dtype = Annotated[
+    str, typer.Option(help="auto, bfloat16, float16 or float32; the VAE is float32.", rich_help_panel=PLACE)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=PLACE)]
+Offload = Annotated[
+    str,
+    typer.Option(help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE),
+]
