@@ -106,6 +106,7 @@ def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
     return finish(plan, folder, todo)
 
 
+@stopping.carried_out()
 def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
     settings = plan.settings
     started = time.perf_counter()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psa_diffusers import stopping
 from psa_diffusers.errors import InputError
 from psa_diffusers.generate import generate_video
 from psa_diffusers.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
@@ -28,6 +29,7 @@ class Place:
     step: int | None = None
 
 
+@stopping.carried_out()
 def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False) -> dict[str, Any]:
     """Runs the pipeline up to the step and draws its mask; returns the summary.
 

@@ -1,11 +1,14 @@
 """A request to stop by Ctrl-C or by a job scheduler's SIGTERM, which must not get lost.
 
-The exception that a signal's handler raises is swallowed where Python is in a callback, as when it starts a process. So
-the request is noted too, and whoever works asks between steps.
+The exception that a signal's handler raises is swallowed where Python is in a callback, as when it starts a process, or
+becomes another where a compiled library calls Python, as when weights are read. So the request is noted too, and who
+works asks between steps and at errors.
 """
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 _requested = threading.Event()
@@ -24,6 +27,16 @@ def check() -> None:
     if _requested.is_set():
         _requested.clear()
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def carried_out() -> Iterator[None]:
+    """Raise KeyboardInterrupt in place of an error, if a stop was requested: it is what the stop became."""
+    try:
+        yield
+    except Exception:
+        check()
+        raise
 
 
 def _request(number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from tiny_pipelines import tiny_wan
 from typer.testing import CliRunner
 
 from psa_diffusers import cli, generate
+from psa_diffusers.errors import InputError
 from psa_diffusers.model_aliases import MODELS
 from psa_diffusers.video import write_video
 
@@ -184,6 +185,15 @@ def test_psa_compare(tmp_path):
     assert again.stderr.startswith("psa-compare: error: --output out: side-by-side.mp4 is already there")
 
 
+@pytest.fixture
+def handlers_kept():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers_kept")
 def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_path, monkeypatch, capsys):
     """An exception that a signal's handler raises inside a callback is ignored by Python."""
     load = generate.load_pipeline
@@ -201,11 +211,26 @@ def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_pa
         return pipe
 
     monkeypatch.setattr(generate, "load_pipeline", load_and_signal)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = psa_generate("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat")
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    code = psa_generate("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat")
     assert code == 130 and "interrupted, 1 of 1 prompts missing" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
+
+
+@pytest.mark.usefixtures("handlers_kept")
+def test_a_stop_that_became_another_error_is_still_a_stop(model, tmp_path, monkeypatch, capsys):
+    """What a signal's handler raises while weights are read comes out as an error about their file."""
+    stops = [True, False]
+
+    def load_pipeline(*arguments, **settings):
+        if stops.pop(0):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        raise InputError("--model m: cannot be loaded")
+
+    monkeypatch.setattr(generate, "load_pipeline", load_pipeline)
+    command = ("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat")
+    assert psa_generate(*command) == 130
+    assert "interrupted, 1 of 1 prompts missing" in capsys.readouterr().err
+    # The next run has an error of its own, and no stop.
+    assert psa_generate(*command) == 2
+    assert "error: --model m: cannot be loaded" in capsys.readouterr().err

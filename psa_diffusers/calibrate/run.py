@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from psa_diffusers import stopping
 from psa_diffusers.calibrate.capture import Figures, curves_of
 from psa_diffusers.calibrate.runs import Presets, Runs
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
@@ -90,6 +91,7 @@ def check(calibration: Calibration) -> None:
         raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")
 
 
+@stopping.carried_out()
 def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str, Any]:
     """Carries a calibration out, continuing one that was stopped; returns the summary.
 
