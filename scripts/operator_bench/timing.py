@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from operator_bench.workloads import Case, Workload
 
+# What times a call so many times: milliseconds, and GiB beyond the inputs where it can tell.
+Timer = Callable[[Callable[[], object], int], tuple[float, float | None]]
 # About 20 ms, in which the host enqueues the calls.
 HEAD_START_CYCLES = 40_000_000
 SLOW_MS = 100
 SLOW_REPEATS = 3
 
 
-def rows_of(case: Case, workload: Workload, repeats: int) -> Iterator[dict[str, Any]]:
-    """One row for each method that the case stands for."""
+def rows_of(case: Case, workload: Workload, repeats: int, timer: Timer | None = None) -> Iterator[dict[str, Any]]:
+    """One row for each method that the case stands for, timed by `measure` unless another timer is given."""
     try:
-        figures = figures_of(case, workload, *measure(case.call, repeats))
+        figures = figures_of(case, workload, *(timer or measure)(case.call, repeats))
     except Exception as error:  # a call that does not run here is a fact to report, not a reason to stop
         torch.cuda.empty_cache()
         figures = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
@@ -27,12 +29,16 @@ def rows_of(case: Case, workload: Workload, repeats: int) -> Iterator[dict[str, 
         yield {"workload": workload.name, "method": method, "density": density, "stage": case.stage, **figures}
 
 
-def figures_of(case: Case, workload: Workload, milliseconds: float, extra_gib: float) -> dict[str, float | None]:
+def figures_of(case: Case, workload: Workload, milliseconds: float, extra_gib: float | None) -> dict[str, float | None]:
     """Effective TFLOP/s is density x dense FLOPs / time, which only the stages that attend have."""
     tflops = None
     if case.density is not None and case.stage in ("total", "attention"):
         tflops = round(case.density * workload.dense_flops / milliseconds / 1e9, 1)
-    return {"ms": round(milliseconds, 4), "tflops": tflops, "extra_gib": round(extra_gib, 3)}
+    return {
+        "ms": round(milliseconds, 4),
+        "tflops": tflops,
+        "extra_gib": None if extra_gib is None else round(extra_gib, 3),
+    }
 
 
 def measure(call: Callable[[], object], repeats: int) -> tuple[float, float]:
