@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import MODELS, ModelCard, Part, card_for
+from psa_diffusers.model_aliases import MODELS
+from psa_diffusers.model_card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
 from psa_diffusers.pipeline_kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -63,11 +64,11 @@ def resolve_model(name: str) -> Model:
                 f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
             )
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _known_pipeline(name, index))
+        card = _card_for(source, _known_pipeline(name, index))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _known_pipeline(name, index))
+        card = _card_for(source, _known_pipeline(name, index))
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
@@ -177,12 +178,30 @@ def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     return pipeline
 
 
+def _card_for(source: str, pipeline: str) -> ModelCard:
+    """The card of a hub id or a local folder.
+
+    A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
+    has no negative prompt and the settings of the first alias with the same pipeline; Wan's pipelines, which serve
+    models of several sizes, have the defaults of diffusers.
+    """
+    repository = source.rstrip("/").rsplit("/", 1)[-1]
+    cards = [card for card in MODELS.values() if card.pipeline == pipeline]
+    for card in cards:
+        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
+            return card
+    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
+    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
+        return ModelCard(**unknown, pipeline=pipeline)
+    return replace(cards[0], **unknown)
+
+
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f" (did you mean {close[0]}?)" if close else ""
     return (
-        f"--model {name}: no such model; {hint}Known are {', '.join(MODELS)}, "
-        "a hub id (owner/name), or a folder with a model_index.json"
+        f"--model {name}: no such model{hint}; allowed: {', '.join(MODELS)}, a hub id (owner/name), "
+        "or a folder with a model_index.json"
     )
 
 
