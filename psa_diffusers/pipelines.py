@@ -24,7 +24,8 @@ class Model:
 
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
-    transformers. `fixed_size` is the only height and width of a model that can make no other.
+    transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
+    height and width of a model that can make no other.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model:
     frame_step: int
     num_layers: int
     experts: int
+    num_heads: int | None = None
     fixed_size: tuple[int, int] | None = None
 
     @property
@@ -164,6 +166,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         size_step=size_step,
         frame_step=frame_step,
         num_layers=kind.layer_count(transformer),
+        num_heads=transformer.get("num_attention_heads"),
         fixed_size=(card.height, card.width) if fixed else None,
         experts=1 if index.get("transformer_2", (None, None))[1] is None else 2,
     )
