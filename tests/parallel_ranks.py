@@ -18,7 +18,7 @@ from tiny_families.hunyuan_video15 import tiny_hunyuan_video15
 from tiny_pipelines import tiny_wan
 
 from psa_diffusers import PSAProcessor, context_parallel_plan
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 
 # Four ranks need four heads.
 MODELS = {
