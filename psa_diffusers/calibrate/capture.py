@@ -46,19 +46,22 @@ class MeasuringProcessor(PSAProcessor):
             self._hooks.append(reference().register_forward_hook(self._probe, with_kwargs=True))
 
     def figures(self) -> Figures:
-        """Of each layer the means over its measured calls: `errors` (squared) and `densities`, one a scale; `effect`.
+        """Of each layer the means over its measured calls: `errors` and `densities`, one a scale, and `effect`.
 
-        And `blocks`, its number of key blocks.
+        `effect` is the squared error of the transformer's output with this layer sparse by the base preset, and
+        `errors` are those of the attention, carried over to the output by that ratio, call by call. And `blocks`, the
+        layer's number of key blocks.
         """
-        return {
-            name: {
-                "errors": _means(self._errors[name]),
-                "densities": _means(self._densities[name]),
-                "effect": _means(self._effects[name]),
+        figures = {}
+        for name, each in self._errors.items():
+            errors, effects = torch.stack(each).double(), torch.stack(self._effects[name]).double()
+            figures[name] = {
+                "errors": (errors / errors[:, BASE, None].clamp_min(1e-20) * effects).mean(0).tolist(),
+                "densities": torch.stack(self._densities[name]).double().mean(0).tolist(),
+                "effect": effects.mean(0).tolist(),
                 "blocks": [self._blocks[name]],
             }
-            for name in self._errors
-        }
+        return figures
 
     def _attend(
         self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
@@ -115,17 +118,15 @@ class MeasuringProcessor(PSAProcessor):
             self._effects[layer.name].append(_squared_error(_tensor(changed), _tensor(output))[None])
 
 
-def curves_of(figures: list[Figures], base: int = BASE) -> dict[str, tuple[list[float], list[float]]]:
-    """Densities and errors by layer over several prompts, the errors carried over to the transformer's output."""
+def curves_of(figures: list[Figures]) -> dict[str, tuple[list[float], list[float]]]:
+    """Densities and errors by layer, means over several videos."""
     merged: dict[str, tuple[list[float], list[float]]] = {}
     for name in {name: None for each in figures for name in each}:
         rows = [each[name] for each in figures if name in each]
         densities = np.mean([row["densities"] for row in rows], axis=0)
-        errors = np.mean([row["errors"] for row in rows], axis=0)
-        effect = float(np.mean([row["effect"] for row in rows]))
         # More work never counts as a larger error: a rise is noise of the few prompts.
-        errors = np.minimum.accumulate(errors)
-        merged[name] = (densities.tolist(), (errors * effect / max(errors[base], 1e-20)).tolist())
+        errors = np.minimum.accumulate(np.mean([row["errors"] for row in rows], axis=0))
+        merged[name] = (densities.tolist(), errors.tolist())
     return merged
 
 
@@ -136,7 +137,3 @@ def _squared_error(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 def _tensor(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
-
-
-def _means(values: list[torch.Tensor]) -> list[float]:
-    return torch.stack(values).double().mean(0).tolist()

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from psa_diffusers.calibrate.capture import Figures, curves_of
-from psa_diffusers.calibrate.runs import Presets, Runs
+from psa_diffusers.calibrate.runs import Presets, Runs, Video
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
 from psa_diffusers.calibrate.solve import Curve, Solution, reachable, spread, uniform
 from psa_diffusers.calibrate.store import Store
@@ -39,6 +39,7 @@ class Calibration:
     Attributes:
         plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
         held_out: prompts to verify on.
+        batch: how many videos are made at once.
         target: what the preset is to reach.
         measured_steps: at how many denoising steps to measure.
         output: the YAML file; that of a second expert has "-2" at the end of its name.
@@ -50,6 +51,18 @@ class Calibration:
     measured_steps: int
     output: Path
     overwrite: bool
+    batch: int = 1
+
+    @property
+    def measured(self) -> list[Video]:
+        """The videos to measure on. Each of the calibration has a noise of its own."""
+        return [Video(prompt, self.plan.settings.seed + index) for index, prompt in enumerate(self.plan.prompts)]
+
+    @property
+    def verified(self) -> list[Video]:
+        """The videos to verify on."""
+        first = self.plan.settings.seed + len(self.plan.prompts)
+        return [Video(prompt, first + index) for index, prompt in enumerate(self.held_out)]
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -72,6 +85,8 @@ def check(calibration: Calibration) -> None:
     plan = calibration.plan
     if plan.preset is None:
         raise InputError("--base-preset dense: has no thresholds to scale; give a sparse preset")
+    if calibration.batch > 1 and plan.image is not None:
+        raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
     if calibration.output.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"--output {calibration.output}: must end in .yaml")
     for path in calibration.outputs:
@@ -103,14 +118,14 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     check(calibration)
     plan, target = calibration.plan, calibration.target
     settings = {name: value for name, value in plan.settings.to_dict().items() if name not in UNIMPORTANT}
-    store = Store(calibration.folder, settings, calibration.overwrite)
-    runs = Runs(plan, store, tell)
+    store = Store(calibration.folder, {**settings, "batch": calibration.batch}, calibration.overwrite)
+    runs = Runs(plan, store, tell, calibration.batch)
     tell(
         f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
         f"measurements are kept in {calibration.folder}"
     )
     steps = measured_steps(plan, calibration.measured_steps)
-    figures = [runs.measure(prompt, steps) for prompt in plan.prompts]
+    figures = runs.measure(calibration.measured, steps)
     curves = _curves(plan, figures, runs.layers(), tell)
     density = _density(calibration, runs, curves, tell)
     solutions = {which: spread(each, density) for which, each in curves.items()}
@@ -187,8 +202,10 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
             raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
         return target.value
     if target.kind == "speedup":
-        first = plan.prompts[0]
-        trials = [runs.sparse(first, presets_at(max(lowest, share)), f"timing density {share:g}") for share in TIMED]
+        first = calibration.measured[0]
+        trials = [
+            runs.sparse([first], presets_at(max(lowest, share)), f"timing density {share:g}")[0] for share in TIMED
+        ]
         dense = runs.timed_dense(first)
         timed = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
         dense_steps = plan.preset.dense_step_count(plan.settings.steps)
@@ -201,7 +218,7 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
         return density
 
     def psnr_at(density: float) -> float:
-        results = [runs.sparse(prompt, presets_at(density), f"trying {density:.3f}") for prompt in plan.prompts]
+        results = runs.sparse(calibration.measured, presets_at(density), f"trying {density:.3f}")
         values = [result["psnr"] for result in results if result["psnr"] is not None]
         psnr = float(np.mean(values)) if values else math.inf
         tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")

@@ -14,6 +14,7 @@ import numpy as np
 from psa_diffusers.calibrate.scaling import DENSE
 
 BETWEEN = 12  # choices between two measured scales
+BETWEEN_UNIFORM = 120  # likewise, where all layers take the same
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def spread(curves: Mapping[int, Curve], density: float) -> Solution:
 
 def uniform(curves: Mapping[int, Curve], density: float) -> Solution:
     """One scale for all layers, with that mean density (or the nearest that was measured)."""
-    choices = {layer: _choices(curve) for layer, curve in curves.items()}
+    choices = {layer: _choices(curve, BETWEEN_UNIFORM) for layer, curve in curves.items()}
     count = min(len(each.scales) for each in choices.values()) - 1  # without dense
     densities = [np.mean([each.densities[index] for each in choices.values()]) for index in range(count)]
     picked = int(np.abs(np.array(densities) - density).argmin())
@@ -79,14 +80,14 @@ def reachable(curves: Mapping[int, Curve]) -> float:
     return float(np.mean([min(curve.densities) for curve in curves.values()]))
 
 
-def _choices(curve: Curve) -> _Choices:
+def _choices(curve: Curve, between: int = BETWEEN) -> _Choices:
     """The measured scales, more between them, and dense.
 
     Between them the logarithm of the error is on straight lines over the density, not over the scale: where a few more
     hundredths of a threshold take in no further block, they save nothing.
     """
     places = np.arange(len(curve.scales))
-    fine = np.linspace(0, places[-1], places[-1] * BETWEEN + 1)
+    fine = np.linspace(0, places[-1], places[-1] * between + 1)
     scales = np.exp(np.interp(fine, places, np.log(curve.scales))).tolist()
     known = [curve.density_at(scale) for scale in scales]
     densities = np.interp(fine, places, curve.densities) if None in known else np.array(known)
