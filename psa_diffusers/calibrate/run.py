@@ -202,11 +202,10 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
             raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
         return target.value
     if target.kind == "speedup":
-        first = calibration.measured[0]
-        trials = [
-            runs.sparse([first], presets_at(max(lowest, share)), f"timing density {share:g}")[0] for share in TIMED
-        ]
-        dense = runs.timed_dense(first)
+        first = calibration.measured[: calibration.batch]
+        shares = [max(lowest, share) for share in TIMED]
+        trials = [runs.sparse(first, presets_at(share), f"timing density {share:g}")[0] for share in shares]
+        dense = runs.timed_dense(first)[0]
         timed = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
         dense_steps = plan.preset.dense_step_count(plan.settings.steps)
         density = density_for_speedup(target.value, plan.settings.steps, dense_steps, timed, lowest)

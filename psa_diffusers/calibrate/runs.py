@@ -57,7 +57,7 @@ class Runs:
         return self._once(videos, ("measure", steps), run)
 
     def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
-        """Makes the dense videos: of each `step`, the median seconds of a step."""
+        """Makes the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             results = self._make(batch, "dense")
@@ -66,16 +66,19 @@ class Runs:
 
         return self._once(videos, ("dense",), run)
 
-    def timed_dense(self, video: Video) -> float:
-        """Median seconds of a dense step, from a run in which nothing is measured or patched."""
-        return self._once(
-            [video], ("timed",), lambda batch: [self._make(batch, "timing dense")[0].seconds["median_step"]]
-        )[0]
+    def timed_dense(self, videos: Sequence[Video]) -> list[float]:
+        """Median seconds of a dense step, a video, from runs in which nothing is measured or patched."""
+
+        def run(batch: Sequence[Video]) -> list[float]:
+            return [result.seconds["median_step"] / len(batch) for result in self._make(batch, "timing dense")]
+
+        return self._once(videos, ("timed",), run)
 
     def sparse(self, videos: Sequence[Video], presets: Presets, what: str) -> list[dict[str, Any]]:
         """Of each video the PSNR in dB against the dense one (None if equal), `density`, and `step`.
 
-        `step` is the median time of a sparse step in seconds. Density and step are means over the videos made at once.
+        `step` is the median time of a sparse step in seconds, None without one. It and the density are means over the
+        videos made at once.
         The dense videos must have been made, by `measure` or `dense`.
         """
 
