@@ -10,8 +10,9 @@ from tiny_pipelines import run as run_pipeline
 from tiny_pipelines import tiny_wan
 
 from psa_diffusers import apply_psa, cli_calibrate, load_preset
+from psa_diffusers.calibrate import run as calibration
 from psa_diffusers.calibrate import runs, verify
-from psa_diffusers.calibrate.capture import MeasuringProcessor
+from psa_diffusers.calibrate.capture import PROBED, MeasuringProcessor
 from psa_diffusers.calibrate.scaling import BASE, SCALES
 from psa_diffusers.cli import run_command
 
@@ -39,6 +40,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture
 def calibrate(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibration, "STRENGTHS", (1.0,))
     Path("prompts.txt").write_text("a cat\na dog\na cow\n")
 
     def go(*arguments: str, model: str = "wan", base: str = "base.yaml"):
@@ -163,6 +165,27 @@ def test_a_speedup_is_aimed_at_with_times_of_this_machine(calibrate, monkeypatch
     assert summary["met"] == (summary["verified"]["calibrated"]["speedup"] >= 1.5)
 
 
+def test_single_layers_are_followed_as_far_as_it_helps(calibrate, monkeypatch):
+    """The videos are the pipeline's, their PSNR is made up: best where layer 1 attends about as much as layer 2."""
+    monkeypatch.setattr(calibration, "STRENGTHS", (0.0, 0.5, 1.0))
+    found = {}
+    for best in (0.0, 0.5):
+        monkeypatch.setattr(
+            runs.Runs,
+            "sparse",
+            lambda self, videos, presets, what, best=best: [
+                {"psnr": 30.0 if what == f"trying strength {best:g}" else 20.0, "density": 0.4, "step": 1.0}
+                for _ in videos
+            ],
+        )
+        code, summary, said = calibrate("--density", "0.4", "--height", "96", "--width", "96", "--frames", "9")
+        assert code == 0 and summary["strength"] == best and f"strength {best:g} it is" in said
+        found[best] = load_preset(Path("mine.yaml")).layer_specs(4)[1:]
+    # All alike, up to the few blocks that were left over.
+    spread = {best: np.ptp([spec.thresholds[-1] if spec else 1.0 for spec in specs]) for best, specs in found.items()}
+    assert spread[0.0] < 0.1 and spread[0.0] <= spread[0.5]
+
+
 def test_the_verdict_says_whether_it_can_tell():
     assert "0.50 dB better" in verify._verdict(0.5, 0.2) and "+0.30 to +0.70 dB" in verify._verdict(0.5, 0.2)
     assert "hold out more prompts" in verify._verdict(-0.1, 0.2) and "0.10 dB worse" in verify._verdict(-0.1, 0.2)
@@ -200,7 +223,9 @@ def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
         assert row["densities"][BASE] == pytest.approx(stats.density[1][index], abs=1e-6)
         assert len(row["errors"]) == len(SCALES)
         assert row["errors"][0] > row["errors"][-1] >= 0
-        assert row["errors"][BASE] == pytest.approx(row["effect"][0]) and row["effect"][0] > 0
+        # At these scales the error of the output was measured itself.
+        assert [row["errors"][index] for index in PROBED] == pytest.approx(row["effect"])
+        assert row["effect"][0] > row["effect"][-1] > 0
 
 
 @pytest.mark.parametrize(

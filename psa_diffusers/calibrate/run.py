@@ -15,7 +15,7 @@ import yaml
 from psa_diffusers.calibrate.capture import Figures, curves_of
 from psa_diffusers.calibrate.runs import Presets, Runs, Video
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
-from psa_diffusers.calibrate.solve import Curve, Solution, reachable, spread, uniform
+from psa_diffusers.calibrate.solve import Curve, Solution, drawn_together, judged, reachable, spread, uniform
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import Target, density_for_psnr, density_for_speedup
 from psa_diffusers.calibrate.verify import is_met, verify
@@ -29,6 +29,9 @@ Curves = dict[str, dict[int, Curve]]
 # Per video the settings that PSNR and measurements depend on; names and files do not count.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
+# How far to follow the errors of single layers; 0 treats all alike. Ties go to the first.
+STRENGTHS = (0.0, 0.3, 0.6, 1.0)
+TRIED_DENSITY = 0.25  # at which they are tried where the target is another
 HEADER = "# Made by psa-calibrate:"
 
 
@@ -127,8 +130,10 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     steps = measured_steps(plan, calibration.measured_steps)
     figures = runs.measure(calibration.measured, steps)
     curves = _curves(plan, figures, runs.layers(), tell)
-    density = _density(calibration, runs, curves, tell)
-    solutions = {which: spread(each, density) for which, each in curves.items()}
+    strength = _strength(calibration, runs, curves, tell)
+    drawn = _drawn(curves, strength)
+    density = _density(calibration, runs, drawn, tell)
+    solutions = {which: judged(curves[which], spread(each, density)) for which, each in drawn.items()}
     plain = {which: uniform(each, solutions[which].density) for which, each in curves.items()}
     expected = _expectation(solutions, plain)
     tell(
@@ -144,6 +149,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
+        "strength": strength,
         "expected": expected,
         "verified": verified,
         "met": is_met(calibration, verified),
@@ -189,6 +195,37 @@ def _curves(plan: Plan, figures: list[Figures], layers: dict[str, list[str]], te
     return {which: each for which, each in curves.items() if each}
 
 
+def _drawn(curves: Curves, strength: float) -> Curves:
+    return {which: drawn_together(each, strength) for which, each in curves.items()}
+
+
+def _strength(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
+    """How far to follow what was measured of single layers: whatever makes the best of the videos to measure on.
+
+    Errors of single steps say only roughly what becomes of a video, so that following them all the way can do harm.
+    """
+    if len(STRENGTHS) == 1:
+        return STRENGTHS[0]
+    target = calibration.target
+    wanted = target.value if target.kind == "density" else TRIED_DENSITY
+    density = max(wanted, *(reachable(each) for each in curves.values()))
+    psnrs = {}
+    for strength in STRENGTHS:
+        solutions = {which: spread(each, density) for which, each in _drawn(curves, strength).items()}
+        presets = _presets(calibration, runs, solutions)
+        psnrs[strength] = _mean_psnr(runs.sparse(calibration.measured, presets, f"trying strength {strength:g}"))
+    found = ", ".join(f"{psnr:.2f} dB at strength {strength:g}" for strength, psnr in psnrs.items())
+    best = max(psnrs, key=psnrs.get)
+    tell(f"rules for single layers, density {density:.3f}: {found} (0: all layers alike); strength {best:g} it is")
+    return best
+
+
+def _mean_psnr(results: list[dict[str, Any]]) -> float:
+    """In dB, over the videos that differ from the dense ones; infinite if none does."""
+    values = [result["psnr"] for result in results if result["psnr"] is not None]
+    return float(np.mean(values)) if values else math.inf
+
+
 def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
     """The mean density of the layers that the target asks for."""
     target, plan = calibration.target, calibration.plan
@@ -218,8 +255,7 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
 
     def psnr_at(density: float) -> float:
         results = runs.sparse(calibration.measured, presets_at(density), f"trying {density:.3f}")
-        values = [result["psnr"] for result in results if result["psnr"] is not None]
-        psnr = float(np.mean(values)) if values else math.inf
+        psnr = _mean_psnr(results)
         tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")
         return psnr
 

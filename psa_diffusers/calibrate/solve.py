@@ -7,7 +7,7 @@ every layer, so for a price of work (a Lagrange multiplier) each layer chooses a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,6 +64,22 @@ def spread(curves: Mapping[int, Curve], density: float) -> Solution:
     picked = at(np.exp(high))
     _spend_the_rest(choices, picked, density)
     return _solution(choices, picked)
+
+
+def drawn_together(curves: Mapping[int, Curve], strength: float) -> dict[int, Curve]:
+    """Curves whose errors are nearer to their geometric mean: a strength of 1 leaves them, 0 makes all alike."""
+    logs = {layer: np.log(np.maximum(curve.errors, 1e-20)) for layer, curve in curves.items()}
+    middle = np.mean(list(logs.values()), axis=0)
+    return {
+        layer: replace(curve, errors=np.exp(middle + strength * (logs[layer] - middle)).tolist())
+        for layer, curve in curves.items()
+    }
+
+
+def judged(curves: Mapping[int, Curve], solution: Solution) -> Solution:
+    """A solution of `drawn_together` curves with the error that the curves themselves promise."""
+    choices = {layer: _choices(curve) for layer, curve in curves.items()}
+    return _solution(choices, {layer: choices[layer].scales.index(scale) for layer, scale in solution.scales.items()})
 
 
 def uniform(curves: Mapping[int, Curve], density: float) -> Solution:
