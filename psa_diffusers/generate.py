@@ -10,9 +10,9 @@ from psa_diffusers import stopping
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.folder_lock import locked
-from psa_diffusers.one_video import Generated, generate_sparse, generate_video
 from psa_diffusers.overlay import attention_overlay
 from psa_diffusers.panels import Label, write_image
+from psa_diffusers.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline
 from psa_diffusers.place import ALONE, Place
 from psa_diffusers.report import write_report

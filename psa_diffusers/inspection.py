@@ -8,7 +8,7 @@ from typing import Any
 from psa_diffusers import stopping
 from psa_diffusers.errors import InputError
 from psa_diffusers.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
-from psa_diffusers.one_video import generate_video
+from psa_diffusers.pipeline_call import generate_video
 from psa_diffusers.pipelines import load_pipeline
 from psa_diffusers.settings import Plan
 

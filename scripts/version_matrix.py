@@ -25,7 +25,7 @@ SHOWN = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub", 
 TESTS = [
     *("test_processor", "test_experts", "test_fallbacks", "test_denoising", "test_families", "test_text"),
     *("test_changed_pipelines", "test_compiled", "test_finite_guard", "test_beside_caches", "test_beside_others"),
-    *("test_pipelines", "test_generate", "test_run_folder", "test_one_video", "test_demo"),
+    *("test_pipelines", "test_generate", "test_run_folder", "test_pipeline_call", "test_demo"),
 ]
 
 

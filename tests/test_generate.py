@@ -70,7 +70,7 @@ def test_a_whole_run_of_dense_steps_equals_dense(ask, saved, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["dense", "small"])
-def test_without_compare_there_is_one_video(preset, ask, saved, tmp_path):
+def test_without_compare_there_is_pipeline_call(preset, ask, saved, tmp_path):
     path = str(saved / "small.yaml") if preset == "small" else preset
     carry_out(ask("a cat", preset=path))
     assert contents(tmp_path / "out" / "0000-a-cat") == sorted([f"{preset}.mp4", "report.json"])

@@ -1,9 +1,9 @@
-"""One video: a prompt through the pipeline, dense or sparse, timed, and with what is wrong with it."""
+"""One call of the pipeline: a prompt or several to videos, dense or sparse, timed, and with what is wrong with them."""
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -52,17 +52,32 @@ def generate_video(
         name: what the progress bar calls the run.
         after_step: told the number of each step, from 0, when it is done; may raise to end the run.
     """
+    (result,) = generate_videos(pipe, plan, (prompt,), name, (seed,), after_step)
+    return result
+
+
+def generate_videos(
+    pipe: Any,
+    plan: Plan,
+    prompts: Sequence[str],
+    name: str,
+    seeds: Sequence[int],
+    after_step: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """`generate_video` for several prompts at once, each with its seed; seconds and memory are those of all of them."""
     import torch
 
-    settings = plan.settings
+    settings, negative = plan.settings, plan.settings.negative_prompt
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    one = len(prompts) == 1  # given plainly, as some pipelines take no lists
     arguments: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
+        "prompt": prompts[0] if one else list(prompts),
+        "negative_prompt": negative if one or negative is None else [negative] * len(prompts),
         "height": settings.height,
         "width": settings.width,
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
-        "generator": torch.Generator("cpu").manual_seed(seed),
+        "generator": generators[0] if one else generators,
         "output_type": "np",
     }
     kind, clock = plan.model.kind, StepClock(settings.device)
@@ -81,16 +96,14 @@ def generate_video(
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
         arguments["image" if kind.image == "first" else "reference_images"] = plan.image
-    title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
+    title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
-        frames = pipe(**arguments).frames[0]
+        videos = [np.asarray(frames, np.float32) for frames in pipe(**arguments).frames]
     stopping.check()
-    frames = np.asarray(frames, np.float32)
-    faults = frame_faults(frames)
-    if not clock.finite:
-        faults.insert(0, "the latents hold values that are not finite")
-    return Generated(frames, clock.seconds(), faults, peak_memory_gib=clock.peak_memory_gib())
+    latents = [] if clock.finite else ["the latents hold values that are not finite"]
+    seconds, memory = clock.seconds(), clock.peak_memory_gib()
+    return [Generated(video, seconds, latents + frame_faults(video), peak_memory_gib=memory) for video in videos]
 
 
 def generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
