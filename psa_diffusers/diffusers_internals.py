@@ -8,6 +8,8 @@ than the import.
 - `transformer._is_cached` tells the same of the package cache-dit. If it moves, such a cache goes unnoticed.
 - `pipe._num_timesteps` is the number of steps of a run that skips the first ones. If it moves, the scheduler's is
   taken, and the dense phase of video-to-video runs is too long.
+- `transformer._diffusers_hook.hooks[...].metadata` names the arguments that context parallelism splits. If it moves,
+  LTX-Video in context parallel is refused.
 
 `processor._attention_backend` and `processor._parallel_config` are written by diffusers (`set_attention_backend`,
 `enable_parallelism`) on processors that have them. `PSAProcessor` declares both and hands them on to the processors
@@ -31,6 +33,13 @@ def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
         if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
             return True
     return False
+
+
+def split_arguments(transformer: torch.nn.Module) -> set[str]:
+    """Names of the arguments of the transformer's forward that context parallelism splits."""
+    hooks = getattr(transformer.__dict__.get("_diffusers_hook"), "hooks", None) or {}
+    plans = [getattr(hook, "metadata", None) for hook in hooks.values()]
+    return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
 
 
 def step_count(pipe: Any, timesteps: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -205,6 +206,12 @@ class PSAProcessor:
     def _hand_on(self, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on this one, or on the transformer."""
         config = parallel_config(self._transformers[site.transformer]())
+        if config is not None and site.layer is None and self._family.replicates_text:
+            config = None
+            if vars(site.original).get("_parallel_config", self) is not None:
+                # A copy, made once: self-attention may have the same object, and does share its heads.
+                site.original = copy.copy(site.original)
+                site.original._parallel_config = None
         for name, value in (("_attention_backend", self._attention_backend), ("_parallel_config", config)):
             if value is not None and hasattr(site.original, name):
                 setattr(site.original, name, value)
