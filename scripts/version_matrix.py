@@ -25,6 +25,7 @@ SHOWN = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub", 
 TESTS = [
     *("test_processor", "test_denoising", "test_families", "test_changed_pipelines", "test_compiled", "test_text"),
     *("test_finite_guard", "test_beside_caches", "test_beside_others", "test_generate", "test_pipelines", "test_demo"),
+    *("test_parallel", "test_calibrate", "test_memory", "test_security"),
 ]
 
 
