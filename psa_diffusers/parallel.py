@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from psa_diffusers.denoising import Grid
-from psa_diffusers.diffusers_internals import split_arguments
+from psa_diffusers.diffusers_internals import parallel_config, split_arguments, ulysses_group
 from psa_diffusers.models import ModelFamily, find_family
 
 RING = (
@@ -143,11 +143,6 @@ class Ulysses:
         return torch.cat([part[:, :, :heads] for part, heads in zip(gathered, self.heads, strict=True)], dim=2)
 
 
-def parallel_config(transformer: torch.nn.Module) -> Any | None:
-    """What `enable_parallelism` was given, by the name that diffusers keeps it under; None on one device."""
-    return getattr(transformer, "_parallel_config", None)
-
-
 def share_of(
     transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None
 ) -> tuple[Ulysses | None, str | None]:
@@ -183,11 +178,8 @@ def share_of(
             raise ValueError(
                 f"{count} {what} cannot be shared by ulysses_degree={degree} ranks; use a degree that fits{hint}"
             )
-    mesh = config._ulysses_mesh
-    return (
-        Ulysses(mesh.get_group(), mesh.get_local_rank(), _shares(math.prod(grid), degree), _shares(heads, degree)),
-        None,
-    )
+    group, rank = ulysses_group(config)
+    return Ulysses(group, rank, _shares(math.prod(grid), degree), _shares(heads, degree)), None
 
 
 def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:

@@ -15,10 +15,11 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
-from psa_diffusers.parallel import Ulysses, parallel_config, share_of
+from psa_diffusers.parallel import Ulysses, share_of
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.token_attention import TokenAttention

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from psa_diffusers.diffusers_internals import own_plan
+
 
 class DenseOnlyError(Exception):
     """This call of a layer cannot be sparse; the message says why. The processor catches it and runs it dense."""
@@ -106,4 +108,4 @@ class ModelFamily(ABC):
 
         None if it cannot be; by default diffusers' own plan for the model, if it has one.
         """
-        return getattr(transformer, "_cp_plan", None)
+        return own_plan(transformer)

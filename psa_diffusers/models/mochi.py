@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import (
     first_attentions,
@@ -18,7 +19,6 @@ from psa_diffusers.models.parts import (
     split_heads,
     text_only_mask,
 )
-from psa_diffusers.models.plans import gather, split
 
 
 class Mochi(ModelFamily):
