@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from operator_bench import naive  # noqa: E402
 
 # Shared memory that one program may use, in bytes, and the tensor-core instruction of the architecture.
 TARGETS = {
@@ -203,3 +207,18 @@ def test_allocation_without_finest_blocks():
     options = {"num_warps": row.pop("num_warps")}
     constants = {"ENDS": (0, 0, 81), "FLOOR": 0, "THRESHOLDS": (0.0, 0.0, 1.0), "MASS": False, "CAP": False, **row}
     compile_and_check(allocation_kernel, 90, constants, options, tensor_cores=False)
+
+
+@pytest.mark.parametrize("tuning", [naive.TUNINGS[0], naive.TUNINGS[-1]], ids=str)
+def test_the_naive_peer_of_the_benchmark(tuning):
+    constants = {
+        "HEAD_DIM": 128,
+        "BLOCK_QUERY": 128,
+        "BLOCK_KEY": 64,
+        "FACTORS": (1, 2, 4),
+        "WIDE": False,
+        "LATE_SUM": True,
+        "TILE_M": tuning.queries,
+        "STAGES": tuning.stages,
+    }
+    compile_and_check(naive.naive_kernel, 90, constants, {"num_warps": tuning.warps})
