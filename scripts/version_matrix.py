@@ -89,7 +89,8 @@ def main() -> int:
             "said": run.stdout.strip().splitlines()[-1],
         }
     print(json.dumps(results))
-    return max(result["exit_code"] for result in results.values())
+    # Negative where a signal ended the tests.
+    return int(any(result["exit_code"] for result in results.values()))
 
 
 if __name__ == "__main__":
