@@ -8,6 +8,11 @@ than the import.
 - `transformer._is_cached` tells the same of the package cache-dit. If it moves, such a cache goes unnoticed.
 - `pipe._num_timesteps` is the number of steps of a run that skips the first ones. If it moves, the scheduler's is
   taken, and the dense phase of video-to-video runs is too long.
+- `diffusers.models._modeling_parallel` has the words of plans for context parallelism, `transformer._cp_plan` is a plan
+  of diffusers, `transformer._parallel_config` what was enabled, and its `_ulysses_mesh` the group of ranks. If one of
+  them moves, runs that several GPUs share fail, and only these; the new one is to be named here.
+- `transformer._diffusers_hook.hooks[...].metadata` names the arguments that context parallelism splits. If it moves,
+  LTX-Video in context parallel is refused.
 
 `processor._attention_backend` and `processor._parallel_config` are written by diffusers (`set_attention_backend`,
 `enable_parallelism`) on processors that have them. `PSAProcessor` declares both and hands them on to the processors
@@ -31,6 +36,43 @@ def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
         if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
             return True
     return False
+
+
+def split(dim: int, dims: int, *, output: bool = False) -> Any:
+    """Of a plan: an argument, or an output, of `dims` dimensions, of which each rank gets a part along `dim`."""
+    from diffusers.models._modeling_parallel import ContextParallelInput
+
+    return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=output)
+
+
+def gather(dim: int, dims: int) -> Any:
+    """Of a plan: an output of `dims` dimensions that is joined along `dim`."""
+    from diffusers.models._modeling_parallel import ContextParallelOutput
+
+    return ContextParallelOutput(gather_dim=dim, expected_dims=dims)
+
+
+def own_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+    """diffusers' own plan for the context parallelism of a model; None if it has none."""
+    return getattr(transformer, "_cp_plan", None)
+
+
+def parallel_config(transformer: torch.nn.Module) -> Any | None:
+    """What `enable_parallelism` was given; None on one device."""
+    return getattr(transformer, "_parallel_config", None)
+
+
+def ulysses_group(config: Any) -> tuple[Any, int]:
+    """The process group that shares the heads, and this process's place in it, of a `ContextParallelConfig`."""
+    mesh = config._ulysses_mesh
+    return mesh.get_group(), mesh.get_local_rank()
+
+
+def split_arguments(transformer: torch.nn.Module) -> set[str]:
+    """Names of the arguments of the transformer's forward that context parallelism splits."""
+    hooks = getattr(transformer.__dict__.get("_diffusers_hook"), "hooks", None) or {}
+    plans = [getattr(hook, "metadata", None) for hook in hooks.values()]
+    return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
 
 
 def step_count(pipe: Any, timesteps: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from psa_diffusers.denoising import Grid
+from psa_diffusers.diffusers_internals import parallel_config, split_arguments, ulysses_group
 from psa_diffusers.models import ModelFamily, find_family
 
 RING = (
@@ -142,11 +143,6 @@ class Ulysses:
         return torch.cat([part[:, :, :heads] for part, heads in zip(gathered, self.heads, strict=True)], dim=2)
 
 
-def parallel_config(transformer: torch.nn.Module) -> Any | None:
-    """What `enable_parallelism` was given, by the name that diffusers keeps it under; None on one device."""
-    return getattr(transformer, "_parallel_config", None)
-
-
 def share_of(
     transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None
 ) -> tuple[Ulysses | None, str | None]:
@@ -163,6 +159,8 @@ def share_of(
         return None, "tensor parallelism is enabled, which sparse attention does not support"
     if family.parallel_plan(transformer) is None:
         return None, f"context parallelism of {type(transformer).__name__} is not supported"
+    if family.replicates_text:
+        _check_text_is_whole(transformer, family)
     if config.ring_degree > 1:
         if family.text != "none":
             raise ValueError(f"{family.name} cannot run with ring_degree={config.ring_degree}: {RING}")
@@ -173,18 +171,24 @@ def share_of(
         return None, None
     degree = config.ulysses_degree
     heads = next(iter(family.self_attentions(transformer).values())).heads
-    uneven = getattr(config, "ulysses_anything", False)
+    uneven = getattr(config, "ulysses_anything", None)  # diffusers 0.36 does not have it
     for what, count in (("video tokens", math.prod(grid)), ("heads", heads)):
         if (count % degree and not uneven) or count < degree:
-            hint = "" if uneven else ", or ContextParallelConfig(ulysses_anything=True)"
+            hint = "" if uneven is not False else ", or ContextParallelConfig(ulysses_anything=True)"
             raise ValueError(
                 f"{count} {what} cannot be shared by ulysses_degree={degree} ranks; use a degree that fits{hint}"
             )
-    mesh = config._ulysses_mesh
-    return (
-        Ulysses(mesh.get_group(), mesh.get_local_rank(), _shares(math.prod(grid), degree), _shares(heads, degree)),
-        None,
-    )
+    group, rank = ulysses_group(config)
+    return Ulysses(group, rank, _shares(math.prod(grid), degree), _shares(heads, degree)), None
+
+
+def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:
+    split = split_arguments(transformer)
+    if "hidden_states" not in split or "encoder_hidden_states" in split:
+        raise ValueError(
+            f"context parallelism of {family.name} needs enable_parallelism(..., cp_plan=context_parallel_plan("
+            "transformer)); with another plan a rank attends a part of the text only"
+        )
 
 
 def _shares(count: int, ranks: int) -> tuple[int, ...]:

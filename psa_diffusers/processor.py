@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from pathlib import Path
@@ -13,11 +14,12 @@ from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
 from psa_diffusers.denoising import DenoisingTracker
+from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.fallbacks import Fallbacks, PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
-from psa_diffusers.parallel import Ulysses, parallel_config, share_of
+from psa_diffusers.parallel import Ulysses, share_of
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.token_attention import TokenAttention
@@ -198,6 +200,12 @@ class PSAProcessor:
     def _hand_on(self, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on this one, or on the transformer."""
         config = parallel_config(self._transformers[site.transformer]())
+        if config is not None and site.layer is None and self._family.replicates_text:
+            config = None
+            if vars(site.original).get("_parallel_config", self) is not None:
+                # A copy, made once: self-attention may have the same object, and does share its heads.
+                site.original = copy.copy(site.original)
+                site.original._parallel_config = None
         for name, value in (("_attention_backend", self._attention_backend), ("_parallel_config", config)):
             if value is not None and hasattr(site.original, name):
                 setattr(site.original, name, value)

@@ -10,15 +10,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
 from tiny_families import CASES, EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from tiny_families.cases import GUIDED, HUNYUAN_GUIDED, SMALL_TEXT, Case
 from tiny_families.cogvideox import tiny_cogvideox_2b, tiny_cogvideox_5b
 from tiny_families.hunyuan_video import tiny_hunyuan_video
 from tiny_families.hunyuan_video15 import tiny_hunyuan_video15
+from tiny_families.ltx import tiny_ltx, tiny_ltx_i2v
+from tiny_families.mochi import tiny_mochi
 from tiny_pipelines import tiny_wan
 
 from psa_diffusers import PSAProcessor, context_parallel_plan
 from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
+
+
+def one_processor(pipe: Any) -> Any:
+    """A pipeline all of whose attention modules have the same processor."""
+    pipe.transformer.set_attn_processor(LTXVideoAttnProcessor())
+    return pipe
+
 
 # Four ranks need four heads.
 MODELS = {
@@ -28,6 +38,10 @@ MODELS = {
     "hunyuan-video-1.5": Case(lambda: tiny_hunyuan_video15(heads=4), CASES["hunyuan-video-1.5"].inputs),
     "cogvideox-5b": Case(lambda: tiny_cogvideox_5b(num_attention_heads=4), {**GUIDED, **SMALL_TEXT}),
     "cogvideox-2b": Case(lambda: tiny_cogvideox_2b(num_attention_heads=4), {**GUIDED, **SMALL_TEXT}),
+    "ltx": Case(lambda: tiny_ltx(heads=4), CASES["ltx"].inputs),
+    "ltx-i2v": Case(lambda: one_processor(tiny_ltx_i2v(heads=4)), CASES["ltx-i2v"].inputs),
+    "ltx-condition": CASES["ltx-condition"],
+    "mochi": Case(lambda: tiny_mochi(heads=4), CASES["mochi"].inputs),
 }
 UNEVEN = {"height": 80, "width": 112}  # 3 x 5 x 7 tokens
 TWO_PROMPTS = {"prompt": ["a cat", "a longer prompt, about a dog"], "negative_prompt": ["", "bad"]}
@@ -101,7 +115,7 @@ def equals_one_process(ranks: int, name: str, inputs: dict[str, Any], first: str
             if key != "dense":
                 assert abs(stats.density_sparse - figures[key].density_sparse) < 1e-6
             processor.restore()
-    if name.startswith("wan"):
+    if name.startswith(("wan", "ltx")):
         assert_equal_to_rounding(case.run(pipe, **inputs), stock, "restored")
 
 
@@ -127,19 +141,20 @@ def ring_is_dense(ranks: int) -> None:
         return (logits.softmax(-1) @ value).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
 
     attention_dispatch._native_attention_forward_op = attend
-    case, pipe = MODELS["wan"], MODELS["wan"].make()
-    stock = case.run(pipe)
-    enable(pipe, ring_degree=ranks)
-    processor = patch(pipe, SPARSE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_equal_to_rounding(case.run(pipe), stock)
-    messages = [str(entry.message) for entry in caught if entry.category is PSAFallbackWarning]
-    assert len(messages) == 1 and "ring attention shows a rank one part of the keys at a time" in messages[0]
-    assert processor.stats().density_run == 1 and processor.stats().fallbacks
-    processor.restore()
-    patch(pipe, SPARSE, strict=True)
-    raises(PSAFallbackError, "ring attention", lambda: case.run(pipe))
+    for name in ("wan", "ltx"):
+        case, pipe = MODELS[name], MODELS[name].make()
+        stock = case.run(pipe)
+        enable(pipe, ring_degree=ranks)
+        processor = patch(pipe, SPARSE)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_equal_to_rounding(case.run(pipe), stock)
+        messages = [str(entry.message) for entry in caught if entry.category is PSAFallbackWarning]
+        assert len(messages) == 1 and "ring attention shows a rank one part of the keys at a time" in messages[0]
+        assert processor.stats().density_run == 1 and processor.stats().fallbacks
+        processor.restore()
+        patch(pipe, SPARSE, strict=True)
+        raises(PSAFallbackError, "ring attention", lambda case=case, pipe=pipe: case.run(pipe))
     pipe = MODELS["cogvideox-5b"].make()
     enable(pipe, ring_degree=ranks)
     patch(pipe, SPARSE)
@@ -151,7 +166,9 @@ def what_cannot_be_shared_is_refused(ranks: int) -> None:
     pipe = case.make()
     enable(pipe, ulysses_degree=ranks)
     processor = patch(pipe, SPARSE)
-    message = f"105 video tokens cannot be shared by ulysses_degree={ranks} ranks.*ulysses_anything=True"
+    message = f"105 video tokens cannot be shared by ulysses_degree={ranks} ranks"
+    if hasattr(ContextParallelConfig, "ulysses_anything"):
+        message += ".*ulysses_anything=True"
     raises(ValueError, message, lambda: case.run(pipe, **UNEVEN))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -161,6 +178,15 @@ def what_cannot_be_shared_is_refused(ranks: int) -> None:
     enable(pipe, ulysses_degree=ranks)
     patch(pipe, SPARSE)
     raises(ValueError, f"3 heads cannot be shared by ulysses_degree={ranks} ranks", lambda: MODELS["wan"].run(pipe))
+    pipe = MODELS["ltx"].make()
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    patch(pipe, SPARSE)
+    raises(ValueError, "LTX-Video needs enable_parallelism.*context_parallel_plan", lambda: MODELS["ltx"].run(pipe))
+    pipe = MODELS["ltx-condition"].make()
+    enable(pipe, ulysses_degree=ranks)
+    patch(pipe, SPARSE)
+    message = "this rank has 192 video tokens instead of 160 of 320.*no conditions beside the video"
+    raises(RuntimeError, message, lambda: MODELS["ltx-condition"].run(pipe, frame_index=8, num_frames=17))
     tokens = CASES["hunyuan-video-i2v"].make().transformer
     raises(ValueError, "no plan for context parallelism of HunyuanVideo", lambda: context_parallel_plan(tokens))
 

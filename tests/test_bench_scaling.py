@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -73,3 +74,13 @@ def test_values_that_are_not_finite_are_an_error_of_infinity():
     out = psa_attention(q, k, v, AttentionSpec(), lists=lists)
     out[0, 0] = float("nan")
     assert bench_scaling.worst_error(q, k, v, out, lists, AttentionSpec()) == float("inf")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_480_000_tokens_on_a_gpu():
+    options = argparse.Namespace(tiny=False, repeats=1)
+    inputs = bench_scaling._inputs(480_000, 2, 128, options)
+    [row] = bench_scaling._sparse(*inputs, 0.05, options)
+    assert bench_scaling._is_right(row, bench_scaling.TOLERANCE[torch.bfloat16]), row
+    assert abs(row["density"] - 0.05) < 0.001

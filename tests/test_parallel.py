@@ -9,9 +9,11 @@ import sys
 import parallel_ranks
 import pytest
 import torch.multiprocessing
+from diffusers import ContextParallelConfig
 from parallel_ranks import TWO_PROMPTS, UNEVEN
 
 EVEN, ANY = {}, {"ulysses_anything": True}
+HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
 
 
 @pytest.fixture
@@ -39,10 +41,16 @@ def on_ranks(tmp_path, monkeypatch):
         (4, "cogvideox-5b", {}, "parallelism", EVEN),
         (2, "cogvideox-2b", {}, "parallelism", EVEN),
         (2, "hunyuan-video-1.5", {}, "patch", EVEN),
+        (2, "ltx", TWO_PROMPTS, "parallelism", EVEN),
+        (2, "ltx-i2v", {}, "patch", EVEN),
+        (2, "ltx-condition", {}, "parallelism", EVEN),
+        (2, "mochi", {**UNEVEN, **TWO_PROMPTS}, "patch", ANY),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_several_ranks_equal_one_process(on_ranks, ranks, name, inputs, first, config):
+    if config is ANY and not HAS_ANY:
+        pytest.skip("this diffusers has no ulysses_anything")
     on_ranks(ranks, parallel_ranks.equals_one_process, name, inputs, first, {"ulysses_degree": ranks, **config})
 
 

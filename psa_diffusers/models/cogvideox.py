@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
-from psa_diffusers.models.plans import gather, split
 
 
 class CogVideoX(ModelFamily):

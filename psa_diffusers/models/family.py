@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from psa_diffusers.diffusers_internals import own_plan
+
 
 class DenseOnlyError(Exception):
     """This call of a layer cannot be sparse; the message says why. The processor catches it and runs it dense."""
@@ -45,6 +47,8 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        replicates_text: whether in context parallel all text is on every rank, although the family's own processor
+            would share the heads of cross-attention as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
     """
 
@@ -52,6 +56,7 @@ class ModelFamily(ABC):
     transformers: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    replicates_text: ClassVar[bool] = False
     stock_traceable: ClassVar[bool] = True
 
     @staticmethod
@@ -103,4 +108,4 @@ class ModelFamily(ABC):
 
         None if it cannot be; by default diffusers' own plan for the model, if it has one.
         """
-        return getattr(transformer, "_cp_plan", None)
+        return own_plan(transformer)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
-from psa_diffusers.models.plans import gather, split
 
 
 class HunyuanVideo(ModelFamily):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import first_attentions, project_out, rotate_pairs, split_heads
 
@@ -17,6 +18,7 @@ class LTXVideo(ModelFamily):
     name = "LTX-Video"
     transformers = ("LTXVideoTransformer3DModel",)
     history = True
+    replicates_text = True
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -48,6 +50,17 @@ class LTXVideo(ModelFamily):
     @staticmethod
     def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+        # diffusers' own plan splits the text too, and its mask, which the cross-attention then has no use for.
+        tables = split(1, 3, output=True)
+        return {
+            # Only pipelines with an image or conditions give each token a timestep of its own.
+            "": {"hidden_states": split(1, 3), "timestep": split(1, 2)},
+            "rope": {0: tables, 1: tables},
+            "proj_out": gather(1, 3),
+        }
 
 
 def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:

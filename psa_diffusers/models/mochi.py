@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.models.family import AttentionCall, ModelFamily
 from psa_diffusers.models.parts import (
     first_attentions,
@@ -60,3 +61,12 @@ class Mochi(ModelFamily):
     @staticmethod
     def text_mask(call: AttentionCall) -> torch.Tensor | None:
         return text_only_mask(call)
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+        tables = split(0, 3, output=True)
+        return {
+            "rope": {0: tables, 1: tables},
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
+        }

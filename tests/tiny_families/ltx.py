@@ -12,16 +12,16 @@ from diffusers import (
 from tiny_pipelines import tiny_text_encoder, tiny_tokenizer
 
 
-def _parts() -> dict:
+def _parts(heads: int = 2) -> dict:
     torch.manual_seed(0)
     transformer = LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
         patch_size=1,
         patch_size_t=1,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=16,
-        cross_attention_dim=32,
+        cross_attention_dim=16 * heads,
         num_layers=2,
         caption_channels=32,
     ).eval()
@@ -50,14 +50,14 @@ def _parts() -> dict:
     }
 
 
-def tiny_ltx() -> LTXPipeline:
+def tiny_ltx(heads: int = 2) -> LTXPipeline:
     """Text to video."""
-    return LTXPipeline(**_parts())
+    return LTXPipeline(**_parts(heads))
 
 
-def tiny_ltx_i2v() -> LTXImageToVideoPipeline:
+def tiny_ltx_i2v(heads: int = 2) -> LTXImageToVideoPipeline:
     """Image to video: the first frame's tokens have timestep 0."""
-    return LTXImageToVideoPipeline(**_parts())
+    return LTXImageToVideoPipeline(**_parts(heads))
 
 
 def tiny_ltx_condition() -> LTXConditionPipeline:

@@ -5,12 +5,12 @@ from diffusers import AutoencoderKLMochi, FlowMatchEulerDiscreteScheduler, Mochi
 from tiny_pipelines import tiny_text_encoder, tiny_tokenizer
 
 
-def tiny_mochi() -> MochiPipeline:
+def tiny_mochi(heads: int = 2) -> MochiPipeline:
     """Text to video."""
     torch.manual_seed(0)
     transformer = MochiTransformer3DModel(
         patch_size=2,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=16,
         num_layers=2,
         pooled_projection_dim=16,
