@@ -6,7 +6,6 @@ import gc
 import random
 from dataclasses import replace
 
-import budget_checks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,6 +148,8 @@ def budget_case(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_prices_are_close_to_those_of_float64(seed):
+    import budget_checks
+
     (q, k, v, spec), options = budget_case(seed)
     layout = make_layout(q.shape[1], k.shape[1], **options)
     found = block_importance(q, k, layout, spec, 0.1)
@@ -160,6 +161,8 @@ def test_prices_are_close_to_those_of_float64(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_lists_of_a_budget_are_those_of_the_reference_bit_for_bit(seed):
+    import budget_checks
+
     chance = random.Random(seed)
     blocks = chance.choice([1, 3, 100, 1182, 1857, 4725, 16384])
     levels, rest = budget_checks.LEVELS[seed % len(budget_checks.LEVELS)]

@@ -1,4 +1,4 @@
-"""The Triton kernels of the rule `budget` in Triton's interpreter, as `triton_cases.py`: test_triton_interpreter runs it.
+"""The Triton kernels of the rule `budget`, in Triton's interpreter: test_triton_interpreter runs it.
 
 Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows.
 """

@@ -160,7 +160,8 @@ def energy_kernel(
 def spread_kernel(
     x_ptr, permutation, stride_b, stride_n, stride_h, heads, video, text_before, blocks, fractions_ptr, spread_ptr,
     centres_ptr, centre_tops_ptr, centre_squares_ptr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, WANTED: tl.constexpr, VALUES: tl.constexpr,
+    ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, WANTED: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means."""
     head_index = tl.program_id(0).to(tl.int64)
@@ -209,8 +210,8 @@ def group_squares(
         RAGGED: whether tokens may be missing.
 
     Returns:
-        float32 `[rows, PADDED_DIM]`; and a tuple of as many of the same shape as there are factors up to the level: sums
-        of squared deviations from the means of the groups of each.
+        float32 `[rows, PADDED_DIM]`; and a tuple of as many of that shape as there are factors up to the level: sums of
+        squared deviations from the means of the groups of each.
     """
     if LEVEL < 0:
         x = load_tokens(
@@ -235,7 +236,7 @@ def group_squares(
             mean = tl.zeros([first.shape[0], PADDED_DIM], tl.float32)
             between = tl.zeros_like(mean)
             inside = ()
-            for index in tl.static_range(LEVEL):
+            for _ in tl.static_range(LEVEL):
                 inside += (tl.zeros_like(mean),)
             for part in range(PARTS):
                 mean, inside, between = join(
