@@ -88,7 +88,12 @@ def show(result: dict[str, Any], output: Path) -> None:
 def _result(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     what = "the operator, stage by stage, random data, bf16, medians"
     importance = ours.describe(ours.specs(options)[0].importance)
-    settings = {"block_key": options.block_key, "importance": importance, "repeats": options.repeats}
+    settings = {
+        "rule": options.rule,
+        "block_key": options.block_key,
+        "importance": importance,
+        "repeats": options.repeats,
+    }
     return document(what, rows, device="cuda", commit=options.commit, peers=peers.versions(), **settings)
 
 
@@ -109,6 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=[workload.name for workload in WORKLOADS], help="default: all")
     parser.add_argument("--block-key", type=int, default=64)
+    parser.add_argument("--rule", choices=("count", "budget"), default="count", help="default: count")
     parser.add_argument("--estimator", choices=("sampled", "pooled"), help="default: the operator's, as for strides")
     parser.add_argument("--statistic", choices=("max", "mean"), help="default: the operator's")
     parser.add_argument("--query-stride", type=int)

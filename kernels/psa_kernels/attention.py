@@ -122,7 +122,7 @@ def select_blocks(
 
     Arguments and errors are those of `psa_attention`; only the rule `budget` needs `v`. The lists take 4 bytes a query
     block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block; skipped ones take as much
-    unless `rule` is `count`.
+    under the rule `mass`, and unattended room under `budget`, where a row has that of as many as it could pay.
     """
     if v is None:
         if spec.rule == "budget":

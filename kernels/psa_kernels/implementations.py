@@ -193,6 +193,8 @@ def _reference() -> Implementation:
 def _triton() -> Implementation:
     # Imported only where they run: PyTorch's CPU builds come without triton.
     from psa_kernels.allocation import triton as allocation
+    from psa_kernels.allocation.triton_budget import allocate_budget
+    from psa_kernels.allocation.triton_prices import upgrade_prices
     from psa_kernels.importance import triton as importance
     from psa_kernels.pyramid import triton as pyramid
     from psa_kernels.sparse import triton as sparse

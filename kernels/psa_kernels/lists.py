@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from psa_kernels.blocks import ranks_below
+from psa_kernels.costs import most_attended
 from psa_kernels.spec import AttentionSpec
 
 
@@ -62,9 +63,12 @@ def id_dtype(key_blocks: int) -> torch.dtype:
 def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     """How many key blocks a row of the lists has room for.
 
-    The count rule attends the same number of blocks in every row, so that skipped ones need no room. How many the
-    other rules attend depends on the data, and `rest: mean` attends all.
+    The count rule attends the same number of blocks in every row, so that skipped ones need no room. Under the rule
+    `budget` a row attends no more than it can pay. How many the mass rule attends depends on the data, and `rest: mean`
+    attends all.
     """
+    if spec.rule == "budget":
+        return most_attended(spec, key_blocks)
     if spec.rule != "count" or spec.rest != "skip":
         return key_blocks
     return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)

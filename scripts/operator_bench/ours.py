@@ -28,6 +28,13 @@ def specs(options: argparse.Namespace) -> list[AttentionSpec]:
     wanted = {name: getattr(options, name) for name in ("estimator", "statistic", "query_stride", "key_stride")}
     told = {name: value for name, value in wanted.items() if value is not None}
     importance = dataclasses.replace(AttentionSpec().importance, **told)
+    if options.rule == "budget":
+        return [
+            AttentionSpec(
+                block_key=options.block_key, levels=LEVELS, rule="budget", density=density, importance=importance
+            )
+            for density in THRESHOLDS
+        ]
     allocations = [*((LEVELS, thresholds) for thresholds in THRESHOLDS.values()), ((1,), (1.0,))]
     return [
         AttentionSpec(block_key=options.block_key, levels=levels, thresholds=thresholds, importance=importance)
@@ -44,6 +51,8 @@ def _stages(
 ) -> Iterator[Case]:
     """Each stage is given what the stages before it return."""
     from psa_kernels.allocation.triton import allocate
+    from psa_kernels.allocation.triton_budget import allocate_budget
+    from psa_kernels.allocation.triton_prices import upgrade_prices
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid.triton import build_pyramid
     from psa_kernels.sparse import triton as portable
@@ -61,12 +70,18 @@ def _stages(
 
     pyramid = build_pyramid(k, v, layout, spec)
     importance = block_importance(q, k, layout, spec, scale)
-    lists = allocate(importance, None, spec)
+    price = partial(upgrade_prices, q, k, v, importance, layout, spec, scale)
+    allocate_rows = partial(allocate, importance, None, spec)
+    if spec.rule == "budget":
+        allocate_rows = partial(allocate_budget, price(), importance, spec)
+    lists = allocate_rows()
     density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
     both = tuple(f"psa-{name}" for name in attend)
     yield Case(both, density, "pyramid", partial(build_pyramid, k, v, layout, spec))
     yield Case(both, density, "importance", partial(block_importance, q, k, layout, spec, scale))
-    yield Case(both, density, "allocation", partial(allocate, importance, None, spec))
+    if spec.rule == "budget":
+        yield Case(both, density, "prices", price)
+    yield Case(both, density, "allocation", allocate_rows)
     for name, sparse_attention in attend.items():
         method = (f"psa-{name}",)
         yield Case(method, density, "attention", partial(sparse_attention, q, pyramid, lists, layout, spec, scale))

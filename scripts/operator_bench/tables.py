@@ -12,7 +12,7 @@ Row = dict[str, Any]
 DENSITIES = (1.0, *THRESHOLDS)
 METHODS = ("sdpa-fa2", "sdpa-cudnn", "fa3", "flex", "sol-attn", "psa-authors", "psa-triton", "psa-hopper")
 DENSE = ("sdpa-fa2", "sdpa-cudnn", "fa3")
-STAGES = ("pyramid", "importance", "allocation", "attention", "total")
+STAGES = ("pyramid", "importance", "prices", "allocation", "attention", "total")
 
 
 def report(result: dict[str, Any]) -> str:

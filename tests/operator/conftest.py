@@ -14,3 +14,4 @@ def fresh_inputs() -> None:
     seed = int(os.environ.get("PSA_TEST_SEED") or random.randrange(2**31))
     print(f"repeat with PSA_TEST_SEED={seed}")
     torch.manual_seed(seed)
+    random.seed(seed)

@@ -23,6 +23,7 @@ SPECS = {
         "similarity": (0.01, 0.0),
         "rest": "mean",
     },
+    "budget": {"rule": "budget", "density": 0.4},
 }
 
 
@@ -48,7 +49,7 @@ def check_output(which, value, spec, implementation, tolerance, **options):
     than that may be lost in the bad head: the processor sees it and computes dense attention.
     """
     sound, spoiled = spoiled_inputs(which, value, **options)
-    lists = select_blocks(*sound[:2], spec, implementation=implementation)
+    lists = select_blocks(*sound[:2], spec, v=sound[2], implementation=implementation)
     out = psa_attention(*spoiled, spec, lists=lists, implementation=implementation)
     wide = [x.double() for x in spoiled]
     expected = psa_attention(*wide, spec, lists=lists, implementation="reference")
@@ -66,7 +67,7 @@ def check_output(which, value, spec, implementation, tolerance, **options):
 def check_lists(which, value, spec, implementation, **options):
     """Lists made of spoiled inputs name each block once, so that no kernel reads out of bounds."""
     _, spoiled = spoiled_inputs(which, value, **options)
-    lists = select_blocks(*spoiled[:2], spec, implementation=implementation)
+    lists = select_blocks(*spoiled[:2], spec, v=spoiled[2], implementation=implementation)
     ids = lists.ids.long().sort(-1).values
     assert (ids >= 0).all() and (ids < lists.key_blocks).all() and (ids.diff(dim=-1) > 0).all()
     assert (lists.counts >= 0).all() and (lists.counts.sum(-1) <= lists.ids.shape[-1]).all()

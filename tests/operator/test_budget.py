@@ -9,8 +9,9 @@ import torch
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.allocation import prices
-from psa_kernels.allocation.budget import allocate_budget, row_budget, unit_costs
+from psa_kernels.allocation.budget import allocate_budget
 from psa_kernels.allocation.prices import HIGHEST_PRICE, STEPS_PER_OCTAVE, upgrade_prices
+from psa_kernels.costs import most_attended, row_budget, unit_costs
 from psa_kernels.importance.reference import block_importance
 from psa_kernels.layout import make_layout
 
@@ -87,6 +88,26 @@ def test_rows_spend_their_budget(levels, rest, density):
     dearest = int((units[:-1] - units[1:]).max())
     assert (cost <= max(budget, int(units[-2]))).all()
     assert (cost > min(budget, int(units[0]) * 40) - dearest).all()
+
+
+@pytest.mark.parametrize("key_blocks", [1, 3, 7])
+def test_a_budget_below_one_block_attends_the_most_important_one_alone(key_blocks):
+    spec = budget_spec(0.03)
+    importance = torch.rand(1, 2, 4, key_blocks)
+    level = allocate_budget(random_prices(3, (1, 2, 4, key_blocks), seed=0), importance, spec).levels()
+    expected = torch.full_like(level, 3).scatter_(-1, importance.argmax(-1, keepdim=True), 2)
+    assert torch.equal(level, expected)
+
+
+def test_lists_have_room_for_what_a_row_can_pay():
+    # 0.1 of 40 blocks pays 16 at a quarter of the price.
+    spec = budget_spec(0.1)
+    given = torch.full((3, 1, 1, 1, 40), 5000, dtype=torch.int16)
+    given[:2] = 0
+    lists = allocate_budget(given, torch.ones(1, 1, 1, 40), spec)
+    assert lists.ids.shape[-1] == most_attended(spec, 40) == 16
+    assert lists.counts.tolist() == [[[[0, 0, 16]]]]
+    assert most_attended(budget_spec(0.1, rest="mean"), 40) == 40
 
 
 def test_no_exchange_between_two_blocks_would_err_less():

@@ -17,7 +17,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from psa_kernels import AttentionSpec  # noqa: E402
+from psa_kernels.allocation import prices, triton_budget, triton_prices, triton_statistics  # noqa: E402
 from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: E402
+from psa_kernels.costs import unit_costs  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
@@ -45,13 +48,20 @@ OTHER_TYPES = {
     "tops_ptr": "*fp32",
     "importance_ptr": "*fp32",
     "scale": "fp32",
+    "factor": "fp32",
+    "prices_ptr": "*i16",
+    "words_ptr": "*i32",
+    **dict.fromkeys(("fractions_ptr", "energy_ptr", "spread_ptr", "centres_ptr", "outputs_ptr"), "*fp16"),
+    **dict.fromkeys(("tops_ptr", "energy_tops_ptr", "spread_tops_ptr", "varied_ptr", "totals_ptr"), "*fp32"),
+    **dict.fromkeys(("centre_tops_ptr", "centre_squares_ptr", "output_tops_ptr", "output_squares_ptr"), "*fp32"),
 }
 
 
-def compile_and_check(kernel, target, constants, options, tensor_cores=True, programs=1):
+def compile_and_check(kernel, target, constants, options, tensor_cores=True, programs=1, types=None):
     names = kernel.arg_names
+    known = OTHER_TYPES | (types or {})
     types = {
-        name: "constexpr" if name in constants else OTHER_TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        name: "constexpr" if name in constants else known.get(name, "*bf16" if name.endswith("_ptr") else "i32")
         for name in names
     }
     # What the launcher finds out about the arguments: pointers and strides are multiples of 16.
@@ -222,3 +232,91 @@ def test_the_naive_peer_of_the_benchmark(tuning):
         "STAGES": tuning.stages,
     }
     compile_and_check(naive.naive_kernel, 90, constants, {"num_warps": tuning.warps})
+
+
+BUDGETS = {
+    "psa-3": AttentionSpec(rule="budget", density=0.25),
+    "five levels, mean": AttentionSpec(rule="budget", density=0.25, levels=(1, 2, 4, 8, 16), rest="mean"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "permuted"),
+    [("psa-3", False, False), ("psa-3", True, True), ("five levels, mean", True, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_spread(target, name, values, permuted):
+    outputs = ("fractions_ptr",) if values else ("centres_ptr", "centre_tops_ptr", "centre_squares_ptr")
+    constants = {
+        "HEAD_DIM": 128,
+        "PADDED_DIM": 128,
+        "ROWS": triton_statistics.blocks_at_once(128),
+        "PERMUTED": permuted,
+        "WIDE": permuted,
+        "VALUES": values,
+        **triton_statistics.tree(BUDGETS[name]),
+        **dict.fromkeys(outputs),
+        **({} if permuted else {"permutation": None, "heads": 1, "blocks": 1, "text_before": 1}),
+    }
+    kernel = triton_statistics.spread_kernel
+    # Of values `spread_ptr` is float32, of keys too: the largest entries.
+    compile_and_check(kernel, target, constants, {"num_warps": 4}, tensor_cores=False, types={"spread_ptr": "*fp32"})
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_energy(target):
+    constants = {
+        "HEAD_DIM": 96,
+        "PADDED_DIM": 128,
+        "ROWS": triton_statistics.blocks_at_once(128),
+        "PERMUTED": True,
+        "WIDE": False,
+        "BLOCK": 128,
+    }
+    compile_and_check(triton_statistics.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+
+
+@pytest.mark.parametrize("padded", [128, 256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_outputs(target, padded):
+    tile = dict(triton_prices.TILE)
+    options = {"num_warps": tile.pop("num_warps")}
+    compile_and_check(triton_prices.output_kernel, target, {"PADDED_DIM": padded, **tile}, options)
+
+
+@pytest.mark.parametrize(("name", "padded"), [("psa-3", 64), ("psa-3", 128), ("five levels, mean", 256)], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_prices(target, name, padded):
+    spec = BUDGETS[name]
+    tile = dict(triton_prices.TILE)
+    options = {"num_warps": tile.pop("num_warps")}
+    constants = {
+        "PADDED_DIM": padded,
+        "LEVELS": spec.levels,
+        "POOLED": triton_statistics.pooled_factors(spec),
+        "BLOCK_KEY": spec.block_key,
+        "SKIP": spec.rest == "skip",
+        "COVARIANCE": prices.COVARIANCE,
+        "EXPONENT": prices.EXPONENT,
+        "STEPS": prices.STEPS_PER_OCTAVE,
+        "HIGHEST": prices.HIGHEST_PRICE,
+        "DEPTH": min(64, padded),
+        **tile,
+    }
+    compile_and_check(triton_prices.price_kernel, target, constants, options)
+
+
+@pytest.mark.parametrize(("name", "key_blocks"), [("psa-3", 1182), ("five levels, mean", 4725)], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_budget(target, name, key_blocks):
+    spec = BUDGETS[name]
+    row = triton_budget.row_shape(key_blocks)
+    options = {"num_warps": row.pop("num_warps")}
+    constants = {
+        "UNITS": tuple(unit_costs(spec)),
+        "SKIP": spec.rest == "skip",
+        "HIGHEST": prices.HIGHEST_PRICE,
+        **row,
+    }
+    compile_and_check(triton_budget.budget_kernel, target, constants, options, tensor_cores=False)

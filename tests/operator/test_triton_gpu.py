@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from gpu_checks import poison_free_memory, relative_error
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.importance.reference import block_importance
+from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import reference as pyramid
 
 pytest.importorskip("triton")
@@ -124,3 +127,60 @@ def test_offsets_beyond_32_bits():
     spec = AttentionSpec()
     near = psa_attention(*(y.contiguous() for y in (q, k, v)), spec, implementation="triton")
     assert torch.equal(psa_attention(q, k, v, spec, implementation="triton"), near)
+
+
+def budget_case(seed):
+    """A case of `random_case` under the rule `budget`."""
+    (q, k, v, spec), options = random_case(seed)
+    density = random.Random(seed).choice([0.04, 0.15, 0.4, 1.0])
+    spec = replace(spec, rule="budget", floor=0.0, similarity=None, density=max(density, 1 / spec.block_key))
+    return (q, k, v, spec), options
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_prices_are_close_to_those_of_float64(seed):
+    import budget_checks
+
+    (q, k, v, spec), options = budget_case(seed)
+    layout = make_layout(q.shape[1], k.shape[1], **options)
+    found = block_importance(q, k, layout, spec, 0.1)
+    poison_free_memory()
+    off = budget_checks.price_steps_off(q, k, v, layout, spec, 0.1, importance=found)
+    # Steps of 0.27 %.
+    assert (off > 2).float().mean() <= 0.001 and (off > 1).float().mean() <= 0.03
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_lists_of_a_budget_are_those_of_the_reference_bit_for_bit(seed):
+    import budget_checks
+
+    chance = random.Random(seed)
+    blocks = chance.choice([1, 3, 100, 1182, 1857, 4725, 16384])
+    levels, rest = budget_checks.LEVELS[seed % len(budget_checks.LEVELS)]
+    for kind in ("far", "close", "ends"):
+        for density in budget_checks.random_densities(rest):
+            poison_free_memory()
+            budget_checks.check_same_lists(kind, levels, rest, density, (1, 2, 5, blocks), "cuda")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_rule_budget_inside_the_operator(seed):
+    (q, k, v, spec), options = budget_case(seed)
+    lists = select_blocks(q, k, spec, v=v, implementation="triton", **options)
+    poison_free_memory()
+    out, stats = psa_attention(q, k, v, spec, implementation="triton", return_stats=True, **options)
+    # A row's most important block is attended even where it alone costs more than the budget.
+    one_block = 1 / (spec.levels[-1] * lists.key_blocks)
+    assert (stats.density <= max(spec.density, one_block) + 1e-6).all()
+    assert torch.equal(psa_attention(q, k, v, spec, lists=lists, implementation="triton", **options), out)
+
+
+def test_a_call_with_a_budget_does_not_wait_for_the_device():
+    (q, k, v, spec), options = budget_case(1)
+    psa_attention(q, k, v, spec, **options)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        psa_attention(q, k, v, spec, return_stats=True, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_agree_with_the_reference():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_budget_cases.py"])
+def test_kernels_agree_with_the_reference(cases):
     """One process of its own: the interpreter is switched on for all of a process, before triton is imported."""
     here = Path(__file__).parent
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / "triton_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here / cases)],
         cwd=here.parents[1],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"},
         capture_output=True,

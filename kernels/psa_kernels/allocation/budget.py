@@ -7,7 +7,8 @@ import math
 import torch
 
 from psa_kernels.allocation.prices import HIGHEST_PRICE
-from psa_kernels.lists import BlockLists
+from psa_kernels.costs import row_budget, unit_costs
+from psa_kernels.lists import BlockLists, list_width
 from psa_kernels.spec import AttentionSpec
 
 
@@ -46,7 +47,8 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
         low, high = torch.where(affordable, low, middle), torch.where(affordable, middle, high)
     level, finer = levels_at(high), levels_at(high - 1)
     extra = (cost_of[finer] - cost_of[level]).cumsum(-1)
-    left = budget - cost_of[level].sum(-1, keepdim=True)
+    # The most important block may alone have cost more.
+    left = (budget - cost_of[level].sum(-1, keepdim=True)).clamp_min(0)
     upgraded = extra <= left
     # The first pair whose upgrade is too dear gets the best that the rest pays for.
     first = upgraded.sum(-1, keepdim=True).clamp(max=level.shape[-1] - 1)
@@ -54,17 +56,4 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     level = torch.where(upgraded, finer, level)
     affordable = cost_of <= cost_of[level.gather(-1, first)] + left
     level.scatter_(-1, first, affordable.int().argmax(-1, keepdim=True))
-    return BlockLists.from_levels(level, len(spec.levels))
-
-
-def unit_costs(spec: AttentionSpec) -> list[int]:
-    """Cost of a key block at each level, and last past the levels, in units of which each is a whole number."""
-    unit = math.lcm(*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ()))
-    return [unit // factor for factor in spec.levels] + [unit // spec.block_key if spec.rest == "mean" else 0]
-
-
-def row_budget(spec: AttentionSpec, key_blocks: int) -> int:
-    """What a row may cost, in the same units."""
-    unit = unit_costs(spec)[0] * spec.levels[0]
-    # The product may fall short of the whole number that it is in exact arithmetic.
-    return math.floor(spec.density * unit * key_blocks + 1e-6)
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, key_blocks))

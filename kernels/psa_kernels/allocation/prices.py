@@ -115,7 +115,7 @@ def _prices(errors: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
             for other in range(level + 1, len(costs))
             if costs[level] > costs[other]
         ]
-        price = torch.stack(slopes).amin(0) if slopes else torch.zeros_like(errors[0])
-        prices.append(torch.maximum(price, prices[-1]) if prices else price)
+        prices.append(torch.stack(slopes).amin(0) if slopes else torch.zeros_like(errors[0]))
     steps = torch.stack(prices).log2().mul(STEPS_PER_OCTAVE).floor().add(HIGHEST_PRICE // 2)
-    return steps.nan_to_num(nan=0.0, neginf=0.0).clamp(0, HIGHEST_PRICE).to(torch.int16)
+    # Last, so that prices do not decrease where errors are not finite either.
+    return steps.nan_to_num(nan=0.0, neginf=0.0).clamp(0, HIGHEST_PRICE).cummax(0).values.to(torch.int16)

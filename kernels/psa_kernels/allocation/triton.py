@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.blocks import ranks_below
 from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
@@ -82,54 +83,19 @@ def allocation_kernel(
         boundaries += (boundary,)
         lasts += (last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK),)
 
+    caps = ()
     if CAP:
-        coarsest = coarsest_ptr + row // query_blocks * key_blocks
-    else:
-        coarsest = coarsest_ptr
-    # Kinds of blocks: the levels, and those past the last. Where four are all, the place of the fourth is that which
-    # the other three leave.
-    KINDS: tl.constexpr = len(ENDS) + 1
-    STEP: tl.constexpr = 4 if KINDS <= 4 else 3
-    start = 0
-    for first in tl.static_range(0, KINDS, STEP):
-        counts = (0, 0, 0)
-        for begin in range(0, key_blocks, CHUNK):
-            _, _, ones = kinds_of(
-                importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, first, CAP, CHUNK
-            )  # fmt: skip
-            counts = advance(counts, tl.sum(ones, 0))
-        for index in tl.static_range(smaller(3, len(ENDS) - first)):
-            tl.store(counts_ptr + row * len(ENDS) + first + index, counts[index])
-        places = (start, start + counts[0], start + counts[0] + counts[1])
-        start += counts[0] + counts[1] + counts[2]
-        attended = start
-        for begin in range(0, key_blocks, CHUNK):
-            block, kind, ones = kinds_of(
-                importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, first, CAP, CHUNK
-            )  # fmt: skip
-            counted = tl.cumsum(ones, 0) - ones
-            a, b, c = counted & 0x3FF, (counted >> 10) & 0x3FF, counted >> 20
-            place = tl.where(kind == 0, places[0] + a, tl.where(kind == 1, places[1] + b, places[2] + c))
-            chosen = (kind >= 0) & (kind < 3) & (block < key_blocks)
-            if STEP == 4:
-                place = tl.where(kind == 3, attended + (block - begin) - (a + b + c), place)
-                chosen = block < key_blocks
-            chosen = chosen & (place < list_width)
-            tl.store(ids_ptr + row * list_width + place, block.to(ids_ptr.dtype.element_ty), mask=chosen)
-            found = tl.sum(ones, 0)
-            places = advance(places, found)
-            attended += CHUNK - ((found & 0x3FF) + ((found >> 10) & 0x3FF) + (found >> 20))
+        caps += (coarsest_ptr + row // query_blocks * key_blocks,)
+    write_list(
+        ids_ptr, counts_ptr, row, key_blocks, list_width, kind_of,
+        (importance, caps, row_stride, boundaries, lasts), len(ENDS), CHUNK,
+    )  # fmt: skip
 
 
-# Inside a kernel, `max` and `min` stand for operations on tensors.
+# Inside a kernel, `max` stands for an operation on tensors.
 @triton.constexpr_function
 def larger(a, b):
     return max(a, b)
-
-
-@triton.constexpr_function
-def smaller(a, b):
-    return min(a, b)
 
 
 @triton.jit
@@ -245,25 +211,14 @@ def last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK: tl.const
 
 
 @triton.jit
-def kinds_of(
-    importance, coarsest, begin, row_stride, key_blocks, boundaries, lasts, FIRST: tl.constexpr, CAP: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A chunk of blocks; their kinds, counted from `FIRST`; and a one in the counter of each of the kinds 0, 1, 2."""
-    block = begin + tl.arange(0, CHUNK)
+def kind_of(block, key_blocks, chosen):
+    """Index of the level of some blocks, or that past the last."""
+    importance, caps, row_stride, boundaries, lasts = chosen
     key = load_keys(importance, block, row_stride, key_blocks)
-    kind = tl.zeros([CHUNK], tl.int32)
+    kind = tl.zeros(block.shape, tl.int32)
     for index in tl.static_range(len(boundaries)):
         kind += (key <= boundaries[index] - (block <= lasts[index]).to(tl.int32)).to(tl.int32)
-    if CAP:
-        cap = tl.load(coarsest + block, mask=block < key_blocks, other=0)
+    if len(caps) > 0:
+        cap = tl.load(caps[0] + block, mask=block < key_blocks, other=0)
         kind = tl.where(kind < len(boundaries), tl.minimum(kind, cap), kind)
-    kind -= FIRST
-    counter = tl.where(kind == 0, 1, tl.where(kind == 1, 1 << 10, 1 << 20))
-    return block, kind, tl.where((kind >= 0) & (kind < 3), counter, 0)
-
-
-@triton.jit
-def advance(counts, ones):
-    """Add the three counters of a sum of ones to three numbers."""
-    return counts[0] + (ones & 0x3FF), counts[1] + ((ones >> 10) & 0x3FF), counts[2] + (ones >> 20)
+    return kind

@@ -1,0 +1,179 @@
+"""The level of every pair of blocks so that each row costs what it may and errs least, in Triton: one program a row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.allocation.prices import HIGHEST_PRICE
+from psa_kernels.allocation.triton_lists import write_list
+from psa_kernels.costs import row_budget, unit_costs
+from psa_kernels.lists import BlockLists, id_dtype, list_width
+from psa_kernels.spec import AttentionSpec
+
+
+def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec) -> BlockLists:
+    """Spend on each row of pairs the share `spec.density` of what dense attention costs, where it pays most.
+
+    Args:
+        prices: of `triton_prices.empty_prices`, filled: int16 `[levels, B, H, query blocks, key blocks]`.
+        importance: non-negative float32 `[B, H, query blocks, key blocks]` whose rows lie at equal distances.
+
+    Returns:
+        The same lists as the reference.
+    """
+    levels, batch, heads, query_blocks, key_blocks = prices.shape
+    rows, device = (batch, heads, query_blocks), prices.device
+    width = list_width(spec, key_blocks)
+    ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=device)
+    counts = torch.empty(*rows, levels, dtype=torch.int32, device=device)
+    units = unit_costs(spec)
+    # Two prices an integer, also of what pads a row.
+    words = prices.as_strided((levels, *rows, prices.stride(3)), prices.stride()).view(torch.int32)
+    budget_kernel[(batch * heads * query_blocks,)](
+        importance, prices, words, ids, counts, importance.stride(2), prices.stride(0), prices.stride(3), key_blocks,
+        width, row_budget(spec, key_blocks), key_blocks * units[0], UNITS=tuple(units), SKIP=spec.rest == "skip",
+        HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks),
+    )  # fmt: skip
+    return BlockLists(ids, counts, key_blocks)
+
+
+def row_shape(key_blocks: int) -> dict[str, int]:
+    """Pairs of prices that are compared at a time, entries that are listed at a time, and warps."""
+    warps = 1 if key_blocks <= 2048 else 4
+    return {"WORDS": 128 * warps, "CHUNK": 256 if warps == 1 else 512, "num_warps": warps}
+
+
+# A number of blocks that is known to be 1 folds a row into what the compiler does not survive.
+@triton.jit(do_not_specialize=["key_blocks", "list_width", "budget", "dearest"])
+def budget_kernel(
+    importance_ptr, prices_ptr, words_ptr, ids_ptr, counts_ptr, importance_stride, level_stride, price_stride,
+    key_blocks, list_width, budget, dearest, UNITS: tl.constexpr, SKIP: tl.constexpr, HIGHEST: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The lowest price that one row can afford, what the rest buys, then its list.
+
+    Args:
+        words_ptr: the prices again, two in each int32.
+        dearest: cost of a row with all blocks at the finest level.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    LEVELS: tl.constexpr = len(UNITS) - 1
+    # A row of each level.
+    prices = ()
+    words = ()
+    for level in tl.static_range(LEVELS):
+        start = level * level_stride.to(tl.int64) + row * price_stride
+        prices += (prices_ptr + start,)
+        words += (words_ptr + start // 2,)
+
+    # The row's most important block costs at least the coarsest level, whatever the price.
+    kept = tl.full([], -1, tl.int32)
+    kept_price = tl.full([], HIGHEST + 1, tl.int32)
+    cheapest = dearest // UNITS[0] * UNITS[LEVELS]
+    if SKIP:
+        kept = most_important(importance_ptr + row * importance_stride, key_blocks, CHUNK)
+        kept_price = tl.load(prices[LEVELS - 1] + kept).to(tl.int32)
+        cheapest += UNITS[LEVELS - 1]
+
+    # A price above all is affordable; -1 stands for one that is known not to be.
+    low, high, paid = -1, HIGHEST + 1, cheapest
+    # A budget that is spent buys nothing more, except where the coarsest level costs what a skipped block does.
+    FREE: tl.constexpr = UNITS[LEVELS - 1] == UNITS[LEVELS]
+    while (high - low > 1) & ((paid != budget) | FREE):
+        middle = (low + high) // 2
+        spared = spared_cost(words, middle, price_stride // 2, UNITS, WORDS)
+        found = dearest - spared + (kept_price < middle).to(tl.int32) * (UNITS[LEVELS - 1] - UNITS[LEVELS])
+        affordable = found <= budget
+        low, high = tl.where(affordable, low, middle), tl.where(affordable, middle, high)
+        paid = tl.where(affordable, found, paid)
+    left = tl.maximum(budget - paid, 0)
+
+    # Blocks before one get what the next lower price would pay, and that one the best that then is left.
+    first = 0
+    spent = 0
+    begin = 0
+    extra = 0
+    while (begin < key_blocks) & (extra <= left):
+        block = begin + tl.arange(0, CHUNK)
+        each = tl.zeros([CHUNK], tl.int32)
+        for level in tl.static_range(LEVELS):
+            price = tl.load(prices[level] + block, mask=block < key_blocks, other=HIGHEST).to(tl.int32)
+            raised = (price == high - 1) & (block < key_blocks)
+            if level == LEVELS - 1:
+                raised = raised & (block != kept)
+            each += raised.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
+        sums = extra + tl.cumsum(each, 0)
+        within = (sums <= left) & (block < key_blocks)
+        first += tl.sum(within.to(tl.int32), 0)
+        spent = tl.maximum(spent, tl.max(tl.where(within, sums, 0), 0))
+        extra += tl.sum(each, 0)
+        begin += CHUNK
+    left -= spent
+    price = high - (first == key_blocks).to(tl.int32)
+    first = tl.minimum(first, key_blocks - 1)
+    allowed = left + UNITS[LEVELS]
+    for level in tl.static_range(LEVELS):
+        dearer = tl.load(prices[level] + first).to(tl.int32) >= price
+        if level == LEVELS - 1:
+            dearer = dearer | (first == kept)
+        allowed += dearer.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
+    first_level = tl.full([], 0, tl.int32)
+    for level in tl.static_range(LEVELS):
+        first_level += (UNITS[level] > allowed).to(tl.int32)
+
+    write_list(
+        ids_ptr, counts_ptr, row, key_blocks, list_width, level_of, (prices, high, kept, first, first_level), LEVELS,
+        CHUNK,
+    )  # fmt: skip
+
+
+@triton.jit
+def level_of(block, key_blocks, chosen):
+    """Index of the level of some blocks, or that past the last."""
+    prices, price, kept, first, first_level = chosen
+    price = price - (block < first).to(tl.int32)
+    found = tl.zeros(block.shape, tl.int32)
+    for level in tl.static_range(len(prices)):
+        cheaper = tl.load(prices[level] + block, mask=block < key_blocks, other=0).to(tl.int32) < price
+        if level == len(prices) - 1:
+            cheaper = cheaper & (block != kept)
+        found += cheaper.to(tl.int32)
+    return tl.where(block == first, first_level, found)
+
+
+@triton.jit
+def spared_cost(words, price, row_words, UNITS: tl.constexpr, WORDS: tl.constexpr):
+    """What a row costs less than all its blocks at the finest level, if upgrades are bought that cost a price or more.
+
+    A price has 15 bits. The bit above each of the two in a word is set, a price less than `price` or not, by one
+    subtraction, and these bits are added up in two counters of 16 bits: a price of 0 to 32,767 is not below 0, and all
+    but 32,767, of which padding consists, are below that.
+    """
+    threshold = price + 0x7FFF
+    threshold |= threshold << 16
+    counts = tl.zeros([WORDS], tl.int32)
+    for begin in range(0, row_words, WORDS):
+        word = begin + tl.arange(0, WORDS)
+        for level in tl.static_range(len(words)):
+            pair = tl.load(words[level] + word, mask=word < row_words, other=0x7FFF7FFF)
+            counts += (((threshold - pair) >> 15) & 0x10001) * (UNITS[level] - UNITS[level + 1])
+    return tl.sum((counts & 0xFFFF) + ((counts >> 16) & 0xFFFF), 0)
+
+
+@triton.jit
+def most_important(importance, key_blocks, CHUNK: tl.constexpr):
+    """The first of a row's most important blocks."""
+    largest = tl.full([], -1, tl.int32)
+    found = tl.full([], 0, tl.int32)
+    for begin in range(0, key_blocks, CHUNK):
+        block = begin + tl.arange(0, CHUNK)
+        # As integers floats that are not negative compare alike, and any that is not a number is the largest.
+        key = tl.load(importance + block, mask=block < key_blocks, other=0.0).to(tl.int32, bitcast=True)
+        key = tl.where(block < key_blocks, key, -1)
+        top = tl.max(key, 0)
+        place = tl.min(tl.where(key == top, block, 0x7FFFFFFF), 0)
+        found = tl.where(top > largest, place, found)
+        largest = tl.maximum(largest, top)
+    return found

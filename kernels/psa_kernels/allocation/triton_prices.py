@@ -1,0 +1,247 @@
+"""What a finer level is worth, for every pair of blocks, in Triton; `prices.py` has the formula and says why."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, HIGHEST_PRICE, STEPS_PER_OCTAVE
+from psa_kernels.allocation.triton_statistics import (
+    ScaledRows,
+    empty_rows,
+    key_spread,
+    pooled_factors,
+    query_energy,
+    store_scaled,
+    value_spread,
+)
+from psa_kernels.blocks import block_count
+from psa_kernels.layout import TokenLayout
+from psa_kernels.spec import AttentionSpec
+
+# Rows of prices lie at multiples of so many entries, 16 bytes.
+ROW_UNIT = 8
+# Query blocks and key blocks of a program, and its warps: with five levels its errors still stay in registers, and two
+# such programs share a multiprocessor.
+TILE = {"TILE_M": 64, "TILE_N": 32, "num_warps": 8}
+
+
+def upgrade_prices(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    importance: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+) -> torch.Tensor:
+    """At which price of cost each level of each pair of blocks pays.
+
+    Args:
+        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, all tokens, in the order of the model.
+        importance: float32 `[B, H, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
+        scale: factor on the dot products.
+
+    Returns:
+        `empty_prices`, filled: what the reference returns, but for roundings.
+    """
+    energy = query_energy(q, layout, spec, scale)
+    spread = key_spread(k, layout, spec)
+    centres, varied = value_spread(v, layout, spec)
+    outputs, totals = mean_outputs(q, importance, centres)
+    batch, heads, query_blocks, key_blocks = importance.shape
+    prices = empty_prices(len(spec.levels), *importance.shape, device=q.device)
+    padded = energy.fractions.shape[-1]
+    tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
+    price_kernel[(batch * heads, *tiles)](
+        energy.fractions, energy.tops, spread.fractions, spread.tops, varied, centres.fractions, centres.tops,
+        centres.squares, outputs.fractions, outputs.tops, outputs.squares, totals, importance, prices, query_blocks,
+        key_blocks, importance.stride(2), prices.stride(3), PADDED_DIM=padded, LEVELS=spec.levels,
+        POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key, SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE,
+        EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE, HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), **TILE,
+    )  # fmt: skip
+    return prices
+
+
+def empty_prices(
+    levels: int, batch: int, heads: int, query_blocks: int, key_blocks: int, device: torch.device
+) -> torch.Tensor:
+    """Uninitialized int16 `[levels, B, H, query blocks, key blocks]` whose rows lie as the allocation reads them.
+
+    Every row is part of one of a multiple of `ROW_UNIT` entries; what lies past its end has to be `HIGHEST_PRICE`.
+    """
+    padded = block_count(key_blocks, ROW_UNIT) * ROW_UNIT
+    rows = torch.empty(levels, batch, heads, query_blocks, padded, dtype=torch.int16, device=device)
+    return rows[..., :key_blocks]
+
+
+def mean_outputs(q: torch.Tensor, importance: torch.Tensor, centres: ScaledRows) -> tuple[ScaledRows, torch.Tensor]:
+    """Means of the blocks' mean values, weighted by importance: `[B, H, query blocks, D]`; the sums of these weights.
+
+    Args:
+        q: `[B, Nq, H, D]`: for its shape alone.
+    """
+    batch, heads, query_blocks, key_blocks = importance.shape
+    outputs = empty_rows(q, (), query_blocks, squares=True)
+    totals = torch.empty_like(outputs.tops)
+    output_kernel[(batch * heads, block_count(query_blocks, TILE["TILE_M"]))](
+        importance, centres.fractions, centres.tops, outputs.fractions, outputs.tops, outputs.squares, totals,
+        query_blocks, key_blocks, importance.stride(2), PADDED_DIM=centres.fractions.shape[-1],
+        **TILE,
+    )  # fmt: skip
+    return outputs, totals
+
+
+@triton.jit
+def output_kernel(
+    importance_ptr, centres_ptr, centre_tops_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr,
+    query_blocks, key_blocks, importance_stride, PADDED_DIM: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Weighted means of one head's centres, for `TILE_M` query blocks."""
+    head_index = tl.program_id(0).to(tl.int64)
+    queries = head_index * query_blocks
+    row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    real_row = row < query_blocks
+    total = tl.zeros([TILE_M], tl.float32)
+    output = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    for first in tl.range(0, key_blocks, TILE_N, num_stages=2):
+        block = first + tl.arange(0, TILE_N)
+        real = block < key_blocks
+        weight = tl.load(
+            importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
+            mask=real_row[:, None] & real[None, :], other=0.0,
+        )  # fmt: skip
+        total += tl.sum(weight, 1)
+        keys = head_index * key_blocks
+        centres = load_fractions(centres_ptr, keys, block, real, 0, PADDED_DIM, PADDED_DIM)
+        tops = tl.load(centre_tops_ptr + keys + block, mask=real, other=0.0)
+        # In float16: of even importance each weight is about 1, of all importance on one block `key_blocks`.
+        top = tl.max(tops, 0)
+        weight *= (tops * (key_blocks / tl.where(top > 0, top, 1)))[None, :]
+        output += tl.dot(weight.to(tl.float16), centres) * top
+    # The smallest normal number, as in the reference.
+    total = tl.maximum(total, 1.1754943508222875e-38)
+    tl.store(totals_ptr + queries + row, total, mask=real_row)
+    output = output / (total * key_blocks)[:, None]
+    dims = tl.arange(0, PADDED_DIM)
+    store_scaled(outputs_ptr, output_tops_ptr, output_squares_ptr, queries + row, output, dims, real_row, PADDED_DIM)
+
+
+@triton.jit
+def price_kernel(
+    energy_ptr, energy_tops_ptr, spread_ptr, spread_tops_ptr, varied_ptr, centres_ptr, centre_tops_ptr,
+    centre_squares_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, importance_ptr, prices_ptr,
+    query_blocks, key_blocks, importance_stride, price_stride, PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr,
+    POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr, SKIP: tl.constexpr, COVARIANCE: tl.constexpr,
+    EXPONENT: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Prices of `TILE_M` query blocks and `TILE_N` key blocks of one head."""
+    head_index = tl.program_id(0).to(tl.int64)
+    # Offsets inside a head fit 32 bits.
+    all_keys = tl.num_programs(0).to(tl.int64) * key_blocks
+    all_queries = tl.num_programs(0).to(tl.int64) * query_blocks
+    queries = head_index * query_blocks
+    keys = head_index * key_blocks
+    row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    real_row = row < query_blocks
+    block = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
+    real = block < key_blocks
+    # All three terms are of the same rounded rows, so that their difference is a distance however small it is.
+    product = products(
+        outputs_ptr, output_tops_ptr, queries, row, real_row, centres_ptr, centre_tops_ptr, keys, block, real,
+        PADDED_DIM, DEPTH,
+    )  # fmt: skip
+    output_square = tl.load(output_squares_ptr + queries + row, mask=real_row, other=0.0)
+    centre_square = tl.load(centre_squares_ptr + keys + block, mask=real, other=0.0)
+    distance = tl.maximum(output_square[:, None] + centre_square[None, :] - 2 * product, 0)
+    errors = ()
+    if LEVELS[0] == 1:
+        errors += (tl.zeros([TILE_M, TILE_N], tl.float32),)
+    for index in tl.static_range(len(POOLED)):
+        start = index * all_keys + keys
+        noise = products(
+            energy_ptr, energy_tops_ptr, queries, row, real_row, spread_ptr, spread_tops_ptr, start, block, real,
+            PADDED_DIM, DEPTH,
+        )  # fmt: skip
+        varied = tl.load(varied_ptr + start + block, mask=real, other=0.0)
+        errors += (pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE),)
+    if SKIP:
+        errors += (distance,)
+    importance = tl.load(
+        importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
+        mask=real_row[:, None] & real[None, :], other=0.0,
+    )  # fmt: skip
+    total = tl.load(totals_ptr + queries + row, mask=real_row, other=1.0)
+    # What multiplies every error of a pair multiplies its prices.
+    factor = EXPONENT * tl.math.log2(importance / total[:, None])
+    price = tl.zeros([TILE_M, TILE_N], tl.int32)
+    for level in tl.static_range(len(LEVELS)):
+        steps = tl.floor((tl.math.log2(least_slope(errors, level, LEVELS, BLOCK_KEY, SKIP)) + factor) * STEPS)
+        steps += HIGHEST // 2
+        # False for what is not a number.
+        steps = tl.where(steps >= 0, tl.minimum(steps, HIGHEST), 0)
+        price = tl.maximum(price, steps.to(tl.int32))
+        tl.store(
+            prices_ptr + (level * all_queries + queries) * price_stride
+            + (row[:, None] * price_stride + block[None, :]),
+            tl.where(real[None, :], price, HIGHEST).to(tl.int16),
+            mask=real_row[:, None] & (block < price_stride)[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def products(
+    a_ptr, a_tops_ptr, a_start, a_row, a_real, b_ptr, b_tops_ptr, b_start, b_row, b_real, PADDED_DIM: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Dot products of two sets of scaled rows, `DEPTH` channels at a time: float32 `[a rows, b rows]`."""
+    found = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
+    for depth in tl.range(0, PADDED_DIM, DEPTH, num_stages=2):
+        a = load_fractions(a_ptr, a_start, a_row, a_real, depth, PADDED_DIM, DEPTH)
+        b = load_fractions(b_ptr, b_start, b_row, b_real, depth, PADDED_DIM, DEPTH)
+        found = tl.dot(a, b.T, found)
+    a_top = tl.load(a_tops_ptr + a_start + a_row, mask=a_real, other=0.0)
+    b_top = tl.load(b_tops_ptr + b_start + b_row, mask=b_real, other=0.0)
+    return found * a_top[:, None] * b_top[None, :]
+
+
+@triton.jit
+def pooled_error(noise, varied, distance, share, COVARIANCE: tl.constexpr):
+    """Squared error of means over groups that are a share of a block, but for the factor of mass.
+
+    Args:
+        noise, varied: variances inside the groups, of logits and of values.
+        distance: squared, of the block's mean value from the output.
+    """
+    return COVARIANCE * share * noise * varied + noise * noise * distance * 0.25
+
+
+@triton.jit
+def least_slope(errors, LEVEL: tl.constexpr, LEVELS: tl.constexpr, BLOCK_KEY: tl.constexpr, SKIP: tl.constexpr):
+    """The least error that a level spares for each unit of cost, against any coarser choice; 0 if there is none."""
+    if per_cost(LEVELS, LEVEL, len(LEVELS), BLOCK_KEY, SKIP) == 0:
+        return tl.zeros(errors[LEVEL].shape, tl.float32)
+    else:
+        least = tl.full(errors[LEVEL].shape, float("inf"), tl.float32)
+        for other in tl.static_range(LEVEL + 1, len(errors)):
+            slope = (errors[other] - errors[LEVEL]) * per_cost(LEVELS, LEVEL, other, BLOCK_KEY, SKIP)
+            least = tl.minimum(least, slope, tl.PropagateNan.ALL)
+        return least
+
+
+@triton.constexpr_function
+def per_cost(levels, level, coarser, block_key, skip):
+    """1 / what a coarser choice costs less, in shares of the cost of a block's tokens; 0 if it costs no less."""
+    costs = [1 / factor for factor in levels] + [0.0 if skip else 1 / block_key]
+    saved = costs[level] - costs[coarser]
+    return 1 / saved if saved > 0 else 0
+
+
+@triton.jit
+def load_fractions(pointer, start, row, real, depth, PADDED_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """`DEPTH` channels of some rows, counted from row `start`; zeros where `real` is false."""
+    cells = row[:, None] * PADDED_DIM + (depth + tl.arange(0, DEPTH))[None, :]
+    return tl.load(pointer + start * PADDED_DIM + cells, mask=real[:, None], other=0.0)

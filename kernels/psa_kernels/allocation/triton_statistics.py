@@ -1,0 +1,311 @@
+"""What the rule `budget` has to know of every block of queries, keys and values, in Triton: each token is read once.
+
+Rows that only products read are stored as float16 fractions of their largest entry, which is kept beside them: 11 bits
+of every entry that matters, whatever its magnitude, at half the traffic of float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.blocks import block_count
+from psa_kernels.layout import TokenLayout
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_rows import (
+    load_real_rows,
+    load_rows,
+    needs_wide_offsets,
+    padded_dim,
+    row_offsets,
+    short_permutation,
+    video_tokens,
+)
+
+# Tokens of a block whose loads are written out one after the other; beyond that there is a loop.
+UNROLLED = 8
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Rows as fractions of their largest entries.
+
+    Attributes:
+        fractions: float16 `[..., rows, padded_dim(D)]`, zeros past D.
+        tops: float32 `[..., rows]`.
+        squares: None, or float32 `[..., rows]`: sums of the squares of the rows, such as rounding left them.
+    """
+
+    fractions: torch.Tensor
+    tops: torch.Tensor
+    squares: torch.Tensor | None = None
+
+
+def query_energy(q: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float) -> ScaledRows:
+    """Mean square of `scale` times the queries, per channel, of each query block: `[B, H, query blocks, D]`.
+
+    Args:
+        q: `[B, Nq, H, D]`, all queries, in the order of the model.
+    """
+    blocks = block_count(layout.video_queries, spec.block_query)
+    energy = empty_rows(q, (), blocks)
+    _launch(energy_kernel, q, layout, blocks, layout.video_queries, energy.fractions, energy.tops, scale * scale,
+            BLOCK=spec.block_query)  # fmt: skip
+    return energy
+
+
+def key_spread(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> ScaledRows:
+    """Variance inside groups of keys, per channel, mean over each block: `[pooled_factors, B, H, key blocks, D]`.
+
+    Args:
+        k: `[B, Nk, H, D]`, all keys, in the order of the model.
+    """
+    blocks = block_count(layout.video_keys, spec.block_key)
+    spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
+    _launch(spread_kernel, k, layout, blocks, layout.video_keys, spread.fractions, spread.tops, None, None,
+            None, **tree(spec), VALUES=False)  # fmt: skip
+    return spread
+
+
+def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> tuple[ScaledRows, torch.Tensor]:
+    """The mean value of each block, `[B, H, key blocks, D]`, and what its values vary by inside groups.
+
+    Args:
+        v: `[B, Nk, H, D]`, all values, in the order of the model.
+
+    Returns:
+        The means; and, summed over the channels and a mean over each block, the variance inside groups: float32
+        `[pooled_factors, B, H, key blocks]`.
+    """
+    blocks = block_count(layout.video_keys, spec.block_key)
+    centres = empty_rows(v, (), blocks, squares=True)
+    spread = torch.empty(len(pooled_factors(spec)), *centres.tops.shape, device=v.device)
+    _launch(spread_kernel, v, layout, blocks, layout.video_keys, None, spread, centres.fractions,
+            centres.tops, centres.squares, **tree(spec), VALUES=True)  # fmt: skip
+    return centres, spread
+
+
+def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
+    """Group sizes whose means some level, or `rest`, puts in the place of tokens."""
+    factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
+    return tuple(factor for factor in factors if factor > 1)
+
+
+def tree(spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
+    """Nested group sizes up to the whole block, among them those whose loads are written out; which ones are wanted."""
+    pooled = pooled_factors(spec)
+    factors = tuple(sorted({*pooled, UNROLLED, spec.block_key}))
+    return {"FACTORS": factors, "WANTED": tuple(factors.index(factor) for factor in pooled)}
+
+
+def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: bool = False) -> ScaledRows:
+    """Uninitialized rows for `blocks` blocks of each head of `[B, N, H, D]`."""
+    batch, _, heads, head_dim = x.shape
+    rows = (*leading, batch, heads, blocks)
+    fractions = torch.empty(*rows, padded_dim(head_dim), dtype=torch.float16, device=x.device)
+    tops = torch.empty(rows, device=x.device)
+    return ScaledRows(fractions, tops, torch.empty_like(tops) if squares else None)
+
+
+def _launch(
+    kernel: triton.JITFunction, x: torch.Tensor, layout: TokenLayout, blocks: int, video: int, *arguments: object,
+    **constants: object,
+) -> None:  # fmt: skip
+    """One program for every few blocks of a head; heads run fastest: those of one token are neighbours in memory."""
+    batch, _, heads, head_dim = x.shape
+    padded = padded_dim(head_dim)
+    rows = blocks_at_once(padded)
+    permutation = short_permutation(layout)
+    kernel[(batch * heads, triton.cdiv(blocks, rows))](
+        x, permutation, *x.stride()[:3], heads, video, layout.text_before, blocks, *arguments,
+        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=rows, PERMUTED=permutation is not None,
+        WIDE=needs_wide_offsets(x), num_warps=4, **constants,
+    )  # fmt: skip
+
+
+def blocks_at_once(padded: int) -> int:
+    """Blocks of a program of four warps: each thread then has eight channels of one of them."""
+    return max(1, 1024 // padded)
+
+
+@triton.jit
+def energy_kernel(
+    x_ptr, permutation, stride_b, stride_n, stride_h, heads, video, text_before, blocks, fractions_ptr, tops_ptr,
+    factor, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`factor` times the mean square, per channel, of each of `ROWS` blocks of one head."""
+    head_index = tl.program_id(0).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for start in range(0, BLOCK, 8):
+        for part in tl.static_range(8):
+            position = block * BLOCK + start + part
+            x = load_tokens(
+                head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE,
+                True,
+            )  # fmt: skip
+            total += x * x
+    mean = total * (factor / real_tokens(block * BLOCK, BLOCK, video))[:, None]
+    row = head_index * blocks + block
+    store_scaled(fractions_ptr, tops_ptr, None, row, mean, dims, block < blocks, PADDED_DIM)
+
+
+@triton.jit
+def spread_kernel(
+    x_ptr, permutation, stride_b, stride_n, stride_h, heads, video, text_before, blocks, fractions_ptr, spread_ptr,
+    centres_ptr, centre_tops_ptr, centre_squares_ptr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, WANTED: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means."""
+    head_index = tl.program_id(0).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    BLOCK: tl.constexpr = FACTORS[len(FACTORS) - 1]
+    real = block < blocks
+    row = head_index * blocks + block
+    # Only the last blocks of a head have groups that are not whole.
+    if (tl.program_id(1) + 1) * ROWS * BLOCK <= video:
+        mean, squares = group_squares(
+            head, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
+            PADDED_DIM, FACTORS, PERMUTED, WIDE, False,
+        )  # fmt: skip
+    else:
+        mean, squares = group_squares(
+            head, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
+            PADDED_DIM, FACTORS, PERMUTED, WIDE, True,
+        )  # fmt: skip
+    size = real_tokens(block * BLOCK, BLOCK, video)
+    for index in tl.static_range(len(WANTED)):
+        variance = squares[WANTED[index]] / size[:, None]
+        place = tl.num_programs(0).to(tl.int64) * index * blocks + row
+        if VALUES:
+            tl.store(spread_ptr + place, tl.sum(variance, 1), mask=real)
+        else:
+            store_scaled(fractions_ptr, spread_ptr, None, place, variance, dims, real, PADDED_DIM)
+    if VALUES:
+        store_scaled(centres_ptr, centre_tops_ptr, centre_squares_ptr, row, mean, dims, real, PADDED_DIM)
+
+
+@triton.jit
+def group_squares(
+    head, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr,
+    RAGGED: tl.constexpr,
+):  # fmt: skip
+    """The groups of a level that start at positions `first`: their means, and squared deviations inside finer groups.
+
+    Groups are joined to larger ones by the formula of Chan, Golub and LeVeque (1979), which needs no difference of
+    large numbers.
+
+    Args:
+        LEVEL: index into `FACTORS`, or -1 for single tokens.
+        RAGGED: whether tokens may be missing.
+
+    Returns:
+        float32 `[rows, PADDED_DIM]`; and a tuple of as many of that shape as there are factors up to the level: sums of
+        squared deviations from the means of the groups of each.
+    """
+    if LEVEL < 0:
+        x = load_tokens(
+            head, permutation, first, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE, RAGGED
+        )
+        return x, ()
+    else:
+        STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
+        PARTS: tl.constexpr = FACTORS[LEVEL] // STEP
+        if FACTORS[LEVEL] <= 8:
+            mean, inside = group_squares(
+                head, permutation, first, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
+                FACTORS, PERMUTED, WIDE, RAGGED,
+            )  # fmt: skip
+            between = tl.zeros_like(mean)
+            for part in tl.static_range(1, PARTS):
+                mean, inside, between = join(
+                    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL,
+                    HEAD_DIM, PADDED_DIM, FACTORS, PERMUTED, WIDE, RAGGED,
+                )  # fmt: skip
+        else:
+            mean = tl.zeros([first.shape[0], PADDED_DIM], tl.float32)
+            between = tl.zeros_like(mean)
+            inside = ()
+            for _ in tl.static_range(LEVEL):
+                inside += (tl.zeros_like(mean),)
+            for part in range(PARTS):
+                mean, inside, between = join(
+                    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL,
+                    HEAD_DIM, PADDED_DIM, FACTORS, PERMUTED, WIDE, RAGGED,
+                )  # fmt: skip
+        if LEVEL > 0:
+            between += inside[LEVEL - 1]
+        return mean, inside + (between,)
+
+
+@triton.jit
+def join(
+    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, PERMUTED: tl.constexpr,
+    WIDE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Join part number `part` of groups, themselves groups of the next finer level, to the parts before it."""
+    STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
+    next_mean, next_inside = group_squares(
+        head, permutation, first + part * STEP, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
+        FACTORS, PERMUTED, WIDE, RAGGED,
+    )  # fmt: skip
+    difference = next_mean - mean
+    if RAGGED:
+        before = tl.minimum(tl.maximum(video - first, 0), part * STEP).to(tl.float32)
+        new = tl.minimum(tl.maximum(video - first - part * STEP, 0), STEP).to(tl.float32)
+        share = (new / tl.maximum(before + new, 1))[:, None]
+        mean += difference * share
+        between += difference * difference * (before[:, None] * share)
+    else:
+        share = 1.0 / (part + 1)
+        mean += difference * share
+        between += difference * difference * (STEP * part * share)
+    added = ()
+    for index in tl.static_range(LEVEL):
+        added += (inside[index] + next_inside[index],)
+    return mean, added, between
+
+
+@triton.jit
+def load_tokens(
+    head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PERMUTED: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Tokens at some positions: float32 `[rows, PADDED_DIM]`, zeros where there is none."""
+    if RAGGED:
+        real = position < video
+        token = video_tokens(position, permutation, text_before, real, PERMUTED)
+        x = load_real_rows(head + row_offsets(token, stride_n, WIDE), dims, real, HEAD_DIM)
+    else:
+        token = video_tokens(position, permutation, text_before, None, PERMUTED)
+        x = load_rows(head + row_offsets(token, stride_n, WIDE), dims, HEAD_DIM, PADDED_DIM)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def real_tokens(first, size, video):
+    """How many of `size` tokens from each position there are, at least 1: float32."""
+    return tl.maximum(tl.minimum(video - first, size), 1).to(tl.float32)
+
+
+@triton.jit
+def store_scaled(fractions_ptr, tops_ptr, squares_ptr, row, x, dims, real, PADDED_DIM: tl.constexpr):
+    """Store rows `[n, PADDED_DIM]` as `ScaledRows`."""
+    top = tl.max(tl.abs(x), 1)
+    fractions = (x / tl.where(top > 0, top, 1)[:, None]).to(tl.float16)
+    tl.store(fractions_ptr + row[:, None] * PADDED_DIM + dims[None, :], fractions, mask=real[:, None])
+    tl.store(tops_ptr + row, top, mask=real)
+    if squares_ptr is not None:
+        rounded = fractions.to(tl.float32) * top[:, None]
+        tl.store(squares_ptr + row, tl.sum(rounded * rounded, 1), mask=real)

@@ -1,0 +1,127 @@
+"""The Triton kernels of the rule `budget`, in Triton's interpreter: test_triton_interpreter runs it.
+
+Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows.
+"""
+
+from __future__ import annotations
+
+import random
+
+import budget_checks
+import not_finite
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.allocation import prices, triton_budget, triton_statistics
+from psa_kernels.blocks import group_means
+from psa_kernels.layout import make_layout
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    def poisoned(make):
+        def filled(*arguments, **options):
+            made = make(*arguments, **options)
+            return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def inputs(queries, keys=None, *, batch=1, heads=2, head_dim=24, dtype=torch.float32):
+    """Fresh random q, k, v, views into wider tensors, whose keys and values have means far from 0."""
+    keys = queries if keys is None else keys
+    shapes = [(batch, n, heads, head_dim + 3) for n in (queries, keys, keys)]
+    q, k, v = (torch.randn(shape)[..., :head_dim] for shape in shapes)
+    return [x.to(dtype) for x in (q, k + 1, v + 1)]
+
+
+def unscaled(rows, head_dim):
+    return (rows.fractions.double() * rows.tops[..., None])[..., :head_dim]
+
+
+@pytest.mark.parametrize(
+    ("block_key", "levels", "rest", "tokens"),
+    [(16, (1, 2, 4), "skip", 203), (32, (2, 16), "mean", 203), (64, (1, 64), "skip", 150), (32, (1,), "skip", 1)],
+    ids=str,
+)
+def test_statistics(block_key, levels, rest, tokens):
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, rest=rest, block_query=64, block_key=block_key)
+    layout = make_layout(tokens + 5, tokens + 5, 2, 3, torch.randperm(tokens))
+    q, k, v = inputs(tokens + 5, batch=2, dtype=torch.float16)
+    wide = [x[:, layout.video_key_tokens(x.device)].transpose(1, 2).double() for x in (q, k, v)]
+    half = {"rtol": 2**-10, "atol": 1e-6}
+
+    found = unscaled(triton_statistics.query_energy(q, layout, spec, -0.3), 24)
+    torch.testing.assert_close(found, group_means((0.3 * wide[0]).square(), 64), **half)
+    centres, varied = triton_statistics.value_spread(v, layout, spec)
+    torch.testing.assert_close(unscaled(centres, 24), group_means(wide[2], block_key), rtol=0, atol=2**-10 * 6)
+    torch.testing.assert_close(unscaled(centres, 24).square().sum(-1), centres.squares.double(), rtol=1e-5, atol=0)
+    spread = unscaled(triton_statistics.key_spread(k, layout, spec), 24)
+    assert len(spread) == len(varied) == len(triton_statistics.pooled_factors(spec))
+    for index, factor in enumerate(triton_statistics.pooled_factors(spec)):
+        torch.testing.assert_close(spread[index], prices._spread(wide[1], factor, block_key), **half)
+        expected = prices._spread(wide[2], factor, block_key).sum(-1)
+        torch.testing.assert_close(varied[index].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
+def test_prices(levels, rest):
+    """Off by at most two steps, each 0.27 %, although values have a common mean far from 0."""
+    dtype = random.choice([torch.float32, torch.float16])
+    how = Importance("sampled", "max", 8, 8)
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, rest=rest, block_query=64, importance=how)
+    layout = make_layout(705, 705, 2, 3, torch.randperm(700))
+    off = budget_checks.price_steps_off(*inputs(705, heads=1, dtype=dtype), layout, spec, 0.3)
+    assert off.max() <= 2 and (off > 1).float().mean() <= 0.03
+
+
+def test_prices_of_magnitudes_that_float16_cannot_hold():
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=32, levels=(1, 2, 8))
+    q, k, v = inputs(150, 310)
+    layout = make_layout(150, 310, 0, 0, None)
+    off = budget_checks.price_steps_off(1e-6 * q, 1e6 * k, 1e7 * v, layout, spec, 0.3)
+    assert off.max() <= 2
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
+def test_lists_are_those_of_the_reference_bit_for_bit(levels, rest, index):
+    density = budget_checks.random_densities(rest)[index]
+    kind, key_blocks = random.choice(["far", "close", "ends"]), random.choice([1, 20, 40, 130])
+    budget_checks.check_same_lists(kind, levels, rest, density, (1, 1, 2, key_blocks))
+
+
+def test_rows_of_several_warps(monkeypatch):
+    monkeypatch.setattr(triton_budget, "row_shape", lambda _: {"WORDS": 32, "CHUNK": 64, "num_warps": 4})
+    for kind in ("far", "close"):
+        budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))
+
+
+@pytest.mark.parametrize(("levels", "rest"), [((1, 2, 4), "skip"), ((2, 8), "mean")], ids=str)
+def test_the_whole_operator(levels, rest):
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, rest=rest, block_query=64, block_key=16)
+    q, k, v = inputs(157, heads=1)
+    options = {"text_before": 3, "text_after": 4, "permutation": torch.randperm(150)}
+    lists = select_blocks(q, k, spec, v=v, implementation="triton", **options)
+    out, stats = psa_attention(q, k, v, spec, implementation="triton", return_stats=True, **options)
+    assert stats.implementation == "triton" and (stats.density <= 0.3).all() and (stats.density > 0.2).all()
+    wide = [x.double() for x in (q, k, v)]
+    expected = psa_attention(*wide, spec, lists=lists, implementation="reference", **options)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("which", "value"), [("q", "nan"), ("v", "huge")])
+def test_values_that_are_not_finite(which, value):
+    not_finite.check_lists(which, value, not_finite.make_spec("budget"), "triton", tokens=100)
+
+
+def test_wide_offsets_change_nothing(monkeypatch):
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16)
+    q, k, v = inputs(100)
+    narrow = select_blocks(q, k, spec, v=v, implementation="triton")
+    monkeypatch.setattr(triton_statistics, "needs_wide_offsets", lambda *_: True)
+    assert torch.equal(select_blocks(q, k, spec, v=v, implementation="triton").ids, narrow.ids)
