@@ -1,20 +1,27 @@
 # demo: set everything up and compare dense and sparse attention on the bundled model; opens nothing, needs no GPU.
 # test: set everything up and run the tests.
+# test-beside: run the tests that `test` skips because they need packages of other projects.
 
 PYTHON ?= python3.11
 # A CPU build where pip is set up to find one; any torch that is already in .venv is kept.
 TORCH ?= torch==2.13.0
 PROMPT ?= a large red striped circle moving right over a green checkerboard
+BESIDE ?= torchao==0.18.0 bitsandbytes==0.50.2 gguf==0.19.0 cache-dit==1.5.3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test test-beside lint
 
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+test-beside: $(VENV)/beside/ready
+	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"
+	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest tests/test_beside_others.py tests/test_beside_caches.py \
+		-k "quantised or cache_dit"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -25,4 +32,9 @@ $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
 	$(BIN)/pip install -e ".[test,kernel-test]"
+	touch $@
+
+# A folder of their own: diffusers imports these wherever it finds them, and some warn then. Their own needs are met.
+$(VENV)/beside/ready: $(VENV)/ready
+	$(BIN)/pip install --no-deps --upgrade --target $(@D) $(BESIDE)
 	touch $@

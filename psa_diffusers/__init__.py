@@ -15,6 +15,8 @@ if importlib.util.find_spec("psa_kernels") is None and (_kernels / "psa_kernels"
 
 # Imported when first used: the command line should not wait for PyTorch and diffusers to print its help.
 _HOMES = {
+    "PSAFallbackError": "fallbacks",
+    "PSAFallbackWarning": "fallbacks",
     "PSAHandle": "patching",
     "PSAProcessor": "processor",
     "Preset": "presets",

@@ -157,7 +157,8 @@ def _generate(
         )
     )
     from psa_diffusers.generate import Interrupted, run
-    from psa_diffusers.workers import check_devices, launched_place, run_shared
+    from psa_diffusers.place import launched_place
+    from psa_diffusers.workers import check_devices, run_shared
 
     place = launched_place()
     if num_processes < 1 or (num_processes > 1 and place.ranks > 1):
@@ -220,7 +221,7 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
         return _fail(name, "interrupted", INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer says of the arguments
-            return _fail(name, error.format_message() or "no prompt given; see --help", BAD_INPUT)
+            return _fail(name, error.format_message() or "nothing given; the help says what is needed", BAD_INPUT)
         kind = type(error).__name__  # by name: the classes live in what is only imported when needed
         if kind == "OutOfMemoryError":
             return _fail(name, OUT_OF_MEMORY, FAILURE)

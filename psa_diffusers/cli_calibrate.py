@@ -42,10 +42,11 @@ def _calibrate(
     ] = None,
     max_prompts: Annotated[int, typer.Option(help="Measure on at most so many prompts, the first ones.")] = 4,
     measured_steps: Annotated[int, typer.Option(help="At how many denoising steps to measure.")] = 3,
+    batch: Annotated[int, typer.Option(help="Videos to make at once: faster where memory allows.")] = 1,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Drop earlier measurements and replace the output.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every prompt's noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next has one more.")] = 0,
     steps: Steps = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)] = None,
     height: Height = None,
@@ -66,6 +67,8 @@ def _calibrate(
 
     if not 1 <= measured_steps <= 100:
         raise InputError(f"--measured-steps {measured_steps}: must be from 1 to 100")
+    if batch < 1:
+        raise InputError(f"--batch {batch}: must be 1 or more")
     measured, held = split_prompts(prompts, verify, held_out, max_prompts)
     try:
         plan = make_plan(
@@ -92,7 +95,7 @@ def _calibrate(
     if plan.preset is not None:
         dense_share = plan.preset.dense_step_count(plan.settings.steps) / plan.settings.steps
     target = one_target(target_psnr, density, speedup, dense_share)
-    calibration = Calibration(plan, held, target, measured_steps, Path(output), overwrite)
+    calibration = Calibration(plan, held, target, measured_steps, Path(output), overwrite, batch)
     summary = calibrate(calibration, note)
     if not summary["met"]:
         note(f"psa-calibrate: the held-out prompts do not meet the target ({summary['target']}); see above")

@@ -3,39 +3,26 @@
 import contextlib
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from psa_diffusers import stopping
 from psa_diffusers.compare import write_comparison
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.folder_lock import locked
-from psa_diffusers.metrics import frame_faults
 from psa_diffusers.overlay import attention_overlay
 from psa_diffusers.panels import Label, write_image
+from psa_diffusers.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.pipelines import current_flow_shift, load_pipeline
+from psa_diffusers.place import ALONE, Place
 from psa_diffusers.report import write_report
 from psa_diffusers.run_folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
 from psa_diffusers.settings import DENSE, Plan
-from psa_diffusers.step_clock import StepClock
 from psa_diffusers.vbench import FOLDER as VBENCH_FOLDER
 from psa_diffusers.vbench import lay_out
 from psa_diffusers.video import write_video
-from psa_diffusers.workers import ALONE, Place
-
-if TYPE_CHECKING:
-    from psa_diffusers.masks import BlockMask, MaskRecorder
-    from psa_diffusers.patching import PSAHandle
-    from psa_diffusers.processor import PSAProcessor
 
 OVERLAY = "attention.png"
-MIDDLE = (0.5, 0.5, 0.5)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,26 +31,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, summary: dict[str, Any]) -> None:
         self.summary = summary
         super().__init__()
-
-
-@dataclass
-class Generated:
-    """One video as it left the pipeline.
-
-    Attributes:
-        frames: float32 [frames, height, width, 3] in [0, 1].
-        seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
-        warnings: what is wrong with the frames, empty if nothing is.
-        attention: what `RunStats.to_dict()` told, None for a dense run.
-        masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
-    """
-
-    frames: np.ndarray
-    seconds: dict[str, Any]
-    warnings: list[str]
-    attention: dict[str, Any] | None = None
-    peak_memory_gib: float | None = None
-    masks: "list[BlockMask]" = field(default_factory=list)
 
 
 def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
@@ -138,7 +105,7 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
     if plan.preset is None or plan.settings.compare:
         results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
     if plan.preset is not None:
-        results[name] = _generate_sparse(pipe, plan, prompt, seed)
+        results[name] = generate_sparse(pipe, plan, prompt, seed)
     report = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
     report["sample"] = plan.sample(index)
     report["runs"] = {key: _as_json(result) for key, result in results.items()}
@@ -157,104 +124,6 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
             report["files"]["attention"] = OVERLAY
         report["comparison"] = {**comparison, "speedup": _speedup(results[DENSE], results[name])}
     write_json(path / PROMPT_FILE, {**report, **about})
-
-
-def _generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
-    from psa_diffusers.processor import PSAFallbackWarning
-
-    with warnings.catch_warnings(), _patched(pipe, plan) as psa:
-        # Both are told below, with the number of calls.
-        warnings.simplefilter("ignore", PSAFallbackWarning)
-        warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
-        recorder = _watch(psa.processor) if plan.settings.compare else None
-        result = generate_video(pipe, plan, prompt, plan.name, seed)
-        result.masks = recorder.masks() if recorder else []
-        result.attention = psa.stats().to_dict()
-    steps = result.attention["density"]
-    sparse = [index for index, row in enumerate(steps) if any(value is not None and value < 1 for value in row)]
-    seconds = [value for index, value in enumerate(result.seconds["per_step"]) if index in sparse]
-    result.seconds["sparse_steps"] = len(sparse)
-    result.seconds["median_sparse_step"] = median(seconds) if seconds else None
-    fallbacks = result.attention["fallbacks"]
-    if not sparse:
-        reason = "" if fallbacks else ": every step is in the dense phase"
-        result.warnings.append(f"attention was dense throughout{reason}")
-    result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
-    result.warnings += [
-        f"{layer}: sparse attention was not finite at step {', '.join(str(step + 1) for step in at)}; dense there"
-        for layer, at in result.attention["not_finite"].items()
-    ]
-    if result.attention["model_not_finite"]:
-        result.warnings.append(result.attention["model_not_finite"])
-    return result
-
-
-def _patched(pipe: Any, plan: Plan) -> "PSAHandle":
-    from psa_diffusers import apply_psa
-
-    return apply_psa(pipe, plan.preset, preset_2=plan.preset_2, strict=plan.settings.strict)
-
-
-def _watch(processor: "PSAProcessor") -> "MaskRecorder":
-    """Record the first, the middle and the last layer of each transformer, in the middle of the sparse steps."""
-    from psa_diffusers.masks import MaskRecorder
-
-    layers = processor.stats().layers
-    count = len(layers) // len(processor.presets)
-    chosen = {first + at for first in range(0, len(layers), count) for at in (0, count // 2, count - 1)}
-    recorder = MaskRecorder([layers[index] for index in sorted(chosen)], point=MIDDLE)
-    processor.record_masks(recorder)
-    return recorder
-
-
-def generate_video(
-    pipe: Any, plan: Plan, prompt: str, name: str, seed: int, after_step: Callable[[int], None] | None = None
-) -> Generated:
-    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
-
-    Args:
-        name: what the progress bar calls the run.
-        after_step: told the number of each step, from 0, when it is done; may raise to end the run.
-    """
-    import torch
-
-    settings = plan.settings
-    arguments: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
-        "height": settings.height,
-        "width": settings.width,
-        "num_frames": settings.frames,
-        "num_inference_steps": settings.steps,
-        "generator": torch.Generator("cpu").manual_seed(seed),
-        "output_type": "np",
-    }
-    kind, clock = plan.model.kind, StepClock(settings.device)
-
-    def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        stopping.check()
-        if after_step is not None:
-            after_step(index)
-        return clock.step(pipe, index, timestep, values)
-
-    if kind.guider:
-        pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
-    else:
-        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": step_done}
-    if settings.guidance_2 is not None:
-        arguments["guidance_scale_2"] = settings.guidance_2
-    if plan.image is not None:
-        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
-    title = prompt if len(prompt) <= 40 else prompt[:37] + "..."
-    pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
-    with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
-        frames = pipe(**arguments).frames[0]
-    stopping.check()
-    frames = np.asarray(frames, np.float32)
-    faults = frame_faults(frames)
-    if not clock.finite:
-        faults.insert(0, "the latents hold values that are not finite")
-    return Generated(frames, clock.seconds(), faults, peak_memory_gib=clock.peak_memory_gib())
 
 
 def _as_json(result: Generated) -> dict[str, Any]:

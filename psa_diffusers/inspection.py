@@ -7,8 +7,8 @@ from typing import Any
 
 from psa_diffusers import stopping
 from psa_diffusers.errors import InputError
-from psa_diffusers.generate import generate_video
 from psa_diffusers.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
+from psa_diffusers.pipeline_call import generate_video
 from psa_diffusers.pipelines import load_pipeline
 from psa_diffusers.settings import Plan
 
@@ -100,8 +100,10 @@ def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> tuple[int
     index = count // 2 if place.layer is None else place.layer
     if not 0 <= index < count:
         raise InputError(f"--layer {index}: {plan.model.name} has the layers 0 to {count - 1}")
-    if place.head < 0:
-        raise InputError(f"--head {place.head}: heads count from 0")
+    heads = plan.model.num_heads
+    if place.head < 0 or (heads is not None and place.head >= heads):
+        known = "heads count from 0" if heads is None else f"{plan.model.name} has the heads 0 to {heads - 1}"
+        raise InputError(f"--head {place.head}: {known}")
     if plan.preset.layer_specs(per_expert)[index % per_expert] is None:
         raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
     dense = plan.preset.dense_step_count(steps)

@@ -1,63 +1,6 @@
 """The models that `--model` knows by a short name, as data: where they are and how their cards say to run them."""
 
-from dataclasses import dataclass, replace
-
-# What Wan's own configuration (`sample_neg_prompt`, Wan 2.1 and 2.2 alike) and the Wan 2.2 cards use.
-WAN_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
-)
-
-TEXT_TO_VIDEO = "WanPipeline"
-IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A component of a pipeline that its card loads from another repository than the rest."""
-
-    name: str
-    library: str
-    type: str
-    repository: str
-    subfolder: str = ""
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """A model and the settings that its card runs it with.
-
-    `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
-    has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
-    Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
-    `dtype` is what the weights were trained in. `parts` replace components of the repository.
-    """
-
-    name: str
-    hub_id: str | None
-    about: str
-    pipeline: str = TEXT_TO_VIDEO
-    height: int = 480
-    width: int = 832
-    frames: int = 81
-    steps: int = 50
-    guidance: float = 5.0
-    guidance_2: float | None = None
-    flow_shift: float | None = None
-    fps: int = 16
-    negative_prompt: str = WAN_NEGATIVE_PROMPT
-    dtype: str = "bfloat16"
-    parts: tuple[Part, ...] = ()
-
-    @property
-    def transformer(self) -> tuple[str | None, str]:
-        """The repository of the transformer, and the path of its configuration there."""
-        for part in self.parts:
-            if part.name == "transformer":
-                return part.repository, f"{part.subfolder}/config.json".lstrip("/")
-        return self.hub_id, "transformer/config.json"
-
+from psa_diffusers.model_card import IMAGE_TO_VIDEO, ModelCard, Part
 
 HUNYUAN_VIDEO = {
     "height": 720,
@@ -333,21 +276,3 @@ MODELS: dict[str, ModelCard] = {
         ),
     )
 }
-
-
-def card_for(source: str, pipeline: str) -> ModelCard:
-    """The card of a hub id or a local folder.
-
-    A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
-    has no negative prompt and the settings of the first model here with the same pipeline; Wan's pipelines, which serve
-    models of several sizes, have the defaults of diffusers.
-    """
-    repository = source.rstrip("/").rsplit("/", 1)[-1]
-    cards = [card for card in MODELS.values() if card.pipeline == pipeline]
-    for card in cards:
-        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
-            return card
-    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
-    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
-        return ModelCard(**unknown, pipeline=pipeline)
-    return replace(cards[0], **unknown)

@@ -123,9 +123,9 @@ def _draw_legend(picture: Image.Image, y: int, height: int) -> None:
     draw.rectangle((x, middle - swatch / 2, x + swatch, middle + swatch / 2), outline=QUERY_COLOUR, width=2)
     x += round(1.5 * swatch)
     write("the queries")
-    write("read: not at all")
+    write("read: little")
     x -= swatch // 2
     bar = ramp(np.linspace(0, 1, 6 * swatch))[None].repeat(swatch, 0)
     picture.paste(Image.fromarray(bar.astype(np.uint8)), (x, round(middle - swatch / 2)))
     x += round(6.5 * swatch)
-    write("exactly")
+    write("exactly; grey: not at all")

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import MODELS, ModelCard, Part, card_for
+from psa_diffusers.model_aliases import MODELS
+from psa_diffusers.model_card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
 from psa_diffusers.pipeline_kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 
 DEMO_FOLDER = Path(__file__).parent / "demo"
@@ -23,7 +24,8 @@ class Model:
 
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
-    transformers. `fixed_size` is the only height and width of a model that can make no other.
+    transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
+    height and width of a model that can make no other.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Model:
     frame_step: int
     num_layers: int
     experts: int
+    num_heads: int | None = None
     fixed_size: tuple[int, int] | None = None
 
     @property
@@ -63,11 +66,11 @@ def resolve_model(name: str) -> Model:
                 f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
             )
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _known_pipeline(name, index))
+        card = _card_for(source, _known_pipeline(name, index))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
         index = _read_json(source, "model_index.json")
-        card = card_for(source, _known_pipeline(name, index))
+        card = _card_for(source, _known_pipeline(name, index))
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
@@ -163,6 +166,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         size_step=size_step,
         frame_step=frame_step,
         num_layers=kind.layer_count(transformer),
+        num_heads=transformer.get("num_attention_heads"),
         fixed_size=(card.height, card.width) if fixed else None,
         experts=1 if index.get("transformer_2", (None, None))[1] is None else 2,
     )
@@ -177,12 +181,30 @@ def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     return pipeline
 
 
+def _card_for(source: str, pipeline: str) -> ModelCard:
+    """The card of a hub id or a local folder.
+
+    A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
+    has no negative prompt and the settings of the first alias with the same pipeline; Wan's pipelines, which serve
+    models of several sizes, have the defaults of diffusers.
+    """
+    repository = source.rstrip("/").rsplit("/", 1)[-1]
+    cards = [card for card in MODELS.values() if card.pipeline == pipeline]
+    for card in cards:
+        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
+            return card
+    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
+    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
+        return ModelCard(**unknown, pipeline=pipeline)
+    return replace(cards[0], **unknown)
+
+
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f" (did you mean {close[0]}?)" if close else ""
     return (
-        f"--model {name}: no such model; {hint}Known are {', '.join(MODELS)}, "
-        "a hub id (owner/name), or a folder with a model_index.json"
+        f"--model {name}: no such model{hint}; allowed: {', '.join(MODELS)}, a hub id (owner/name), "
+        "or a folder with a model_index.json"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 import weakref
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from psa_diffusers import compiled
 from psa_diffusers.attention_modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.compiled import Layer, Site
-from psa_diffusers.denoising import DenoisingStep, DenoisingTracker
+from psa_diffusers.denoising import DenoisingTracker
 from psa_diffusers.diffusers_internals import parallel_config
+from psa_diffusers.fallbacks import Fallbacks, PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
@@ -24,13 +24,7 @@ from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.token_attention import TokenAttention
 
-
-class PSAFallbackWarning(UserWarning):
-    """Calls run dense although the preset asked for sparse attention."""
-
-
-class PSAFallbackError(RuntimeError):
-    """With `strict=True`: a call would have run dense although the preset asked for sparse attention."""
+__all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 
 
 class PSAProcessor:
@@ -82,14 +76,13 @@ class PSAProcessor:
         for name, transformer in transformers.items():
             prefix = f"{name}." if len(transformers) > 1 else ""
             layers += self._take_over(transformer, name, prefix)
-        self._dense_steps: dict[str, int] = {}
-        self._warned: set[str] = set()
         self._attention = TokenAttention(self._family, strict)
         self._share: Ulysses | None = None
-        self._parallel_obstacle: str | None = None
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
-        self._guard = FiniteGuard(self._tracker, self._recorder, self._attention.forget_step, self._refuse, strict)
+        self._fallbacks = Fallbacks(self.presets, self._tracker, self._recorder, strict)
+        forget, refuse = self._attention.forget_step, self._fallbacks.refuse
+        self._guard = FiniteGuard(self._tracker, self._recorder, forget, refuse, strict)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for transformer in transformers.values():
             self._tracker.attach(transformer)
@@ -189,7 +182,7 @@ class PSAProcessor:
         """Decide for each layer what is known before the forward, for compiled blocks cannot ask inside it."""
         at = self._tracker.current
         grid = None if at is None else at.grid
-        self._share, self._parallel_obstacle = share_of(transformer, self._family, grid)
+        self._share, obstacle = share_of(transformer, self._family, grid)
         always_ours = not self._family.stock_traceable or (self._share is not None and self._family.text != "none")
         patched: set[str] = set()
         for attn, site in self._sites.items():
@@ -198,7 +191,7 @@ class PSAProcessor:
                 compiled.publish(attn, site)
                 self._hand_on(site)
             if site.layer is not None and self._transformers[site.transformer]() is transformer:
-                site.sparse, site.reason = self._foresee(site.layer, at)
+                site.sparse, site.reason = self._fallbacks.foresee(site.layer, obstacle)
                 site.ours = site.sparse or always_ours
                 self._look_for_replaced(attn, site)
         self._look_for_unpatched(transformer, patched)
@@ -225,8 +218,7 @@ class PSAProcessor:
         reason = (
             f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
         )
-        self._note_unreached(site.layer, reason)
-        self._refuse(reason)
+        self._fallbacks.note_unreached([site.layer], reason)
 
     def _look_for_unpatched(self, transformer: torch.nn.Module, patched: set[str]) -> None:
         """Notice the expert of two that was left out, as `pipe.transformer.set_attn_processor` does with the second."""
@@ -242,25 +234,7 @@ class PSAProcessor:
             f"pipe.{which} was not patched; call pipe.{which}.set_attn_processor(processor) with the same "
             "PSAProcessor, or patch both experts with apply_psa(pipe)"
         )
-        for layer in left_out:
-            self._note_unreached(layer, reason)
-        self._refuse(reason)
-
-    def _note_unreached(self, layer: Layer, reason: str) -> None:
-        """Note a layer that is dense because this processor is not in its place."""
-        at = self._tracker.current
-        if at is not None:
-            self._recorder.add_dense(at.step, layer.name, reason if self._wants_sparse(layer, at) else None)
-
-    def _begin_run(self, at: DenoisingStep) -> None:
-        """Forget the last run, if this step is of another one."""
-        if at.run != self._recorder.run:
-            self._dense_steps = {name: preset.dense_step_count(at.steps) for name, preset in self.presets.items()}
-            self._recorder.start(at.run, at.steps, min(self._dense_steps.values()))
-
-    def _wants_sparse(self, layer: Layer, at: DenoisingStep) -> bool:
-        """Whether the preset wants this layer sparse at this step."""
-        return layer.spec is not None and at.step >= self._dense_steps[layer.transformer]
+        self._fallbacks.note_unreached(left_out, reason)
 
     def _is_sparse(self, site: Site, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
@@ -272,36 +246,7 @@ class PSAProcessor:
 
     def note_dense(self, layer: Layer, reason: str | None) -> None:
         """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
-        at = self._tracker.current
-        if at is not None:
-            self._recorder.add_dense(at.step, layer.name, reason)
-        if reason is not None:
-            self._refuse(reason)
-
-    def _foresee(self, layer: Layer, at: DenoisingStep | None) -> tuple[bool, str | None]:
-        """Whether a layer can be sparse in this forward, and if it cannot although the preset wants it, why."""
-        if at is None:
-            return False, compiled.NO_STEP
-        self._begin_run(at)
-        if not self._wants_sparse(layer, at):
-            return False, None
-        reason = None
-        if self._parallel_obstacle is not None:
-            reason = self._parallel_obstacle
-        elif at.grid is None:
-            reason = "this pipeline does not tell the transformer the video's frames, height and width"
-        elif (video := math.prod(at.grid)) < layer.preset.min_tokens:
-            reason = f"the sequence of {video} tokens is shorter than min_tokens={layer.preset.min_tokens}"
-        elif torch.is_grad_enabled():
-            reason = "gradients are enabled, and sparse attention is for inference only"
-        return reason is None, reason
-
-    def _refuse(self, reason: str) -> None:
-        if self.strict:
-            raise PSAFallbackError(f"strict: attention would be dense: {reason}")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
+        self._fallbacks.note(layer, reason)
 
     def _compute(
         self, attn: torch.nn.Module, site: Site, call: AttentionCall

@@ -185,12 +185,12 @@ def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
 def _load_preset(option: str, name: str) -> "Preset | None":
     if name == DENSE:
         return None
-    from psa_diffusers.presets import load_preset
+    from psa_diffusers.presets import PresetError, load_preset
 
     try:
         return load_preset(name)
-    except ValueError as error:
-        raise InputError(f"{option} {error}") from error
+    except PresetError as error:
+        raise InputError(f"{option} {error.at(name)}") from error
 
 
 def _fits_model(option: str, preset: "Preset", model: Model) -> None:

@@ -3,59 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from psa_diffusers.errors import InputError
-
-if TYPE_CHECKING:
-    from psa_diffusers.run_folder import RunFolder
-    from psa_diffusers.settings import Plan
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which of several processes this is.
-
-    Attributes:
-        rank, ranks: its number, and how many there are.
-        local_rank: its number on this machine, which is that of its GPU.
-        launch: what all of them have in common, and the processes of no other run; None for one process.
-        reports: whether it makes the report.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    local_rank: int = 0
-    launch: str | None = None
-    reports: bool = True
-
-    def take_device(self, device: str) -> str:
-        """The device for this process, made torch's current one if it is a GPU."""
-        if self.ranks == 1 or device != "cuda":
-            return device
-        import torch
-
-        torch.cuda.set_device(self.local_rank)
-        return f"cuda:{self.local_rank}"
-
-
-ALONE = Place()
-
-
-def launched_place() -> Place:
-    """This process's place among those that `accelerate launch` or torchrun started, as the environment says."""
-    ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    if ranks == 1:
-        return ALONE
-    launch = f"{os.environ.get('MASTER_ADDR')} {os.environ.get('MASTER_PORT')} {os.getppid()}"
-    return Place(rank, ranks, int(os.environ.get("LOCAL_RANK", rank)), launch, reports=rank == 0)
+from psa_diffusers.folder_lock import locked
+from psa_diffusers.generate import Interrupted, finish, run
+from psa_diffusers.place import Place
+from psa_diffusers.run_folder import RunFolder
+from psa_diffusers.settings import Plan
 
 
 def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
@@ -81,8 +42,6 @@ def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> 
 
 def work(plan: Plan, place: Place) -> None:
     """What one process does: its part of the prompts. Errors are told on stderr by the exit code and the message."""
-    from psa_diffusers.generate import Interrupted, run
-
     try:
         run(plan, place)
     except Interrupted:
@@ -99,9 +58,6 @@ def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None]
         InputError: as `generate.run`, and there are not so many devices.
         Interrupted: likewise.
     """
-    from psa_diffusers.folder_lock import locked
-    from psa_diffusers.run_folder import RunFolder
-
     check_devices(plan, processes)
     folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, uuid.uuid4().hex)
     folder.check(plan.overwrite)
@@ -114,8 +70,6 @@ def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None]
 
 
 def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[[Plan, Place], None]) -> dict[str, Any]:
-    from psa_diffusers.generate import Interrupted, finish
-
     todo = folder.missing()
     if todo:
         folder.begin()

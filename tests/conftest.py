@@ -1,5 +1,7 @@
 """Fixtures that several test files use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,3 +13,42 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder of saved tiny pipelines by name, and of `small.yaml`, a preset for their few tokens."""
+    from tiny_pipelines import tiny_wan, tiny_wan_expanded, tiny_wan_i2v
+
+    folder = tmp_path_factory.mktemp("models")
+    tiny_wan(num_layers=2).save_pretrained(folder / "wan")
+    tiny_wan(two_stage=True, num_layers=2).save_pretrained(folder / "experts")
+    tiny_wan_i2v(num_layers=2).save_pretrained(folder / "i2v")
+    tiny_wan_expanded().save_pretrained(folder / "expanded")
+    (folder / "small.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.7]\n")
+    return folder
+
+
+@pytest.fixture
+def ask(saved, tmp_path):
+    """Makes a request for a small run into tmp_path / "out"."""
+    from tiny_runs import FRAMES, SIZE, STEPS
+
+    from psa_diffusers.settings import Request
+
+    def make(*prompts, **changes):
+        request = Request(
+            prompts=prompts or ("a cat", "a dog"),
+            model=str(saved / "wan"),
+            preset=str(saved / "small.yaml"),
+            output=str(tmp_path / "out"),
+            steps=STEPS,
+            height=SIZE,
+            width=SIZE,
+            frames=FRAMES,
+            fps=8,
+            seed=3,
+        )
+        return replace(request, **changes)
+
+    return make

@@ -21,7 +21,7 @@ from tiny_families.mochi import tiny_mochi
 from tiny_pipelines import tiny_wan
 
 from psa_diffusers import PSAProcessor, context_parallel_plan
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 
 
 def one_processor(pipe: Any) -> Any:

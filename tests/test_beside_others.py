@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import threading
 
+import peft
 import pytest
 import torch
 from diffusers import WanPipeline
-from tiny_families import CASES, EVERYTHING, assert_equal_to_rounding, preset
-from tiny_families.cases import GUIDED, SMALL_TEXT, Case
-from tiny_pipelines import tiny_wan
+from tiny_families import CASES, EVERYTHING, WAN, assert_equal_to_rounding, preset
 
 from psa_diffusers import PSAProcessor, apply_psa
-from psa_diffusers.processor import PSAFallbackWarning
+from psa_diffusers.fallbacks import PSAFallbackWarning
 from psa_diffusers.token_attention import TokenAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WAN = Case(lambda: tiny_wan(num_layers=2), {**GUIDED, **SMALL_TEXT})
 
 
 @pytest.fixture
@@ -110,7 +107,6 @@ def test_quantised_weights(package):
 
 
 def test_lora_switched_fused_and_removed_while_patched():
-    peft = pytest.importorskip("peft")
     pipe = WAN.make()
     plain = WAN.run(pipe)
     config = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)

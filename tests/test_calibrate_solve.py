@@ -8,7 +8,7 @@ import pytest
 
 from psa_diffusers import Preset
 from psa_diffusers.calibrate.scaling import DENSE, SCALES, known_density, scaled_preset, scaled_spec
-from psa_diffusers.calibrate.solve import Curve, reachable, spread, uniform
+from psa_diffusers.calibrate.solve import Curve, drawn_together, judged, reachable, spread, uniform
 from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup, one_target
 from psa_diffusers.errors import InputError
 from psa_kernels import AttentionSpec
@@ -47,6 +47,17 @@ def test_a_layer_that_does_not_matter_gets_the_least_and_one_that_matters_most_s
     assert found.scales[1] is DENSE
     assert found.scales[0] == found.scales[2] == pytest.approx(SCALES[0])
     assert reachable(curves) == pytest.approx(0.05)
+
+
+def test_errors_that_are_drawn_together():
+    curves = {0: curve(1.0, 10), 1: curve(0.01, 4)}
+    densities = []
+    for strength in (0.0, 0.5, 1.0):
+        found = judged(curves, spread(drawn_together(curves, strength), 0.25))
+        densities.append(found.scales[0] / found.scales[1])
+        assert found.density <= 0.25
+    assert densities[0] == pytest.approx(1, abs=0.06) and densities[0] < densities[1] <= densities[2]
+    assert judged(curves, spread(curves, 0.25)) == spread(curves, 0.25)
 
 
 def test_less_than_can_be_had_gives_the_least():

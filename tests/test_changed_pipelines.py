@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 
+import peft
 import pytest
 import torch
 from group_offload import offload_groups
-from tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
+from tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, WAN, assert_equal_to_rounding, preset
 
 from psa_diffusers import apply_psa
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.models import find_family
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+EACH = {"wan": WAN, **{name: CASES[name] for name in ONE_EACH}}
 
 
 def layers_of(pipe):
@@ -36,11 +39,10 @@ def run_in_its_dtype(case, pipe):
             hook.remove()
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name != "allegro"])
+@pytest.mark.parametrize("name", [name for name in EACH if name != "allegro"])
 def test_lora(name):
     """Allegro is not here: diffusers loads no LoRA into it."""
-    peft = pytest.importorskip("peft")
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     stock = case.run(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_v_proj", "to_add_out"]
     pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
@@ -50,36 +52,53 @@ def test_lora(name):
         assert_equal_to_rounding(case.run(pipe), adapted)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_lora_file_loaded_into_a_patched_pipeline(tmp_path):
+    trained = WAN.make()
+    stock = WAN.run(trained)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    # The file has no alpha; without one it is taken to be the rank.
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+    trained.transformer.add_adapter(config)
+    adapted = WAN.run(trained)
+    assert not torch.equal(adapted, stock)
+    layers = peft.get_peft_model_state_dict(trained.transformer)
+    type(trained).save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    pipe = WAN.make()
+    with apply_psa(pipe, EVERYTHING, strict=True):
+        pipe.load_lora_weights(tmp_path)
+        assert_equal_to_rounding(WAN.run(pipe), adapted)
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_layerwise_casting(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     stock = case.run(pipe)
     with apply_psa(pipe, EVERYTHING, strict=True):
         assert_equal_to_rounding(case.run(pipe), stock)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EACH)
 def test_group_offload(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     stock = case.run(pipe)
     offload_groups(pipe.transformer)
     with apply_psa(pipe, EVERYTHING, strict=True):
         assert_equal_to_rounding(case.run(pipe), stock)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "cogvideox-5b"])
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video", "cogvideox-5b"])
 def test_model_offload(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     stock = case.run(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     with apply_psa(pipe, EVERYTHING, strict=True):
         assert_equal_to_rounding(case.run(pipe), stock)
 
 
-@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("name", EACH)
 def test_bfloat16(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     pipe.transformer.to(torch.bfloat16)
     with apply_psa(pipe, preset(), strict=True) as psa:
         seen = []
@@ -123,10 +142,10 @@ def test_cogvideox_fused_after_the_patch_is_noticed():
             case.run(pipe)
 
 
-@pytest.mark.parametrize("name", ["wan-vace", "skyreels-v2", "ltx", "hunyuan-video"])
+@pytest.mark.parametrize("name", ["wan", "wan-vace", "skyreels-v2", "ltx", "hunyuan-video"])
 def test_fused_projections(name):
     """Against stock that is fused too: in diffusers 0.36 VACE itself gives something else then."""
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe = EACH[name], EACH[name].make()
     fused = case.make()
     fused.transformer.fuse_qkv_projections()
     stock = case.run(fused)

@@ -102,7 +102,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "wann", "a cat"], "--model wann: no such model; did you mean wan?"),
+        (["--model", "wann", "a cat"], "--model wann: no such model (did you mean wan?)"),
         (["--frames", "abc", "a cat"], "Invalid value for '--frames'"),
         (["--colour", "red"], "No such option: --colour"),
         (["--preset", "nothing.yaml", "a cat"], "--preset nothing.yaml"),
@@ -124,7 +124,7 @@ def test_no_arguments_shows_the_help(capsys):
     assert psa_generate() == 2
     output = capsys.readouterr()
     assert "Examples" in output.out
-    assert "error: no prompt given" in output.err
+    assert "error: nothing given" in output.err
 
 
 def test_a_run_in_its_own_process(model, tmp_path):

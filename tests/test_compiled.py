@@ -13,9 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from psa_diffusers import apply_psa
 from psa_diffusers.compiled import site_of
 from psa_diffusers.denoising import DenoisingStep
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.models import AttentionCall
 from psa_diffusers.models.mochi import Mochi
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.text_padding import TextLengths
 from psa_diffusers.token_attention import TokenAttention
 

@@ -8,9 +8,9 @@ from tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_r
 from tiny_pipelines import tiny_image
 
 from psa_diffusers import PSAProcessor, apply_psa
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.models import FAMILIES, find_family
 from psa_diffusers.models.ltx import LTXVideo
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from tiny_pipelines import tiny_wan
 
 from psa_diffusers import apply_psa, finite_guard
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.fallbacks import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.token_attention import TokenAttention
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,9 +8,7 @@ import weakref
 
 import pytest
 import torch
-from diffusers import SanaVideoTransformer3DModel
-from group_offload import offload_groups
-from tiny_pipelines import run as run_small
+from tiny_families import EVERYTHING, preset
 from tiny_pipelines import (
     tiny_image,
     tiny_transformer,
@@ -20,27 +18,12 @@ from tiny_pipelines import (
     tiny_wan_i2v,
     tiny_wan_v2v,
 )
+from wan_latents import SIZE, run
 
 import psa_diffusers.token_attention as token_attention
-from psa_diffusers import PSAProcessor, UnsupportedModelError, apply_psa, load_preset
+from psa_diffusers import PSAProcessor, apply_psa
+from psa_diffusers.fallbacks import PSAFallbackWarning
 from psa_diffusers.presets import PresetError
-from psa_diffusers.processor import PSAFallbackError, PSAFallbackWarning
-
-# 192 tokens in all: blocks of 32 and 16 leave something to choose.
-SIZE = {"height": 128, "width": 128}
-SMALL = {"min_tokens": 0, "block": {"query": 32, "key": 16}}
-
-
-def preset(**changes):
-    return load_preset("psa-3").model_copy(update={**SMALL, **changes})
-
-
-EVERYTHING = preset(dense_steps=0.0, thresholds=[1.0, 1.0, 1.0])
-
-
-def run(pipe, **overrides):
-    """Latents rather than frames: the VAE has no part in what is tested, and takes most of the time."""
-    return run_small(pipe, **{**SIZE, "output_type": "latent", **overrides})
 
 
 def v2v(pipe, **overrides):
@@ -156,58 +139,6 @@ def test_set_attn_processor_is_enough():
         assert torch.equal(run(pipe), by_hand)
 
 
-def test_the_dense_phase_counts_the_steps_of_both_experts():
-    pipe = tiny_wan(two_stage=True)
-    with apply_psa(pipe, preset(dense_steps=0.5)) as psa:
-        run(pipe, num_inference_steps=6)
-    stats = psa.stats()
-    assert (stats.steps, stats.dense_steps) == (6, 3)
-    assert stats.layers[0] == "transformer.blocks.0" and stats.layers[-1] == "transformer_2.blocks.3"
-    experts = [(row[:4], row[4:]) for row in stats.density]
-    assert all((first[0] is None) != (second[0] is None) for first, second in experts)
-    figures = [first[0] if second[0] is None else second[0] for first, second in experts]
-    assert figures[:3] == [1, 1, 1] and max(figures[3:]) < 0.6
-
-
-@pytest.mark.parametrize(("patched", "left_out"), [("transformer", "transformer_2"), ("transformer_2", "transformer")])
-def test_an_expert_that_was_left_out_is_named(patched, left_out):
-    pipe = tiny_wan(two_stage=True)
-    processor = PSAProcessor(pipe, preset(dense_steps=0.0))
-    getattr(pipe, patched).set_attn_processor(processor)
-    call = rf"pipe\.{left_out} was not patched; call pipe\.{left_out}\.set_attn_processor\(processor\)"
-    with pytest.warns(PSAFallbackWarning, match=call) as caught:
-        run(pipe, num_inference_steps=6)
-        run(pipe, num_inference_steps=6)
-    assert len([w for w in caught if w.category is PSAFallbackWarning]) == 1
-    stats = processor.stats()
-    first, second = (
-        {value for row in stats.density for value in row[part] if value is not None}
-        for part in (slice(0, 4), slice(4, 8))
-    )
-    dense, sparse = (first, second) if left_out == "transformer" else (second, first)
-    assert dense == {1} and max(sparse) < 0.6
-    assert [count % 4 for count in stats.fallbacks.values()] == [0]
-    getattr(pipe, left_out).set_attn_processor(processor)
-    run(pipe, num_inference_steps=6)
-    assert processor.stats().fallbacks == {}
-    processor.restore()
-    strict = PSAProcessor(pipe, preset(dense_steps=0.0), strict=True)
-    getattr(pipe, patched).set_attn_processor(strict)
-    with pytest.raises(PSAFallbackError, match=f"pipe.{left_out} was not patched"):
-        run(pipe, num_inference_steps=6)
-
-
-def test_each_expert_may_have_its_own_preset():
-    pipe = tiny_wan(two_stage=True)
-    with apply_psa(pipe, preset(dense_steps=0.0), preset_2=preset(dense_steps=1.0)) as psa:
-        run(pipe, num_inference_steps=6)
-    first, second = zip(*((row[0], row[4]) for row in psa.stats().density), strict=True)
-    assert max(value for value in first if value is not None) < 0.6
-    assert {value for value in second if value is not None} == {1}
-    with pytest.raises(ValueError, match="preset_2='psa-1': WanPipeline has no second transformer"):
-        apply_psa(tiny_wan(), preset_2="psa-1")
-
-
 def test_rules_for_single_layers():
     pipe = tiny_wan()
     layers = [{"match": "0-1", "dense": True}, {"match": 3, "thresholds": [0.1, 0.1, 0.1]}]
@@ -218,34 +149,6 @@ def test_rules_for_single_layers():
         assert row[:2] == [1, 1] and row[3] == pytest.approx(1 / 6) and row[3] < row[2] < 1
     with pytest.raises(PresetError, match=r"layers\[0\]\.match.*4"):
         apply_psa(pipe, preset(layers=[{"match": "4", "dense": True}]))
-
-
-def test_short_sequences_stay_dense_with_one_warning():
-    pipe = tiny_wan()
-    stock = run(pipe)
-    with apply_psa(pipe, preset(min_tokens=193)) as psa:
-        with pytest.warns(PSAFallbackWarning, match="192 tokens is shorter than min_tokens=193") as caught:
-            assert torch.equal(run(pipe), stock)
-            run(pipe)
-        assert len([w for w in caught if w.category is PSAFallbackWarning]) == 1
-        assert list(psa.stats().fallbacks.values()) == [24] and psa.stats().density_run == 1
-    with apply_psa(pipe, preset(min_tokens=193), strict=True), pytest.raises(PSAFallbackError, match="min_tokens=193"):
-        run(pipe)
-    with apply_psa(pipe, preset(min_tokens=192), strict=True):
-        run(pipe)
-
-
-def test_what_cannot_be_sparse_runs_dense_and_says_why():
-    pipe = tiny_wan()
-    with apply_psa(pipe, preset(dense_steps=0.0)) as psa:
-        run(pipe, num_inference_steps=1)  # the run is over, so the scheduler's index points past its end
-        latents, text = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 16, 32)
-        with pytest.warns(PSAFallbackWarning, match="denoising step is unknown"), torch.no_grad():
-            pipe.transformer(hidden_states=latents, timestep=torch.tensor([5]), encoder_hidden_states=text)
-        pipe.scheduler.set_timesteps(4)
-        with pytest.warns(PSAFallbackWarning, match="gradients are enabled"):
-            pipe.transformer(hidden_states=latents, timestep=torch.tensor([5]), encoder_hidden_states=text)
-        assert list(psa.stats().fallbacks) == ["gradients are enabled, and sparse attention is for inference only"]
 
 
 def count_selections(monkeypatch):
@@ -297,79 +200,6 @@ def test_two_pipelines_with_two_presets():
         with pytest.raises(RuntimeError, match="made for another pipeline"):
             two.transformer.set_attn_processor(first.processor)
             run(two)
-
-
-def test_unsupported_models_are_named_with_the_reason():
-    class OtherTransformer(torch.nn.Module):
-        pass
-
-    pipe = tiny_wan()
-    pipe.transformer = OtherTransformer()
-    message = r"OtherTransformer is not supported, because no family .* describes its attention; supported: Wan 2\.1"
-    with pytest.raises(UnsupportedModelError, match=message):
-        apply_psa(pipe)
-    pipe.transformer = SanaVideoTransformer3DModel.__new__(SanaVideoTransformer3DModel)
-    with pytest.raises(
-        UnsupportedModelError, match=r"SanaVideo.* because its self-attention is linear already; [^\n]*$"
-    ):
-        apply_psa(pipe)
-    with pytest.raises(UnsupportedModelError, match="object has no transformer"):
-        apply_psa(object())
-
-
-def test_lora(tmp_path):
-    peft = pytest.importorskip("peft")
-    pipe = tiny_wan()
-    stock = run(pipe)
-    config = peft.LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-    pipe.transformer.add_adapter(config)
-    adapted = run(pipe)
-    assert not torch.equal(adapted, stock)
-    with apply_psa(pipe, EVERYTHING):
-        torch.testing.assert_close(run(pipe), adapted, rtol=0, atol=2e-5)
-    patch = apply_psa(tiny := tiny_wan(), EVERYTHING)
-    tiny.transformer.add_adapter(config)  # an adapter that arrives after the patch
-    tiny.transformer.load_state_dict(pipe.transformer.state_dict())
-    torch.testing.assert_close(run(tiny), adapted, rtol=0, atol=2e-5)
-    patch.restore()
-
-
-def test_fused_projections():
-    pipe = tiny_wan()
-    stock = run(pipe)
-    with apply_psa(pipe, EVERYTHING):
-        pipe.transformer.fuse_qkv_projections()
-        torch.testing.assert_close(run(pipe), stock, rtol=0, atol=2e-5)
-        pipe.transformer.unfuse_qkv_projections()
-        torch.testing.assert_close(run(pipe), stock, rtol=0, atol=2e-5)
-
-
-def test_layerwise_casting():
-    pipe = tiny_wan()
-    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    stock = run(pipe)
-    with apply_psa(pipe, EVERYTHING):
-        torch.testing.assert_close(run(pipe), stock, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("kind", ["group", "model"])
-def test_offload(kind):
-    pipe = tiny_wan()
-    stock = run(pipe)
-    if kind == "group":
-        offload_groups(pipe.transformer)
-    else:
-        pipe.enable_model_cpu_offload(device="cpu")
-    with apply_psa(pipe, EVERYTHING):
-        torch.testing.assert_close(run(pipe), stock, rtol=0, atol=2e-5)
-
-
-def test_bfloat16():
-    pipe = tiny_wan()
-    pipe.transformer.to(torch.bfloat16)
-    with apply_psa(pipe, preset()) as psa:
-        video = run(pipe)
-    assert video.isfinite().all() and psa.stats().density_sparse < 0.6
 
 
 def test_a_patched_pipeline_can_be_freed():

@@ -18,6 +18,7 @@ from quality_lab.experiments import EXPERIMENTS  # noqa: E402
 from quality_lab.prompts import prompts_for  # noqa: E402
 
 from psa_diffusers.errors import InputError  # noqa: E402
+from psa_diffusers.intervals import half_interval  # noqa: E402
 from psa_diffusers.metrics import compare_frames  # noqa: E402
 
 TINY = ["--prompts", "1", "--steps", "2", "--height", "64", "--width", "64", "--frames", "9"]
@@ -97,8 +98,8 @@ def test_figures_agree_with_the_libraries() -> None:
     values = torch.randn(32, generator=draw).tolist()
     for count in (4, 8, 32):
         interval = scipy.t.interval(0.95, count - 1, loc=0, scale=scipy.sem(values[:count]))
-        assert figures.half_interval(values[:count]) == pytest.approx(interval[1], rel=0.01)
-    assert figures.half_interval(values[:3]) is None
+        assert half_interval(values[:count]) == pytest.approx(interval[1], rel=0.01)
+    assert half_interval(values[:3]) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tiny_families import CASES, ONE_EACH, SPARSE, preset
 
 import psa_diffusers.token_attention as token_attention
 from psa_diffusers import apply_psa
-from psa_diffusers.processor import PSAFallbackWarning
+from psa_diffusers.fallbacks import PSAFallbackWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,9 +15,10 @@ from tiny_pipelines import tiny_wan
 
 from psa_diffusers import generate, workers
 from psa_diffusers.errors import InputError
+from psa_diffusers.place import Place
 from psa_diffusers.run_folder import RunFolder
 from psa_diffusers.settings import Request, make_plan
-from psa_diffusers.workers import Place, run_shared
+from psa_diffusers.workers import run_shared
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("a cat", "a dog", "a fox", "a hen", "an owl")

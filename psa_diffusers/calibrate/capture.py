@@ -1,8 +1,8 @@
 """What sparse attention of several densities would do in each layer, measured on the tensors of a dense run.
 
-Two figures a layer: the relative error of its attention output at each scale, cheap, and what the base preset in this
-layer alone changes in the transformer's output, for one more forward a layer. Their ratio carries the first over to the
-output: a large error in a layer that hardly matters is no reason to spend work there.
+Two figures a layer: the relative error of its attention output at each scale, cheap, and at a few scales what sparse
+attention in this layer alone changes in the transformer's output, for one more forward each. Their ratio carries the
+first over to the output: a large error in a layer that hardly matters is no reason to spend work there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from psa_diffusers.presets import Preset
 from psa_diffusers.processor import PSAProcessor
 
 Figures = dict[str, dict[str, list[float]]]
+# Scales, by their place among SCALES, at which one layer alone is made sparse: a forward each.
+PROBED = (0, 2, BASE)
 
 
 class MeasuringProcessor(PSAProcessor):
@@ -46,26 +48,31 @@ class MeasuringProcessor(PSAProcessor):
             self._hooks.append(reference().register_forward_hook(self._probe, with_kwargs=True))
 
     def figures(self) -> Figures:
-        """Of each layer the means over its measured calls: `errors` (squared) and `densities`, one a scale; `effect`.
+        """Of each layer the means over its measured calls: `errors` and `densities`, one a scale, `effect`, `blocks`.
 
-        And `blocks`, its number of key blocks.
+        `effect` is the squared error of the transformer's output with this layer alone sparse, at the scales `PROBED`,
+        and `errors` are those of its attention, carried over to the output (`_carried_over`). `blocks` is its number of
+        key blocks.
         """
-        return {
-            name: {
-                "errors": _means(self._errors[name]),
-                "densities": _means(self._densities[name]),
-                "effect": _means(self._effects[name]),
+        figures = {}
+        for name, each in self._errors.items():
+            errors, effects = (torch.stack(calls).double().cpu().numpy() for calls in (each, self._effects[name]))
+            figures[name] = {
+                "errors": np.mean(
+                    [_carried_over(*call) for call in zip(errors, effects, strict=True)], axis=0
+                ).tolist(),
+                "densities": torch.stack(self._densities[name]).double().mean(0).tolist(),
+                "effect": effects.mean(0).tolist(),
                 "blocks": [self._blocks[name]],
             }
-            for name in self._errors
-        }
+        return figures
 
     def _attend(
         self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
-        if layer is self._probed:
-            return super()._attend(layer, q, k, v, call)
+        if self._probed is not None and layer.name == self._probed.name:
+            return super()._attend(self._probed, q, k, v, call)
         head, tail = self._attention.dense(q, k, v, call)
         self._recorder.add_dense(at.step, layer.name)
         if self._probed is None and self._measured(at):
@@ -97,7 +104,7 @@ class MeasuringProcessor(PSAProcessor):
         self._densities[layer.name].append(torch.stack(densities))
 
     def _probe(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """After a dense forward, the same once more for each layer with that one sparse."""
+        """After a dense forward, the same again for each layer with that one sparse, at the scales `PROBED`."""
         at = self._tracker.current
         if at is None or not self._measured(at):
             return
@@ -107,25 +114,37 @@ class MeasuringProcessor(PSAProcessor):
                 continue
             if self._transformers[layer.transformer]() is not transformer:
                 continue
-            self._probed = layer
-            try:
-                changed = transformer.forward(*args, **kwargs)
-            finally:
-                self._probed = None
-            self._effects[layer.name].append(_squared_error(_tensor(changed), _tensor(output))[None])
+            effects = []
+            for index in PROBED:
+                self._probed = replace(layer, spec=scaled_spec(layer.spec, SCALES[index]))
+                try:
+                    changed = transformer.forward(*args, **kwargs)
+                finally:
+                    self._probed = None
+                effects.append(_squared_error(_tensor(changed), _tensor(output)))
+            self._effects[layer.name].append(torch.stack(effects))
 
 
-def curves_of(figures: list[Figures], base: int = BASE) -> dict[str, tuple[list[float], list[float]]]:
-    """Densities and errors by layer over several prompts, the errors carried over to the transformer's output."""
+def _carried_over(errors: np.ndarray, effects: np.ndarray) -> np.ndarray:
+    """From the attention's errors at all scales to those of the output, by their ratio at the scales `PROBED`.
+
+    In between the logarithm of the ratio is on straight lines. It is no constant: what a layer loses first may be what
+    the model can do without, and its last blocks what it cannot.
+    """
+    probed = np.array(PROBED)
+    ratios = np.log(np.maximum(effects, 1e-20) / np.maximum(errors[probed], 1e-20))
+    return errors * np.exp(np.interp(np.arange(len(errors)), probed, ratios))
+
+
+def curves_of(figures: list[Figures]) -> dict[str, tuple[list[float], list[float]]]:
+    """Densities and errors by layer, means over several videos."""
     merged: dict[str, tuple[list[float], list[float]]] = {}
     for name in {name: None for each in figures for name in each}:
         rows = [each[name] for each in figures if name in each]
         densities = np.mean([row["densities"] for row in rows], axis=0)
-        errors = np.mean([row["errors"] for row in rows], axis=0)
-        effect = float(np.mean([row["effect"] for row in rows]))
         # More work never counts as a larger error: a rise is noise of the few prompts.
-        errors = np.minimum.accumulate(errors)
-        merged[name] = (densities.tolist(), (errors * effect / max(errors[base], 1e-20)).tolist())
+        errors = np.minimum.accumulate(np.mean([row["errors"] for row in rows], axis=0))
+        merged[name] = (densities.tolist(), errors.tolist())
     return merged
 
 
@@ -136,7 +155,3 @@ def _squared_error(other: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
 
 def _tensor(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
-
-
-def _means(values: list[torch.Tensor]) -> list[float]:
-    return torch.stack(values).double().mean(0).tolist()

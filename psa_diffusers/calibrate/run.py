@@ -14,9 +14,9 @@ import yaml
 
 from psa_diffusers import stopping
 from psa_diffusers.calibrate.capture import Figures, curves_of
-from psa_diffusers.calibrate.runs import Presets, Runs
+from psa_diffusers.calibrate.runs import Presets, Runs, Video
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
-from psa_diffusers.calibrate.solve import Curve, Solution, reachable, spread, uniform
+from psa_diffusers.calibrate.solve import Curve, Solution, drawn_together, judged, reachable, spread, uniform
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import Target, density_for_psnr, density_for_speedup
 from psa_diffusers.calibrate.verify import is_met, verify
@@ -30,6 +30,9 @@ Curves = dict[str, dict[int, Curve]]
 # Per video the settings that PSNR and measurements depend on; names and files do not count.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
+# How far to follow the errors of single layers; 0 treats all alike. Ties go to the first.
+STRENGTHS = (0.0, 0.3, 0.6, 1.0)
+TRIED_DENSITY = 0.25  # at which they are tried where the target is another
 HEADER = "# Made by psa-calibrate:"
 
 
@@ -40,6 +43,7 @@ class Calibration:
     Attributes:
         plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
         held_out: prompts to verify on.
+        batch: how many videos are made at once.
         target: what the preset is to reach.
         measured_steps: at how many denoising steps to measure.
         output: the YAML file; that of a second expert has "-2" at the end of its name.
@@ -51,6 +55,18 @@ class Calibration:
     measured_steps: int
     output: Path
     overwrite: bool
+    batch: int = 1
+
+    @property
+    def measured(self) -> list[Video]:
+        """The videos to measure on. Each of the calibration has a noise of its own."""
+        return [Video(prompt, self.plan.settings.seed + index) for index, prompt in enumerate(self.plan.prompts)]
+
+    @property
+    def verified(self) -> list[Video]:
+        """The videos to verify on."""
+        first = self.plan.settings.seed + len(self.plan.prompts)
+        return [Video(prompt, first + index) for index, prompt in enumerate(self.held_out)]
 
     @property
     def outputs(self) -> tuple[Path, ...]:
@@ -73,6 +89,8 @@ def check(calibration: Calibration) -> None:
     plan = calibration.plan
     if plan.preset is None:
         raise InputError("--base-preset dense: has no thresholds to scale; give a sparse preset")
+    if calibration.batch > 1 and plan.image is not None:
+        raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
     if calibration.output.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"--output {calibration.output}: must end in .yaml")
     for path in calibration.outputs:
@@ -105,17 +123,19 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     check(calibration)
     plan, target = calibration.plan, calibration.target
     settings = {name: value for name, value in plan.settings.to_dict().items() if name not in UNIMPORTANT}
-    store = Store(calibration.folder, settings, calibration.overwrite)
-    runs = Runs(plan, store, tell)
+    store = Store(calibration.folder, {**settings, "batch": calibration.batch}, calibration.overwrite)
+    runs = Runs(plan, store, tell, calibration.batch)
     tell(
         f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
         f"measurements are kept in {calibration.folder}"
     )
     steps = measured_steps(plan, calibration.measured_steps)
-    figures = [runs.measure(prompt, steps) for prompt in plan.prompts]
+    figures = runs.measure(calibration.measured, steps)
     curves = _curves(plan, figures, runs.layers(), tell)
-    density = _density(calibration, runs, curves, tell)
-    solutions = {which: spread(each, density) for which, each in curves.items()}
+    strength = _strength(calibration, runs, curves, tell)
+    drawn = _drawn(curves, strength)
+    density = _density(calibration, runs, drawn, tell)
+    solutions = {which: judged(curves[which], spread(each, density)) for which, each in drawn.items()}
     plain = {which: uniform(each, solutions[which].density) for which, each in curves.items()}
     expected = _expectation(solutions, plain)
     tell(
@@ -131,6 +151,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
+        "strength": strength,
         "expected": expected,
         "verified": verified,
         "met": is_met(calibration, verified),
@@ -176,6 +197,37 @@ def _curves(plan: Plan, figures: list[Figures], layers: dict[str, list[str]], te
     return {which: each for which, each in curves.items() if each}
 
 
+def _drawn(curves: Curves, strength: float) -> Curves:
+    return {which: drawn_together(each, strength) for which, each in curves.items()}
+
+
+def _strength(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
+    """How far to follow what was measured of single layers: whatever makes the best of the videos to measure on.
+
+    Errors of single steps say only roughly what becomes of a video, so that following them all the way can do harm.
+    """
+    if len(STRENGTHS) == 1:
+        return STRENGTHS[0]
+    target = calibration.target
+    wanted = target.value if target.kind == "density" else TRIED_DENSITY
+    density = max(wanted, *(reachable(each) for each in curves.values()))
+    psnrs = {}
+    for strength in STRENGTHS:
+        solutions = {which: spread(each, density) for which, each in _drawn(curves, strength).items()}
+        presets = _presets(calibration, runs, solutions)
+        psnrs[strength] = _mean_psnr(runs.sparse(calibration.measured, presets, f"trying strength {strength:g}"))
+    found = ", ".join(f"{psnr:.2f} dB at strength {strength:g}" for strength, psnr in psnrs.items())
+    best = max(psnrs, key=psnrs.get)
+    tell(f"rules for single layers, density {density:.3f}: {found} (0: all layers alike); strength {best:g} it is")
+    return best
+
+
+def _mean_psnr(results: list[dict[str, Any]]) -> float:
+    """In dB, over the videos that differ from the dense ones; infinite if none does."""
+    values = [result["psnr"] for result in results if result["psnr"] is not None]
+    return float(np.mean(values)) if values else math.inf
+
+
 def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
     """The mean density of the layers that the target asks for."""
     target, plan = calibration.target, calibration.plan
@@ -189,9 +241,10 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
             raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
         return target.value
     if target.kind == "speedup":
-        first = plan.prompts[0]
-        trials = [runs.sparse(first, presets_at(max(lowest, share)), f"timing density {share:g}") for share in TIMED]
-        dense = runs.timed_dense(first)
+        first = calibration.measured[: calibration.batch]
+        shares = [max(lowest, share) for share in TIMED]
+        trials = [runs.sparse(first, presets_at(share), f"timing density {share:g}")[0] for share in shares]
+        dense = runs.timed_dense(first)[0]
         timed = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
         dense_steps = plan.preset.dense_step_count(plan.settings.steps)
         density = density_for_speedup(target.value, plan.settings.steps, dense_steps, timed, lowest)
@@ -203,9 +256,8 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
         return density
 
     def psnr_at(density: float) -> float:
-        results = [runs.sparse(prompt, presets_at(density), f"trying {density:.3f}") for prompt in plan.prompts]
-        values = [result["psnr"] for result in results if result["psnr"] is not None]
-        psnr = float(np.mean(values)) if values else math.inf
+        results = runs.sparse(calibration.measured, presets_at(density), f"trying {density:.3f}")
+        psnr = _mean_psnr(results)
         tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")
         return psnr
 

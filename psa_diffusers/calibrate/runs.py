@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from psa_diffusers.calibrate.capture import Figures, MeasuringProcessor
 from psa_diffusers.calibrate.store import Store
-from psa_diffusers.generate import generate_video
+from psa_diffusers.pipeline_call import Generated, generate_videos
 from psa_diffusers.pipelines import load_pipeline
 from psa_diffusers.presets import Preset
 from psa_diffusers.settings import Plan
@@ -19,76 +20,87 @@ from psa_diffusers.statistics import RunStats
 Presets = tuple[Preset, Preset | None]
 
 
+class Video(NamedTuple):
+    """A prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
 class Runs:
     """Runs of one plan, whose preset is the base preset; the pipeline loads with the first that is not kept yet.
 
     Args:
         tell: called with one line before each run.
+        batch: how many videos are made at once.
     """
 
-    def __init__(self, plan: Plan, store: Store, tell: Callable[[str], None]) -> None:
-        self._plan, self._store, self._tell = plan, store, tell
+    def __init__(self, plan: Plan, store: Store, tell: Callable[[str], None], batch: int = 1) -> None:
+        self._plan, self._store, self._tell, self._batch = plan, store, tell, batch
         self._pipe: Any = None
         self._count = 0
 
-    def measure(self, prompt: str, steps: list[int]) -> Figures:
-        """What sparse attention would do in each layer on the way to the dense video of a prompt."""
+    def measure(self, videos: Sequence[Video], steps: list[int]) -> list[Figures]:
+        """What sparse attention would do in each layer on the way to each dense video; means of those made at once."""
 
-        def run() -> Figures:
+        def run(batch: Sequence[Video]) -> list[Figures]:
             processor = MeasuringProcessor(self._pipeline(), self._plan.preset, set(steps))
             processor.install()
             try:
-                result = self._video(prompt, "measuring")
+                results = self._make(batch, "measuring")
                 figures = processor.figures()
             finally:
                 processor.restore()
-            self._store.keep_frames(("reference", prompt), result.frames)
-            return figures
+            self._keep_references(batch, results)
+            return [figures] * len(batch)
 
-        return self._store.once(("measure", prompt, steps), run)
+        return self._once(videos, ("measure", steps), run)
 
-    def dense(self, prompt: str) -> dict[str, Any]:
-        """Makes the dense video of a prompt: `step`, the median seconds of a step."""
+    def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
+        """Makes the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
 
-        def run() -> dict[str, Any]:
-            result = self._video(prompt, "dense")
-            self._store.keep_frames(("reference", prompt), result.frames)
-            return {"step": result.seconds["median_step"]}
+        def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
+            results = self._make(batch, "dense")
+            self._keep_references(batch, results)
+            return [{"step": result.seconds["median_step"] / len(batch)} for result in results]
 
-        return self._store.once(("dense", prompt), run)
+        return self._once(videos, ("dense",), run)
 
-    def timed_dense(self, prompt: str) -> float:
-        """Median seconds of a dense step, from a run in which nothing is measured or patched."""
-        return self._store.once(("timed", prompt), lambda: self._video(prompt, "timing dense").seconds["median_step"])
+    def timed_dense(self, videos: Sequence[Video]) -> list[float]:
+        """Median seconds of a dense step, a video, from runs in which nothing is measured or patched."""
 
-    def sparse(self, prompt: str, presets: Presets, what: str) -> dict[str, Any]:
-        """PSNR in dB against the dense video (None if equal), `density`, and `step`: seconds of a sparse step, median.
+        def run(batch: Sequence[Video]) -> list[float]:
+            return [result.seconds["median_step"] / len(batch) for result in self._make(batch, "timing dense")]
 
-        The prompt's dense video must have been made, by `measure` or `dense`.
+        return self._once(videos, ("timed",), run)
+
+    def sparse(self, videos: Sequence[Video], presets: Presets, what: str) -> list[dict[str, Any]]:
+        """Of each video the PSNR in dB against the dense one (None if equal), `density`, and `step`.
+
+        `step` is the median time of a sparse step in seconds, None without one. It and the density are means over the
+        videos made at once.
+        The dense videos must have been made, by `measure` or `dense`.
         """
 
-        def run() -> dict[str, Any]:
+        def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             from psa_diffusers import apply_psa
 
+            references = [self._reference(video) for video in batch]
             with apply_psa(self._pipeline(), presets[0], preset_2=presets[1], strict=True) as psa:
-                result = self._video(prompt, what)
+                results = self._make(batch, what)
                 stats = psa.stats()
             rows = enumerate(stats.density)
             sparse = [index for index, row in rows if any(value is not None and value < 1 for value in row)]
-            seconds = [result.seconds["per_step"][index] for index in sparse]
-            reference = self._store.frames(("reference", prompt))
-            if reference is None:
-                raise FileNotFoundError(
-                    f"{self._store.path}: the dense video of {prompt!r} is missing; add --overwrite"
-                )
-            return {
-                "psnr": mean_psnr(reference, result.frames),
+            seconds = [results[0].seconds["per_step"][index] for index in sparse]
+            shared = {
                 "density": self._density(stats),
-                "step": median(seconds) if seconds else None,
+                "step": median(seconds) / len(batch) if seconds else None,
             }
+            pairs = zip(references, results, strict=True)
+            return [{"psnr": mean_psnr(reference, result.frames), **shared} for reference, result in pairs]
 
         rules = [preset.model_dump(mode="json", exclude={"name", "source"}) for preset in presets if preset is not None]
-        return self._store.once(("sparse", prompt, rules), run)
+        return self._once(videos, ("sparse", rules), run)
 
     def layers(self) -> dict[str, list[str]]:
         """Names of the self-attention layers of each transformer."""
@@ -130,10 +142,33 @@ class Runs:
             )
         return self._pipe
 
-    def _video(self, prompt: str, what: str) -> Any:
+    def _once(self, videos: Sequence[Video], name: tuple[Any, ...], run: Callable[[Sequence[Video]], list]) -> list:
+        """What is kept for each video, or else what `run` gives for as many at once as is wanted."""
+        found = []
+        for first in range(0, len(videos), self._batch):
+            batch = videos[first : first + self._batch]
+            found += self._store.once((*name, [[*video] for video in batch]), partial(run, batch))
+        return found
+
+    def _make(self, batch: Sequence[Video], what: str) -> list[Generated]:
         self._count += 1
-        self._tell(f"run {self._count}: {what}: {prompt if len(prompt) <= 60 else prompt[:57] + '...'}")
-        return generate_video(self._pipeline(), self._plan, prompt, what, self._plan.settings.seed)
+        prompt = batch[0].prompt
+        several = f"{len(batch)} prompts, " if len(batch) > 1 else ""
+        self._tell(f"run {self._count}: {what}: {several}{prompt if len(prompt) <= 60 else prompt[:57] + '...'}")
+        prompts, seeds = [video.prompt for video in batch], [video.seed for video in batch]
+        return generate_videos(self._pipeline(), self._plan, prompts, what, seeds)
+
+    def _keep_references(self, batch: Sequence[Video], results: Sequence[Generated]) -> None:
+        for video, result in zip(batch, results, strict=True):
+            self._store.keep_frames(("reference", *video), result.frames)
+
+    def _reference(self, video: Video) -> np.ndarray:
+        frames = self._store.frames(("reference", *video))
+        if frames is None:
+            raise FileNotFoundError(
+                f"{self._store.path}: the dense video of {video.prompt!r} is missing; add --overwrite"
+            )
+        return frames
 
 
 def mean_psnr(reference: np.ndarray, other: np.ndarray) -> float | None:

@@ -7,13 +7,14 @@ every layer, so for a price of work (a Lagrange multiplier) each layer chooses a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from psa_diffusers.calibrate.scaling import DENSE
 
 BETWEEN = 12  # choices between two measured scales
+BETWEEN_UNIFORM = 120  # likewise, where all layers take the same
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,25 @@ def spread(curves: Mapping[int, Curve], density: float) -> Solution:
     return _solution(choices, picked)
 
 
+def drawn_together(curves: Mapping[int, Curve], strength: float) -> dict[int, Curve]:
+    """Curves whose errors are nearer to their geometric mean: a strength of 1 leaves them, 0 makes all alike."""
+    logs = {layer: np.log(np.maximum(curve.errors, 1e-20)) for layer, curve in curves.items()}
+    middle = np.mean(list(logs.values()), axis=0)
+    return {
+        layer: replace(curve, errors=np.exp(middle + strength * (logs[layer] - middle)).tolist())
+        for layer, curve in curves.items()
+    }
+
+
+def judged(curves: Mapping[int, Curve], solution: Solution) -> Solution:
+    """A solution of `drawn_together` curves with the error that the curves themselves promise."""
+    choices = {layer: _choices(curve) for layer, curve in curves.items()}
+    return _solution(choices, {layer: choices[layer].scales.index(scale) for layer, scale in solution.scales.items()})
+
+
 def uniform(curves: Mapping[int, Curve], density: float) -> Solution:
     """One scale for all layers, with that mean density (or the nearest that was measured)."""
-    choices = {layer: _choices(curve) for layer, curve in curves.items()}
+    choices = {layer: _choices(curve, BETWEEN_UNIFORM) for layer, curve in curves.items()}
     count = min(len(each.scales) for each in choices.values()) - 1  # without dense
     densities = [np.mean([each.densities[index] for each in choices.values()]) for index in range(count)]
     picked = int(np.abs(np.array(densities) - density).argmin())
@@ -79,14 +96,14 @@ def reachable(curves: Mapping[int, Curve]) -> float:
     return float(np.mean([min(curve.densities) for curve in curves.values()]))
 
 
-def _choices(curve: Curve) -> _Choices:
+def _choices(curve: Curve, between: int = BETWEEN) -> _Choices:
     """The measured scales, more between them, and dense.
 
     Between them the logarithm of the error is on straight lines over the density, not over the scale: where a few more
     hundredths of a threshold take in no further block, they save nothing.
     """
     places = np.arange(len(curve.scales))
-    fine = np.linspace(0, places[-1], places[-1] * BETWEEN + 1)
+    fine = np.linspace(0, places[-1], places[-1] * between + 1)
     scales = np.exp(np.interp(fine, places, np.log(curve.scales))).tolist()
     known = [curve.density_at(scale) for scale in scales]
     densities = np.interp(fine, places, curve.densities) if None in known else np.array(known)

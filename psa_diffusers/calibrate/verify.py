@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psa_diffusers.calibrate.runs import Presets, Runs
+from psa_diffusers.intervals import FEWEST, half_interval
 from psa_diffusers.settings import Plan
 
 if TYPE_CHECKING:
@@ -17,14 +18,23 @@ if TYPE_CHECKING:
 def verify(
     calibration: Calibration, runs: Runs, presets: Presets, plain: Presets, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """PSNR, density and speed on the prompts that were not measured on, beside one set of thresholds for all layers."""
-    rows = []
-    for prompt in calibration.held_out:
-        dense = runs.dense(prompt)
-        row = {"prompt": prompt, "dense_step": dense["step"]}
-        row["calibrated"] = runs.sparse(prompt, presets, "verifying")
-        row["uniform"] = runs.sparse(prompt, plain, "verifying, all layers alike")
-        rows.append(row)
+    """PSNR, density and speed on the prompts that were not measured on, beside one set of thresholds for all layers.
+
+    `gain_db` is the mean PSNR above that of the latter, video by video, and `gain_interval_db` half its 95 % interval;
+    both None where they cannot be told.
+    """
+    videos = calibration.verified
+    columns = zip(
+        videos,
+        runs.dense(videos),
+        runs.sparse(videos, presets, "verifying"),
+        runs.sparse(videos, plain, "verifying, all layers alike"),
+        strict=True,
+    )
+    rows = [
+        {**video._asdict(), "dense_step": dense["step"], "calibrated": calibrated, "uniform": alike}
+        for video, dense, calibrated, alike in columns
+    ]
     summary: dict[str, Any] = {"prompts": rows}
     for name in ("calibrated", "uniform"):
         values = [row[name]["psnr"] for row in rows if row[name]["psnr"] is not None]
@@ -41,20 +51,29 @@ def verify(
             f"verified on {len(rows)} held-out prompts, {label}: PSNR {shown} at density "
             f"{summary[name]['density']:.3f}, denoising {summary[name]['speedup']:.2f}x as fast as dense"
         )
-    summary["gain_db"] = _gain(rows)
-    if summary["gain_db"] is not None and summary["gain_db"] < 0:
-        tell(
-            f"on these prompts the rules for single layers are {-summary['gain_db']:.2f} dB worse than one set of "
-            "thresholds for all layers at about the same density: measure on more prompts, or scale the base preset"
-        )
+    gains = _gains(rows)
+    summary["gain_db"] = float(np.mean(gains)) if gains else None
+    summary["gain_interval_db"] = half_interval(gains)
+    if gains:
+        tell(_verdict(summary["gain_db"], summary["gain_interval_db"]))
     return summary
 
 
-def _gain(rows: list[dict[str, Any]]) -> float | None:
-    """Mean PSNR of the calibrated preset above that of one set of thresholds; None if no pair can be compared."""
+def _gains(rows: list[dict[str, Any]]) -> list[float]:
+    """PSNR of the calibrated preset above that of one set of thresholds, of each video where both have one."""
     pairs = [(row["calibrated"]["psnr"], row["uniform"]["psnr"]) for row in rows]
-    known = [calibrated - plain for calibrated, plain in pairs if None not in (calibrated, plain)]
-    return float(np.mean(known)) if known else None
+    return [calibrated - alike for calibrated, alike in pairs if None not in (calibrated, alike)]
+
+
+def _verdict(gain: float, interval: float | None) -> str:
+    """What the verification says of rules for single layers, and whether it can tell at all."""
+    better = f"{abs(gain):.2f} dB {'worse' if gain < 0 else 'better'} than one set of thresholds for all layers"
+    found = f"on these prompts the rules for single layers are {better} at about the same density"
+    if interval is None:
+        return f"{found}; too few prompts to tell how sure that is: hold out {FEWEST} or more"
+    return f"{found}, 95 % interval {gain - interval:+.2f} to {gain + interval:+.2f} dB" + (
+        "; hold out more prompts to tell the sign" if abs(gain) <= interval else ""
+    )
 
 
 def _speedup(plan: Plan, dense_step: float, sparse_step: float | None) -> float:

@@ -1,13 +1,16 @@
-"""The experiments: which settings each compares. All settings count blocks of 128 queries and 64 keys."""
+"""The experiments: which settings each compares. Blocks have 128 queries and 64 keys unless said."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from demo.captions import BACKGROUNDS
 from quality_lab.settings import Setting, at_density, published, scaled, vary, vary_if_known
+
+from psa_diffusers import Preset
 
 DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5)
 COUNT_SCALES = (0.4, 0.6, 0.8, 1.0, 1.4)
@@ -96,6 +99,8 @@ def rules() -> Iterator[Setting]:
         "budget, rest mean": {"rule": "budget", "rest": "mean"},
         "count, shared guidance": {"share_guidance": True},
         "count, refresh 4": {"refresh": 4},
+        "count, raster": {"order": "raster"},
+        "count, raster, 32 keys": {"order": "raster", "block": {"query": 128, "key": 32}},
     }
     for share, (way, changes) in product((0.15, 0.25), ways.items()):
         name = f"{way} {share}"
@@ -105,10 +110,18 @@ def rules() -> Iterator[Setting]:
             yield Setting(name, preset, f"count {share}", way)
     # Their densities depend on the videos and come near these two.
     for share, floor in ((0.25, 0.15), (0.25, 0.12), (0.15, 0.04), (0.15, 0.06)):
-        preset = vary(
-            "psa-3", rule="mass", thresholds=[0.4, 0.6, 0.9] if share == 0.25 else [0.3, 0.45, 0.7], floor=floor
-        )
-        yield Setting(f"mass, floor {floor}", preset, f"count {share}", "mass")
+        yield Setting(f"mass, floor {floor}", _mass(share, floor), f"count {share}", "mass")
+    for share, floor in ((0.25, 0.15), (0.15, 0.1)):
+        raster = {"order": "raster"}
+        yield Setting(f"mass, floor {floor}, raster", _mass(share, floor, **raster), f"count {share}", "mass, raster")
+        raster["block"] = {"query": 128, "key": 32}
+        name = f"mass, floor {floor}, raster, 32 keys"
+        yield Setting(name, _mass(share, floor, **raster), f"count {share}", "mass, raster, 32 keys")
+
+
+def _mass(share: float, floor: float, **changes: Any) -> Preset:
+    thresholds = [0.4, 0.6, 0.9] if share == 0.25 else [0.3, 0.45, 0.7]
+    return vary("psa-3", rule="mass", thresholds=thresholds, floor=floor, **changes)
 
 
 EXPERIMENTS = {

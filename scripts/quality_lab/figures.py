@@ -1,16 +1,17 @@
-"""PSNR and SSIM of videos, and intervals of means over prompts."""
+"""PSNR and SSIM of videos, and differences prompt by prompt."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from statistics import NormalDist, mean, stdev
+from statistics import mean
 
 import torch
 
+from psa_diffusers.intervals import half_interval
+
 LEAST_ERROR = 1e-10  # of a frame, so that one equal to its reference counts as 100 dB
-FEWEST = 4  # values that an interval takes
 
 
 def psnr(reference: torch.Tensor, video: torch.Tensor) -> list[float]:
@@ -30,29 +31,10 @@ def ssim(reference: torch.Tensor, video: torch.Tensor) -> list[float | None]:
     return [psnr_and_ssim(*pair)["ssim"]["mean"] for pair in frames]
 
 
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of the mean (Student's t); None for fewer than four values."""
-    if len(values) < FEWEST:
-        return None
-    return round(_student(len(values) - 1) * stdev(values) / len(values) ** 0.5, 4)
-
-
 def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
     """Mean of the differences, prompt by prompt, and half its 95 % interval."""
     differences = [value - base for value, base in zip(values, baseline, strict=True)]
     return round(mean(differences), 4), half_interval(differences)
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % quantile, by the expansion of Abramowitz and Stegun, 26.7.5: within 1 % from 3 degrees of freedom."""
-    z = NormalDist().inv_cdf(0.975)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 @cache

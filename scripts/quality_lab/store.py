@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from quality_lab.figures import half_interval, paired
+from quality_lab.figures import paired
 from results import document, head, write
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.intervals import half_interval
 
 Row = dict[str, Any]
 

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from gpu_checks import poison_free_memory, relative_error
 
 from psa_kernels import AttentionSpec, BlockLists, head_groups, psa_attention
 from psa_kernels.layout import make_layout
@@ -48,16 +49,6 @@ def random_case(seed):
     )
     lists = random_lists(batch, heads, math.ceil(video / spec.block_query), math.ceil(keys / block_key), len(levels))
     return q, k, v, spec, lists, {"text_before": before, "text_after": after, "permutation": permutation}
-
-
-def poison_free_memory():
-    """Leave NaN in the memory that the next tensors are likely to get."""
-    kept = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 18, 1 << 20, 1 << 22) for _ in range(8)]
-    del kept
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_checks import poison_free_memory, relative_error
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.pyramid import reference as pyramid
@@ -47,16 +48,6 @@ def random_case(seed):
     shapes = [(batch, n + before + after, 3, head_dim + 8) for n in (video, keys, keys)]
     q, k, v = ((1.5 * torch.randn(shape, device="cuda")).to(dtype)[..., :head_dim] for shape in shapes)
     return (q, k, v, spec), {"text_before": before, "text_after": after, "permutation": permutation}
-
-
-def poison_free_memory():
-    """Leave NaN in the memory that the next tensors are likely to get."""
-    kept = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 18, 1 << 20, 1 << 22) for _ in range(8)]
-    del kept
-
-
-def relative_error(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny_pipelines import tiny_image
+from tiny_pipelines import tiny_image, tiny_wan
 
 from tiny_families import allegro, cogvideox, hunyuan_video, hunyuan_video15, ltx, mochi, wan_relatives
 
@@ -65,6 +65,9 @@ class Case:
 SIZES = ({"height": 96, "width": 160}, {"num_frames": 5, "height": 112, "width": 80})
 SMALL_TEXT = {"max_sequence_length": 16}
 IMAGE = tiny_image(128, 128)
+
+# Not among the others: what depends on the pipeline is tested of Wan at more length, in test_processor.py.
+WAN = Case(lambda: tiny_wan(num_layers=2), {**GUIDED, **SMALL_TEXT})
 
 CASES: dict[str, Case] = {
     "hunyuan-video": Case(
