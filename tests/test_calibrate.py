@@ -240,7 +240,7 @@ def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
         (["--density", "0.2", "--prompts", "none.txt"], "--prompts none.txt: no such file"),
         (["--density", "0.2", "--verify", "prompts.txt"], "--verify: the prompt 'a cat' is also measured on"),
         (["--density", "0.2", "--base-preset", "dense"], "--base-preset dense: has no thresholds to scale"),
-        (["--density", "0.2", "--base-preset", "psa-9"], "--base-preset preset 'psa-9'"),
+        (["--density", "0.2", "--base-preset", "psa-9"], "--base-preset psa-9"),
         (["--density", "0.2", "-o", "mine.txt"], "--output mine.txt: must end in .yaml"),
         (["--density", "0.2", "-o", "dense.yaml"], "--output dense.yaml"),
         (["--density", "0.2", "-o", "taken.yaml"], "--output taken.yaml: is already there"),

@@ -37,7 +37,7 @@ def write(tmp_path):
 
 def test_the_shipped_presets_are_listed_and_load_under_their_name():
     names = list_presets()
-    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, *AUTHORS_COUNT, "example"} <= set(names)
+    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, *AUTHORS_COUNT, "example", "psa-auto"} <= set(names)
     for name in names:
         preset = load_preset(name)
         assert preset.name == name and preset.source
@@ -55,6 +55,13 @@ def test_published_allocations(name):
     assert shares == list(PUBLISHED[name])
     assert sum(share / pool for share, pool in zip(shares, spec.levels, strict=False)) == pytest.approx(25)
     assert preset.dense_steps == 0.25 and preset.order == "hilbert" and "2512.04025" in preset.source
+
+
+def test_the_recommended_preset_is_psa_3_in_the_order_of_the_model_with_smaller_blocks():
+    changed = {"name", "source", "block", "order"}
+    auto, published = load_preset("psa-auto"), load_preset("psa-3")
+    assert auto.model_dump(exclude=changed) == published.model_dump(exclude=changed)
+    assert (auto.block.query, auto.block.key, auto.order) == (128, 32, "raster")
 
 
 @pytest.mark.parametrize("name", AUTHORS_MASS)

@@ -49,7 +49,7 @@ def build_denoiser(layers: int = 8) -> WanTransformer3DModel:
         num_layers=layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=64,
+        rope_max_seq_len=1024,
     )
     for module in model.modules():
         if isinstance(module, nn.Linear):
