@@ -60,8 +60,9 @@ def _calibrate(
 ) -> None:
     prepare_process()
     from psa_diffusers.calibrate.prompts import split_prompts
-    from psa_diffusers.calibrate.run import Calibration, calibrate
+    from psa_diffusers.calibrate.run import calibrate
     from psa_diffusers.calibrate.targets import one_target
+    from psa_diffusers.calibrate.task import Calibration
     from psa_diffusers.errors import InputError
     from psa_diffusers.settings import Request, make_plan
 

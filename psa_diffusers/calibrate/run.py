@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from psa_diffusers import stopping
 from psa_diffusers.calibrate.capture import Figures, curves_of
-from psa_diffusers.calibrate.runs import Presets, Runs, Video
+from psa_diffusers.calibrate.preset_file import write
+from psa_diffusers.calibrate.runs import Presets, Runs
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
 from psa_diffusers.calibrate.solve import Curve, Solution, drawn_together, judged, reachable, spread, uniform
 from psa_diffusers.calibrate.store import Store
-from psa_diffusers.calibrate.targets import Target, density_for_psnr, density_for_speedup
+from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup
+from psa_diffusers.calibrate.task import Calibration, check
 from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
-from psa_diffusers.presets import Preset, PresetError
 from psa_diffusers.settings import Plan
-from psa_diffusers.video import whole_file
 from psa_kernels import AttentionSpec
 
 Curves = dict[str, dict[int, Curve]]
@@ -33,80 +29,6 @@ TIMED = (0.12, 0.4)
 # How far to follow the errors of single layers; 0 treats all alike. Ties go to the first.
 STRENGTHS = (0.0, 0.3, 0.6, 1.0)
 TRIED_DENSITY = 0.25  # at which they are tried where the target is another
-HEADER = "# Made by psa-calibrate:"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to do, checked.
-
-    Attributes:
-        plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
-        held_out: prompts to verify on.
-        batch: how many videos are made at once.
-        target: what the preset is to reach.
-        measured_steps: at how many denoising steps to measure.
-        output: the YAML file; that of a second expert has "-2" at the end of its name.
-    """
-
-    plan: Plan
-    held_out: tuple[str, ...]
-    target: Target
-    measured_steps: int
-    output: Path
-    overwrite: bool
-    batch: int = 1
-
-    @property
-    def measured(self) -> list[Video]:
-        """The videos to measure on. Each of the calibration has a noise of its own."""
-        return [Video(prompt, self.plan.settings.seed + index) for index, prompt in enumerate(self.plan.prompts)]
-
-    @property
-    def verified(self) -> list[Video]:
-        """The videos to verify on."""
-        first = self.plan.settings.seed + len(self.plan.prompts)
-        return [Video(prompt, first + index) for index, prompt in enumerate(self.held_out)]
-
-    @property
-    def outputs(self) -> tuple[Path, ...]:
-        """The file of each expert."""
-        second = self.output.with_name(f"{self.output.stem}-2{self.output.suffix}")
-        return (self.output, second)[: self.plan.model.experts]
-
-    @property
-    def folder(self) -> Path:
-        """Where the measurements are kept."""
-        return self.output.with_suffix(".calibration")
-
-
-def check(calibration: Calibration) -> None:
-    """Refuses what cannot work, before anything runs.
-
-    Raises:
-        InputError: no sparse base preset or step, a name that no preset may have, or a file in the way.
-    """
-    plan = calibration.plan
-    if plan.preset is None:
-        raise InputError("--base-preset dense: has no thresholds to scale; give a sparse preset")
-    if calibration.batch > 1 and plan.image is not None:
-        raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
-    if calibration.output.suffix.lower() not in (".yaml", ".yml"):
-        raise InputError(f"--output {calibration.output}: must end in .yaml")
-    for path in calibration.outputs:
-        try:
-            Preset(name=path.stem)
-        except PresetError as error:
-            raise InputError(f"--output {path}: {error.problem}") from error
-        if path.exists() and not calibration.overwrite and not _is_own(path):
-            raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
-    if plan.preset.dense_step_count(plan.settings.steps) >= plan.settings.steps:
-        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
-    if not any(plan.preset.layer_specs(plan.model.num_layers)):
-        raise InputError(f"--base-preset {plan.preset.name}: keeps every layer dense")
-    both = sorted(set(plan.prompts) & set(calibration.held_out))
-    if both:
-        raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")
 
 
 @stopping.carried_out()
@@ -144,7 +66,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     )
     presets = _presets(calibration, runs, solutions)
     for path, preset in zip(calibration.outputs, presets, strict=False):
-        _write(path, preset, f"density {expected['density']:.3f}, target {target}")
+        write(path, preset, f"density {expected['density']:.3f}, target {target}")
         tell(f"preset: {path}")
     verified = verify(calibration, runs, presets, _presets(calibration, runs, plain), tell)
     return {
@@ -156,19 +78,6 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "verified": verified,
         "met": is_met(calibration, verified),
     }
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a file is the result of an earlier calibration, as it was written."""
-    try:
-        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return first.startswith(HEADER) and first.endswith(f"[{_digest(rest)}]")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def measured_steps(plan: Plan, count: int) -> list[int]:
@@ -285,14 +194,3 @@ def _presets(calibration: Calibration, runs: Runs, solutions: dict[str, Solution
         for (which, names), path in zip(layers.items(), calibration.outputs, strict=False)
     ]
     return made[0], made[1] if len(made) > 1 else None
-
-
-def _write(path: Path, preset: Preset | None, note: str) -> None:
-    if preset is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = preset.model_dump(mode="json", exclude_unset=True)
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    with whole_file(path) as partial:
-        # The digest tells a file that was edited since, which is not to be overwritten.
-        partial.write_text(f"{HEADER} {note} [{_digest(text)}]\n{text}", encoding="utf-8")

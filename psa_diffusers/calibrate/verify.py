@@ -12,7 +12,7 @@ from psa_diffusers.intervals import FEWEST, half_interval
 from psa_diffusers.settings import Plan
 
 if TYPE_CHECKING:
-    from psa_diffusers.calibrate.run import Calibration
+    from psa_diffusers.calibrate.task import Calibration
 
 
 def verify(
