@@ -136,7 +136,8 @@ def level_of(block, key_blocks, chosen):
     price = price - (block < first).to(tl.int32)
     found = tl.zeros(block.shape, tl.int32)
     for level in tl.static_range(len(prices)):
-        cheaper = tl.load(prices[level] + block, mask=block < key_blocks, other=0).to(tl.int32) < price
+        upgrade = tl.load(prices[level] + block, mask=block < key_blocks, other=-0x8000).to(tl.int32)
+        cheaper = upgrade < price
         if level == len(prices) - 1:
             cheaper = cheaper & (block != kept)
         found += cheaper.to(tl.int32)

@@ -15,7 +15,7 @@ def write_list(
 
     Args:
         kind_of: function of some blocks, `key_blocks` and `chosen` that gives the index of their levels, `LEVELS` for
-            those past the last; what it gives for blocks past the last of the row does not matter.
+            those past the last level and for what lies past the last block of the row.
         chosen: tuple of what that function needs.
         CHUNK: at most 1,023, which a counter of ten bits can hold.
     """
@@ -28,7 +28,7 @@ def write_list(
         counts = (0, 0, 0)
         for begin in range(0, key_blocks, CHUNK):
             block = begin + tl.arange(0, CHUNK)
-            counts = advance(counts, tl.sum(ones_of(kind_of(block, key_blocks, chosen) - first, block, key_blocks), 0))
+            counts = advance(counts, tl.sum(ones_of(kind_of(block, key_blocks, chosen) - first), 0))
         for index in tl.static_range(smaller(3, LEVELS - first)):
             tl.store(counts_ptr + row * LEVELS + first + index, counts[index])
         places = (start, start + counts[0], start + counts[0] + counts[1])
@@ -37,7 +37,7 @@ def write_list(
         for begin in range(0, key_blocks, CHUNK):
             block = begin + tl.arange(0, CHUNK)
             kind = kind_of(block, key_blocks, chosen) - first
-            ones = ones_of(kind, block, key_blocks)
+            ones = ones_of(kind)
             counted = tl.cumsum(ones, 0) - ones
             a, b, c = counted & 0x3FF, (counted >> 10) & 0x3FF, counted >> 20
             place = tl.where(kind == 0, places[0] + a, tl.where(kind == 1, places[1] + b, places[2] + c))
@@ -59,10 +59,10 @@ def smaller(a, b):
 
 
 @triton.jit
-def ones_of(kind, block, key_blocks):
+def ones_of(kind):
     """A one in the counter of each block's kind, if that is 0, 1 or 2: three counters of ten bits share an integer."""
     counter = tl.where(kind == 0, 1, tl.where(kind == 1, 1 << 10, 1 << 20))
-    return tl.where((kind >= 0) & (kind < 3) & (block < key_blocks), counter, 0)
+    return tl.where((kind >= 0) & (kind < 3), counter, 0)
 
 
 @triton.jit
