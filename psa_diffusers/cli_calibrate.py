@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from psa_diffusers.cli import note, prepare_process, print_json, run_command
-from psa_diffusers.cli_options import OWN_DEFAULT, Device, Dtype, Frames, Height, NegativePrompt, Offload, Steps, Width
+from psa_diffusers.cli_options import (
+    Device,
+    Dtype,
+    FirstFrame,
+    Frames,
+    Guidance,
+    Height,
+    ModelName,
+    NegativePrompt,
+    Offload,
+    Steps,
+    Width,
+)
 
 CALIBRATE_HELP = """Make a preset for your model: measure where it can spare attention, meet a target, verify it.
 
@@ -32,7 +44,7 @@ def _calibrate(
     target_psnr: Annotated[float | None, typer.Option(help="Target: dB against the dense videos.")] = None,
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: of denoising, on this machine.")] = None,
-    model: Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")] = "demo",
+    model: ModelName = "demo",
     base_preset: Annotated[
         str, typer.Option(help="Its thresholds are scaled layer by layer; all else stays.")
     ] = "psa-3",
@@ -48,7 +60,7 @@ def _calibrate(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next has one more.")] = 0,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)] = None,
+    guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -56,7 +68,7 @@ def _calibrate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    image: FirstFrame = None,
 ) -> None:
     prepare_process()
     from psa_diffusers.calibrate.prompts import split_prompts

@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from psa_diffusers.cli import note, prepare_process, print_json, run_command
-from psa_diffusers.cli_options import OWN_DEFAULT, Device, Dtype, Frames, Height, NegativePrompt, Offload, Steps, Width
+from psa_diffusers.cli_options import (
+    Device,
+    Dtype,
+    FirstFrame,
+    Frames,
+    Guidance,
+    Height,
+    ModelName,
+    NegativePrompt,
+    Offload,
+    Steps,
+    Width,
+)
 
 INSPECT_HELP = """Draw which key blocks each query block reads, and how finely: one layer, one head, one denoising step.
 
@@ -25,7 +37,7 @@ inspect_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_
 @inspect_app.command(help=INSPECT_HELP, no_args_is_help=True)
 def _inspect(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a file that holds one.")],
-    model: Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")] = "demo",
+    model: ModelName = "demo",
     preset: Annotated[str, typer.Option(help="Name (see psa-generate --list) or path of a YAML file.")] = "psa-3",
     layer: Annotated[
         int | None, typer.Option(help="Self-attention layer, from 0 [dim](default: the middle one)[/dim].")
@@ -38,7 +50,7 @@ def _inspect(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     steps: Steps = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)] = None,
+    guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,
@@ -46,7 +58,7 @@ def _inspect(
     dtype: Dtype = "auto",
     device: Device = "auto",
     offload: Offload = "none",
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")] = None,
+    image: FirstFrame = None,
 ) -> None:
     prepare_process()
     from psa_diffusers.errors import InputError

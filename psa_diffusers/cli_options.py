@@ -6,7 +6,9 @@ import typer
 
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
+ModelName = Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)]
 Height = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
 Width = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
 Frames = Annotated[int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)]
@@ -19,3 +21,4 @@ Offload = Annotated[
     str,
     typer.Option(help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE),
 ]
+FirstFrame = Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")]

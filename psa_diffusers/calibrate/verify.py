@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from psa_diffusers.calibrate.runs import Presets, Runs
+from psa_diffusers.calibrate.task import Calibration
 from psa_diffusers.intervals import FEWEST, half_interval
 from psa_diffusers.settings import Plan
-
-if TYPE_CHECKING:
-    from psa_diffusers.calibrate.task import Calibration
 
 
 def verify(

@@ -19,6 +19,10 @@ MASS_THRESHOLDS = (0.7, 0.8, 0.9)
 FLOOR = 0.12
 STRIDES = (4, 8, 16)
 SIMILARITY = [0.7, 0.65]
+RASTER = {
+    "raster": {"order": "raster"},
+    "raster, 32 keys": {"order": "raster", "block": {"query": 128, "key": 32}},
+}
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,7 @@ def rules() -> Iterator[Setting]:
         "budget, rest mean": {"rule": "budget", "rest": "mean"},
         "count, shared guidance": {"share_guidance": True},
         "count, refresh 4": {"refresh": 4},
-        "count, raster": {"order": "raster"},
-        "count, raster, 32 keys": {"order": "raster", "block": {"query": 128, "key": 32}},
+        **{f"count, {name}": changes for name, changes in RASTER.items()},
     }
     for share, (way, changes) in product((0.15, 0.25), ways.items()):
         name = f"{way} {share}"
@@ -111,12 +114,9 @@ def rules() -> Iterator[Setting]:
     # Their densities depend on the videos and come near these two.
     for share, floor in ((0.25, 0.15), (0.25, 0.12), (0.15, 0.04), (0.15, 0.06)):
         yield Setting(f"mass, floor {floor}", _mass(share, floor), f"count {share}", "mass")
-    for share, floor in ((0.25, 0.15), (0.15, 0.1)):
-        raster = {"order": "raster"}
-        yield Setting(f"mass, floor {floor}, raster", _mass(share, floor, **raster), f"count {share}", "mass, raster")
-        raster["block"] = {"query": 128, "key": 32}
-        name = f"mass, floor {floor}, raster, 32 keys"
-        yield Setting(name, _mass(share, floor, **raster), f"count {share}", "mass, raster, 32 keys")
+    for (share, floor), (name, changes) in product(((0.25, 0.15), (0.15, 0.1)), RASTER.items()):
+        preset = _mass(share, floor, **changes)
+        yield Setting(f"mass, floor {floor}, {name}", preset, f"count {share}", f"mass, {name}")
 
 
 def _mass(share: float, floor: float, **changes: Any) -> Preset:

@@ -26,7 +26,7 @@ from psa_kernels.triton_rows import (
 )
 
 # Tokens of a block whose loads are written out one after the other; beyond that there is a loop.
-UNROLLED = 8
+UNROLLED = tl.constexpr(8)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
 def tree(spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
     """Nested group sizes up to the whole block, among them those whose loads are written out; which ones are wanted."""
     pooled = pooled_factors(spec)
-    factors = tuple(sorted({*pooled, UNROLLED, spec.block_key}))
+    factors = tuple(sorted({*pooled, UNROLLED.value, spec.block_key}))
     return {"FACTORS": factors, "WANTED": tuple(factors.index(factor) for factor in pooled)}
 
 
@@ -143,8 +143,8 @@ def energy_kernel(
     dims = tl.arange(0, PADDED_DIM)
     block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for start in range(0, BLOCK, 8):
-        for part in tl.static_range(8):
+    for start in range(0, BLOCK, UNROLLED):
+        for part in tl.static_range(UNROLLED):
             position = block * BLOCK + start + part
             x = load_tokens(
                 head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE,
@@ -221,7 +221,7 @@ def group_squares(
     else:
         STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
         PARTS: tl.constexpr = FACTORS[LEVEL] // STEP
-        if FACTORS[LEVEL] <= 8:
+        if FACTORS[LEVEL] <= UNROLLED:
             mean, inside = group_squares(
                 head, permutation, first, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
                 FACTORS, PERMUTED, WIDE, RAGGED,
