@@ -154,12 +154,14 @@ def summary_kernel(partial_ptr, means_ptr, steps_ptr, chunks, rows, HEAD_DIM: tl
 def step_of(largest, entries, AXIS: tl.constexpr):
     """What one step of the integers is worth, for entries of up to `largest`; NaN if one of `entries` is not finite."""
     # Anything times 0 is 0, but infinity and NaN, which a maximum may pass over.
-    return tl.maximum(largest, LEAST_ENTRY) / LARGEST_INTEGER + tl.sum(entries * 0.0, AXIS)
+    return tl.math.div_rn(tl.maximum(largest, LEAST_ENTRY), LARGEST_INTEGER) + tl.sum(entries * 0.0, AXIS)
 
 
 @triton.jit
-def to_integers(x):
-    """The nearest 8-bit integers of numbers in steps."""
+def to_integers(x, step):
+    """Numbers in steps, as the nearest 8-bit integers."""
+    # Division is exact to rounding, as is that for the step: bfloat16 entries often lie right between two integers.
+    x = x * tl.math.div_rn(1.0, step)
     x = tl.minimum(tl.maximum(x, -LARGEST_INTEGER), LARGEST_INTEGER)
     return ((x + ROUNDER) - ROUNDER).to(tl.int8)
 
@@ -176,7 +178,7 @@ def keys_kernel(
     x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
     x = tl.load(x_head + row * stride_n + dims[None, :], mask=row < rows, other=0.0).to(tl.float32)
     mean = tl.load(means_ptr + head * HEAD_DIM + dims)
-    integers = to_integers((x - mean[None, :]) * (1.0 / tl.load(steps_ptr + head)))
+    integers = to_integers(x - mean[None, :], tl.load(steps_ptr + head))
     tl.store(out_ptr + (head * rows + row) * HEAD_DIM + dims[None, :], integers, mask=row < rows)
 
 
@@ -194,7 +196,7 @@ def queries_kernel(
     q = tl.load(q_head + token[:, None] * stride_n + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
     step = step_of(tl.max(tl.abs(q), 1), q, 1)
     place = head * tokens + token
-    integers = to_integers(q * (1.0 / step)[:, None])
+    integers = to_integers(q, step[:, None])
     tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
     factor = step * (tl.load(key_steps_ptr + head) * scale)
     # Not a maximum, which might drop a NaN.
