@@ -199,7 +199,7 @@ def test_pyramid(target):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_quantise(head_dim, ones):
     """Only the kernel for Hopper reads integers."""
-    types = {name: "*fp32" for name in ("partial_ptr", "means_ptr", "steps_ptr", "key_steps_ptr", "factors_ptr")}
+    types = {name: "*fp32" for name in ("partial_ptr", "means_ptr", "largest_ptr", "key_largest_ptr", "factors_ptr")}
     types["out_ptr"] = "*i8"
     chunks = {"CHUNK": quantise.CHUNK, "ROWS": quantise.FEW_ROWS}
     for kernel, constants in (

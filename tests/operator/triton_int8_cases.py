@@ -52,17 +52,17 @@ def test_keys(parts, dtype):
     heads_first = inputs(1, sum(parts) + 40, dtype=dtype)[1].transpose(1, 2)
     *finest, others = heads_first.split([*parts, 40], dim=2)
     others = others * 0.3 + heads_first.mean(2, keepdim=True) * 0.7
-    means, steps = triton.key_means_and_steps(finest)
-    integers = [triton.quantise_keys(rows, means, steps) for rows in (*finest, others)]
+    means, largest = triton.key_means_and_largest(finest)
+    integers = [triton.quantise_keys(rows, means, largest) for rows in (*finest, others)]
     for b in range(2):
         for h in range(2):
-            mean, step = reference.key_mean_and_step(torch.cat(finest, 2)[b, h].double())
+            mean, entry = reference.key_mean_and_largest(torch.cat(finest, 2)[b, h].double())
             torch.testing.assert_close(means[b, h].double(), mean, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(steps[b, h].double(), step, rtol=1e-5, atol=0)
+            torch.testing.assert_close(largest[b, h].double(), entry, rtol=1e-5, atol=0)
             for rows, found in zip((*finest, others), integers, strict=True):
                 assert found.dtype == torch.int8
                 exact = rows[b, h].double() - means[b, h].double()
-                assert_same_integers(found[b, h], reference.to_integers(exact, steps[b, h].double()))
+                assert_same_integers(found[b, h], reference.to_integers(exact, largest[b, h].double()))
     if parts != (1,):
         assert max(found.abs().max() for found in integers[: len(parts)]) == 127
 
@@ -70,13 +70,15 @@ def test_keys(parts, dtype):
 def test_queries():
     q, _, _ = inputs(150, dtype=torch.float16)
     q[0, 5] = 0
-    key_steps = torch.rand(2, 2)
-    integers, factors = triton.quantise_queries(q, key_steps, 0.25)
+    key_largest = torch.rand(2, 2)
+    integers, factors = triton.quantise_queries(q, key_largest, 0.25)
     rows = q.double()
-    steps = torch.stack([reference.query_steps(x) for x in rows.flatten(0, 2)[:, None]]).view(2, 150, 2, 1)
+    largest = torch.stack([reference.largest_of_queries(x) for x in rows.flatten(0, 2)[:, None]]).view(2, 150, 2, 1)
     assert integers.shape == q.shape and integers.dtype == torch.int8
-    assert_same_integers(integers, reference.to_integers(rows, steps))
-    expected = (steps[..., 0].transpose(1, 2) * key_steps[..., None] * 0.25 / math.log(2)).clamp(min=2.0**-100)
+    assert_same_integers(integers, reference.to_integers(rows, largest))
+    expected = (largest[..., 0].transpose(1, 2) * key_largest[..., None] * 0.25 / math.log(2) / 127**2).clamp(
+        min=2.0**-100
+    )
     torch.testing.assert_close(factors.double(), expected, rtol=1e-5, atol=0)
 
 

@@ -13,35 +13,35 @@ from __future__ import annotations
 import torch
 
 LARGEST_INTEGER = 127
-# Entries below this are zero. It keeps the reciprocal of a step within float32.
+# Entries that are all below this become zero. It keeps reciprocals within float32.
 LEAST_ENTRY = 2.0**-100
 
 
-def key_mean_and_step(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def key_mean_and_largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the keys of a head, and their means, are quantised by.
 
     Args:
         rows: `[R, D]`: the rows of the finest level and of the text.
 
     Returns:
-        The mean row `[D]`, and what one step of the integers is worth `[]`; the step is not finite if an entry is not.
+        The mean row `[D]`, and the largest entry less the mean `[]`, not finite if an entry is not.
     """
     mean = rows.mean(0)
-    return mean, _step((rows - mean).abs().amax())
+    return mean, (rows - mean).abs().amax().clamp(min=LEAST_ENTRY)
 
 
-def query_steps(queries: torch.Tensor) -> torch.Tensor:
-    """What one step of the integers of each query `[Q, D]` is worth: `[Q, 1]`, not finite if one of its entries is."""
-    return _step(queries.abs().amax(1, keepdim=True))
+def largest_of_queries(queries: torch.Tensor) -> torch.Tensor:
+    """The largest entry of each query `[Q, D]`: `[Q, 1]`, not finite if one of its entries is not."""
+    return queries.abs().amax(1, keepdim=True).clamp(min=LEAST_ENTRY)
 
 
-def to_integers(rows: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Rows in steps, rounded to the nearest integer (halves to even) and no further from zero than `LARGEST_INTEGER`.
+def to_integers(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Rows as multiples of `largest / 127`, rounded to the nearest (halves to even), 127 at most; in their dtype."""
+    # The power of two keeps large entries from running over. Halves are exact: bfloat16 has many, such as largest / 2.
+    numerators = rows * (LARGEST_INTEGER / 128)
+    return (numerators / (largest / 128)).round_().clamp_(-LARGEST_INTEGER, LARGEST_INTEGER)
 
-    They stay in the dtype of `rows`, in which products of integers are exact.
-    """
-    return (rows * (1 / step)).round_().clamp_(-LARGEST_INTEGER, LARGEST_INTEGER)
 
-
-def _step(largest: torch.Tensor) -> torch.Tensor:
-    return largest.clamp(min=LEAST_ENTRY) / LARGEST_INTEGER
+def quantised(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """What the integers of rows stand for."""
+    return to_integers(rows, largest) * (largest / LARGEST_INTEGER)

@@ -53,14 +53,14 @@ def quantise(
         finest: those of them that hold the finest level and the text.
         scale: factor on the dot products, positive.
     """
-    means, steps = key_means_and_steps(finest)
-    integers = [None if rows is None else quantise_keys(rows, means, steps) for rows in keys]
-    queries, factors = quantise_queries(q, steps, scale)
+    means, largest = key_means_and_largest(finest)
+    integers = [None if rows is None else quantise_keys(rows, means, largest) for rows in keys]
+    queries, factors = quantise_queries(q, largest, scale)
     return Integers(queries, integers, factors, means)
 
 
-def key_means_and_steps(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean rows, float32 `[B, H, D]`, and steps of the integers, float32 `[B, H]`, of `[B, H, rows, D]` tensors."""
+def key_means_and_largest(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rows `[B, H, D]` and largest entries less these `[B, H]`, float32, of tensors `[B, H, rows, D]`."""
     batch, heads, _, head_dim = finest[0].shape
     chunks = [triton.cdiv(rows.shape[2], CHUNK) for rows in finest]
     options = {"dtype": torch.float32, "device": finest[0].device}
@@ -70,32 +70,32 @@ def key_means_and_steps(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, t
             rows, partial, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
             HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=FEW_ROWS, num_warps=4,
         )  # fmt: skip
-    means, steps = torch.empty(batch, heads, head_dim, **options), torch.empty(batch, heads, **options)
+    means, largest = torch.empty(batch, heads, head_dim, **options), torch.empty(batch, heads, **options)
     summary_kernel[(batch * heads,)](
-        partial, means, steps, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
+        partial, means, largest, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
         ROWS=FEW_ROWS, num_warps=4,
     )  # fmt: skip
-    return means, steps
+    return means, largest
 
 
-def quantise_keys(rows: torch.Tensor, means: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Integers of keys `[B, H, rows, D]`, by what `key_means_and_steps` found: int8, contiguous."""
+def quantise_keys(rows: torch.Tensor, means: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Integers of keys `[B, H, rows, D]`, by what `key_means_and_largest` found: int8, contiguous."""
     batch, heads, count, head_dim = rows.shape
     integers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     keys_kernel[(triton.cdiv(count, ROWS), batch * heads)](
-        rows, means, steps, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4
+        rows, means, largest, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4
     )
     return integers
 
 
-def quantise_queries(q: torch.Tensor, key_steps: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_queries(q: torch.Tensor, key_largest: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers of queries `[B, Nq, H, D]`, int8 in their shape, and the factors of `Integers`."""
     batch, tokens, heads, head_dim = q.shape
     integers = torch.empty(batch, heads, tokens, head_dim, dtype=torch.int8, device=q.device)
     factors = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     stride_b, stride_n, stride_h = q.stride()[:3]
     queries_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
-        q, key_steps, integers, factors, stride_b, stride_h, stride_n, heads, tokens, scale * math.log2(math.e),
+        q, key_largest, integers, factors, stride_b, stride_h, stride_n, heads, tokens, scale * math.log2(math.e),
         HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return integers.transpose(1, 2), factors
@@ -127,8 +127,8 @@ def statistics_kernel(
 
 
 @triton.jit
-def summary_kernel(partial_ptr, means_ptr, steps_ptr, chunks, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    """Mean and step of one head's keys, from what the chunks of its rows gave."""
+def summary_kernel(partial_ptr, means_ptr, largest_ptr, chunks, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Mean of one head's keys and the largest entry less it, from what the chunks of its rows gave."""
     head = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
     partial = partial_ptr + head * 3 * chunks * HEAD_DIM
@@ -147,28 +147,32 @@ def summary_kernel(partial_ptr, means_ptr, steps_ptr, chunks, rows, HEAD_DIM: tl
     mean = tl.sum(sums, 0) / rows
     entry = tl.max(tl.maximum(tl.max(largest, 0) - mean, mean - tl.min(smallest, 0)), 0)
     tl.store(means_ptr + head * HEAD_DIM + dims, mean)
-    tl.store(steps_ptr + head, step_of(entry, mean, 0))
+    tl.store(largest_ptr + head, checked(entry, mean, 0))
 
 
 @triton.jit
-def step_of(largest, entries, AXIS: tl.constexpr):
-    """What one step of the integers is worth, for entries of up to `largest`; NaN if one of `entries` is not finite."""
+def checked(largest, entries, AXIS: tl.constexpr):
+    """The largest of some entries, but not too small; NaN if one of `entries` is not finite."""
     # Anything times 0 is 0, but infinity and NaN, which a maximum may pass over.
-    return tl.math.div_rn(tl.maximum(largest, LEAST_ENTRY), LARGEST_INTEGER) + tl.sum(entries * 0.0, AXIS)
+    return tl.maximum(largest, LEAST_ENTRY) + tl.sum(entries * 0.0, AXIS)
 
 
 @triton.jit
-def to_integers(x, step):
-    """Numbers in steps, as the nearest 8-bit integers."""
-    # Division is exact to rounding, as is that for the step: bfloat16 entries often lie right between two integers.
-    x = x * tl.math.div_rn(1.0, step)
+def to_integers(x, largest):
+    """8-bit integers of numbers of up to `largest`, as `reference.to_integers`."""
+    numerator = x * (LARGEST_INTEGER / 128.0)
+    denominator = largest * (1.0 / 128.0)
+    reciprocal = tl.math.div_rn(1.0, denominator)
+    x = numerator * reciprocal
+    # What the product lacks to the quotient: halves, of which bfloat16 has many, are then exact.
+    x = tl.fma(tl.fma(-x, denominator, numerator), reciprocal, x)
     x = tl.minimum(tl.maximum(x, -LARGEST_INTEGER), LARGEST_INTEGER)
     return ((x + ROUNDER) - ROUNDER).to(tl.int8)
 
 
 @triton.jit
 def keys_kernel(
-    x_ptr, means_ptr, steps_ptr, out_ptr, stride_b, stride_h, stride_n, heads, rows, HEAD_DIM: tl.constexpr,
+    x_ptr, means_ptr, largest_ptr, out_ptr, stride_b, stride_h, stride_n, heads, rows, HEAD_DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Integers of `ROWS` rows of keys of one head."""
@@ -178,13 +182,13 @@ def keys_kernel(
     x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
     x = tl.load(x_head + row * stride_n + dims[None, :], mask=row < rows, other=0.0).to(tl.float32)
     mean = tl.load(means_ptr + head * HEAD_DIM + dims)
-    integers = to_integers(x - mean[None, :], tl.load(steps_ptr + head))
+    integers = to_integers(x - mean[None, :], tl.load(largest_ptr + head))
     tl.store(out_ptr + (head * rows + row) * HEAD_DIM + dims[None, :], integers, mask=row < rows)
 
 
 @triton.jit
 def queries_kernel(
-    q_ptr, key_steps_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
+    q_ptr, key_largest_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Integers of `ROWS` queries of one head, and the factors of their products."""
@@ -194,10 +198,10 @@ def queries_kernel(
     real = token < tokens
     q_head = q_ptr + head // heads * stride_b + head % heads * stride_h
     q = tl.load(q_head + token[:, None] * stride_n + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    step = step_of(tl.max(tl.abs(q), 1), q, 1)
+    largest = checked(tl.max(tl.abs(q), 1), q, 1)
     place = head * tokens + token
-    integers = to_integers(q, step[:, None])
+    integers = to_integers(q, largest[:, None])
     tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
-    factor = step * (tl.load(key_steps_ptr + head) * scale)
+    factor = largest * (1.0 / LARGEST_INTEGER) * (tl.load(key_largest_ptr + head) * (1.0 / LARGEST_INTEGER) * scale)
     # Not a maximum, which might drop a NaN.
     tl.store(factors_ptr + place, tl.where(factor < LEAST_FACTOR, LEAST_FACTOR, factor), mask=real)

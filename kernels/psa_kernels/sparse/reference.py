@@ -12,7 +12,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
-from psa_kernels.quantise.reference import key_mean_and_step, query_steps, to_integers
+from psa_kernels.quantise.reference import key_mean_and_largest, largest_of_queries, quantised
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.threads import run_tasks
 
@@ -71,8 +71,7 @@ def sparse_attention(
                 index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], rows)
                 queries = q[b, :, h].index_select(0, tokens).to(keys.dtype)
                 if integers:
-                    steps = query_steps(queries)
-                    queries = to_integers(queries, steps) * steps
+                    queries = quantised(queries, largest_of_queries(queries))
                 queries *= scale
                 attended = torch.empty_like(queries)
                 for query, result, row, bias in zip(
@@ -91,10 +90,10 @@ def sparse_attention(
 
 def _round_keys(keys: torch.Tensor, rows: PyramidRows) -> bool:
     """Replace the keys of a pyramid by multiples of a step, less their mean; not if one is not finite: then False."""
-    mean, step = key_mean_and_step(torch.cat([keys[: rows.first_row[1]], keys[rows.first_row[-1] :]]))
-    if not step.isfinite():
+    mean, largest = key_mean_and_largest(torch.cat([keys[: rows.first_row[1]], keys[rows.first_row[-1] :]]))
+    if not largest.isfinite():
         return False
-    keys.copy_(to_integers(keys - mean, step) * step)
+    keys.copy_(quantised(keys - mean, largest))
     return True
 
 
