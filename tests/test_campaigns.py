@@ -31,6 +31,26 @@ def test_operator_calls(first_seed):
         operator_calls.check(seed)
 
 
+def test_memory_calls_are_valid():
+    import memory_calls
+
+    from psa_kernels import AttentionSpec
+
+    specs = [AttentionSpec(**case[-1]) for case in memory_calls.CASES]
+    assert {spec.rule for spec in specs} == {"count", "mass", "budget"}
+    assert {
+        memory_calls.serves_hopper(*case[:2], spec) for case, spec in zip(memory_calls.CASES, specs, strict=True)
+    } == {
+        True,
+        False,
+    }
+
+
+@pytest.mark.gpu
+def test_memory_calls_agree_with_the_reference():
+    subprocess.run([sys.executable, CAMPAIGNS / "memory_calls.py"], check=True)
+
+
 def test_broken_files(first_seed, tmp_path):
     import broken_files
 
