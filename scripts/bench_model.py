@@ -38,7 +38,7 @@ DENSITIES = (0.25, 0.15, 0.10)
 def main() -> None:
     options = _arguments()
     machine = pick_machine(options.tiny, "bench_model")
-    earlier = read_rows(options.merge) if options.merge else []
+    earlier = read_rows(options.merge, options.output, machine.device)
     rows = project(earlier)
     measured: list[dict[str, Any]] = []
     for name in options.workload or WORKLOADS:

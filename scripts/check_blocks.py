@@ -31,7 +31,7 @@ def main() -> int:
     options = _arguments()
     machine = pick_machine(options.tiny, "check_blocks")
     names = {checkpoint.split("/")[1]: checkpoint for checkpoint in published_models()}
-    rows = read_rows(options.merge) if options.merge else []
+    rows = read_rows(options.merge, options.output, machine.device)
     for name in options.only or names:
         row = {"name": name, "checkpoint": names[name], **guarded(names[name], machine, options.repeats)}
         rows = [earlier for earlier in rows if earlier["name"] != name] + [row]

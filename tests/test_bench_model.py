@@ -156,4 +156,9 @@ def test_an_unreadable_earlier_file_is_refused_before_anything_runs(bench, tmp_p
             path.write_text(text)
         with pytest.raises(SystemExit, match=r"--merge .*earlier\.json: not a file of results"):
             bench(tmp_path / "rows.json", "--merge", str(path))
-    assert not (tmp_path / "rows.json").exists()
+    path.write_text(json.dumps({"rows": [], "commit": "", "hardware": {"gpu": "NVIDIA H200"}}))
+    with pytest.raises(SystemExit, match="measured on NVIDIA H200, not on a CPU"):
+        bench(tmp_path / "rows.json", "--merge", str(path))
+    with pytest.raises(SystemExit, match=r"--output .*earlier\.json: exists; --merge .*earlier\.json keeps its rows"):
+        bench(path)
+    assert not (tmp_path / "rows.json").exists() and json.loads(path.read_text())["rows"] == []

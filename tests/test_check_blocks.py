@@ -122,6 +122,14 @@ def test_a_skipped_block_and_a_sparse_dense_phase_are_noticed(monkeypatch):
     ]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("checkpoint", ["Lightricks/LTX-Video", "zai-org/CogVideoX-5b", "genmo/mochi-1-preview"])
+def test_short_models_at_full_size(checkpoint):
+    row = block_checks.check(checkpoint, pick_machine(False, "test"), 1)
+    assert row["failed"] == [] and row["psa_ms"] > 0 and row["dense_peak_gib"] > 0
+
+
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.checkpoint.split("/")[1])
 def test_inputs_at_full_size_are_what_the_transformer_takes(published):
     """On the meta device, which has shapes alone."""
