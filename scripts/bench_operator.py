@@ -90,6 +90,7 @@ def _result(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str
     importance = ours.describe(ours.specs(options)[0].importance)
     settings = {
         "rule": options.rule,
+        "precision": options.precision,
         "block_key": options.block_key,
         "importance": importance,
         "repeats": options.repeats,
@@ -115,6 +116,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", choices=[workload.name for workload in WORKLOADS], help="default: all")
     parser.add_argument("--block-key", type=int, default=64)
     parser.add_argument("--rule", choices=("count", "budget"), default="count", help="default: count")
+    parser.add_argument(
+        "--precision",
+        choices=("native", "int8_qk"),
+        default="native",
+        help="int8_qk: the kernel for Hopper in 8-bit integers beside itself in bf16; default: native",
+    )
     parser.add_argument("--estimator", choices=("sampled", "pooled"), help="default: the operator's, as for strides")
     parser.add_argument("--statistic", choices=("max", "mean"), help="default: the operator's")
     parser.add_argument("--query-stride", type=int)

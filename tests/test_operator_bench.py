@@ -53,6 +53,15 @@ def test_a_call_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> Non
     json.dumps(row)
 
 
+def test_stages_of_both_precisions_stand_side_by_side() -> None:
+    rows = [_row(method, 0.15, "attention", 2.0, 300.0) for method in ("psa-hopper", "psa-hopper-int8")]
+    lines = tables.stage_table([*rows, _row("psa-hopper-int8", 0.15, "quantise", 0.25)]).splitlines()
+    head, _, native, int8 = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    place = head.index("quantise")
+    assert (native[2], native[place], int8[2], int8[place]) == ("psa-hopper", "", "psa-hopper-int8", "0.250")
+    assert set(plot.COLOURS) == set(tables.METHODS)
+
+
 def test_speedups_compare_with_the_fastest_dense_peer() -> None:
     table = tables.workload_table(ROWS, "toy").splitlines()
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table}

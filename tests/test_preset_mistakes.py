@@ -77,6 +77,7 @@ MISTAKES = [
     ("tile: [4, 4]", "tile", "[4, 4]", "three positive integers"),
     ("tile: [4, 0, 4]", "tile[1]", "0", "three positive integers"),
     ("rest: drop", "rest", "'drop'", "skip or mean"),
+    ("precision: int8", "precision", "'int8'", "native or int8_qk"),
     ("refresh: 0", "refresh", "0", "a positive integer"),
     ("refresh: 99999999999", "refresh", "99999999999", "a positive integer"),
     ("share_guidance: 1", "share_guidance", "1", "true or false"),

@@ -179,11 +179,12 @@ def test_a_rule_changes_every_key_of_a_layer():
         "importance": {"estimator": "pooled", "statistic": "mean", "query_stride": 8, "key_stride": 2},
         "similarity": [0.7],
         "rest": "mean",
+        "precision": "int8_qk",
     }
     first, second = specs_of({"match": 1, **change}, num_layers=2)
     assert first == AttentionSpec()
     importance = Importance("pooled", "mean", 8, 2)
-    assert second == AttentionSpec(64, 32, (1, 8), "mass", (0.5, 0.9), 0.1, (0.7,), importance, "mean")
+    assert second == AttentionSpec(64, 32, (1, 8), "mass", (0.5, 0.9), 0.1, (0.7,), importance, "mean", None, "int8_qk")
 
 
 def test_nested_keys_and_null_are_merged():

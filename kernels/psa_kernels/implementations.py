@@ -25,6 +25,8 @@ from psa_kernels.sparse import reference as sparse
 from psa_kernels.spec import AttentionSpec
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "hopper")
+# What `auto` may take beside these, for the precision `int8_qk`.
+INT8 = "hopper-int8"
 # Gluon changes from one release of Triton to the next.
 GLUON_VERSIONS = ("3.6.",)
 # Floating point operations of dense attention below which the kernel for Hopper, whose launch takes the host half a
@@ -41,7 +43,7 @@ class Implementation:
     """The two halves of the operator, and the pyramid that both may use.
 
     Attributes:
-        name: one of `IMPLEMENTATIONS` but `auto`.
+        name: one of `IMPLEMENTATIONS` but `auto`, or `INT8`.
         pyramid_rows: `(layout, spec)` to the rows that the pyramid of one head has, its keys and its values each; 0
             from an implementation that pools head by head inside `attend`.
         pool_keys: `(k, layout, spec, selects)` to the pyramid of keys; `selects` says whether `select` will be given
@@ -71,15 +73,17 @@ def choose(
     """The implementation of one call.
 
     On a CPU `auto` takes the reference. On a GPU it takes the kernel for Hopper there, unless the call is small, else
-    the portable kernels, else the reference, and warns once for each reason not to take the best for the device.
+    the portable kernels, else the reference, and warns once for each reason not to take the best for the device. The
+    precision `int8_qk` is that of the reference and of the kernel for Hopper; the others compute natively.
 
     Args:
-        wanted: one of `IMPLEMENTATIONS`.
+        wanted: one of `IMPLEMENTATIONS`; `hopper` serves both precisions.
         strict: raise instead of that warning.
 
     Raises:
         ValueError: the wanted implementation cannot serve the call.
-        RuntimeError: strict, and `auto` would take a slower implementation than the device has.
+        RuntimeError: strict, and `auto` would take a slower implementation than the device has, or one without the
+            precision that the spec asks for.
     """
     if wanted not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={wanted!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -87,22 +91,37 @@ def choose(
         return _reference()
     reasons = {
         "triton": lambda: why_not_triton(q, k, layout, spec),
-        "hopper": lambda: why_not_triton(q, k, layout, spec) or why_not_hopper(q, k, v, spec, scale),
+        "hopper": lambda: reasons["triton"]() or why_not_hopper(q, k, v, spec, scale),
+        INT8: lambda: reasons["hopper"]() or _why_not_int8(q),
     }
-    made = {"triton": _triton, "hopper": _hopper}
+    made = {"triton": _triton, "hopper": _hopper, INT8: _hopper_int8}
+    int8 = spec.precision == "int8_qk"
     if wanted != "auto":
-        obstacle = reasons[wanted]()
+        name = INT8 if int8 and wanted == "hopper" else wanted
+        obstacle = reasons[name]()
+        if obstacle is None and int8 and name != INT8:
+            obstacle = f"precision={spec.precision!r}: expected 'native'"
         if obstacle is not None:
             raise ValueError(f"implementation={wanted!r}: {obstacle}")
-        return made[wanted]()
+        return made[name]()
+    names = ["triton"]
     work = 4 * q.shape[1] * k.shape[1:].numel() * q.shape[0]
-    for name in ("hopper", "triton") if _is_hopper(q.device) and work >= LEAST_HOPPER_WORK else ("triton",):
+    is_hopper = _is_hopper(q.device)
+    if is_hopper and work >= LEAST_HOPPER_WORK:
+        names.insert(0, "hopper")
+    # A small call is faster without it where it could be had.
+    if int8 and ("hopper" in names or not is_hopper):
+        names.insert(0, INT8)
+    for name in names:
         obstacle = reasons[name]()
         if obstacle is None:
             return made[name]()
+        problem = f"the {name} kernel cannot be used"
+        if name == INT8:
+            problem = f"precision={spec.precision!r} cannot be used"
         if strict:
-            raise RuntimeError(f"strict: the {name} kernel cannot be used: {obstacle}")
-        _warn_once(f"the {name} kernel cannot be used, attention is slower: {obstacle}")
+            raise RuntimeError(f"strict: {problem}: {obstacle}")
+        _warn_once(f"{problem}, attention is slower: {obstacle}")
     return _reference()
 
 
@@ -175,6 +194,12 @@ def why_not_hopper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: Atte
     return None
 
 
+def _why_not_int8(q: torch.Tensor) -> str | None:
+    """The reason why the kernel for Hopper cannot multiply queries by keys in integers in a call that it can serve."""
+    # What runs over is computed anew only under a frozen maximum, which float16 has not the range for.
+    return None if q.dtype == torch.bfloat16 else f"dtype {q.dtype}: expected torch.bfloat16"
+
+
 @cache
 def _reference() -> Implementation:
     def select(q, k, v, layout, spec, scale, _):
@@ -227,3 +252,20 @@ def _hopper() -> Implementation:
         _triton().select,
         attend,
     )
+
+
+@cache
+def _hopper_int8() -> Implementation:
+    from psa_kernels.pyramid import triton as pyramid
+    from psa_kernels.sparse import hopper
+
+    def pyramid_rows(layout, spec):
+        # Counted as rows of keys and of values in 16 bits, 4 bytes an entry.
+        return _hopper().pyramid_rows(layout, spec) + block_count(hopper.quantised_rows(layout, spec), 4)
+
+    def attend(q, k, v, keys, lists, layout, spec, scale, out):
+        integers = hopper.quantise_rows(q, keys, layout, spec, scale)
+        whole = pyramid.add_values(keys, v, layout)
+        hopper.sparse_attention(q, whole, lists, layout, spec, scale, out=out, integers=integers)
+
+    return Implementation(INT8, pyramid_rows, _hopper().pool_keys, _hopper().select, attend)

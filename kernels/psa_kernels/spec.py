@@ -9,6 +9,7 @@ RULES = ("count", "mass", "budget")
 RESTS = ("skip", "mean")
 ESTIMATORS = ("sampled", "pooled")
 STATISTICS = ("max", "mean")
+PRECISIONS = ("native", "int8_qk")
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ class AttentionSpec:
             the last one whose neighbouring keys have a mean cosine above the threshold.
         importance: how importance is estimated.
         rest: `skip` drops blocks past the last threshold; `mean` keeps one mean token for each of them.
+        precision: of the products of queries and keys: `native`, that of the tensors, or `int8_qk`: 8-bit integers, as
+            `quantise/reference.py` makes them, where a kernel can; importance and lists are the same. Values and their
+            weights keep the precision of the tensors.
         density: of the rule `budget`: the share of the cost of dense attention, above 0 and at most 1.
 
     Raises:
@@ -68,6 +72,7 @@ class AttentionSpec:
     importance: Importance = field(default_factory=Importance)
     rest: str = "skip"
     density: float | None = None
+    precision: str = "native"
 
     def __post_init__(self) -> None:
         # Lists are accepted and stored as tuples, so that a spec can always be hashed.
@@ -79,6 +84,7 @@ class AttentionSpec:
         _require_positive_int("block_key", self.block_key)
         _require_choice("rule", self.rule, RULES)
         _require_choice("rest", self.rest, RESTS)
+        _require_choice("precision", self.precision, PRECISIONS)
         self._check_levels()
         _require_share("floor", self.floor)
         if self.rule == "budget":

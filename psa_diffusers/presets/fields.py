@@ -121,6 +121,7 @@ class LayerSettings(Section):
         None, description="null, or one number from -1 to 1 per level after the first"
     )
     rest: Literal["skip", "mean"] = Field("skip", description="skip or mean")
+    precision: Literal["native", "int8_qk"] = Field("native", description="native or int8_qk")
 
 
 class LayerRule(LayerSettings):

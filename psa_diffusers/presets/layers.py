@@ -107,6 +107,7 @@ def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec 
         similarity=merged.similarity,
         importance=Importance(**dict(merged.importance)),
         rest=merged.rest,
+        precision=merged.precision,
     )
 
 

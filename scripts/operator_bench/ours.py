@@ -1,4 +1,4 @@
-"""The operator and its stages, by the portable kernels and by the one for Hopper."""
+"""The operator and its stages, by the portable kernels and the one for Hopper, or by the latter in two precisions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cases(
 ) -> Iterator[Case]:
     """Every stage and the whole at every density, the dense one too."""
     for spec in specs(options):
-        yield from _stages(q, k, v, workload, spec)
+        yield from _stages(q, k, v, workload, spec, options.precision == "int8_qk")
 
 
 def specs(options: argparse.Namespace) -> list[AttentionSpec]:
@@ -47,7 +47,7 @@ def describe(importance: Importance) -> str:
 
 
 def _stages(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workload: Workload, spec: AttentionSpec
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workload: Workload, spec: AttentionSpec, int8: bool
 ) -> Iterator[Case]:
     """Each stage is given what the stages before it return."""
     from psa_kernels.allocation.triton import allocate
@@ -59,7 +59,7 @@ def _stages(
 
     layout = make_layout(q.shape[1], k.shape[1], 0, workload.text, None)
     scale = workload.head_dim**-0.5
-    attend = {"triton": portable.sparse_attention}
+    attend = {} if int8 else {"triton": portable.sparse_attention}
     obstacle = why_not_hopper(q, k, v, spec, scale)
     if obstacle is None:
         from psa_kernels.sparse import hopper
@@ -75,6 +75,9 @@ def _stages(
     if spec.rule == "budget":
         allocate_rows = partial(allocate_budget, price(), importance, spec)
     lists = allocate_rows()
+    if int8 and "hopper" in attend:
+        quantise = partial(hopper.quantise_rows, q, pyramid, layout, spec, scale)
+        attend["hopper-int8"] = partial(hopper.sparse_attention, integers=quantise())
     density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
     both = tuple(f"psa-{name}" for name in attend)
     yield Case(both, density, "pyramid", partial(build_pyramid, k, v, layout, spec))
@@ -84,6 +87,12 @@ def _stages(
     yield Case(both, density, "allocation", allocate_rows)
     for name, sparse_attention in attend.items():
         method = (f"psa-{name}",)
+        precision = "int8_qk" if name == "hopper-int8" else "native"
+        if precision == "int8_qk":
+            yield Case(method, density, "quantise", quantise)
         yield Case(method, density, "attention", partial(sparse_attention, q, pyramid, lists, layout, spec, scale))
-        whole = partial(psa_attention, q, k, v, spec, text_after=workload.text, implementation=name)
+        whole = partial(
+            psa_attention, q, k, v, dataclasses.replace(spec, precision=precision), text_after=workload.text,
+            implementation=name.removesuffix("-int8"),
+        )  # fmt: skip
         yield Case(method, density, "total", whole)

@@ -10,9 +10,10 @@ from operator_bench.workloads import THRESHOLDS
 Row = dict[str, Any]
 
 DENSITIES = (1.0, *THRESHOLDS)
-METHODS = ("sdpa-fa2", "sdpa-cudnn", "fa3", "flex", "sol-attn", "psa-authors", "psa-triton", "psa-hopper")
+INT8 = "psa-hopper-int8"
+METHODS = ("sdpa-fa2", "sdpa-cudnn", "fa3", "flex", "sol-attn", "psa-authors", "psa-triton", "psa-hopper", INT8)
 DENSE = ("sdpa-fa2", "sdpa-cudnn", "fa3")
-STAGES = ("pyramid", "importance", "prices", "allocation", "attention", "total")
+STAGES = ("pyramid", "importance", "prices", "allocation", "quantise", "attention", "total")
 
 
 def report(result: dict[str, Any]) -> str:

@@ -44,7 +44,8 @@ class Case:
     Attributes:
         methods: whose stage it is; a stage that methods share is timed once.
         density: share of the dense FLOPs that its lists ask for; None where that is not known because it fails.
-        stage: `total`, `pyramid`, `importance`, `prices` (of the rule `budget`), `allocation` or `attention`.
+        stage: `total`, `pyramid`, `importance`, `prices` (of the rule `budget`), `allocation`, `quantise` (of the
+            precision `int8_qk`) or `attention`.
     """
 
     methods: tuple[str, ...]

@@ -16,12 +16,12 @@ from psa_kernels.implementations import GLUON_VERSIONS  # noqa: E402
 from psa_kernels.limits import MOST_HOPPER_LEVELS  # noqa: E402
 from psa_kernels.sparse.hopper import pipeline  # noqa: E402
 from psa_kernels.sparse.hopper_kernel import attention_kernel  # noqa: E402
-from psa_kernels.sparse.hopper_tiles import box_layout  # noqa: E402
+from psa_kernels.sparse.hopper_tiles import panel_columns, tile_layout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not triton.__version__.startswith(GLUON_VERSIONS), reason="Gluon changes from one release of Triton to the next"
 )
-TYPES = {"scale": "fp32", "lse_ptr": "*fp32", "ids_ptr": "*i16"}
+TYPES = {"scale": "fp32", "lse_ptr": "*fp32", "ids_ptr": "*i16", "factors_ptr": "*fp32"}
 POINTERS_TO_INTS = ("counts_ptr", "permutation", "counter_ptr", "redo_ptr")
 CASES = [
     # head_dim, block_key, levels, dtype, further constants
@@ -31,9 +31,14 @@ CASES = [
     (128, 64, (1, 2, 4), "fp16", {}),
     (128, 32, (2, 4), "bf16", {"BLOCK_QUERY": 256, "STORE_LSE": True}),
 ]
+INT8_CASES = [
+    (128, 64, (1, 2, 4), {}),
+    (64, 32, (1, 2, 4), {"TEXT": True}),
+    (128, 128, (1, 2, 4, 8, 16), {"TEXT": True, "PERMUTED": True, "STORE_LSE": True}),
+]
 
 
-def compile_kernel(head_dim, block_key, levels, dtype, constants):
+def compile_kernel(head_dim, block_key, levels, dtype, constants, int8=False):
     constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_QUERY": 128,
@@ -51,12 +56,18 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants):
         boxes |= {f"{x}_text_{side}": block_key for x in "kv" for side in ("before", "after")}
     absent = [f"{x}_{i}" for x in "kv" for i in [*range(MOST_HOPPER_LEVELS), "text_before", "text_after"]]
     constants |= {name: None for name in absent if name not in boxes}
+    if not int8:
+        constants["factors_ptr"] = None
     types = {}
     for name in attention_kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         elif name in boxes:
-            types[name] = f"tensordesc<{dtype}[1, 1, {boxes[name]}, 64],{box_layout(boxes[name])!r}>"
+            type_, bits = ("i8", 8) if int8 and name.startswith("k") else (dtype, 16)
+            box = f"1, 1, {boxes[name]}, {panel_columns(head_dim, bits)}"
+            types[name] = f"tensordesc<{type_}[{box}],{tile_layout(head_dim, bits, 4)!r}>"
+        elif int8 and name == "q_ptr":
+            types[name] = "*i8"
         elif name in POINTERS_TO_INTS:
             types[name] = "*i32"
         else:
@@ -77,7 +88,8 @@ def loops_over_tiles(sass):
         target = re.search(r"\bBRA 0x([0-9a-f]+)", text)
         if target and int(target.group(1), 16) in places and int(target.group(1), 16) < int(address, 16):
             body = [line for _, line in lines[places[int(target.group(1), 16)] : place]]
-            if len(body) < 700 and sum("HGMMA" in line for line in body) > 8:
+            # Products with keys, HGMMA or IGMMA, and with values: what else multiplies only ends items.
+            if len(body) < 700 and sum("GMMA" in line for line in body) > 8 and "MUFU.EX2" in "".join(body):
                 found.append(body)
     return found
 
@@ -106,3 +118,30 @@ def test_kernel_fits_and_overlaps(head_dim, block_key, levels, dtype, constants)
         assert waits and waits[-1] > exponentials[-1]
     assert len(re.findall("UTMALDG", sass)) > 0
     assert len(re.findall("LDGSTS.E.BYPASS.128", sass)) == 128 * head_dim * 2 // (32 * 16)
+
+
+@pytest.mark.parametrize(("head_dim", "block_key", "levels", "constants"), INT8_CASES, ids=str)
+def test_kernel_multiplies_integers(head_dim, block_key, levels, constants):
+    compiled = compile_kernel(head_dim, block_key, levels, "bf16", constants, int8=True)
+    assert compiled.metadata.shared <= 232_448
+    usage = cuobjdump(compiled, "-res-usage")
+    assert int(re.search(r"REG:(\d+)", usage).group(1)) == 168
+    if not constants.get("PERMUTED"):
+        assert re.search(r"STACK:(\d+)", usage).group(1) == "0"
+    sass = cuobjdump(compiled, "--dump-sass")
+    loops = loops_over_tiles(sass)
+    assert len(loops) == 2
+    for body in loops:
+        instructions = [re.sub(r"^@!?U?P\d+ ", "", line).split()[0] for line in body]
+        assert not [name for name in instructions if name.startswith(("STL", "LDL"))]
+        # 32 entries at a time instead of 16.
+        assert sum(name.startswith("IGMMA.64x128x32.S8.S8") for name in instructions) == head_dim // 32
+        assert sum(name.startswith("HGMMA") for name in instructions) == 128 // 16
+        exponentials = [place for place, name in enumerate(instructions) if name == "MUFU.EX2"]
+        assert len(exponentials) == 64 and "SHFL.BFLY" not in instructions
+        # One conversion an entry, the cheap kind; weights go to the next product without leaving their thread.
+        assert sum(name == "I2FP.F32.S32" for name in instructions) == 64
+        assert not [name for name in instructions if name.startswith(("I2F.", "STS", "STSM"))]
+        waits = [place for place, name in enumerate(instructions) if name.startswith("WARPGROUP.DEPBAR")]
+        assert waits and waits[-1] > exponentials[-1]
+    assert len(re.findall("LDGSTS.E.BYPASS.128", sass)) == 128 * head_dim // (32 * 16)

@@ -20,6 +20,7 @@ MISTAKES = [
     ({"thresholds": (0, 0, 0)}, "the last must be above 0"),
     ({"rule": "sum"}, "rule='sum': expected one of count, mass"),
     ({"rest": None}, "rest=None: expected one of skip, mean"),
+    ({"precision": "int8"}, "precision='int8': expected one of native, int8_qk"),
     ({"floor": -0.1}, "floor=-0.1"),
     ({"similarity": (0.5,)}, "2 thresholds"),
     ({"similarity": (0.5, 2)}, "cosines between -1 and 1"),

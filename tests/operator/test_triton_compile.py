@@ -24,6 +24,7 @@ from psa_kernels.costs import unit_costs  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
+from psa_kernels.quantise import triton as quantise  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -192,6 +193,22 @@ def test_pyramid(target):
         "WIDE": False,
     }
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_quantise(head_dim):
+    """Only the kernel for Hopper reads integers."""
+    types = {name: "*fp32" for name in ("partial_ptr", "means_ptr", "steps_ptr", "key_steps_ptr", "factors_ptr")}
+    types["out_ptr"] = "*i8"
+    chunks = {"CHUNK": quantise.CHUNK, "ROWS": quantise.FEW_ROWS}
+    for kernel, constants in (
+        (quantise.statistics_kernel, chunks),
+        (quantise.summary_kernel, {"ROWS": quantise.FEW_ROWS}),
+        (quantise.keys_kernel, {"ROWS": quantise.ROWS}),
+        (quantise.queries_kernel, {"ROWS": quantise.ROWS}),
+    ):
+        constants = {"HEAD_DIM": head_dim, **constants}
+        compile_and_check(kernel, 90, constants, {"num_warps": 4}, tensor_cores=False, types=types)
 
 
 @pytest.mark.parametrize("key_blocks", [591, 1182, 4725])

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_budget_cases.py"])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_budget_cases.py", "triton_int8_cases.py"])
 def test_kernels_agree_with_the_reference(cases):
     """One process of its own: the interpreter is switched on for all of a process, before triton is imported."""
     here = Path(__file__).parent

@@ -13,9 +13,10 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MOST_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.triton import TritonPyramid
+from psa_kernels.quantise.triton import Integers, quantise
 from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper_kernel import attention_kernel
-from psa_kernels.sparse.hopper_tiles import PANEL, TILE_M, box_layout
+from psa_kernels.sparse.hopper_tiles import TILE_M, panel_columns, tile_layout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import short_permutation
 
@@ -29,11 +30,15 @@ def sparse_attention(
     scale: float,
     lse: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    integers: Integers | None = None,
 ) -> torch.Tensor:
     """The same as the portable `sparse.triton.sparse_attention`, on a GPU of compute capability 9.0.
 
     Args:
         pyramid: with tokens as a level of factor 1 where they are permuted, since a box is a run of rows in memory.
+        integers: None, or what `quantise_rows` returned for the same bfloat16 tensors: queries are then multiplied by
+            keys in 8-bit integers. A tile whose sums run over, or which has numbers that are not finite, is computed in
+            bfloat16.
     """
     batch, query_tokens, heads, head_dim = q.shape
     if out is None:
@@ -44,12 +49,17 @@ def sparse_attention(
     online = q.dtype == torch.float16
     counters = torch.zeros(1 + items, dtype=torch.int32, device=q.device)
     redo = counters[1:]
+    queries, factors = q, None
+    keys = _row_views(pyramid.source_keys, pyramid.keys, pyramid, layout, spec)
+    if integers is not None:
+        queries, factors, keys = integers.queries, integers.factors, integers.keys
+    values = _row_views(pyramid.source_values, pyramid.values, pyramid, layout, spec)
+    unit = 16 // queries.element_size()
     # Where there is no permutation or log-sum-exp, any pointer will do.
     arguments = (
-        q, *_sources(pyramid.source_keys, pyramid.keys, pyramid, layout, spec),
-        *_sources(pyramid.source_values, pyramid.values, pyramid, layout, spec), out,
+        queries, factors, *_descriptors(keys, spec), *_descriptors(values, spec), out,
         counters if lse is None else lse, lists.ids, lists.counts, counters if permutation is None else permutation,
-        counters, redo, *(stride // 8 for stride in q.stride()[:3]), *out.stride()[:3], heads, items,
+        counters, redo, *(stride // unit for stride in queries.stride()[:3]), *out.stride()[:3], heads, items,
         layout.video_queries, layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after,
         query_tokens, scale * math.log2(math.e),
     )  # fmt: skip
@@ -67,6 +77,10 @@ def sparse_attention(
     }
     programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
     attention_kernel[(programs,)](*arguments, **options)
+    if integers is not None and lse is not None:
+        # What all logits of a query lack as the mean of the keys was taken away; the kernel below needs no such thing.
+        video = slice(layout.text_before, layout.text_before + layout.video_queries)
+        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), integers.key_means) * scale
     if not online:
         portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo)
     return out
@@ -80,23 +94,47 @@ def pipeline(head_dim: int) -> dict[str, int | bool]:
     return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2, "TURNS": head_dim == 64}
 
 
-def _sources(
+def quantise_rows(
+    q: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec, scale: float
+) -> Integers:
+    """The queries, and the keys of the text and of every level, in 8-bit integers; arguments as `sparse_attention`."""
+    keys = _row_views(pyramid.source_keys, pyramid.keys, pyramid, layout, spec)
+    return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], scale)
+
+
+def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
+    """Rows of one head that `quantise_rows` makes, of head_dim bytes each."""
+    levels = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
+    return layout.video_queries + levels + 2 * (layout.text_before + layout.text_after)
+
+
+def _row_views(
     tokens: torch.Tensor, means: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec
-) -> list[TensorDescriptor | None]:
-    """Where the boxes of text and of every level come from; each ends where its rows end, so that zeros follow."""
+) -> list[torch.Tensor | None]:
+    """Rows of the text before and after the video, if any, and of every level: `[B, H, rows, D]`."""
     heads_first = tokens.transpose(1, 2)
     video_end = layout.text_before + layout.video_keys
     text = [heads_first[:, :, : layout.text_before], heads_first[:, :, video_end:]]
-    sources = [_boxes(rows, spec.block_key) if rows.shape[2] else None for rows in text]
+    views = [rows if rows.shape[2] else None for rows in text]
     for factor in spec.levels:
         if factor in pyramid.factors:
             start = pyramid.first_row(factor, layout.video_keys)
             rows = means[:, :, start : start + block_count(layout.video_keys, factor)]
         else:
             rows = heads_first[:, :, layout.text_before : video_end]
-        sources.append(_boxes(rows, spec.block_key // factor))
-    return sources + [None] * (MOST_HOPPER_LEVELS - len(spec.levels))
+        views.append(rows)
+    return views
+
+
+def _descriptors(views: list[torch.Tensor | None], spec: AttentionSpec) -> list[TensorDescriptor | None]:
+    """Where the boxes of text and of every level come from; each ends where its rows end, so that zeros follow."""
+    heights = [spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels)]
+    boxes = [None if rows is None else _boxes(rows, height) for rows, height in zip(views, heights, strict=True)]
+    return boxes + [None] * (MOST_HOPPER_LEVELS - len(spec.levels))
 
 
 def _boxes(rows: torch.Tensor, height: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(rows, [1, 1, height, PANEL.value], box_layout(height))
+    bits = 8 * rows.element_size()
+    return TensorDescriptor.from_tensor(
+        rows, [1, 1, height, panel_columns(rows.shape[3], bits)], tile_layout(rows.shape[3], bits, 4)
+    )

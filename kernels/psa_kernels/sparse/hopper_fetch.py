@@ -8,38 +8,40 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_a
 
 from psa_kernels.sparse.hopper_plan import plan_tiles, run_ends
 from psa_kernels.sparse.hopper_tiles import (
-    PANEL,
     TILE_M,
     TILE_N,
     announce_item,
     announced_item,
-    box_layout,
     divide,
     in_ring,
     item_at,
     list_row,
     log2_of,
+    panel_columns,
+    tile_layout,
 )
 
 
 @gluon.jit
 def fetch_queries(
-    schedule, q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn, stride_qh,
-    scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
-    TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation, stride_qb,
+    stride_qn, stride_qh, query_tokens, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
+    FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warp: announce items, gather their queries, perhaps permuted, and plan the tiles of their lists."""
     ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
-    CHUNKS: gl.constexpr = HEAD_DIM // 8
+    # Numbers that are copied together, 16 bytes.
+    UNIT: gl.constexpr = divide(128, q_tiles.dtype.primitive_bitwidth)
+    CHUNKS: gl.constexpr = HEAD_DIM // UNIT
     ROWS: gl.constexpr = 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, UNIT], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     place = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     done = gl.to_tensor(0)
     item = announce_item(schedule, done)
     while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
-        base = q_ptr + batch.to(gl.int64) * stride_qb * 8 + head.to(gl.int64) * stride_qh * 8
+        base = q_ptr + batch.to(gl.int64) * stride_qb * UNIT + head.to(gl.int64) * stride_qh * UNIT
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
         slot, phase = in_ring(done, QUERY_SLOTS)
         mbarrier.wait(q_empty.index(slot), phase ^ 1)
@@ -52,19 +54,37 @@ def fetch_queries(
             half = q_tiles.index(slot * 2 + divide(part * ROWS, 64))
             async_copy.async_copy_global_to_shared(
                 half.slice(part * ROWS % 64, ROWS, dim=0),
-                base + token.to(gl.int64)[:, None] * stride_qn * 8 + dims[None, :],
+                base + token.to(gl.int64)[:, None] * stride_qn * UNIT + dims[None, :],
             )
         async_copy.commit_group()
+        if factors_ptr is not None:
+            load_factors(
+                factors_ptr + head_index.to(gl.int64) * query_tokens, factors, slot, query_tile, video_queries,
+                text_before, permutation, PERMUTED,
+            )  # fmt: skip
         ends = run_ends(
             ids_ptr + row * list_width, counts_ptr + row * len(FACTORS), video_keys, text_before, text_after,
             BLOCK_KEY, FACTORS, TEXT,
         )  # fmt: skip
-        plan_tiles(plans, biases, slot, ends, text_before, text_after, scale, BLOCK_KEY, FACTORS, TEXT)
+        plan_tiles(plans, biases, slot, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
         async_copy.wait_group(0)
         fence_async_shared()
         mbarrier.arrive(q_full.index(slot), count=1)
         done += 1
         item = announce_item(schedule, done)
+
+
+@gluon.jit
+def load_factors(pointer, factors, slot, query_tile, video_queries, text_before, permutation, PERMUTED: gl.constexpr):
+    """Bring the factors of a tile's queries, which belong to their tokens, into shared memory."""
+    HALF: gl.constexpr = TILE_M // 2
+    place = gl.arange(0, HALF, gl.BlockedLayout([HALF // 32], [32], [1], [0]))
+    for half in gl.static_range(2):
+        position = gl.minimum(query_tile * TILE_M + half * HALF + place, video_queries - 1)
+        token = position + text_before
+        if PERMUTED:
+            token = gl.load(permutation + position) + text_before
+        factors.index(slot * 2 + half).store(gl.load(pointer + token))
 
 
 @gluon.jit
@@ -88,7 +108,7 @@ def fetch_rows(
                     length = text_before if side == 0 else text_after
                     for first in range(0, length, BLOCK_KEY):
                         if place == 0:
-                            open_tile(full, empty, tile, HEAD_DIM, STAGES)
+                            open_tile(tiles, full, empty, tile, HEAD_DIM, STAGES)
                         copy_box(rows[side], batch, head, first, tiles, full, tile, place, BLOCK_KEY, HEAD_DIM, STAGES)
                         place += BLOCK_KEY
                         tile, place = tile + (place >> log2_of(TILE_N)), place & (TILE_N - 1)
@@ -133,7 +153,7 @@ def copy_run(
         blocks = ()
         for box in gl.static_range(BOXES):
             blocks = blocks + (gl.load(ids + box),)
-        open_tile(full, empty, tile, HEAD_DIM, STAGES)
+        open_tile(tiles, full, empty, tile, HEAD_DIM, STAGES)
         for box in gl.static_range(BOXES):
             copy_box(
                 source, batch, head, blocks[box].to(gl.int32) * ROWS, tiles, full, tile, box * ROWS, ROWS, HEAD_DIM,
@@ -143,7 +163,7 @@ def copy_run(
         tile += 1
     after = (count - before) % BOXES
     if after > 0:
-        open_tile(full, empty, tile, HEAD_DIM, STAGES)
+        open_tile(tiles, full, empty, tile, HEAD_DIM, STAGES)
     for index in range(after):
         block = gl.load(ids + index).to(gl.int32)
         copy_box(source, batch, head, block * ROWS, tiles, full, tile, index * ROWS, ROWS, HEAD_DIM, STAGES)
@@ -151,11 +171,11 @@ def copy_run(
 
 
 @gluon.jit
-def open_tile(full, empty, tile, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
+def open_tile(tiles, full, empty, tile, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr):
     """Wait until a tile's slot is free, and announce how many bytes will come."""
     stage, phase = in_ring(tile, STAGES)
     mbarrier.wait(empty.index(stage), phase ^ 1)
-    mbarrier.expect(full.index(stage), TILE_N * HEAD_DIM * 2)
+    mbarrier.expect(full.index(stage), TILE_N * HEAD_DIM * tiles.dtype.primitive_bitwidth // 8)
 
 
 @gluon.jit
@@ -164,10 +184,14 @@ def copy_box(
     STAGES: gl.constexpr,
 ):  # fmt: skip
     """Copy `ROWS` rows to a place in a tile."""
+    BITS: gl.constexpr = tiles.dtype.primitive_bitwidth
+    PANEL: gl.constexpr = panel_columns(HEAD_DIM, BITS)
     PANELS: gl.constexpr = HEAD_DIM // PANEL
     BOXES: gl.constexpr = TILE_N // ROWS
     stage, _ = in_ring(tile, STAGES)
-    boxes = tiles._reinterpret(tiles.dtype, [STAGES * PANELS * BOXES, 1, 1, ROWS, PANEL], box_layout(ROWS))
+    boxes = tiles._reinterpret(
+        tiles.dtype, [STAGES * PANELS * BOXES, 1, 1, ROWS, PANEL], tile_layout(HEAD_DIM, BITS, 4)
+    )
     for panel in gl.static_range(PANELS):
         box = boxes.index((stage * PANELS + panel) * BOXES + place // ROWS)
         tma.async_copy_global_to_shared(source, [batch, head, first, panel * PANEL], full.index(stage), box)

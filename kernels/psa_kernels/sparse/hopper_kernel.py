@@ -23,8 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_kernels.sparse.hopper_fetch import fetch_queries, fetch_rows
 from psa_kernels.sparse.hopper_plan import MOST_MIXED, PLAN
-from psa_kernels.sparse.hopper_softmax import per_row, row_sums
-from psa_kernels.sparse.hopper_tiles import TICKETS, TILE_M, TILE_N, announced_item, in_ring, item_at, read_number
+from psa_kernels.sparse.hopper_softmax import per_row, row_sums, with_biases
+from psa_kernels.sparse.hopper_tiles import (
+    TICKETS,
+    TILE_M,
+    TILE_N,
+    announced_item,
+    in_ring,
+    item_at,
+    read_number,
+    tile_layout,
+)
 
 # Sums of weights up to here leave room for the product with values of up to 2^27; larger ones are computed anew.
 LARGEST_SUM = gl.constexpr(float(2**100))
@@ -36,31 +45,40 @@ LARGEST_SUM = gl.constexpr(float(2**100))
     ]
 )  # fmt: skip
 def attention_kernel(
-    q_ptr, k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4, v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4,
-    out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, counter_ptr, redo_ptr, stride_qb, stride_qn, stride_qh,
-    stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before, text_after,
-    query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
+    q_ptr, factors_ptr, k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4, v_text_before, v_text_after, v_0, v_1,
+    v_2, v_3, v_4, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, counter_ptr, redo_ptr, stride_qb, stride_qn,
+    stride_qh, stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before,
+    text_after, query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
     STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
     Args:
-        k_*, v_*: descriptors `[B, H, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, PANEL]`.
+        q_ptr: queries, in the type of the values or in 8-bit integers.
+        factors_ptr: None, or float32 `[B, H, Nq]`: by what the products of each query of integers are multiplied.
+        k_*, v_*: descriptors `[B, H, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, columns of
+            a panel]`; keys have the type of the queries.
         counter_ptr: int32, 0: the number of items that were taken.
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
-        stride_q*: in units of 8 elements, which tells the compiler how far it may widen its reads.
+        stride_q*: in units of 16 bytes, which tells the compiler how far it may widen its reads.
+        scale: by what all products are multiplied where there is no `factors_ptr`.
         ONLINE: keep a running row maximum instead of that of the first tile.
         TURNS: let the two warpgroups issue products in turns, and release keys and values at once.
     """
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    tile_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q_tiles = gl.allocate_shared_memory(dtype, [QUERY_SLOTS * 2, TILE_M // 2, HEAD_DIM], tile_layout)
-    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, HEAD_DIM], tile_layout)
-    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, TILE_N, HEAD_DIM], tile_layout)
+    key_type: gl.constexpr = q_ptr.dtype.element_ty
+    value_type: gl.constexpr = out_ptr.dtype.element_ty
+    key_layout: gl.constexpr = tile_layout(HEAD_DIM, key_type.primitive_bitwidth)
+    value_layout: gl.constexpr = tile_layout(HEAD_DIM, value_type.primitive_bitwidth)
+    q_tiles = gl.allocate_shared_memory(key_type, [QUERY_SLOTS * 2, TILE_M // 2, HEAD_DIM], key_layout)
+    k_tiles = gl.allocate_shared_memory(key_type, [STAGES, TILE_N, HEAD_DIM], key_layout)
+    v_tiles = gl.allocate_shared_memory(value_type, [STAGES, TILE_N, HEAD_DIM], value_layout)
     number_shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plans = gl.allocate_shared_memory(gl.int32, [QUERY_SLOTS * PLAN, 1], number_shared)
     biases = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * MOST_MIXED, TILE_N], number_shared)
+    factors = biases  # anything, as nobody reads it
+    if factors_ptr is not None:
+        factors = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * 2, TILE_M // 2], number_shared)
     q_full = gl.allocate_shared_memory(gl.int64, [QUERY_SLOTS, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QUERY_SLOTS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -92,7 +110,9 @@ def attention_kernel(
     v_rows = (v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4)
     lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after)
     queries = (heads, items, video_queries, text_before)
-    consumed = (q_tiles, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    consumed = (
+        q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    )  # fmt: skip
     results = (out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale)
     gl.warp_specialize(
         [
@@ -108,8 +128,9 @@ def attention_kernel(
             ),
             (
                 fetch_queries,
-                (schedule, q_ptr, q_tiles, plans, biases, q_full, q_empty, lists, permutation, stride_qb, stride_qn,
-                 stride_qh, scale, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT, PERMUTED, QUERY_SLOTS),
+                (schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation,
+                 stride_qb, stride_qn, stride_qh, query_tokens, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
+                 TEXT, PERMUTED, QUERY_SLOTS),
             ),
             (
                 fetch_rows,
@@ -142,15 +163,20 @@ def consume(
     Where products take no longer than exponentials, warpgroups that wait for both at the same time leave the units of
     both idle in turn. Turns keep one of them half a tile ahead.
     """
-    q_tiles, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = consumed
+    (
+        q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    ) = consumed  # fmt: skip
     heads, items, video_queries, text_before = queries
     out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale = results
     ROWS: gl.constexpr = TILE_M // 2
-    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 16])
+    INT8: gl.constexpr = q_tiles.dtype == gl.int8
+    score_type: gl.constexpr = gl.int32 if INT8 else gl.float32
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_N, 32 if INT8 else 16])
+    score_rows: gl.constexpr = gl.SliceLayout(1, score_layout)
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
-    dtype: gl.constexpr = q_tiles.dtype
-    zeros = gl.zeros([ROWS, TILE_N], gl.float32, score_layout)
+    dtype: gl.constexpr = v_tiles.dtype
+    zeros = gl.zeros([ROWS, TILE_N], score_type, score_layout)
     tile = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -165,21 +191,25 @@ def consume(
         mixed = read_number(plans, plan + 1, 4)
         bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
         q = q_tiles.index(slot * 2 + HALF)
+        row_factors = gl.full([ROWS], scale, gl.float32, score_rows)
+        if INT8:
+            row_factors = factors.index(slot * 2 + HALF).load(score_rows)
         stage, phase = in_ring(tile, STAGES)
         mbarrier.wait(k_full.index(stage), phase)
         pending = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(pending,))
+        scores = warpgroup_mma_wait(0, deps=(pending,)).to(gl.float32)
         mbarrier.arrive(k_empty.index(stage), count=1)
         tile += 1
         next_stage, next_phase = in_ring(tile, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=tiles > 1)
         if mixed == 0:
-            scores = scores + biases.index(column_biases).load(gl.SliceLayout(0, score_layout))[None, :]
+            columns = biases.index(column_biases).load(gl.SliceLayout(0, score_layout))
+            scores = with_biases(scores, columns, row_factors)
             plan, column_biases = plan + 2, column_biases + 1
             mixed = read_number(plans, plan + 1, 4)
             bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
-        top = gl.max(scores, 1) * scale + bias
-        weights = gl.exp2(scores * scale - (top - bias)[:, None])
+        top = gl.max(scores, 1) * row_factors + bias
+        weights = gl.exp2(scores * row_factors[:, None] - (top - bias)[:, None])
         total = row_sums(weights)
         operand = gl.convert_layout(weights.to(dtype), weight_layout)
         accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
@@ -194,20 +224,21 @@ def consume(
             summed = warpgroup_mma(operand, v_tiles.index(stage), accumulator, is_async=True)
             if TURNS:
                 mbarrier.arrive(turns.index(1 - HALF), count=1)
-            scores = warpgroup_mma_wait(1, deps=(pending,))
+            scores = warpgroup_mma_wait(1, deps=(pending,)).to(gl.float32)
             if not TURNS:
                 mbarrier.arrive(k_empty.index(next_stage), count=1)
             if index == mixed:
-                scores = scores + biases.index(column_biases).load(gl.SliceLayout(0, score_layout))[None, :]
+                columns = biases.index(column_biases).load(gl.SliceLayout(0, score_layout))
+                scores = with_biases(scores, columns, row_factors)
                 plan, column_biases = plan + 2, column_biases + 1
                 mixed = read_number(plans, plan + 1, 4)
                 bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
             if ONLINE:
-                new_top = gl.maximum(top, gl.max(scores, 1) * scale + bias)
+                new_top = gl.maximum(top, gl.max(scores, 1) * row_factors + bias)
                 shrink = gl.exp2(top - new_top)
                 total = total * per_row(shrink, total)
                 top = new_top
-            weights = gl.exp2(scores * scale - (top - bias)[:, None])
+            weights = gl.exp2(scores * row_factors[:, None] - (top - bias)[:, None])
             total = total + row_sums(weights)
             operand = gl.convert_layout(weights.to(dtype), weight_layout)
             last, stage, phase = stage, next_stage, next_phase

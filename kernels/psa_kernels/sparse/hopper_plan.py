@@ -56,13 +56,12 @@ def run_ends(
 
 @gluon.jit
 def plan_tiles(
-    plans, biases, slot, ends, text_before, text_after, scale, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
+    plans, biases, slot, ends, text_before, text_after, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
     TEXT: gl.constexpr,
 ):  # fmt: skip
     """Tell the warpgroups which tiles are mixed, and for the others log2 of how many tokens their rows stand for.
 
-    For a mixed tile `biases` has that number for each row, relative to that of the tiles up to the next mixed one, and
-    in units in which scores are before they are scaled.
+    For a mixed tile `biases` has that number for each row, relative to that of the tiles up to the next mixed one.
     """
     tiles = gl.cdiv(ends[len(FACTORS)], TILE_N)
     entry = slot * PLAN
@@ -75,7 +74,7 @@ def plan_tiles(
         first = mixed * TILE_N
         mixed, bias = next_mixed_tile(mixed + 1, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
         columns = column_bias(first, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
-        biases.index(at).store((columns - bias) / scale)
+        biases.index(at).store(columns - bias)
         at += 1
         entry += 2
         write_number(plans, entry + 1, mixed)

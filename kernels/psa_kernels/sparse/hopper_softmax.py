@@ -1,9 +1,15 @@
-"""Row sums of the kernel for Hopper."""
+"""What the warpgroups of the kernel for Hopper do to the rows of a tile of scores."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def with_biases(scores, biases, factors):
+    """Scores before they are multiplied by the factors of their rows, with the biases that columns have after that."""
+    return scores + biases[None, :] * (1.0 / factors)[:, None]
 
 
 @gluon.jit

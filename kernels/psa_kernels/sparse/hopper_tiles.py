@@ -8,8 +8,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 TILE_M = gl.constexpr(128)
 TILE_N = gl.constexpr(128)
-# Columns of a row that lie together in shared memory, 128 bytes in 16-bit numbers.
-PANEL = gl.constexpr(64)
+# Bytes of a row that lie together in shared memory.
+PANEL_BYTES = gl.constexpr(128)
 # Items that are announced before they are begun.
 TICKETS = gl.constexpr(2)
 
@@ -26,9 +26,16 @@ def divide(a, b):
 
 
 @gluon.constexpr_function
-def box_layout(rows):
-    """Layout in shared memory of a box `[1, 1, rows, PANEL]`; it does not depend on the number of rows."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+def panel_columns(head_dim, bits):
+    """Columns of a row that lie together in shared memory, for numbers of so many bits."""
+    return min(head_dim, PANEL_BYTES.value * 8 // bits)
+
+
+@gluon.constexpr_function
+def tile_layout(head_dim, bits, rank=2):
+    """Layout in shared memory of a tile `[rows, head_dim]`; of rank 4: of a box `[1, 1, rows, columns of a panel]`."""
+    width = panel_columns(head_dim, bits) * bits // 8
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
 @gluon.jit

@@ -12,6 +12,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
+from psa_kernels.quantise.reference import key_mean_and_step, query_steps, to_integers
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.threads import run_tasks
 
@@ -33,8 +34,9 @@ def sparse_attention(
 ) -> torch.Tensor:
     """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
 
-    The logit of a row that stands for `count` tokens is q.k * scale + ln(count). Heads are done one after the other by
-    each thread, so that only as many pyramids exist at a time as there are threads.
+    The logit of a row that stands for `count` tokens is q.k * scale + ln(count). With the precision `int8_qk` q and k
+    are what `quantise.reference` makes of them, but for a head of which a key is not finite. Heads are done one after
+    the other by each thread, so that only as many pyramids exist at a time as there are threads.
 
     Args:
         q, k, v: `[B, N, H, D]`, all tokens, in the order of the model.
@@ -61,12 +63,17 @@ def sparse_attention(
         for b, h, start in tasks:
             build_pyramid(k[b, :, h], rows, out=keys)
             build_pyramid(v[b, :, h], rows, out=values)
+            integers = spec.precision == "int8_qk" and _round_keys(keys, rows)
             end = min(start + part_blocks, query_blocks)
             for first in range(start, end, BLOCKS_AT_ONCE):
                 blocks = slice(first, min(first + BLOCKS_AT_ONCE, end))
                 tokens = query_tokens[blocks.start * spec.block_query : blocks.stop * spec.block_query]
                 index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], rows)
-                queries = q[b, :, h].index_select(0, tokens).to(keys.dtype) * scale
+                queries = q[b, :, h].index_select(0, tokens).to(keys.dtype)
+                if integers:
+                    steps = query_steps(queries)
+                    queries = to_integers(queries, steps) * steps
+                queries *= scale
                 attended = torch.empty_like(queries)
                 for query, result, row, bias in zip(
                     queries.split(spec.block_query),
@@ -80,6 +87,15 @@ def sparse_attention(
 
     run_tasks(product(range(batch), range(heads), range(0, query_blocks, part_blocks)), worker, q.device)
     return out
+
+
+def _round_keys(keys: torch.Tensor, rows: PyramidRows) -> bool:
+    """Replace the keys of a pyramid by multiples of a step, less their mean; not if one is not finite: then False."""
+    mean, step = key_mean_and_step(torch.cat([keys[: rows.first_row[1]], keys[rows.first_row[-1] :]]))
+    if not step.isfinite():
+        return False
+    keys.copy_(to_integers(keys - mean, step) * step)
+    return True
 
 
 class _BlockAttention:

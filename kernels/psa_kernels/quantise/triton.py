@@ -1,0 +1,203 @@
+"""Queries and keys in 8-bit integers, in Triton: one pass for what keys are quantised by, one that quantises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.quantise import reference
+
+LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
+LEAST_ENTRY = tl.constexpr(reference.LEAST_ENTRY)
+# Factors of rows are divided by where tiles are mixed. Below this all logits are 0.
+LEAST_FACTOR = tl.constexpr(2.0**-100)
+# Added and taken away again, it rounds what is much smaller to an integer: floats of this size are integers.
+ROUNDER = tl.constexpr(1.5 * 2.0**23)
+# Rows whose sums, smallest and largest entries one program finds; and rows at a time there, and elsewhere.
+CHUNK = 1024
+FEW_ROWS = 16
+ROWS = 64
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Queries and keys of a call in integers.
+
+    Attributes:
+        queries: int8 `[B, Nq, H, D]`.
+        keys: int8 `[B, H, rows, D]` for each of the tensors of keys that were given, None where there was none.
+        factors: float32 `[B, H, Nq]`: by what the products of each query are multiplied to give logits in base 2; not
+            finite where a key of the head or an entry of the query is not.
+        key_means: float32 `[B, H, D]`: what was taken away from all keys.
+    """
+
+    queries: torch.Tensor
+    keys: list[torch.Tensor | None]
+    factors: torch.Tensor
+    key_means: torch.Tensor
+
+
+def quantise(
+    q: torch.Tensor, keys: Sequence[torch.Tensor | None], finest: Sequence[torch.Tensor], scale: float
+) -> Integers:
+    """Quantise queries and keys as `quantise.reference` says.
+
+    Args:
+        q: `[B, Nq, H, D]`, its last stride 1 and D a power of two.
+        keys: tensors `[B, H, rows, D]` whose last stride is 1: keys, or means of keys.
+        finest: those of them that hold the finest level and the text.
+        scale: factor on the dot products, positive.
+    """
+    means, steps = key_means_and_steps(finest)
+    integers = [None if rows is None else quantise_keys(rows, means, steps) for rows in keys]
+    queries, factors = quantise_queries(q, steps, scale)
+    return Integers(queries, integers, factors, means)
+
+
+def key_means_and_steps(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean rows, float32 `[B, H, D]`, and steps of the integers, float32 `[B, H]`, of `[B, H, rows, D]` tensors."""
+    batch, heads, _, head_dim = finest[0].shape
+    chunks = [triton.cdiv(rows.shape[2], CHUNK) for rows in finest]
+    options = {"dtype": torch.float32, "device": finest[0].device}
+    partial = torch.empty(batch * heads, 3, sum(chunks), head_dim, **options)
+    for index, rows in enumerate(finest):
+        statistics_kernel[(chunks[index], batch * heads)](
+            rows, partial, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
+            HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=FEW_ROWS, num_warps=4,
+        )  # fmt: skip
+    means, steps = torch.empty(batch, heads, head_dim, **options), torch.empty(batch, heads, **options)
+    summary_kernel[(batch * heads,)](
+        partial, means, steps, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
+        ROWS=FEW_ROWS, num_warps=4,
+    )  # fmt: skip
+    return means, steps
+
+
+def quantise_keys(rows: torch.Tensor, means: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Integers of keys `[B, H, rows, D]`, by what `key_means_and_steps` found: int8, contiguous."""
+    batch, heads, count, head_dim = rows.shape
+    integers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    keys_kernel[(triton.cdiv(count, ROWS), batch * heads)](
+        rows, means, steps, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4
+    )
+    return integers
+
+
+def quantise_queries(q: torch.Tensor, key_steps: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers of queries `[B, Nq, H, D]`, int8 in their shape, and the factors of `Integers`."""
+    batch, tokens, heads, head_dim = q.shape
+    integers = torch.empty(batch, heads, tokens, head_dim, dtype=torch.int8, device=q.device)
+    factors = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+    stride_b, stride_n, stride_h = q.stride()[:3]
+    queries_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
+        q, key_steps, integers, factors, stride_b, stride_h, stride_n, heads, tokens, scale * math.log2(math.e),
+        HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
+    return integers.transpose(1, 2), factors
+
+
+@triton.jit
+def statistics_kernel(
+    x_ptr, partial_ptr, stride_b, stride_h, stride_n, heads, rows, chunks, first_chunk, HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Sums, smallest and largest entries of each channel over `CHUNK` rows of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
+    dims = tl.arange(0, HEAD_DIM)
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    smallest = tl.full([ROWS, HEAD_DIM], float("inf"), tl.float32)
+    largest = tl.full([ROWS, HEAD_DIM], -float("inf"), tl.float32)
+    for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=4):
+        row = tl.program_id(0) * CHUNK + first + tl.arange(0, ROWS)
+        real = row[:, None] < rows
+        x = tl.load(x_head + row.to(tl.int64)[:, None] * stride_n + dims[None, :], mask=real, other=0.0).to(tl.float32)
+        sums += x
+        smallest = tl.minimum(smallest, tl.where(real, x, float("inf")))
+        largest = tl.maximum(largest, tl.where(real, x, -float("inf")))
+    out = partial_ptr + (head * 3 * chunks + first_chunk + tl.program_id(0)) * HEAD_DIM + dims
+    tl.store(out, tl.sum(sums, 0))
+    tl.store(out + chunks * HEAD_DIM, tl.min(smallest, 0))
+    tl.store(out + 2 * chunks * HEAD_DIM, tl.max(largest, 0))
+
+
+@triton.jit
+def summary_kernel(partial_ptr, means_ptr, steps_ptr, chunks, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+    """Mean and step of one head's keys, from what the chunks of its rows gave."""
+    head = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    partial = partial_ptr + head * 3 * chunks * HEAD_DIM
+    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    smallest = tl.full([ROWS, HEAD_DIM], float("inf"), tl.float32)
+    largest = tl.full([ROWS, HEAD_DIM], -float("inf"), tl.float32)
+    for first in range(0, chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        real = chunk[:, None] < chunks
+        place = partial + chunk[:, None] * HEAD_DIM + dims[None, :]
+        sums += tl.load(place, mask=real, other=0.0)
+        place += chunks * HEAD_DIM
+        smallest = tl.minimum(smallest, tl.load(place, mask=real, other=float("inf")))
+        place += chunks * HEAD_DIM
+        largest = tl.maximum(largest, tl.load(place, mask=real, other=-float("inf")))
+    mean = tl.sum(sums, 0) / rows
+    entry = tl.max(tl.maximum(tl.max(largest, 0) - mean, mean - tl.min(smallest, 0)), 0)
+    tl.store(means_ptr + head * HEAD_DIM + dims, mean)
+    tl.store(steps_ptr + head, step_of(entry, mean, 0))
+
+
+@triton.jit
+def step_of(largest, entries, AXIS: tl.constexpr):
+    """What one step of the integers is worth, for entries of up to `largest`; NaN if one of `entries` is not finite."""
+    # Anything times 0 is 0, but infinity and NaN, which a maximum may pass over.
+    return tl.math.div_rn(tl.maximum(largest, LEAST_ENTRY), LARGEST_INTEGER) + tl.sum(entries * 0.0, AXIS)
+
+
+@triton.jit
+def to_integers(x, step):
+    """Numbers in steps, as the nearest 8-bit integers."""
+    # Division is exact to rounding, as is that for the step: bfloat16 entries often lie right between two integers.
+    x = x * tl.math.div_rn(1.0, step)
+    x = tl.minimum(tl.maximum(x, -LARGEST_INTEGER), LARGEST_INTEGER)
+    return ((x + ROUNDER) - ROUNDER).to(tl.int8)
+
+
+@triton.jit
+def keys_kernel(
+    x_ptr, means_ptr, steps_ptr, out_ptr, stride_b, stride_h, stride_n, heads, rows, HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Integers of `ROWS` rows of keys of one head."""
+    head = tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
+    x = tl.load(x_head + row * stride_n + dims[None, :], mask=row < rows, other=0.0).to(tl.float32)
+    mean = tl.load(means_ptr + head * HEAD_DIM + dims)
+    integers = to_integers(x - mean[None, :], tl.load(steps_ptr + head))
+    tl.store(out_ptr + (head * rows + row) * HEAD_DIM + dims[None, :], integers, mask=row < rows)
+
+
+@triton.jit
+def queries_kernel(
+    q_ptr, key_steps_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Integers of `ROWS` queries of one head, and the factors of their products."""
+    head = tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, HEAD_DIM)
+    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    real = token < tokens
+    q_head = q_ptr + head // heads * stride_b + head % heads * stride_h
+    q = tl.load(q_head + token[:, None] * stride_n + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
+    step = step_of(tl.max(tl.abs(q), 1), q, 1)
+    place = head * tokens + token
+    integers = to_integers(q, step[:, None])
+    tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
+    factor = step * (tl.load(key_steps_ptr + head) * scale)
+    # Not a maximum, which might drop a NaN.
+    tl.store(factors_ptr + place, tl.where(factor < LEAST_FACTOR, LEAST_FACTOR, factor), mask=real)

@@ -1,0 +1,195 @@
+"""`precision="int8_qk"`: the reference against the maths written down token by token, and which call gets it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, Importance, implementations, psa_attention, select_blocks
+from psa_kernels.layout import make_layout
+
+SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
+INT8 = replace(SPEC, precision="int8_qk")
+
+
+def inputs(tokens, *, heads=2, head_dim=16, dtype=torch.float64):
+    """Random q, k, v `[1, N, H, D]` that vary slowly along the tokens, keys around a mean that is not 0."""
+
+    def smooth():
+        x = torch.randn(1, tokens + 8, heads, head_dim, dtype=torch.float64)
+        return x.unfold(1, 9, 1).mean(-1) * 4
+
+    return [x.to(dtype) for x in (smooth(), smooth() + 3 * torch.randn(heads, head_dim), smooth())]
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def rounded(x, step):
+    """To the nearest multiple of a step, halves to the even one; 127 steps at most."""
+    return [step * max(-127, min(127, round(entry / step))) for entry in x]
+
+
+def by_hand(q, k, v, spec, lists, before, after, permutation, scale):
+    """One head, in plain numbers: q, k, v `[N][D]` to the output of each video query."""
+    video = range(before, len(k) - after)
+    order = [video[p] for p in permutation] if permutation is not None else list(video)
+    text = [t for t in range(len(k)) if t not in video]
+    dims = range(len(k[0]))
+
+    def mean_of(rows):
+        return [sum(row[d] for row in rows) / len(rows) for d in dims]
+
+    finest = [k[t] for t in text + order]
+    if spec.levels[0] > 1:
+        groups = [order[i : i + spec.levels[0]] for i in range(0, len(order), spec.levels[0])]
+        finest = [k[t] for t in text] + [mean_of([k[t] for t in group]) for group in groups]
+    mean = mean_of(finest)
+    key_step = max(abs(row[d] - mean[d]) for row in finest for d in dims) / 127
+    found = {}
+    for i in range(0, len(order), spec.block_query):
+        rows = [([k[t]], [v[t]]) for t in text]
+        for j, level in enumerate(lists[i // spec.block_query]):
+            if level < len(spec.levels):
+                block, factor = order[j * spec.block_key : (j + 1) * spec.block_key], spec.levels[level]
+                for group in (block[at : at + factor] for at in range(0, len(block), factor)):
+                    rows.append(([k[t] for t in group], [v[t] for t in group]))
+        keys = [rounded([a - b for a, b in zip(mean_of(ks), mean, strict=True)], key_step) for ks, _ in rows]
+        for t in order[i : i + spec.block_query]:
+            query = rounded(q[t], max(map(abs, q[t])) / 127)
+            weights = [
+                len(ks) * math.exp(scale * sum(a * b for a, b in zip(query, key, strict=True)))
+                for key, (ks, _) in zip(keys, rows, strict=True)
+            ]
+            values = [mean_of(vs) for _, vs in rows]
+            found[t] = [sum(w * x[d] for w, x in zip(weights, values, strict=True)) / sum(weights) for d in dims]
+    return found
+
+
+@pytest.mark.parametrize("levels", [(1, 2, 4), (2, 8)], ids=str)
+@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+def test_the_reference_is_the_maths_written_down(levels, permuted):
+    spec = replace(INT8, levels=levels, thresholds=(0.2, 0.5, 0.8)[-len(levels) :])
+    q, k, v = inputs(53)
+    permutation = torch.randperm(48) if permuted else None
+    text = {"text_before": 2, "text_after": 3, "permutation": permutation}
+    lists = select_blocks(q, k, spec, **text)
+    out = psa_attention(q, k, v, spec, lists=lists, **text)
+    for h in range(2):
+        one = (x[0, :, h].tolist() for x in (q, k, v))
+        order = None if permutation is None else permutation.tolist()
+        expected = by_hand(*one, spec, lists.levels()[0, h].tolist(), 2, 3, order, q.shape[-1] ** -0.5)
+        for token, row in expected.items():
+            torch.testing.assert_close(out[0, token, h], out.new_tensor(row), rtol=1e-9, atol=1e-9)
+
+
+def test_only_the_attention_of_video_queries_changes():
+    q, k, v = inputs(69)
+    lists = [select_blocks(q, k, spec, text_after=5) for spec in (SPEC, INT8)]
+    assert torch.equal(lists[0].ids, lists[1].ids) and torch.equal(lists[0].counts, lists[1].counts)
+    native, int8 = (psa_attention(q, k, v, spec, text_after=5) for spec in (SPEC, INT8))
+    assert torch.equal(native[:, 64:], int8[:, 64:])
+    assert 1e-4 < relative_error(int8[:, :64], native[:, :64]) < 0.02
+
+
+def test_what_all_keys_share_costs_no_accuracy():
+    """Such a mean would take up most of the 8 bits."""
+    q, k, v = inputs(200)
+    far = k + 40 * torch.randn(k.shape[2:])
+    errors = [relative_error(psa_attention(q, x, v, INT8), psa_attention(q, x, v, SPEC)) for x in (k, far)]
+    assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_head_with_a_key_that_is_not_finite_is_computed_natively(value):
+    q, k, v = inputs(64)
+    k[0, 20, 1, 3] = value
+    lists = select_blocks(*inputs(64)[:2], SPEC)
+    native, int8 = (psa_attention(q, k, v, spec, lists=lists) for spec in (SPEC, INT8))
+    torch.testing.assert_close(native[:, :, 1], int8[:, :, 1], equal_nan=True)
+    assert not native[:, :, 1].isfinite().all() and not torch.equal(native[:, :, 0], int8[:, :, 0])
+
+
+def test_a_query_that_is_not_finite_gives_no_number_and_queries_of_zeros_weigh_all_alike():
+    q, k, v = inputs(64)
+    q[0, 7, 0, 2] = math.nan
+    q[0, 9] = 0
+    everything = {"levels": (1,), "thresholds": (1.0,)}
+    out = psa_attention(q, k, v, replace(INT8, **everything))
+    assert out[0, 7, 0].isnan().all() and out.isfinite().sum() == out.numel() - out.shape[-1]
+    torch.testing.assert_close(out[0, 9], v[0].mean(0))
+
+
+def test_equal_keys_are_all_that_they_have_in_common():
+    q, k, v = inputs(64)
+    out = psa_attention(q, k[:, :1].expand_as(k), v, replace(INT8, levels=(1,), thresholds=(1.0,)))
+    torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
+
+
+def on_a_gpu(monkeypatch, capability, dtype=torch.bfloat16, tokens=65_536, heads=12):
+    """What `choose` asks of tensors on a GPU; and arguments of a call."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    implementations._warn_once.cache_clear()
+    x = SimpleNamespace(
+        is_cuda=True,
+        device=torch.device("cuda"),
+        dtype=dtype,
+        shape=torch.Size((1, tokens, heads, 128)),
+        data_ptr=lambda: 0,
+        stride=lambda: (tokens * heads * 128, heads * 128, 128, 1),
+    )
+    return x, x, x, make_layout(tokens, tokens, 0, 0, None)
+
+
+def test_hopper_multiplies_integers_where_it_pays(monkeypatch, recwarn):
+    pytest.importorskip("triton")
+    spec = AttentionSpec(precision="int8_qk")
+    large, small = on_a_gpu(monkeypatch, (9, 0)), on_a_gpu(monkeypatch, (9, 0), tokens=1024)
+    assert implementations.choose(*large, spec, 1.0, "auto", True).name == "hopper-int8"
+    assert implementations.choose(*large, spec, 1.0, "hopper", True).name == "hopper-int8"
+    assert implementations.choose(*large, AttentionSpec(), 1.0, "auto", True).name == "hopper"
+    assert implementations.choose(*small, spec, 1.0, "auto", True).name == "triton"
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "name", "reason"),
+    [
+        ((9, 0), torch.float16, "hopper", "dtype torch.float16: expected torch.bfloat16"),
+        ((8, 0), torch.bfloat16, "triton", r"device cuda: expected a GPU of compute capability \(9, 0\)"),
+    ],
+    ids=str,
+)
+def test_others_compute_natively_and_say_so_once(capability, dtype, name, reason, monkeypatch, recwarn):
+    pytest.importorskip("triton")
+    call = (*on_a_gpu(monkeypatch, capability, dtype), AttentionSpec(precision="int8_qk"), 1.0)
+    with pytest.warns(implementations.SlowerKernelWarning, match=f"precision='int8_qk' cannot be used.*{reason}"):
+        assert implementations.choose(*call, "auto").name == name
+    recwarn.clear()
+    assert implementations.choose(*call, "auto").name == name
+    assert not recwarn.list
+    with pytest.raises(RuntimeError, match=f"strict: precision='int8_qk' cannot be used: {reason}"):
+        implementations.choose(*call, "auto", True)
+    with pytest.raises(ValueError, match=f"implementation='hopper': {reason}"):
+        implementations.choose(*call, "hopper")
+    with pytest.raises(ValueError, match="implementation='triton': precision='int8_qk': expected 'native'"):
+        implementations.choose(*call, "triton")
+
+
+def test_integers_count_in_the_groups_of_heads(monkeypatch):
+    pytest.importorskip("triton")
+    call = on_a_gpu(monkeypatch, (9, 0))
+    rows = [
+        implementations.choose(*call, AttentionSpec(precision=precision), 1.0, "hopper").pyramid_rows(
+            call[3], AttentionSpec()
+        )
+        for precision in ("native", "int8_qk")
+    ]
+    # Keys at levels 1, 2 and 4 and queries, one byte an entry, beside 4 bytes for keys and values in 16 bits.
+    assert rows[1] - rows[0] == 65_536 * (1.75 + 1) / 4

@@ -1,0 +1,140 @@
+"""The Triton kernels that quantise, in Triton's interpreter: test_triton_interpreter runs it.
+
+Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from psa_kernels import AttentionSpec, BlockLists
+from psa_kernels.layout import make_layout
+from psa_kernels.pyramid import reference as reference_pyramid
+from psa_kernels.pyramid import triton as pyramid
+from psa_kernels.quantise import reference, triton
+from psa_kernels.sparse import hopper
+from psa_kernels.sparse import reference as reference_sparse
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    monkeypatch.setattr(triton, "CHUNK", 32)
+    make = torch.empty
+
+    def poisoned(*arguments, **options):
+        made = make(*arguments, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def inputs(queries, keys=None, *, batch=2, heads=2, head_dim=16, dtype=torch.float32):
+    """Fresh random q, k, v, views into wider tensors, whose keys have a mean far from 0."""
+    keys = queries if keys is None else keys
+    shapes = [(batch, n, heads, head_dim + 3) for n in (queries, keys, keys)]
+    q, k, v = ((1.5 * torch.randn(shape)).to(dtype)[..., :head_dim] for shape in shapes)
+    k += 4 * torch.randn(head_dim)
+    return q, k, v
+
+
+def assert_same_integers(found, expected):
+    """But for entries that lie in the middle of two integers, to the rounding of float32."""
+    difference = (found.double() - expected).abs()
+    assert difference.max() <= 1 and (difference > 0).double().mean() < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("parts", [(70,), (5, 3, 33), (1,)], ids=str)
+def test_keys(parts, dtype):
+    heads_first = inputs(1, sum(parts) + 40, dtype=dtype)[1].transpose(1, 2)
+    *finest, others = heads_first.split([*parts, 40], dim=2)
+    others = others * 0.3 + heads_first.mean(2, keepdim=True) * 0.7
+    means, steps = triton.key_means_and_steps(finest)
+    integers = [triton.quantise_keys(rows, means, steps) for rows in (*finest, others)]
+    for b in range(2):
+        for h in range(2):
+            mean, step = reference.key_mean_and_step(torch.cat(finest, 2)[b, h].double())
+            torch.testing.assert_close(means[b, h].double(), mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(steps[b, h].double(), step, rtol=1e-5, atol=0)
+            for rows, found in zip((*finest, others), integers, strict=True):
+                assert found.dtype == torch.int8
+                exact = rows[b, h].double() - means[b, h].double()
+                assert_same_integers(found[b, h], reference.to_integers(exact, steps[b, h].double()))
+    if parts != (1,):
+        assert max(found.abs().max() for found in integers[: len(parts)]) == 127
+
+
+def test_queries():
+    q, _, _ = inputs(150, dtype=torch.float16)
+    q[0, 5] = 0
+    key_steps = torch.rand(2, 2)
+    integers, factors = triton.quantise_queries(q, key_steps, 0.25)
+    rows = q.double()
+    steps = torch.stack([reference.query_steps(x) for x in rows.flatten(0, 2)[:, None]]).view(2, 150, 2, 1)
+    assert integers.shape == q.shape and integers.dtype == torch.int8
+    assert_same_integers(integers, reference.to_integers(rows, steps))
+    expected = (steps[..., 0].transpose(1, 2) * key_steps[..., None] * 0.25 / math.log(2)).clamp(min=2.0**-100)
+    torch.testing.assert_close(factors.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_shows_in_the_factors(value):
+    q, k, _ = inputs(70)
+    q[0, 3, 1, 5] = value
+    k[1, 69, 0, 15] = value
+    keys = k.transpose(1, 2)
+    found = triton.quantise(q, [keys], [keys], 1.0)
+    expected = torch.ones(2, 2, 70, dtype=torch.bool)
+    expected[0, 1, 3] = False
+    expected[1, 0] = False
+    assert torch.equal(found.factors.isfinite(), expected)
+
+
+def test_equal_keys_are_zero():
+    q, k, _ = inputs(70)
+    keys = torch.ones_like(k).transpose(1, 2)
+    found = triton.quantise(q, [keys], [keys], 1.0)
+    assert not found.keys[0].any() and found.factors.isfinite().all() and (found.factors > 0).all()
+
+
+CASES = {
+    "levels": (AttentionSpec(block_key=16, thresholds=(0.2, 0.5, 0.8)), 0, 0, False),
+    "permuted, text": (AttentionSpec(block_key=16, thresholds=(0.2, 0.5, 0.8)), 3, 5, True),
+    "no level 1, text after": (AttentionSpec(block_key=32, levels=(2, 8), thresholds=(0.5, 0.9)), 0, 7, False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_integers_make_the_attention_of_the_reference(name):
+    """All blocks at one level: products of integers, times the factors, through a softmax in base 2."""
+    spec, before, after, permuted = CASES[name]
+    tokens = 101
+    q, k, v = inputs(tokens + before + after, batch=1)
+    layout = make_layout(len(q[0]), len(k[0]), before, after, torch.randperm(tokens) if permuted else None)
+    built = pyramid.build_pyramid(k, v, layout, spec, gathered=True)
+    scale = 0.3
+    found = hopper.quantise_rows(q, built, layout, spec, scale)
+    assert [rows is not None for rows in found.keys] == [before > 0, after > 0, *(True for _ in spec.levels)]
+    rows = reference_pyramid.pyramid_rows(layout, spec, like=k)
+    query_tokens = layout.video_query_tokens(q.device)
+    for level in range(len(spec.levels)):
+        chosen = torch.full((1, 2, 1, -(-tokens // spec.block_key)), level)
+        lists = BlockLists.from_levels(chosen, len(spec.levels))
+        expected = reference_sparse.sparse_attention(
+            q, k, v, lists, layout, AttentionSpec(**{**vars(spec), "precision": "int8_qk"}), scale
+        )
+        for h in range(2):
+            values = torch.empty(len(rows.log_count), v.shape[3])
+            reference_pyramid.build_pyramid(v[0, :, h], rows, out=values)
+            attended = [slice(*rows.first_row[level : level + 2]), slice(rows.first_row[-1], None)]
+            keys = torch.cat([found.keys[2 + level][0, h], *(x[0, h] for x in found.keys[:2] if x is not None)])
+            products = found.queries[0, query_tokens, h].int() @ keys.int().T
+            counts = torch.cat([rows.log_count[part] for part in attended])
+            logits = products * found.factors[0, h, query_tokens, None] + counts / math.log(2)
+            out = (logits * math.log(2)).softmax(-1) @ torch.cat([values[part] for part in attended])
+            # An entry in the middle of two integers may be rounded otherwise.
+            error = (out - expected[0, query_tokens, h]).norm() / expected[0, query_tokens, h].norm()
+            assert error < 2e-3
