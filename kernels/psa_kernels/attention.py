@@ -49,7 +49,8 @@ def psa_attention(
         implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
             (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
             that serves the call.
-        strict: with `auto`, raise instead of warning where a GPU cannot use its fastest implementation.
+        strict: with `auto`, raise instead of warning where a GPU cannot use its fastest implementation, or the
+            precision of the spec.
         return_stats: also return what was attended.
         lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
             denoising step; computed from `q` and `k` if None.
@@ -60,7 +61,7 @@ def psa_attention(
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
             gradient is asked for.
-        RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device.
+        RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device, or the precision.
     """
     layout = _check(q, k, v, text_before, text_after, permutation)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -83,7 +83,7 @@ class AttentionStats:
             FLOPs of dense attention.
         coverage: float32 `[B, H]`: share of pairs of blocks that are not skipped.
         level_shares: float32 `[B, H, levels]`: share of pairs of blocks at each level.
-        implementation: what computed the call.
+        implementation: what computed the call: `reference`, `triton`, `hopper`, `hopper-int8` or `dense`.
     """
 
     density: torch.Tensor

@@ -195,8 +195,9 @@ def test_pyramid(target):
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
+@pytest.mark.parametrize("ones", [False, True], ids=["", "scalars that equal 1"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_quantise(head_dim):
+def test_quantise(head_dim, ones):
     """Only the kernel for Hopper reads integers."""
     types = {name: "*fp32" for name in ("partial_ptr", "means_ptr", "steps_ptr", "key_steps_ptr", "factors_ptr")}
     types["out_ptr"] = "*i8"
@@ -208,6 +209,9 @@ def test_quantise(head_dim):
         (quantise.queries_kernel, {"ROWS": quantise.ROWS}),
     ):
         constants = {"HEAD_DIM": head_dim, **constants}
+        if ones:
+            names = ("heads", "rows", "tokens", "chunks", "first_chunk")
+            constants |= {name: 1 for name in names if name in kernel.arg_names}
         compile_and_check(kernel, 90, constants, {"num_warps": 4}, tensor_cores=False, types=types)
 
 
