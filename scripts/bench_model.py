@@ -8,88 +8,89 @@ that keeps everything is compared with the dense block. Prints a table; writes J
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import gc
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from random_models import WORKLOADS, Machine, Workload, build, make_inputs
-from results import publish
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from comparing import first, relative_error
+from dense_attention import DENSE, all_text_is_real
+from earlier_rows import read_rows
+from one_step import STEPS, OneStep, scaled_preset
+from random_models import WORKLOADS, Machine, Workload, build, make_inputs, pick_machine
+from results import document, publish, write
 
-from psa_diffusers import Preset, PSAProcessor, load_preset
+from psa_diffusers import PSAProcessor
 from psa_diffusers.models import find_family
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 50
-METHODS = ("sdpa-default", "sdpa-cudnn", "fa3", "psa")
+WHAT = "one forward of a whole transformer, random weights, medians"
+METHODS = (*DENSE, "psa")
 DENSITIES = (0.25, 0.15, 0.10)
-FA3_MODULE = "fa3_fwd_interface"
-
-
-class OneStep:
-    """What the processor asks of a pipeline: its transformer, and where it stands: at the last step, a sparse one."""
-
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        self.transformer = transformer
-        self.scheduler = SimpleNamespace(timesteps=torch.linspace(1000, 20, STEPS), step_index=STEPS - 1)
 
 
 def main() -> None:
     options = _arguments()
-    if not options.tiny and not torch.cuda.is_available():
-        raise SystemExit("bench_model: no CUDA device; --tiny runs a toy on the CPU")
-    machine = (
-        Machine("cpu", torch.float32, "eager", True)
-        if options.tiny
-        else Machine("cuda", torch.bfloat16, "inductor", False)
-    )
-    rows: list[dict[str, Any]] = []
+    machine = pick_machine(options.tiny, "bench_model")
+    earlier = read_rows(options.merge, options.output, machine.device)
+    rows = project(earlier)
+    measured: list[dict[str, Any]] = []
     for name in options.workload or WORKLOADS:
         for row in measure(WORKLOADS[name], options, machine):
-            rows.append(row)
+            measured.append(row)
             print(json.dumps(row), flush=True)
-    if options.merge:
-        rows = merge(json.loads(options.merge.read_text())["rows"], rows)
-    project(rows)
+            rows = project(merge(earlier, measured))
+            if options.output:
+                write(document(WHAT, rows, device=machine.device), options.output)
     print(table(rows))
-    publish("one forward of a whole transformer, random weights, medians", rows, options.output, device=machine.device)
+    publish(WHAT, rows, options.output, device=machine.device)
 
 
 def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
     """Rows of all methods on one workload."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    transformer = build(workload, machine)
-    inputs = make_inputs(workload, transformer, machine)
+    transformer = build(workload.checkpoint, machine)
+    # All of the text is real: how much is padding depends on the prompt.
+    inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
     print(f"# {workload.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
+    kept_error: dict[str, float | None] = {}
     if "psa" in (options.method or METHODS):
-        error = block_error(transformer, inputs, machine)
-        print(
-            f"# {workload.name}: a block that keeps everything differs from dense by {error:.1e}",
-            flush=True,
-        )
+        error, reason = attempt(lambda: block_error(transformer, inputs, machine), machine)
+        kept_error = {"kept_error": error}
+        found = f"differs from dense by {error:.1e}" if reason is None else f"could not be compared: {reason}"
+        print(f"# {workload.name}: a block that keeps everything {found}", flush=True)
     for compiled in options.compiled:
         for method in options.method or METHODS:
             for density in options.density or DENSITIES if method == "psa" else (1.0,):
                 row = {"workload": workload.name, "method": method, "density": density, "compiled": compiled}
-                row["branches"] = workload.branches
-                try:
-                    yield {**row, **run(transformer, inputs, method, density, compiled, options, machine)}
-                except Exception as error:  # a peer that does not run here is a fact to report, not a reason to stop
-                    if method == "psa" and machine.tiny:
-                        raise
-                    yield {**row, "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-                    if not machine.tiny:
-                        torch.cuda.empty_cache()
+                row |= {"branches": workload.branches, **({"asked": density, **kept_error} if method == "psa" else {})}
+                figures, reason = attempt(
+                    lambda method=method, density=density, compiled=compiled: run(
+                        transformer, inputs, method, density, compiled, options.repeats, machine
+                    ),
+                    machine,
+                )
+                yield {**row, **(figures if reason is None else {"error": reason})}
+
+
+def attempt(call: Callable[[], Any], machine: Machine) -> tuple[Any, str | None]:
+    """What a call returns, or None and its error in one line: a method that does not run here is a fact to report."""
+    try:
+        return call(), None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    # Past the exception, whose frames hold tensors.
+    gc.collect()
+    if not machine.tiny:
+        torch.cuda.empty_cache()
+    return None, reason
 
 
 def run(
@@ -98,10 +99,18 @@ def run(
     method: str,
     density: float,
     compiled: bool,
-    options: argparse.Namespace,
+    repeats: int,
     machine: Machine,
 ) -> dict[str, Any]:
-    """Milliseconds and peak memory of one forward, and the density that it really had."""
+    """Milliseconds and peak memory of one forward, and the density that it really had.
+
+    The transformer is left as it was, whatever happens.
+
+    Raises:
+        ValueError: FlashAttention 3 is to run a model whose text is padded, which it would attend.
+    """
+    if method == "fa3" and not all_text_is_real(inputs):
+        raise ValueError("fa3 takes no mask, but some of the text is padding")
     pipe = OneStep(transformer)
     processor = None
     with DENSE[method]() if method != "psa" else nullcontext(), torch.no_grad():
@@ -111,7 +120,7 @@ def run(
                 processor.install()
             if compiled:
                 compile_blocks(transformer, machine.backend)
-            ms, peak, first = clock(lambda: transformer(**inputs, return_dict=False)[0], options.repeats, machine)
+            ms, peak, first = clock(lambda: transformer(**inputs, return_dict=False)[0], repeats, machine)
             figures = {"ms": round(ms, 2), "peak_gib": peak, "first_s": round(first, 1)}
             if processor:
                 stats = processor.stats()
@@ -153,6 +162,9 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     """How far the self-attention of the first block, everything kept, is from dense: relative L2.
 
     The block runs whole, but what it adds to the video is smaller than what bfloat16 rounds, with these weights.
+
+    Raises:
+        RuntimeError: not everything was kept.
     """
 
     class ReachedError(Exception):
@@ -166,23 +178,27 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     pipe = OneStep(transformer)
     processor = PSAProcessor(pipe, scaled_preset(machine, 1.0), strict=True)
     outputs: list[torch.Tensor] = []
-    hook = attn.register_forward_hook(lambda module, args, result: outputs.append(_first(result).float()))
-    with torch.no_grad():
-        stopper = block.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            transformer(**inputs)
-        except ReachedError as reached:
-            args, kwargs = reached.args
-        finally:
-            stopper.remove()
-        block(*args, **kwargs)
-        processor.install()
-        block(*args, **kwargs)
-    hook.remove()
-    assert processor.stats().density_sparse == 1
-    processor.restore()
+    hook = attn.register_forward_hook(lambda module, args, result: outputs.append(first(result).float()))
+    try:
+        with torch.no_grad():
+            stopper = block.register_forward_pre_hook(stop, with_kwargs=True)
+            try:
+                transformer(**inputs)
+            except ReachedError as reached:
+                args, kwargs = reached.args
+            finally:
+                stopper.remove()
+            block(*args, **kwargs)
+            processor.install()
+            block(*args, **kwargs)
+        density = processor.stats().density_sparse
+    finally:
+        hook.remove()
+        processor.restore()
+    if density != 1:
+        raise RuntimeError(f"the density of a block that keeps everything is {density}, not 1")
     dense, sparse = outputs
-    return float((sparse - dense).norm() / dense.norm())
+    return relative_error(sparse, dense)
 
 
 def compile_blocks(transformer: torch.nn.Module, backend: str) -> None:
@@ -194,62 +210,8 @@ def compile_blocks(transformer: torch.nn.Module, backend: str) -> None:
             block.compile(fullgraph=True, backend=backend)
 
 
-def prefer_cudnn() -> AbstractContextManager:
-    """cuDNN wherever it serves a call."""
-    order = (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    )
-    return sdpa_kernel(list(order), set_priority=True)
-
-
-@contextmanager
-def flash_attention_3() -> Iterator[None]:
-    """FlashAttention 3 for the self-attention of the video. It takes no mask; the one of HunyuanVideo is all true here.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    attention = importlib.import_module(FA3_MODULE).flash_attn_func
-
-    @torch.library.custom_op(
-        "psa_bench::fa3", mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor", device_types="cuda"
-    )
-    def fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = attention(q, k, v)
-        return out[0] if isinstance(out, tuple) else out
-
-    @fa3.register_fake
-    def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return q.new_empty(q.shape)
-
-    original = F.scaled_dot_product_attention
-
-    def replacement(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if query.shape == key.shape and query.shape[2] > 2048:
-            return fa3(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-        return original(query, key, value, *args, **kwargs)
-
-    F.scaled_dot_product_attention = replacement
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = original
-
-
-DENSE: dict[str, Callable[[], AbstractContextManager]] = {
-    "sdpa-default": nullcontext,
-    "sdpa-cudnn": prefer_cudnn,
-    "fa3": flash_attention_3,
-}
-
-
-def project(rows: list[dict[str, Any]]) -> None:
-    """Add the seconds of a run of 50 steps to each row.
+def project(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, with the seconds of a run of 50 steps.
 
     A sparse run begins with psa-3's dense steps, at the time of the fastest dense method measured beside it; where none
     was, it has no projection.
@@ -265,14 +227,17 @@ def project(rows: list[dict[str, Any]]) -> None:
         if dense is not None:
             step = dense_steps * dense + (STEPS - dense_steps) * row["ms"]
             row["run_50_steps_s"] = round(step * row["branches"] / 1000, 1)
+    return rows
 
 
 def merge(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of an earlier run that were not measured again, and the new ones."""
+    """The rows of an earlier run that were not measured again, and the new ones; an error replaces no figure."""
 
     def key(row: dict[str, Any]) -> tuple:
-        return (*_case(row), row["method"], round(row["density"], 2))
+        return (*_case(row), row["method"], row.get("asked", round(row["density"], 2)))
 
+    measured = {key(row) for row in earlier if "ms" in row}
+    rows = [row for row in rows if "ms" in row or key(row) not in measured]
     again = {key(row) for row in rows}
     return [row for row in earlier if key(row) not in again] + rows
 
@@ -293,18 +258,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _case(row: dict[str, Any]) -> tuple[str, bool]:
     return row["workload"], row["compiled"]
-
-
-def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return result[0] if isinstance(result, tuple) else result
-
-
-def scaled_preset(machine: Machine, density: float) -> Preset:
-    """psa-3, whose density is 0.25, with its shares scaled; at density 1 everything is kept in full."""
-    preset = load_preset("psa-3")
-    thresholds = [1.0] * 3 if density == 1 else [t * density / 0.25 for t in preset.thresholds]
-    small = {"min_tokens": 0, "block": {"query": 32, "key": 16}} if machine.tiny else {}
-    return preset.model_copy(update={"thresholds": thresholds, **small})
 
 
 def _arguments() -> argparse.Namespace:

@@ -24,8 +24,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_model import OneStep, clock, prefer_cudnn, scaled_preset
+from bench_model import clock
+from dense_attention import prefer_cudnn
 from diffusers import ContextParallelConfig
+from one_step import OneStep, scaled_preset
 from random_models import WORKLOADS, Machine, Workload, build, make_inputs
 from results import publish
 from torch.profiler import ProfilerActivity, profile
@@ -78,8 +80,8 @@ def start(tiny: bool) -> Machine:
 def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
     """Rows of one workload: dense and sparse, on one device and on all."""
     torch.manual_seed(0)
-    transformer = build(workload, machine)
-    inputs = make_inputs(workload, transformer, machine)
+    transformer = build(workload.checkpoint, machine)
+    inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
     sparse = scaled_preset(machine, options.density)
     methods = {"sdpa-cudnn": sparse.model_copy(update={"dense_steps": 1.0}), "psa": sparse}
     alone: dict[str, torch.Tensor] = {}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 CAMPAIGNS = Path(__file__).parents[1] / "scripts" / "campaigns"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,6 +30,27 @@ def test_operator_calls(first_seed):
 
     for seed in range(first_seed, first_seed + 12):
         operator_calls.check(seed)
+
+
+def test_memory_calls_are_valid():
+    import memory_calls
+
+    from psa_kernels import AttentionSpec
+
+    specs = [AttentionSpec(**case[-1]) for case in memory_calls.CASES]
+    assert {spec.rule for spec in specs} == {"count", "mass", "budget"}
+    assert {
+        memory_calls.serves_hopper(*case[:2], spec) for case, spec in zip(memory_calls.CASES, specs, strict=True)
+    } == {
+        True,
+        False,
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_calls_agree_with_the_reference():
+    subprocess.run([sys.executable, CAMPAIGNS / "memory_calls.py"], check=True)
 
 
 def test_broken_files(first_seed, tmp_path):

@@ -86,9 +86,12 @@ def sparse_attention(
     return out
 
 
-def pipeline(head_dim: int) -> dict[str, int]:
-    """How many tiles of keys, of values and of queries are in flight; as many as fit shared memory do not pay."""
-    return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2}
+def pipeline(head_dim: int) -> dict[str, int | bool]:
+    """How many tiles of keys, of values and of queries are in flight, and whether the warpgroups take turns.
+
+    As many tiles as fit shared memory do not pay. Turns pay where products are as short as exponentials.
+    """
+    return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2, "TURNS": head_dim == 64}
 
 
 def quantise_rows(

@@ -50,7 +50,7 @@ def attention_kernel(
     stride_qh, stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before,
     text_after, query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
-    STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
@@ -64,6 +64,7 @@ def attention_kernel(
         stride_q*: in units of 16 bytes, which tells the compiler how far it may widen its reads.
         scale: by what all products are multiplied where there is no `factors_ptr`.
         ONLINE: keep a running row maximum instead of that of the first tile.
+        TURNS: let the two warpgroups issue products in turns, and release keys and values at once.
     """
     key_type: gl.constexpr = q_ptr.dtype.element_ty
     value_type: gl.constexpr = out_ptr.dtype.element_ty
@@ -84,6 +85,9 @@ def attention_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for half in gl.static_range(2):
+        mbarrier.init(turns.index(half), count=1)
     tickets = gl.allocate_shared_memory(gl.int32, [TICKETS, 1], number_shared)
     ticket_full = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], mbarrier.MBarrierLayout())
     ticket_empty = gl.allocate_shared_memory(gl.int64, [TICKETS, 1], mbarrier.MBarrierLayout())
@@ -106,17 +110,21 @@ def attention_kernel(
     v_rows = (v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4)
     lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after)
     queries = (heads, items, video_queries, text_before)
-    consumed = (q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    consumed = (
+        q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    )  # fmt: skip
     results = (out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale)
     gl.warp_specialize(
         [
             (
                 consume,
-                (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+                (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
+                 TURNS),
             ),
             (
                 consume,
-                (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS),
+                (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
+                 TURNS),
             ),
             (
                 fetch_queries,
@@ -144,14 +152,20 @@ def attention_kernel(
 def consume(
     schedule, consumed, queries, results, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, PERMUTED: gl.constexpr,
     STORE_LSE: gl.constexpr, ONLINE: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of half of each item's queries.
 
     The products with the next keys are issued before the softmax of these, so that both run at the same time. The row
     maximum is that of the first tile and stays; float32 holds what exceeds it by far, and what exceeds even that is
     noted to be computed again.
+
+    Where products take no longer than exponentials, warpgroups that wait for both at the same time leave the units of
+    both idle in turn. Turns keep one of them half a tile ahead.
     """
-    q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty = consumed
+    (
+        q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    ) = consumed  # fmt: skip
     heads, items, video_queries, text_before = queries
     out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale = results
     ROWS: gl.constexpr = TILE_M // 2
@@ -164,6 +178,7 @@ def consume(
     dtype: gl.constexpr = v_tiles.dtype
     zeros = gl.zeros([ROWS, TILE_N], score_type, score_layout)
     tile = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
     done = gl.to_tensor(0)
     item = announced_item(schedule, done, 4)
     while item < items:
@@ -199,11 +214,19 @@ def consume(
         operand = gl.convert_layout(weights.to(dtype), weight_layout)
         accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
         for index in range(1, tiles):
+            if TURNS:
+                mbarrier.wait(v_full.index(stage), phase)
+                mbarrier.wait(turns.index(HALF), (turn & 1) ^ (1 - HALF))
+                turn += 1
             pending = warpgroup_mma(q, k_tiles.index(next_stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(stage), phase)
+            if not TURNS:
+                mbarrier.wait(v_full.index(stage), phase)
             summed = warpgroup_mma(operand, v_tiles.index(stage), accumulator, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turns.index(1 - HALF), count=1)
             scores = warpgroup_mma_wait(1, deps=(pending,)).to(gl.float32)
-            mbarrier.arrive(k_empty.index(next_stage), count=1)
+            if not TURNS:
+                mbarrier.arrive(k_empty.index(next_stage), count=1)
             if index == mixed:
                 columns = biases.index(column_biases).load(gl.SliceLayout(0, score_layout))
                 scores = with_biases(scores, columns, row_factors)
@@ -225,6 +248,8 @@ def consume(
             mbarrier.wait(k_full.index(next_stage), next_phase, pred=index + 1 < tiles)
             accumulator = warpgroup_mma_wait(0, deps=(summed,))
             mbarrier.arrive(v_empty.index(last), count=1)
+            if TURNS:
+                mbarrier.arrive(k_empty.index(stage), count=1)
             if ONLINE:
                 accumulator = accumulator * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
         mbarrier.arrive(q_empty.index(slot), count=1)

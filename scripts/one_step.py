@@ -1,0 +1,33 @@
+"""What lets a transformer alone be patched and run: a pipeline of one step, and psa-3 at any density."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from random_models import Machine
+
+from psa_diffusers import Preset, load_preset
+
+STEPS = 50
+
+
+class OneStep:
+    """What the processor asks of a pipeline: its transformer, and where it stands.
+
+    Args:
+        transformer: the model.
+        step: of `STEPS`, counted from 0; by default the last one, which presets make sparse.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, step: int = STEPS - 1) -> None:
+        self.transformer = transformer
+        self.scheduler = SimpleNamespace(timesteps=torch.linspace(1000, 20, STEPS), step_index=step)
+
+
+def scaled_preset(machine: Machine, density: float) -> Preset:
+    """psa-3, whose density is 0.25, with its shares scaled; at density 1 everything is kept in full."""
+    preset = load_preset("psa-3")
+    thresholds = [1.0] * 3 if density == 1 else [t * density / 0.25 for t in preset.thresholds]
+    small = {"min_tokens": 0, "block": {"query": 32, "key": 16}} if machine.tiny else {}
+    return preset.model_copy(update={"thresholds": thresholds, **small})
