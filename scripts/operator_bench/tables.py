@@ -80,9 +80,11 @@ def stage_table(rows: list[Row]) -> str:
 
 def _head(result: dict[str, Any]) -> str:
     hardware, versions = result["hardware"], result["versions"]
+    later = {row["workload"]: row["commit"] for row in result["rows"] if "commit" in row}
+    commits = ", ".join([result["commit"], *(f"for {name} {commit}" for name, commit in later.items())])
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"# The operator\n\n{hardware.get('gpu', hardware['processor'])}, {software}, commit {result['commit']}, "
+        f"# The operator\n\n{hardware.get('gpu', hardware['processor'])}, {software}, commit {commits}, "
         f"{result['date']}. bf16, random data, medians; importance {result['importance']}, key block "
         f"{result['block_key']}.\n\nTimes of whole calls in ms and, in brackets, how many times as fast as the fastest "
         "dense peer of this run. A density is that of the lists; where it is off by more than 5% it is given. "
