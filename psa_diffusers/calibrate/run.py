@@ -1,34 +1,34 @@
-"""A calibration from end to end: measure, solve, try, write the preset, verify it."""
+"""A calibration from end to end: measure, choose, try, write the preset, verify it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from psa_diffusers import stopping
-from psa_diffusers.calibrate.capture import Figures, curves_of
+from psa_diffusers.calibrate.capture import curves_of
+from psa_diffusers.calibrate.choose import Layers, Solution, error, reach, solve
 from psa_diffusers.calibrate.preset_file import write
+from psa_diffusers.calibrate.preset_making import make_preset
 from psa_diffusers.calibrate.runs import Presets, Runs
-from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
-from psa_diffusers.calibrate.solve import Curve, Solution, drawn_together, judged, reachable, spread, uniform
+from psa_diffusers.calibrate.shapes import shapes_for
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup
 from psa_diffusers.calibrate.task import Calibration, check
+from psa_diffusers.calibrate.trials import Assignment, Candidate, Result, candidates, keep, mean_psnr, try_out
 from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
 from psa_diffusers.settings import Plan
-from psa_kernels import AttentionSpec
 
-Curves = dict[str, dict[int, Curve]]
+Curves = dict[str, Layers]
 # Per video the settings that PSNR and measurements depend on; names and files do not count.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
-# How far to follow the errors of single layers; 0 treats all alike. Ties go to the first.
-STRENGTHS = (0.0, 0.3, 0.6, 1.0)
-TRIED_DENSITY = 0.25  # at which they are tried where the target is another
+CLOSE_ENOUGH = 0.005  # relative, between the density of single calls and that of videos
+TRIED_DENSITY = 0.25  # at which shapes are compared where the target is another
 
 
 @stopping.carried_out()
@@ -39,7 +39,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         tell: called with each line of progress.
 
     Raises:
-        InputError: as `check`; or the measurements there are of other settings; or a speed is out of reach.
+        InputError: as `check`; or the measurements there are of other settings; or a target is out of reach.
         PSAFallbackError: attention would be dense, for the reason that it says.
     """
     check(calibration)
@@ -51,18 +51,18 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
         f"measurements are kept in {calibration.folder}"
     )
-    steps = measured_steps(plan, calibration.measured_steps)
-    figures = runs.measure(calibration.measured, steps)
-    curves = _curves(plan, figures, runs.layers(), tell)
-    strength = _strength(calibration, runs, curves, tell)
-    drawn = _drawn(curves, strength)
-    density = _density(calibration, runs, drawn, tell)
-    solutions = {which: judged(curves[which], spread(each, density)) for which, each in drawn.items()}
-    plain = {which: uniform(each, solutions[which].density) for which, each in curves.items()}
-    expected = _expectation(solutions, plain)
+    curves = _measure(calibration, runs, tell)
+    kept, density, trials = _choose(calibration, runs, curves, tell)
+    density = _density(calibration, runs, curves, kept.shapes, density, tell)
+    solutions = _solve(curves, kept.shapes, density)
+    expected = _expected(curves, solutions)
+    base = candidates(curves, density)[0]
+    # What was expected of a mass rule may have been corrected; the base preset is to have what comes of it.
+    plain = _solve(curves, base.shapes, target.value if target.kind == "density" else expected["density"])
+    expected["error_uniform"] = _expected(curves, plain)["error"]
     tell(
-        f"expected: density {expected['density']:.3f} of the sparse steps; the model's output at a step changes by "
-        f"{expected['error']:.2%}, with the same thresholds in all layers by {expected['error_uniform']:.2%}"
+        f"expected: density {expected['density']:.3f} of the sparse steps; attention errs by {expected['error']:.2%} "
+        f"in a layer (geometric mean), in the base preset's shape by {expected['error_uniform']:.2%}"
     )
     presets = _presets(calibration, runs, solutions)
     for path, preset in zip(calibration.outputs, presets, strict=False):
@@ -73,7 +73,8 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
-        "strength": strength,
+        "shape": kept.name,
+        "trials": trials,
         "expected": expected,
         "verified": verified,
         "met": is_met(calibration, verified),
@@ -87,68 +88,65 @@ def measured_steps(plan: Plan, count: int) -> list[int]:
     return sorted({int(place) for place in places})
 
 
-def _curves(plan: Plan, figures: list[Figures], layers: dict[str, list[str]], tell: Callable[[str], None]) -> Curves:
-    """What was measured, by transformer and number of the layer, without layers that the base preset keeps dense."""
-    measured = curves_of(figures)
-    specs = plan.preset.layer_specs(plan.model.num_layers)
-    blocks = {name: int(row["blocks"][0]) for each in figures for name, row in each.items()}
-
-    def curve(name: str, spec: AttentionSpec) -> Curve:
-        return Curve(SCALES, *measured[name], lambda scale: known_density(scaled_spec(spec, scale), blocks[name]))
-
-    curves = {
-        which: {index: curve(name, specs[index]) for index, name in enumerate(names) if name in measured}
-        for which, names in layers.items()
-    }
+def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) -> Curves:
+    """What each shape does in each layer, by transformer, without layers that the base preset keeps dense."""
+    plan = calibration.plan
+    shapes = shapes_for(plan.preset, plan.model.num_layers)
+    tell(f"{len(shapes)} shapes of attention to compare: {'; '.join(shapes)}")
+    steps = measured_steps(plan, calibration.measured_steps)
+    figures = runs.measure(calibration.measured, shapes, steps)
+    curves = {which: curves_of(figures, shapes, names) for which, names in runs.layers().items()}
     for which, each in curves.items():
         if not each:
             tell(f"{which} did not run at a measured step, so it keeps the base preset; more: --measured-steps")
     return {which: each for which, each in curves.items() if each}
 
 
-def _drawn(curves: Curves, strength: float) -> Curves:
-    return {which: drawn_together(each, strength) for which, each in curves.items()}
+def _choose(
+    calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]
+) -> tuple[Candidate, float, list[dict[str, Any]]]:
+    """The shapes that make the best of the videos to measure on: errors of single calls only say which to try.
 
-
-def _strength(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
-    """How far to follow what was measured of single layers: whatever makes the best of the videos to measure on.
-
-    Errors of single steps say only roughly what becomes of a video, so that following them all the way can do harm.
+    Also the density to aim at for the one that they were tried at, where single calls did not tell it quite.
     """
-    if len(STRENGTHS) == 1:
-        return STRENGTHS[0]
     target = calibration.target
-    wanted = target.value if target.kind == "density" else TRIED_DENSITY
-    density = max(wanted, *(reachable(each) for each in curves.values()))
-    psnrs = {}
-    for strength in STRENGTHS:
-        solutions = {which: spread(each, density) for which, each in _drawn(curves, strength).items()}
-        presets = _presets(calibration, runs, solutions)
-        psnrs[strength] = _mean_psnr(runs.sparse(calibration.measured, presets, f"trying strength {strength:g}"))
-    found = ", ".join(f"{psnr:.2f} dB at strength {strength:g}" for strength, psnr in psnrs.items())
-    best = max(psnrs, key=psnrs.get)
-    tell(f"rules for single layers, density {density:.3f}: {found} (0: all layers alike); strength {best:g} it is")
-    return best
+    density = target.value if target.kind == "density" else TRIED_DENSITY
+    found = candidates(curves, density)
+    for candidate in found:
+        lowest, highest = _reach(curves, candidate.shapes)
+        if target.kind == "density" and not lowest <= density <= highest:
+            raise InputError(f"--density {density:g}: from {lowest:.3f} to {highest:.3f} can be had here")
+
+    def run(candidate: Candidate) -> list[Result]:
+        presets = _presets(calibration, runs, _solve(curves, candidate.shapes, density))
+        return runs.sparse(calibration.measured, presets, f"trying {candidate.name}")
+
+    kept, rows = keep(try_out(found, run))
+    for row in rows:
+        gain = "" if row["gain_interval_db"] is None else f", {row['gain_db']:+.2f} ± {row['gain_interval_db']:.2f} dB"
+        tell(f"tried {row['shape']}: PSNR {row['psnr']:.2f} dB at density {row['density']:.3f}{gain}")
+    tell(f"kept: {kept.candidate.name}")
+    offset = _expected(curves, _solve(curves, kept.candidate.shapes, density))["density"] / kept.density
+    return kept.candidate, density * offset if abs(offset - 1) > CLOSE_ENOUGH else density, rows
 
 
-def _mean_psnr(results: list[dict[str, Any]]) -> float:
-    """In dB, over the videos that differ from the dense ones; infinite if none does."""
-    values = [result["psnr"] for result in results if result["psnr"] is not None]
-    return float(np.mean(values)) if values else math.inf
-
-
-def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
-    """The mean density of the layers that the target asks for."""
+def _density(
+    calibration: Calibration,
+    runs: Runs,
+    curves: Curves,
+    shapes: Assignment,
+    tried: float,
+    tell: Callable[[str], None],
+) -> float:
+    """The density that the target asks for: where it is one, what has to be aimed at for it."""
     target, plan = calibration.target, calibration.plan
-    lowest = max(reachable(each) for each in curves.values())
+    lowest, _ = _reach(curves, shapes)
 
     def presets_at(density: float) -> Presets:
-        return _presets(calibration, runs, {which: spread(each, density) for which, each in curves.items()})
+        return _presets(calibration, runs, _solve(curves, shapes, density))
 
     if target.kind == "density":
-        if target.value < lowest:
-            raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
-        return target.value
+        return tried
     if target.kind == "speedup":
         first = calibration.measured[: calibration.batch]
         shares = [max(lowest, share) for share in TIMED]
@@ -166,31 +164,40 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
 
     def psnr_at(density: float) -> float:
         results = runs.sparse(calibration.measured, presets_at(density), f"trying {density:.3f}")
-        psnr = _mean_psnr(results)
+        psnr = mean_psnr([result["psnr"] for result in results])
         tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")
         return psnr
 
-    density, tried = density_for_psnr(target.value, lowest, psnr_at)
-    if max(psnr for _, psnr in tried) < target.value:
+    density, found = density_for_psnr(target.value, lowest, psnr_at)
+    if max(psnr for _, psnr in found) < target.value:
         tell(f"{target} was not reached with dense_steps {plan.preset.dense_steps:g}: try a base preset with more")
     return density
 
 
-def _expectation(solutions: dict[str, Solution], plain: dict[str, Solution]) -> dict[str, float]:
+def _solve(curves: Curves, shapes: Assignment, density: float) -> dict[str, Solution]:
+    return {which: solve(each, shapes[which], density) for which, each in curves.items()}
+
+
+def _reach(curves: Curves, shapes: Assignment) -> tuple[float, float]:
+    lowest, highest = zip(*(reach(each, shapes[which]) for which, each in curves.items()), strict=True)
+    return max(lowest), min(highest)
+
+
+def _expected(curves: Curves, solutions: dict[str, Solution]) -> dict[str, float]:
+    errors = [error(curves[which], each.shapes, each.density) for which, each in solutions.items()]
     return {
         "density": float(np.mean([each.density for each in solutions.values()])),
-        "error": math.sqrt(np.mean([each.error for each in solutions.values()])),
-        "density_uniform": float(np.mean([each.density for each in plain.values()])),
-        "error_uniform": math.sqrt(np.mean([each.error for each in plain.values()])),
+        "error": float(np.exp(np.mean(np.log(errors)))),
     }
 
 
 def _presets(calibration: Calibration, runs: Runs, solutions: dict[str, Solution]) -> Presets:
     """A preset for each transformer; the second is None where there is one."""
-    base, layers = calibration.plan.preset, runs.layers()
+    base = calibration.plan.preset
     source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]
+    make = partial(make_preset, base, source=source)
     made = [
-        scaled_preset(base, solutions[which].scales if which in solutions else {}, len(names), path.stem, source)
-        for (which, names), path in zip(layers.items(), calibration.outputs, strict=False)
+        make(solutions.get(which), num_layers=len(names), name=path.stem)
+        for (which, names), path in zip(runs.layers().items(), calibration.outputs, strict=False)
     ]
     return made[0], made[1] if len(made) > 1 else None
