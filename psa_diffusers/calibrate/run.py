@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,13 @@ from psa_diffusers.calibrate.shapes import shapes_for
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup
 from psa_diffusers.calibrate.task import Calibration, check
-from psa_diffusers.calibrate.trials import Assignment, Candidate, Result, candidates, keep, mean_psnr, try_out
+from psa_diffusers.calibrate.trials import Assignment, Candidate, Result, Trial, candidates, keep, mean_psnr, try_out
 from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
 from psa_diffusers.settings import Plan
 
-Curves = dict[str, Layers]
+Curves = dict[str, Layers]  # by transformer, as the next
+Solutions = dict[str, Solution]
 # Per video the settings that PSNR and measurements depend on; names and files do not count.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
@@ -52,14 +54,12 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         f"measurements are kept in {calibration.folder}"
     )
     curves = _measure(calibration, runs, tell)
-    kept, density, trials = _choose(calibration, runs, curves, tell)
-    density = _density(calibration, runs, curves, kept.shapes, density, tell)
-    solutions = _solve(curves, kept.shapes, density)
-    expected = _expected(curves, solutions)
-    base = candidates(curves, density)[0]
-    # What was expected of a mass rule may have been corrected; the base preset is to have what comes of it.
-    plain = _solve(curves, base.shapes, target.value if target.kind == "density" else expected["density"])
-    expected["error_uniform"] = _expected(curves, plain)["error"]
+    base, kept, trials = _choose(calibration, runs, curves, tell)
+    density = _density(calibration, runs, curves, kept, tell)
+    solutions = kept.at(curves, density)
+    expected = {"density": kept.density_of(solutions), "error": _error(curves, solutions)}
+    plain = base.at(curves, expected["density"])
+    expected["error_uniform"] = _error(curves, plain)
     tell(
         f"expected: density {expected['density']:.3f} of the sparse steps; attention errs by {expected['error']:.2%} "
         f"in a layer (geometric mean), in the base preset's shape by {expected['error_uniform']:.2%}"
@@ -73,7 +73,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
-        "shape": kept.name,
+        "shape": next(row["shape"] for row in trials if row["kept"]),
         "trials": trials,
         "expected": expected,
         "verified": verified,
@@ -102,51 +102,67 @@ def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) 
     return {which: each for which, each in curves.items() if each}
 
 
+@dataclass(frozen=True)
+class _Shaped:
+    """Shapes, and by what factor single calls overrate their density in whole videos."""
+
+    shapes: Assignment
+    offset: float
+
+    def at(self, curves: Curves, density: float) -> Solutions:
+        return _solve(curves, self.shapes, density * self.offset)
+
+    def density_of(self, solutions: Solutions) -> float:
+        return _mean_density(solutions) / self.offset
+
+
 def _choose(
     calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]
-) -> tuple[Candidate, float, list[dict[str, Any]]]:
-    """The shapes that make the best of the videos to measure on: errors of single calls only say which to try.
+) -> tuple[_Shaped, _Shaped, list[dict[str, Any]]]:
+    """The base preset's shape, and what makes the best of the videos to measure on, and a row for each trial.
 
-    Also the density to aim at for the one that they were tried at, where single calls did not tell it quite.
+    Errors of single calls only say which to try.
     """
     target = calibration.target
     density = target.value if target.kind == "density" else TRIED_DENSITY
-    found = candidates(curves, density)
-    for candidate in found:
-        lowest, highest = _reach(curves, candidate.shapes)
-        if target.kind == "density" and not lowest <= density <= highest:
-            raise InputError(f"--density {density:g}: from {lowest:.3f} to {highest:.3f} can be had here")
+    base, *others = candidates(curves, density)
+    lowest, highest = _reach(curves, base.shapes)
+    if not lowest <= density <= highest:
+        if target.kind == "density":
+            raise InputError(f"--density {density:g}: the base preset can have {lowest:.3f} to {highest:.3f} here")
+        density = min(max(density, lowest), highest)
+    others = [each for each in others if _reach(curves, each.shapes)[0] <= density <= _reach(curves, each.shapes)[1]]
 
     def run(candidate: Candidate) -> list[Result]:
         presets = _presets(calibration, runs, _solve(curves, candidate.shapes, density))
         return runs.sparse(calibration.measured, presets, f"trying {candidate.name}")
 
-    kept, rows = keep(try_out(found, run))
+    def shaped(trial: Trial) -> _Shaped:
+        offset = _mean_density(_solve(curves, trial.candidate.shapes, density)) / trial.density
+        return _Shaped(trial.candidate.shapes, offset if abs(offset - 1) > CLOSE_ENOUGH else 1.0)
+
+    trials = try_out([base, *others], run)
+    kept, rows = keep(trials)
     for row in rows:
+        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.2f} dB"
         gain = "" if row["gain_interval_db"] is None else f", {row['gain_db']:+.2f} ± {row['gain_interval_db']:.2f} dB"
-        tell(f"tried {row['shape']}: PSNR {row['psnr']:.2f} dB at density {row['density']:.3f}{gain}")
+        tell(f"tried {row['shape']}: PSNR {psnr} at density {row['density']:.3f}{gain}")
     tell(f"kept: {kept.candidate.name}")
-    offset = _expected(curves, _solve(curves, kept.candidate.shapes, density))["density"] / kept.density
-    return kept.candidate, density * offset if abs(offset - 1) > CLOSE_ENOUGH else density, rows
+    for row, trial in zip(rows, trials, strict=True):
+        row["kept"] = trial is kept
+    return shaped(trials[0]), shaped(kept), rows
 
 
-def _density(
-    calibration: Calibration,
-    runs: Runs,
-    curves: Curves,
-    shapes: Assignment,
-    tried: float,
-    tell: Callable[[str], None],
-) -> float:
-    """The density that the target asks for: where it is one, what has to be aimed at for it."""
+def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped, tell: Callable[[str], None]) -> float:
+    """The density that the target asks for."""
     target, plan = calibration.target, calibration.plan
-    lowest, _ = _reach(curves, shapes)
+    lowest = _reach(curves, kept.shapes)[0] / kept.offset
 
     def presets_at(density: float) -> Presets:
-        return _presets(calibration, runs, _solve(curves, shapes, density))
+        return _presets(calibration, runs, kept.at(curves, density))
 
     if target.kind == "density":
-        return tried
+        return target.value
     if target.kind == "speedup":
         first = calibration.measured[: calibration.batch]
         shares = [max(lowest, share) for share in TIMED]
@@ -174,7 +190,7 @@ def _density(
     return density
 
 
-def _solve(curves: Curves, shapes: Assignment, density: float) -> dict[str, Solution]:
+def _solve(curves: Curves, shapes: Assignment, density: float) -> Solutions:
     return {which: solve(each, shapes[which], density) for which, each in curves.items()}
 
 
@@ -183,15 +199,17 @@ def _reach(curves: Curves, shapes: Assignment) -> tuple[float, float]:
     return max(lowest), min(highest)
 
 
-def _expected(curves: Curves, solutions: dict[str, Solution]) -> dict[str, float]:
+def _mean_density(solutions: Solutions) -> float:
+    return float(np.mean([each.density for each in solutions.values()]))
+
+
+def _error(curves: Curves, solutions: Solutions) -> float:
+    """Relative error of attention, geometric mean over the transformers' layers."""
     errors = [error(curves[which], each.shapes, each.density) for which, each in solutions.items()]
-    return {
-        "density": float(np.mean([each.density for each in solutions.values()])),
-        "error": float(np.exp(np.mean(np.log(errors)))),
-    }
+    return float(np.exp(np.mean(np.log(errors))))
 
 
-def _presets(calibration: Calibration, runs: Runs, solutions: dict[str, Solution]) -> Presets:
+def _presets(calibration: Calibration, runs: Runs, solutions: Solutions) -> Presets:
     """A preset for each transformer; the second is None where there is one."""
     base = calibration.plan.preset
     source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]

@@ -65,7 +65,7 @@ def keep(trials: Sequence[Trial]) -> tuple[Trial, list[dict[str, Any]]]:
     rows = [
         {
             "shape": trial.candidate.name,
-            "psnr": mean_psnr(trial.psnrs),
+            "psnr": mean if math.isfinite(mean := mean_psnr(trial.psnrs)) else None,
             "density": trial.density,
             "gain_db": float(np.mean(gained)) if (gained := gains(trial, base)) else None,
             "gain_interval_db": half_interval(gained),
