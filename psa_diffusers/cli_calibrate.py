@@ -50,7 +50,9 @@ def _calibrate(
     verify: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other prompts to verify on, instead of the last ones.")
     ] = None,
-    max_prompts: Annotated[int, typer.Option(help="Measure on at most so many prompts, the first ones.")] = 4,
+    max_prompts: Annotated[
+        int, typer.Option(help="Measure on at most so many prompts, the first ones; at least 4.")
+    ] = 4,
     measured_steps: Annotated[int, typer.Option(help="At how many denoising steps to measure.")] = 3,
     batch: Annotated[int, typer.Option(help="Videos to make at once: faster where memory allows.")] = 1,
     overwrite: Annotated[
