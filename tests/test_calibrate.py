@@ -134,6 +134,7 @@ def test_densities_are_corrected_by_what_whole_videos_have(calibrate, monkeypatc
     code, summary, _ = calibrate("--density", "0.4", "--frames", "17")
     assert code == 0 and summary["shape"] == BASE
     assert densities[f"trying {BASE}"] == pytest.approx(0.8 * 0.4, abs=0.01)
+    assert densities[f"trying {BASE} again"] == pytest.approx(0.4, abs=0.01)
     assert densities["verifying"] == densities["verifying, the base preset"] == pytest.approx(0.4, abs=0.01)
     assert summary["expected"]["density"] == pytest.approx(0.4, abs=0.01)
 

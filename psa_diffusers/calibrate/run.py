@@ -30,6 +30,7 @@ Solutions = dict[str, Solution]
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
 CLOSE_ENOUGH = 0.005  # relative, between the density of single calls and that of videos
+FAR_OFF = 0.03  # likewise: what is so far off is tried once more
 TRIED_DENSITY = 0.25  # at which shapes are compared where the target is another
 
 
@@ -133,12 +134,23 @@ def _choose(
         density = min(max(density, lowest), highest)
     others = [each for each in others if _reach(curves, each.shapes)[0] <= density <= _reach(curves, each.shapes)[1]]
 
+    aims: dict[str, float] = {}
+
     def run(candidate: Candidate) -> list[Result]:
-        presets = _presets(calibration, runs, _solve(curves, candidate.shapes, density))
-        return runs.sparse(calibration.measured, presets, f"trying {candidate.name}")
+        aims[candidate.name] = density
+        for again in ("", " again"):
+            solutions = _solve(curves, candidate.shapes, aims[candidate.name])
+            presets = _presets(calibration, runs, solutions)
+            results = runs.sparse(calibration.measured, presets, f"trying {candidate.name}{again}")
+            offset = _mean_density(solutions) / float(np.mean([result["density"] for result in results]))
+            if again or abs(offset - 1) <= FAR_OFF:
+                break
+            aims[candidate.name] = density * offset
+        return results
 
     def shaped(trial: Trial) -> _Shaped:
-        offset = _mean_density(_solve(curves, trial.candidate.shapes, density)) / trial.density
+        aim = aims[trial.candidate.name]
+        offset = _mean_density(_solve(curves, trial.candidate.shapes, aim)) / trial.density
         return _Shaped(trial.candidate.shapes, offset if abs(offset - 1) > CLOSE_ENOUGH else 1.0)
 
     trials = try_out([base, *others], run)
