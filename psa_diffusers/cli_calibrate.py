@@ -21,7 +21,7 @@ from psa_diffusers.cli_options import (
     Width,
 )
 
-CALIBRATE_HELP = """Make a preset for your model: measure where it can spare attention, meet a target, verify it.
+CALIBRATE_HELP = """Make a preset for your model: find the order and blocks that suit it, meet a target, verify it.
 
 [bold]Examples[/bold]
 
@@ -45,14 +45,14 @@ def _calibrate(
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: of denoising, on this machine.")] = None,
     model: ModelName = "demo",
-    base_preset: Annotated[
-        str, typer.Option(help="Its thresholds are scaled layer by layer; all else stays.")
-    ] = "psa-3",
+    base_preset: Annotated[str, typer.Option(help="What shapes are variations of; its dense steps stay.")] = "psa-3",
     held_out: Annotated[int, typer.Option(help="How many of the last prompts to verify on.")] = 2,
     verify: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other prompts to verify on, instead of the last ones.")
     ] = None,
-    max_prompts: Annotated[int, typer.Option(help="Measure on at most so many prompts, the first ones.")] = 4,
+    max_prompts: Annotated[
+        int, typer.Option(help="Measure on at most so many prompts, the first ones; at least 4.")
+    ] = 4,
     measured_steps: Annotated[int, typer.Option(help="At how many denoising steps to measure.")] = 3,
     batch: Annotated[int, typer.Option(help="Videos to make at once: faster where memory allows.")] = 1,
     overwrite: Annotated[

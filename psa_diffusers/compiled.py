@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from psa_diffusers.presets import Preset
+from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec
 
 ATTRIBUTE = "psa_site"
@@ -43,12 +43,13 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """One video self-attention; `spec` is None where the preset keeps it dense."""
+    """One video self-attention; `spec` is None where the preset keeps it dense, `order` says what its blocks hold."""
 
     name: str
     transformer: str
     preset: Preset
     spec: AttentionSpec | None
+    order: TokenOrder
 
 
 class Site:

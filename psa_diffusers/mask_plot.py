@@ -54,12 +54,12 @@ def mask_figure(mask: BlockMask, prompt: str) -> Figure:
         interpolation="antialiased" if shown is not levels else "nearest",
     )
     frames, height, width = mask.grid
-    preset, spec = mask.preset, mask.spec
-    axes.set_xlabel(f"key block ({spec.block_key} tokens each, {preset.order} order)")
+    spec = mask.spec
+    axes.set_xlabel(f"key block ({spec.block_key} tokens each, {mask.order.order} order)")
     axes.set_ylabel(f"query block ({spec.block_query} tokens each)")
     short = prompt if len(prompt) <= 90 else prompt[:87] + "..."
     axes.set_title(
-        f"{mask.layer}, head {mask.first_head}, step {mask.step + 1} of {mask.steps}  \u00b7  {preset.name}\n"
+        f"{mask.layer}, head {mask.first_head}, step {mask.step + 1} of {mask.steps}  \u00b7  {mask.preset.name}\n"
         f"{short}\n"
         f"{frames} \u00d7 {height} \u00d7 {width} tokens  \u00b7  density {mask.detail()[0].mean():.3f}"
         f"  \u00b7  coverage {coverage(mask):.3f}",

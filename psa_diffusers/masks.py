@@ -9,7 +9,7 @@ import numpy as np
 
 from psa_diffusers.compiled import Layer
 from psa_diffusers.denoising import DenoisingStep, Grid
-from psa_diffusers.presets import Preset
+from psa_diffusers.presets import Preset, TokenOrder
 from psa_diffusers.token_order import token_permutation
 from psa_kernels import AttentionSpec, BlockLists
 
@@ -22,7 +22,8 @@ class BlockMask:
         layer: its name.
         step, steps: the denoising step, counted from 0, and how many the run has.
         grid: video tokens along frames, height and width.
-        preset, spec: what the layer computed; `preset.order` says which tokens form a block.
+        preset, spec: what the layer computed.
+        order: which tokens form a block.
         first_head, first_row: the head and the query block that the first entries are.
         levels: int64 [heads, query blocks, key blocks]: index into `spec.levels`; `len(spec.levels)` where skipped.
     """
@@ -33,6 +34,7 @@ class BlockMask:
     grid: Grid
     preset: Preset
     spec: AttentionSpec
+    order: TokenOrder
     first_head: int
     first_row: int
     levels: np.ndarray
@@ -49,12 +51,12 @@ class BlockMask:
 
     def over_frames(self, values: np.ndarray) -> np.ndarray:
         """Spread one value a key block over the tokens of the grid: [frames, height, width]."""
-        return _spread(values, self.spec.block_key, self.preset, self.grid)
+        return _spread(values, self.spec.block_key, self.order, self.grid)
 
     def query_tokens(self, row: int) -> np.ndarray:
         """Which tokens of the grid a query block holds: bool [frames, height, width]."""
         blocks = -(-int(np.prod(self.grid)) // self.spec.block_query)
-        return _spread(np.arange(blocks) == row, self.spec.block_query, self.preset, self.grid)
+        return _spread(np.arange(blocks) == row, self.spec.block_query, self.order, self.grid)
 
 
 class MaskRecorder:
@@ -92,7 +94,7 @@ class MaskRecorder:
         if at.branch or layer.name not in self._layers or at.step != self._wanted_step(layer, at):
             return
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
-        row = 0 if self._point is None else query_block_at(self._point, layer.preset, layer.spec, at.grid)
+        row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, at.grid)
         rows = slice(None) if self._point is None else slice(row, row + 1)
         part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
         self._kept[layer.name] = (layer, at, row, part)
@@ -106,7 +108,8 @@ class MaskRecorder:
                 levels = lists.levels()[0].cpu().numpy()
                 found.append(
                     BlockMask(
-                        name, at.step, at.steps, at.grid, layer.preset, layer.spec, self._head or 0, row, levels
+                        name, at.step, at.steps, at.grid, layer.preset, layer.spec, layer.order, self._head or 0, row,
+                        levels,
                     )
                 )  # fmt: skip
         return found
@@ -122,15 +125,15 @@ def middle_sparse_step(preset: Preset, steps: int) -> int:
     return (preset.dense_step_count(steps) + steps) // 2
 
 
-def query_block_at(point: tuple[float, float, float], preset: Preset, spec: AttentionSpec, grid: Grid) -> int:
+def query_block_at(point: tuple[float, float, float], order: TokenOrder, spec: AttentionSpec, grid: Grid) -> int:
     """The query block that holds the token at a place in the video (time, height, width, each from 0 to 1)."""
     place = tuple(min(size - 1, int(share * size)) for share, size in zip(point, grid, strict=True))
-    order = token_permutation(preset.order, grid, preset.tile).numpy()
-    return int(np.flatnonzero(order == np.ravel_multi_index(place, grid))[0]) // spec.block_query
+    tokens = token_permutation(order.order, grid, order.tile).numpy()
+    return int(np.flatnonzero(tokens == np.ravel_multi_index(place, grid))[0]) // spec.block_query
 
 
-def _spread(values: np.ndarray, block: int, preset: Preset, grid: Grid) -> np.ndarray:
-    order = token_permutation(preset.order, grid, preset.tile).numpy()
-    spread = np.empty(len(order), values.dtype)
-    spread[order] = np.repeat(values, block)[: len(order)]
+def _spread(values: np.ndarray, block: int, order: TokenOrder, grid: Grid) -> np.ndarray:
+    tokens = token_permutation(order.order, grid, order.tile).numpy()
+    spread = np.empty(len(tokens), values.dtype)
+    spread[tokens] = np.repeat(values, block)[: len(tokens)]
     return spread.reshape(grid)

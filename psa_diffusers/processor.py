@@ -165,10 +165,10 @@ class PSAProcessor:
         """Note all attention modules of a transformer and their processors; return the names of its layers."""
         preset = self.presets[which]
         attentions = self._family.self_attentions(transformer)
-        specs = preset.layer_specs(len(attentions))
+        specs, orders = preset.layer_specs(len(attentions)), preset.layer_orders(len(attentions))
         layers = {
-            attn: Layer(prefix + name, which, preset, spec)
-            for (name, attn), spec in zip(attentions.items(), specs, strict=True)
+            attn: Layer(prefix + name, which, preset, spec, order)
+            for (name, attn), spec, order in zip(attentions.items(), specs, orders, strict=True)
         }
         for attn in attention_modules(transformer):
             original = attn.processor

@@ -13,7 +13,7 @@ from psa_diffusers.denoising import DenoisingStep, Grid
 from psa_diffusers.list_cache import ListCache
 from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.presets import Preset
+from psa_diffusers.presets import TokenOrder
 from psa_diffusers.text_padding import TextLengths, attend
 from psa_diffusers.token_order import token_permutation
 from psa_kernels import AttentionStats, select_blocks
@@ -62,7 +62,7 @@ class TokenAttention:
         """Sparse attention of a call without `obstacle`, and its statistics."""
         after = self._text_after(call)
         before = q.shape[1] - math.prod(at.grid) - after
-        permutation = self._permutation(layer.preset, at.grid, q.device)
+        permutation = self._permutation(layer.order, at.grid, q.device)
         fits = (q.shape[0], q.shape[2:], q.device, at.grid)
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
@@ -120,13 +120,13 @@ class TokenAttention:
             return None
         return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
 
-    def _permutation(self, preset: Preset, grid: Grid, device: torch.device) -> torch.Tensor | None:
-        """The preset's token order on a device; only the last few are kept."""
-        if preset.order == "raster":
+    def _permutation(self, order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
+        """A layer's token order on a device; only the last few are kept."""
+        if order.order == "raster":
             return None
-        key = (preset.order, preset.tile, grid, device)
+        key = (order, grid, device)
         if key not in self._permutations:
             if len(self._permutations) == KEPT_PERMUTATIONS:
                 self._permutations.clear()
-            self._permutations[key] = token_permutation(preset.order, grid, preset.tile).to(device)
+            self._permutations[key] = token_permutation(order.order, grid, order.tile).to(device)
         return self._permutations[key]

@@ -15,6 +15,7 @@ from psa_diffusers import Preset, cli_inspect
 from psa_diffusers.cli import run_command
 from psa_diffusers.mask_plot import level_colours, mask_figure
 from psa_diffusers.masks import BlockMask
+from psa_diffusers.presets import TokenOrder
 from psa_kernels import AttentionSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,10 +52,13 @@ def test_a_mask_is_drawn_and_its_density_printed(model, tmp_path, capsys, monkey
         assert picture.width > 1000
 
 
+ORDER = TokenOrder("hilbert", (4, 4, 4))
+
+
 def test_colours_stand_where_their_blocks_are():
     levels = np.array([[[0, 1, 2, 3], [3, 3, 3, 0]]])
     preset = Preset(name="mine")
-    mask = BlockMask("blocks.0", 2, 8, (1, 16, 16), preset, AttentionSpec(), 0, 0, levels)
+    mask = BlockMask("blocks.0", 2, 8, (1, 16, 16), preset, AttentionSpec(), ORDER, 0, 0, levels)
     figure = mask_figure(mask, "costs $5 and $6")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

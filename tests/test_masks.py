@@ -9,6 +9,7 @@ from psa_diffusers import Preset, apply_psa
 from psa_diffusers.masks import BlockMask, MaskRecorder, query_block_at
 from psa_diffusers.overlay import CELL_WIDTH, GAP, QUERY_COLOUR, RAMP, attention_overlay, frame_of
 from psa_diffusers.panels import LEAST_PANEL_WIDTH, bar_height
+from psa_diffusers.presets import TokenOrder
 from psa_diffusers.token_order import token_permutation
 from psa_kernels import AttentionSpec, BlockLists, Importance
 
@@ -53,10 +54,27 @@ def test_the_density_of_the_masks_is_that_of_the_statistics(pipe):
 def test_one_step_head_and_query_block(pipe):
     every = record(pipe, step=3)[0][1]
     masks, _ = record(pipe, step=3, head=1, point=(0.5, 0.99, 0.0))
-    row = query_block_at((0.5, 0.99, 0.0), PRESET, AttentionSpec(block_query=32, block_key=16), every.grid)
+    row = query_block_at((0.5, 0.99, 0.0), every.order, AttentionSpec(block_query=32, block_key=16), every.grid)
     assert (masks[1].first_head, masks[1].first_row, masks[1].step) == (1, row, 3)
     assert np.array_equal(masks[1].levels, every.levels[1:, row : row + 1])
     assert every.query_tokens(row)[1, 3, 0]
+
+
+def test_each_layer_has_the_order_and_blocks_of_its_rules(pipe):
+    one_dense = {"match": 0, "dense": True}
+    settings = {**PRESET.model_dump(exclude={"layers"}), "dense_steps": 0.0}
+    raster = {"order": "raster", "block": {"query": 32, "key": 16}, "levels": (1, 2, 8)}
+    mixed = Preset(**{**settings, "layers": [{"match": 1, **raster}]})
+    assert [each.order for each in mixed.layer_orders(2)] == ["tiles", "raster"]
+    masks, _ = record(pipe, mixed, step=0)
+    alike, _ = record(pipe, Preset(**settings), step=0)
+    assert [mask.order for mask in masks] == [("tiles", (1, 2, 2)), ("raster", (1, 2, 2))]
+    assert np.array_equal(masks[0].levels, alike[0].levels)
+    # Behind a dense first layer the second one alone decides.
+    ruled, _ = record(pipe, Preset(**{**settings, "layers": [one_dense, {"match": 1, **raster}]}), step=0)
+    plain, _ = record(pipe, Preset(**{**settings, **raster, "layers": [one_dense]}), step=0)
+    assert np.array_equal(ruled[0].levels, plain[0].levels) and ruled[0].spec == plain[0].spec
+    assert ruled[0].query_tokens(0).ravel()[:32].all()
 
 
 def test_dense_steps_leave_nothing(pipe):
@@ -80,9 +98,9 @@ def test_a_recorder_changes_nothing(pipe):
 
 def test_the_overlay_shows_levels_where_their_tokens_are():
     # One frame of 2 x 4 tokens in blocks of 4: the left half is a block, and the right half.
-    preset = Preset(name="halves", order="tiles", tile=[1, 2, 2])
+    preset, order = Preset(name="halves"), TokenOrder("tiles", (1, 2, 2))
     spec = AttentionSpec(block_query=4, block_key=4, importance=Importance(query_stride=4, key_stride=4))
-    mask = BlockMask("blocks.0", 1, 4, (1, 2, 4), preset, spec, 0, 1, np.array([[[3, 0]]]))
+    mask = BlockMask("blocks.0", 1, 4, (1, 2, 4), preset, spec, order, 0, 1, np.array([[[3, 0]]]))
     white = np.ones((1, 32, 64, 3), np.float32)
     picture = np.asarray(attention_overlay(white, [mask])).astype(int)
     bar, height = bar_height(LEAST_PANEL_WIDTH), CELL_WIDTH // 2

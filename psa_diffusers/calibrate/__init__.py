@@ -1,1 +1,1 @@
-"""psa-calibrate: from a few prompts and a target to a preset with rules for single layers."""
+"""psa-calibrate: from a few prompts and a target to a preset in the shape that suits the model."""

@@ -1,34 +1,37 @@
-"""A calibration from end to end: measure, solve, try, write the preset, verify it."""
+"""A calibration from end to end: measure, choose, try, write the preset, verify it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from psa_diffusers import stopping
-from psa_diffusers.calibrate.capture import Figures, curves_of
+from psa_diffusers.calibrate.capture import curves_of
+from psa_diffusers.calibrate.choose import Layers, Solution, error, reach, solve
 from psa_diffusers.calibrate.preset_file import write
+from psa_diffusers.calibrate.preset_making import make_preset
 from psa_diffusers.calibrate.runs import Presets, Runs
-from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_preset, scaled_spec
-from psa_diffusers.calibrate.solve import Curve, Solution, drawn_together, judged, reachable, spread, uniform
+from psa_diffusers.calibrate.shapes import shapes_for
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup
 from psa_diffusers.calibrate.task import Calibration, check
+from psa_diffusers.calibrate.trials import Assignment, Candidate, Result, Trial, candidates, keep, mean_psnr, try_out
 from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
 from psa_diffusers.settings import Plan
-from psa_kernels import AttentionSpec
 
-Curves = dict[str, dict[int, Curve]]
+Curves = dict[str, Layers]  # by transformer, as the next
+Solutions = dict[str, Solution]
 # Per video the settings that PSNR and measurements depend on; names and files do not count.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
-# How far to follow the errors of single layers; 0 treats all alike. Ties go to the first.
-STRENGTHS = (0.0, 0.3, 0.6, 1.0)
-TRIED_DENSITY = 0.25  # at which they are tried where the target is another
+CLOSE_ENOUGH = 0.005  # relative, between the density of single calls and that of videos
+FAR_OFF = 0.03  # likewise: what is so far off is tried once more
+TRIED_DENSITY = 0.25  # at which shapes are compared where the target is another
 
 
 @stopping.carried_out()
@@ -39,7 +42,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         tell: called with each line of progress.
 
     Raises:
-        InputError: as `check`; or the measurements there are of other settings; or a speed is out of reach.
+        InputError: as `check`; or the measurements there are of other settings; or a target is out of reach.
         PSAFallbackError: attention would be dense, for the reason that it says.
     """
     check(calibration)
@@ -51,18 +54,16 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
         f"measurements are kept in {calibration.folder}"
     )
-    steps = measured_steps(plan, calibration.measured_steps)
-    figures = runs.measure(calibration.measured, steps)
-    curves = _curves(plan, figures, runs.layers(), tell)
-    strength = _strength(calibration, runs, curves, tell)
-    drawn = _drawn(curves, strength)
-    density = _density(calibration, runs, drawn, tell)
-    solutions = {which: judged(curves[which], spread(each, density)) for which, each in drawn.items()}
-    plain = {which: uniform(each, solutions[which].density) for which, each in curves.items()}
-    expected = _expectation(solutions, plain)
+    curves = _measure(calibration, runs, tell)
+    base, kept, trials = _choose(calibration, runs, curves, tell)
+    density = _density(calibration, runs, curves, kept, tell)
+    solutions = kept.at(curves, density)
+    expected = {"density": kept.density_of(solutions), "error": _error(curves, solutions)}
+    plain = base.at(curves, expected["density"])
+    expected["error_uniform"] = _error(curves, plain)
     tell(
-        f"expected: density {expected['density']:.3f} of the sparse steps; the model's output at a step changes by "
-        f"{expected['error']:.2%}, with the same thresholds in all layers by {expected['error_uniform']:.2%}"
+        f"expected: density {expected['density']:.3f} of the sparse steps; attention errs by {expected['error']:.2%} "
+        f"in a layer (geometric mean), in the base preset's shape by {expected['error_uniform']:.2%}"
     )
     presets = _presets(calibration, runs, solutions)
     for path, preset in zip(calibration.outputs, presets, strict=False):
@@ -73,7 +74,8 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
         "status": "complete",
         "output": [str(path) for path in calibration.outputs],
         "target": str(target),
-        "strength": strength,
+        "shape": next(row["shape"] for row in trials if row["kept"]),
+        "trials": trials,
         "expected": expected,
         "verified": verified,
         "met": is_met(calibration, verified),
@@ -87,67 +89,91 @@ def measured_steps(plan: Plan, count: int) -> list[int]:
     return sorted({int(place) for place in places})
 
 
-def _curves(plan: Plan, figures: list[Figures], layers: dict[str, list[str]], tell: Callable[[str], None]) -> Curves:
-    """What was measured, by transformer and number of the layer, without layers that the base preset keeps dense."""
-    measured = curves_of(figures)
-    specs = plan.preset.layer_specs(plan.model.num_layers)
-    blocks = {name: int(row["blocks"][0]) for each in figures for name, row in each.items()}
-
-    def curve(name: str, spec: AttentionSpec) -> Curve:
-        return Curve(SCALES, *measured[name], lambda scale: known_density(scaled_spec(spec, scale), blocks[name]))
-
-    curves = {
-        which: {index: curve(name, specs[index]) for index, name in enumerate(names) if name in measured}
-        for which, names in layers.items()
-    }
+def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) -> Curves:
+    """What each shape does in each layer, by transformer, without layers that the base preset keeps dense."""
+    plan = calibration.plan
+    shapes = shapes_for(plan.preset, plan.model.num_layers)
+    tell(f"{len(shapes)} shapes of attention to compare: {'; '.join(shapes)}")
+    steps = measured_steps(plan, calibration.measured_steps)
+    figures = runs.measure(calibration.measured, shapes, steps)
+    curves = {which: curves_of(figures, shapes, names) for which, names in runs.layers().items()}
     for which, each in curves.items():
         if not each:
             tell(f"{which} did not run at a measured step, so it keeps the base preset; more: --measured-steps")
     return {which: each for which, each in curves.items() if each}
 
 
-def _drawn(curves: Curves, strength: float) -> Curves:
-    return {which: drawn_together(each, strength) for which, each in curves.items()}
+@dataclass(frozen=True)
+class _Shaped:
+    """Shapes, and by what factor single calls overrate their density in whole videos."""
+
+    shapes: Assignment
+    offset: float
+
+    def at(self, curves: Curves, density: float) -> Solutions:
+        return _solve(curves, self.shapes, density * self.offset)
+
+    def density_of(self, solutions: Solutions) -> float:
+        return _mean_density(solutions) / self.offset
 
 
-def _strength(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
-    """How far to follow what was measured of single layers: whatever makes the best of the videos to measure on.
+def _choose(
+    calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]
+) -> tuple[_Shaped, _Shaped, list[dict[str, Any]]]:
+    """The base preset's shape, and what makes the best of the videos to measure on, and a row for each trial.
 
-    Errors of single steps say only roughly what becomes of a video, so that following them all the way can do harm.
+    Errors of single calls only say which to try.
     """
-    if len(STRENGTHS) == 1:
-        return STRENGTHS[0]
     target = calibration.target
-    wanted = target.value if target.kind == "density" else TRIED_DENSITY
-    density = max(wanted, *(reachable(each) for each in curves.values()))
-    psnrs = {}
-    for strength in STRENGTHS:
-        solutions = {which: spread(each, density) for which, each in _drawn(curves, strength).items()}
-        presets = _presets(calibration, runs, solutions)
-        psnrs[strength] = _mean_psnr(runs.sparse(calibration.measured, presets, f"trying strength {strength:g}"))
-    found = ", ".join(f"{psnr:.2f} dB at strength {strength:g}" for strength, psnr in psnrs.items())
-    best = max(psnrs, key=psnrs.get)
-    tell(f"rules for single layers, density {density:.3f}: {found} (0: all layers alike); strength {best:g} it is")
-    return best
+    density = target.value if target.kind == "density" else TRIED_DENSITY
+    base, *others = candidates(curves, density)
+    lowest, highest = _reach(curves, base.shapes)
+    if not lowest <= density <= highest:
+        if target.kind == "density":
+            raise InputError(f"--density {density:g}: the base preset can have {lowest:.3f} to {highest:.3f} here")
+        density = min(max(density, lowest), highest)
+    others = [each for each in others if _reach(curves, each.shapes)[0] <= density <= _reach(curves, each.shapes)[1]]
+
+    aims: dict[str, float] = {}
+
+    def run(candidate: Candidate) -> list[Result]:
+        aims[candidate.name] = density
+        for again in ("", " again"):
+            solutions = _solve(curves, candidate.shapes, aims[candidate.name])
+            presets = _presets(calibration, runs, solutions)
+            results = runs.sparse(calibration.measured, presets, f"trying {candidate.name}{again}")
+            offset = _mean_density(solutions) / float(np.mean([result["density"] for result in results]))
+            if again or abs(offset - 1) <= FAR_OFF:
+                break
+            aims[candidate.name] = density * offset
+        return results
+
+    def shaped(trial: Trial) -> _Shaped:
+        aim = aims[trial.candidate.name]
+        offset = _mean_density(_solve(curves, trial.candidate.shapes, aim)) / trial.density
+        return _Shaped(trial.candidate.shapes, offset if abs(offset - 1) > CLOSE_ENOUGH else 1.0)
+
+    trials = try_out([base, *others], run)
+    kept, rows = keep(trials)
+    for row in rows:
+        psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.2f} dB"
+        gain = "" if row["gain_interval_db"] is None else f", {row['gain_db']:+.2f} ± {row['gain_interval_db']:.2f} dB"
+        tell(f"tried {row['shape']}: PSNR {psnr} at density {row['density']:.3f}{gain}")
+    tell(f"kept: {kept.candidate.name}")
+    for row, trial in zip(rows, trials, strict=True):
+        row["kept"] = trial is kept
+    return shaped(trials[0]), shaped(kept), rows
 
 
-def _mean_psnr(results: list[dict[str, Any]]) -> float:
-    """In dB, over the videos that differ from the dense ones; infinite if none does."""
-    values = [result["psnr"] for result in results if result["psnr"] is not None]
-    return float(np.mean(values)) if values else math.inf
-
-
-def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]) -> float:
-    """The mean density of the layers that the target asks for."""
+def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped, tell: Callable[[str], None]) -> float:
+    """The density that the target asks for."""
     target, plan = calibration.target, calibration.plan
-    lowest = max(reachable(each) for each in curves.values())
+    lowest = _reach(curves, kept.shapes)[0] / kept.offset
 
     def presets_at(density: float) -> Presets:
-        return _presets(calibration, runs, {which: spread(each, density) for which, each in curves.items()})
+        return _presets(calibration, runs, kept.at(curves, density))
 
     if target.kind == "density":
-        if target.value < lowest:
-            raise InputError(f"--density {target.value:g}: the lowest that was measured is {lowest:.3f}")
         return target.value
     if target.kind == "speedup":
         first = calibration.measured[: calibration.batch]
@@ -166,31 +192,42 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, tell: Callabl
 
     def psnr_at(density: float) -> float:
         results = runs.sparse(calibration.measured, presets_at(density), f"trying {density:.3f}")
-        psnr = _mean_psnr(results)
+        psnr = mean_psnr([result["psnr"] for result in results])
         tell(f"density {density:.3f}: PSNR {psnr:.2f} dB")
         return psnr
 
-    density, tried = density_for_psnr(target.value, lowest, psnr_at)
-    if max(psnr for _, psnr in tried) < target.value:
+    density, found = density_for_psnr(target.value, lowest, psnr_at)
+    if max(psnr for _, psnr in found) < target.value:
         tell(f"{target} was not reached with dense_steps {plan.preset.dense_steps:g}: try a base preset with more")
     return density
 
 
-def _expectation(solutions: dict[str, Solution], plain: dict[str, Solution]) -> dict[str, float]:
-    return {
-        "density": float(np.mean([each.density for each in solutions.values()])),
-        "error": math.sqrt(np.mean([each.error for each in solutions.values()])),
-        "density_uniform": float(np.mean([each.density for each in plain.values()])),
-        "error_uniform": math.sqrt(np.mean([each.error for each in plain.values()])),
-    }
+def _solve(curves: Curves, shapes: Assignment, density: float) -> Solutions:
+    return {which: solve(each, shapes[which], density) for which, each in curves.items()}
 
 
-def _presets(calibration: Calibration, runs: Runs, solutions: dict[str, Solution]) -> Presets:
+def _reach(curves: Curves, shapes: Assignment) -> tuple[float, float]:
+    lowest, highest = zip(*(reach(each, shapes[which]) for which, each in curves.items()), strict=True)
+    return max(lowest), min(highest)
+
+
+def _mean_density(solutions: Solutions) -> float:
+    return float(np.mean([each.density for each in solutions.values()]))
+
+
+def _error(curves: Curves, solutions: Solutions) -> float:
+    """Relative error of attention, geometric mean over the transformers' layers."""
+    errors = [error(curves[which], each.shapes, each.density) for which, each in solutions.items()]
+    return float(np.exp(np.mean(np.log(errors))))
+
+
+def _presets(calibration: Calibration, runs: Runs, solutions: Solutions) -> Presets:
     """A preset for each transformer; the second is None where there is one."""
-    base, layers = calibration.plan.preset, runs.layers()
+    base = calibration.plan.preset
     source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]
+    make = partial(make_preset, base, source=source)
     made = [
-        scaled_preset(base, solutions[which].scales if which in solutions else {}, len(names), path.stem, source)
-        for (which, names), path in zip(layers.items(), calibration.outputs, strict=False)
+        make(solutions.get(which), num_layers=len(names), name=path.stem)
+        for (which, names), path in zip(runs.layers().items(), calibration.outputs, strict=False)
     ]
     return made[0], made[1] if len(made) > 1 else None

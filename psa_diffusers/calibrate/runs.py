@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psa_diffusers.calibrate.capture import Figures, MeasuringProcessor
+from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.pipeline_call import Generated, generate_videos
 from psa_diffusers.pipelines import load_pipeline
@@ -40,11 +41,11 @@ class Runs:
         self._pipe: Any = None
         self._count = 0
 
-    def measure(self, videos: Sequence[Video], steps: list[int]) -> list[Figures]:
-        """What sparse attention would do in each layer on the way to each dense video; means of those made at once."""
+    def measure(self, videos: Sequence[Video], shapes: Mapping[str, Preset], steps: list[int]) -> list[Figures]:
+        """What each shape would do in each layer on the way to each dense video; means of those made at once."""
 
         def run(batch: Sequence[Video]) -> list[Figures]:
-            processor = MeasuringProcessor(self._pipeline(), self._plan.preset, set(steps))
+            processor = MeasuringProcessor(self._pipeline(), shapes, set(steps))
             processor.install()
             try:
                 results = self._make(batch, "measuring")
@@ -54,7 +55,8 @@ class Runs:
             self._keep_references(batch, results)
             return [figures] * len(batch)
 
-        return self._once(videos, ("measure", steps), run)
+        settings = {name: _settings(preset) for name, preset in shapes.items()}
+        return self._once(videos, ("measure", settings, SCALES, steps), run)
 
     def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
         """Makes the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
@@ -97,9 +99,9 @@ class Runs:
                 "step": median(seconds) / len(batch) if seconds else None,
             }
             pairs = zip(references, results, strict=True)
-            return [{"psnr": mean_psnr(reference, result.frames), **shared} for reference, result in pairs]
+            return [{"psnr": video_psnr(reference, result.frames), **shared} for reference, result in pairs]
 
-        rules = [preset.model_dump(mode="json", exclude={"name", "source"}) for preset in presets if preset is not None]
+        rules = [_settings(preset) for preset in presets if preset is not None]
         return self._once(videos, ("sparse", rules), run)
 
     def layers(self) -> dict[str, list[str]]:
@@ -171,7 +173,11 @@ class Runs:
         return frames
 
 
-def mean_psnr(reference: np.ndarray, other: np.ndarray) -> float | None:
+def _settings(preset: Preset) -> dict[str, Any]:
+    return preset.model_dump(mode="json", exclude={"name", "source"})
+
+
+def video_psnr(reference: np.ndarray, other: np.ndarray) -> float | None:
     """PSNR in dB, mean over the frames that differ; None if none does.
 
     Args:

@@ -15,7 +15,7 @@ from psa_diffusers.errors import InputError
 from psa_diffusers.run_folder import write_json
 from psa_diffusers.video import to_uint8, whole_file
 
-FORMAT = 3
+FORMAT = 4
 MEASUREMENTS = "measurements.json"
 
 

@@ -9,6 +9,7 @@ from psa_diffusers.calibrate.preset_file import is_own
 from psa_diffusers.calibrate.runs import Video
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
+from psa_diffusers.intervals import FEWEST
 from psa_diffusers.presets import Preset, PresetError
 from psa_diffusers.settings import Plan
 
@@ -65,7 +66,7 @@ def check(calibration: Calibration) -> None:
     """
     plan = calibration.plan
     if plan.preset is None:
-        raise InputError("--base-preset dense: has no thresholds to scale; give a sparse preset")
+        raise InputError("--base-preset dense: has no shape to compare; give a sparse preset")
     if calibration.batch > 1 and plan.image is not None:
         raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
     if calibration.output.suffix.lower() not in (".yaml", ".yml"):
@@ -81,6 +82,11 @@ def check(calibration: Calibration) -> None:
         raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
     if not any(plan.preset.layer_specs(plan.model.num_layers)):
         raise InputError(f"--base-preset {plan.preset.name}: keeps every layer dense")
+    if len(plan.prompts) < FEWEST:
+        raise InputError(
+            f"--prompts: {len(plan.prompts)} different prompts to measure on are too few to tell a gain from chance; "
+            f"needed: {FEWEST} or more, beside those to verify on"
+        )
     both = sorted(set(plan.prompts) & set(calibration.held_out))
     if both:
         raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")

@@ -16,7 +16,7 @@ from psa_diffusers.settings import Plan
 def verify(
     calibration: Calibration, runs: Runs, presets: Presets, plain: Presets, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """PSNR, density and speed on the prompts that were not measured on, beside one set of thresholds for all layers.
+    """PSNR, density and speed on the prompts that were not measured on, beside the base preset's shape in all layers.
 
     `gain_db` is the mean PSNR above that of the latter, video by video, and `gain_interval_db` half its 95 % interval;
     both None where they cannot be told.
@@ -26,7 +26,7 @@ def verify(
         videos,
         runs.dense(videos),
         runs.sparse(videos, presets, "verifying"),
-        runs.sparse(videos, plain, "verifying, all layers alike"),
+        runs.sparse(videos, plain, "verifying, the base preset"),
         strict=True,
     )
     rows = [
@@ -44,7 +44,7 @@ def verify(
             ),
         }
         shown = "equal" if summary[name]["psnr"] is None else f"{summary[name]['psnr']:.2f} dB"
-        label = "calibrated" if name == "calibrated" else "all layers alike"
+        label = "calibrated" if name == "calibrated" else "the base preset at equal density"
         tell(
             f"verified on {len(rows)} held-out prompts, {label}: PSNR {shown} at density "
             f"{summary[name]['density']:.3f}, denoising {summary[name]['speedup']:.2f}x as fast as dense"
@@ -58,15 +58,15 @@ def verify(
 
 
 def _gains(rows: list[dict[str, Any]]) -> list[float]:
-    """PSNR of the calibrated preset above that of one set of thresholds, of each video where both have one."""
+    """PSNR of the calibrated preset above that of the base preset, of each video where both have one."""
     pairs = [(row["calibrated"]["psnr"], row["uniform"]["psnr"]) for row in rows]
     return [calibrated - alike for calibrated, alike in pairs if None not in (calibrated, alike)]
 
 
 def _verdict(gain: float, interval: float | None) -> str:
-    """What the verification says of rules for single layers, and whether it can tell at all."""
-    better = f"{abs(gain):.2f} dB {'worse' if gain < 0 else 'better'} than one set of thresholds for all layers"
-    found = f"on these prompts the rules for single layers are {better} at about the same density"
+    """What the verification says of the calibrated preset, and whether it can tell at all."""
+    better = f"{abs(gain):.2f} dB {'worse' if gain < 0 else 'better'} than the base preset"
+    found = f"on these prompts the calibrated preset is {better} at equal density"
     if interval is None:
         return f"{found}; too few prompts to tell how sure that is: hold out {FEWEST} or more"
     return f"{found}, 95 % interval {gain - interval:+.2f} to {gain + interval:+.2f} dB" + (

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from psa_diffusers.presets.errors import PresetError, show
 from psa_diffusers.presets.files import read_mapping, shipped_folder
+from psa_diffusers.presets.layers import TokenOrder
 from psa_diffusers.presets.model import Preset
 
-__all__ = ["Preset", "PresetError", "list_presets", "load_preset"]
+__all__ = ["Preset", "PresetError", "TokenOrder", "list_presets", "load_preset"]
 
 
 def list_presets() -> list[str]:

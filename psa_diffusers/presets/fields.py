@@ -42,6 +42,12 @@ def _cumulative(thresholds: tuple[float, ...]) -> tuple[float, ...]:
     return thresholds
 
 
+def _three(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(sizes) != 3:
+        raise ValueError(f"{len(sizes)} numbers")
+    return sizes
+
+
 def _match_text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError("neither text nor an integer")
@@ -122,6 +128,10 @@ class LayerSettings(Section):
     )
     rest: Literal["skip", "mean"] = Field("skip", description="skip or mean")
     precision: Literal["native", "int8_qk"] = Field("native", description="native or int8_qk")
+    order: Literal["hilbert", "tiles", "raster"] = Field("hilbert", description="hilbert, tiles or raster")
+    tile: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_three)] = Field(
+        (4, 4, 4), description="three positive integers (time, height, width)"
+    )
 
 
 class LayerRule(LayerSettings):

@@ -12,6 +12,13 @@ from psa_diffusers.presets.fields import LayerRule, LayerSettings, layer_ranges
 from psa_kernels import AttentionSpec, Importance
 
 
+class TokenOrder(NamedTuple):
+    """In which order a layer's tokens are cut into blocks: `order` and `tile` of a preset."""
+
+    order: str
+    tile: tuple[int, ...]
+
+
 class Conflict(NamedTuple):
     """Keys that do not fit together: the one to name first, then those that can be at fault as well."""
 
@@ -89,6 +96,12 @@ def attention_specs(
     applying = [_applying(rules, layer) for layer in range(num_layers)]
     specs = {indices: _spec(settings, [rules[index] for index in indices]) for indices in set(applying)}
     return tuple(specs[indices] for indices in applying)
+
+
+def token_orders(settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int) -> tuple[TokenOrder, ...]:
+    """In which order each layer has its tokens, also where it stays dense."""
+    merged = [_merged(settings, [rules[index] for index in _applying(rules, layer)]) for layer in range(num_layers)]
+    return tuple(TokenOrder(each.order, each.tile) for each in merged)
 
 
 def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec | None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError
 
 from psa_diffusers.presets.errors import PresetError, first_mistake, show
 from psa_diffusers.presets.fields import MAX_LAYERS, AsTuple, Integer, LayerRule, LayerSettings, Positive, Share
-from psa_diffusers.presets.layers import attention_specs, check_layers_exist, check_together
+from psa_diffusers.presets.layers import (
+    TokenOrder,
+    attention_specs,
+    check_layers_exist,
+    check_together,
+    token_orders,
+)
 from psa_kernels import AttentionSpec
 
 # Videos are called <preset name>.mp4 and stand beside files of these names.
@@ -24,12 +30,6 @@ def _usable_name(name: str) -> str:
     if name.lower() in RESERVED_NAMES:
         raise ValueError("reserved")
     return name
-
-
-def _three(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if len(sizes) != 3:
-        raise ValueError(f"{len(sizes)} numbers")
-    return sizes
 
 
 class Preset(LayerSettings):
@@ -48,10 +48,6 @@ class Preset(LayerSettings):
     )
     source: Annotated[str, Field(strict=True, max_length=500)] = Field("", description="text of up to 500 characters")
     dense_steps: Share = Field(0.25, description="a number from 0 to 1")
-    order: Literal["hilbert", "tiles", "raster"] = Field("hilbert", description="hilbert, tiles or raster")
-    tile: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_three)] = Field(
-        (4, 4, 4), description="three positive integers (time, height, width)"
-    )
     refresh: Positive = Field(1, description="a positive integer")
     share_guidance: bool = Field(False, strict=True, description="true or false")
     min_tokens: Integer = Field(2048, description="an integer, 0 or more")
@@ -118,6 +114,20 @@ class Preset(LayerSettings):
             PresetError: a value is refused, rules do not fit together, or one names a layer that the model lacks.
             ValueError: `num_layers` is not from 1 to 1000.
         """
+        preset = self._checked_for(num_layers)
+        return attention_specs(preset, preset.layers, num_layers)
+
+    def layer_orders(self, num_layers: int) -> tuple[TokenOrder, ...]:
+        """In which order each of a model's layers has its tokens.
+
+        Raises:
+            PresetError, ValueError: as `layer_specs`.
+        """
+        preset = self._checked_for(num_layers)
+        return token_orders(preset, preset.layers, num_layers)
+
+    def _checked_for(self, num_layers: int) -> Preset:
+        """This preset, checked anew, also against the number of layers."""
         if not 1 <= operator.index(num_layers) <= MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers!r}: expected 1 to {MAX_LAYERS}")
         preset = self.validated()
@@ -126,7 +136,7 @@ class Preset(LayerSettings):
             check_together(preset, preset.layers, num_layers)
         except PresetError as error:
             raise error.at(self._place()) from None
-        return attention_specs(preset, preset.layers, num_layers)
+        return preset
 
     def _place(self) -> str:
         if self._origin is None:

@@ -1,0 +1,99 @@
+"""Which shape of attention errs least in which layer at a density, and the scale at which it has that density."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from psa_diffusers.calibrate.scaling import SCALES
+
+KNOWN = (0.05, 10.0)  # scales to choose from where the density of any is known
+BETWEEN = 400
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one shape does in one layer at each of `SCALES`, as measured.
+
+    Attributes:
+        densities: measured.
+        errors: squared error of the attention's output, relative to dense, measured; geometric mean over the calls.
+        density_at: the density of any scale, where that is known; None where only measuring tells.
+    """
+
+    densities: Sequence[float]
+    errors: Sequence[float]
+    density_at: Callable[[float], float | None] = lambda scale: None
+
+    def error_at(self, density: float) -> float:
+        """Between what was measured on straight lines, both logarithmic."""
+        return float(np.exp(np.interp(np.log(density), np.log(self.densities), np.log(self.errors))))
+
+
+Layers = Mapping[int, Mapping[str, Curve]]  # of one transformer: by number of the layer and name of the shape
+Shapes = dict[int, str]  # the shape of each layer
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The shape and the scale of each layer, and the mean density that they should have."""
+
+    shapes: Shapes
+    scales: dict[int, float]
+    density: float
+
+
+def everywhere(layers: Layers, shape: str) -> Shapes:
+    """One shape in all layers."""
+    return dict.fromkeys(layers, shape)
+
+
+def ranked(layers: Layers, density: float) -> list[str]:
+    """The shapes by the geometric mean of their errors over the layers, the least first."""
+    shapes = next(iter(layers.values()))
+    return sorted(shapes, key=lambda shape: error(layers, everywhere(layers, shape), density))
+
+
+def layer_by_layer(layers: Layers, density: float) -> Shapes:
+    """In each layer the shape of the least error."""
+    return {layer: min(curves, key=lambda shape: curves[shape].error_at(density)) for layer, curves in layers.items()}
+
+
+def error(layers: Layers, shapes: Shapes, density: float) -> float:
+    """Relative error of the attention's output (not squared), geometric mean over the layers."""
+    logs = [np.log(layers[layer][shape].error_at(density)) for layer, shape in shapes.items()]
+    return float(np.exp(np.mean(logs) / 2))
+
+
+def solve(layers: Layers, shapes: Shapes, density: float) -> Solution:
+    """A scale for all layers of one shape, each shape at that density, or as near as it comes."""
+    scales, densities = {}, {}
+    for shape in dict.fromkeys(shapes.values()):
+        members = [layer for layer, its in shapes.items() if its == shape]
+        grid, offered = _dial([layers[layer][shape] for layer in members])
+        best = int(np.abs(offered - density).argmin())
+        scales |= dict.fromkeys(members, float(grid[best]))
+        densities |= dict.fromkeys(members, float(offered[best]))
+    return Solution(dict(shapes), scales, float(np.mean(list(densities.values()))))
+
+
+def reach(layers: Layers, shapes: Shapes) -> tuple[float, float]:
+    """The lowest and the highest density that all shapes of these layers can have."""
+    offered = [
+        _dial([layers[layer][shape] for layer, its in shapes.items() if its == shape])[1]
+        for shape in dict.fromkeys(shapes.values())
+    ]
+    return max(float(each.min()) for each in offered), min(float(each.max()) for each in offered)
+
+
+def _dial(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and the mean densities that layers of one shape have at them."""
+    if all(curve.density_at(1.0) is not None for curve in curves):
+        grid = np.geomspace(*KNOWN, BETWEEN)
+        # Layers of one shape mostly have the same density: it is worked out once for each of them all the same.
+        return grid, np.mean([[curve.density_at(scale) for scale in grid] for curve in curves], axis=0)
+    grid = np.geomspace(SCALES[0], SCALES[-1], BETWEEN)
+    between = [np.exp(np.interp(np.log(grid), np.log(SCALES), np.log(curve.densities))) for curve in curves]
+    return grid, np.mean(between, axis=0)
