@@ -185,7 +185,9 @@ def attend_tile(
 
     # The tail comes first: what only it needs then takes up no registers in the loop over full tiles.
     TAIL_N: tl.constexpr = 64 if TILE_N > 64 else TILE_N
-    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=1):
+    # The kernel for tiles of 64 keys has not the registers.
+    TAIL_STAGES: tl.constexpr = 2 if LATE_SUM and TILE_N > 64 else 1
+    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=TAIL_STAGES):
         tail, is_token, tail_bias = tail_rows(
             first + tl.arange(0, TAIL_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
             leftover_ends, level_rows, ragged_place, ragged_bias, FACTORS, BLOCK_KEY, TILE_N,
