@@ -89,16 +89,11 @@ def choose(
         raise ValueError(f"implementation={wanted!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if wanted == "reference" or (wanted == "auto" and not q.is_cuda):
         return _reference()
-    reasons = {
-        "triton": lambda: why_not_triton(q, k, layout, spec),
-        "hopper": lambda: reasons["triton"]() or why_not_hopper(q, k, v, spec, scale),
-        INT8: lambda: reasons["hopper"]() or _why_not_int8(q),
-    }
     made = {"triton": _triton, "hopper": _hopper, INT8: _hopper_int8}
     int8 = spec.precision == "int8_qk"
     if wanted != "auto":
         name = INT8 if int8 and wanted == "hopper" else wanted
-        obstacle = reasons[name]()
+        obstacle = _why_not(name, q, k, v, layout, spec, scale)
         if obstacle is None and int8 and name != INT8:
             obstacle = f"precision={spec.precision!r}: expected 'native'"
         if obstacle is not None:
@@ -113,7 +108,7 @@ def choose(
     if int8 and ("hopper" in names or not is_hopper):
         names.insert(0, INT8)
     for name in names:
-        obstacle = reasons[name]()
+        obstacle = _why_not(name, q, k, v, layout, spec, scale)
         if obstacle is None:
             return made[name]()
         problem = f"the {name} kernel cannot be used"
@@ -123,6 +118,24 @@ def choose(
             raise RuntimeError(f"strict: {problem}: {obstacle}")
         _warn_once(f"{problem}, attention is slower: {obstacle}")
     return _reference()
+
+
+def _why_not(
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+) -> str | None:
+    """The reason why an implementation cannot serve a call; each needs what those before it need."""
+    obstacle = why_not_triton(q, k, layout, spec)
+    if obstacle is None and name != "triton":
+        obstacle = why_not_hopper(q, k, v, spec, scale)
+    if obstacle is None and name == INT8:
+        obstacle = _why_not_int8(q)
+    return obstacle
 
 
 @cache

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, implementations, psa_attention, select_blocks
 from psa_kernels.implementations import why_not_triton
 from psa_kernels.layout import make_layout
 
@@ -45,6 +48,27 @@ def test_reasons_name_the_thing_its_value_and_what_is_allowed(tensor, fields, re
     q = torch.zeros(1, 40, 1, tensor.get("head_dim", 8), dtype=tensor.get("dtype", torch.float32))
     found = why_not_triton(q, q, make_layout(40, 40, 0, 0, None), AttentionSpec(**fields))
     assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "hopper"])
+@pytest.mark.parametrize("precision", ["native", "int8_qk"])
+def test_a_choice_keeps_no_tensor_alive(precision, wanted, monkeypatch):
+    monkeypatch.setattr(implementations, "_why_not", lambda name, *_: None if name == "triton" else "it is a test")
+    monkeypatch.setattr(implementations, "_triton", lambda: "chosen")
+    q = torch.randn(1, 64, 1, 16)
+    layout = make_layout(64, 64, 0, 0, None)
+    spec = AttentionSpec(precision=precision)
+    gc.disable()
+    try:
+        with suppress(ValueError), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            patch.setattr(implementations, "_is_hopper", lambda _: True)
+            implementations.choose(q, q, q, layout, spec, 0.25, wanted, False)
+        alive = weakref.ref(q)
+        del q
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_the_reference_needs_no_triton():
