@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ import torch
 from comparing import first, relative_error
 from dense_attention import DENSE, all_text_is_real
 from earlier_rows import read_rows
+from gpu_clock import repeated
 from one_step import STEPS, OneStep, scaled_preset
 from random_models import WORKLOADS, Machine, Workload, build, make_inputs, pick_machine
 from results import document, publish, write
@@ -146,16 +146,7 @@ def clock(call: Callable[[], torch.Tensor], repeats: int, machine: Machine) -> t
     first = time.perf_counter() - start
     if machine.tiny:
         return first * 1000, None, first
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times), round(torch.cuda.max_memory_allocated() / 2**30, 2), first
+    return *repeated(call, repeats), first
 
 
 def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: Machine) -> float:

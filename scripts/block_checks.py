@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from comparing import first, relative_error
+from gpu_clock import repeated
 from one_step import OneStep, scaled_preset
 from random_models import Machine, build, make_inputs, published_models
 
@@ -81,9 +81,9 @@ def check(checkpoint: str, machine: Machine, repeats: int) -> dict[str, Any]:
             del dense
             row |= _text_changes(transformer, inputs, sparse)
             del sparse
-            row["psa_ms"], row["psa_peak_gib"] = clock(lambda: transformer(**inputs), repeats, machine)
+            row["psa_ms"], row["psa_peak_gib"] = _clock(lambda: transformer(**inputs), repeats, machine)
             stats = processor.stats()
-        row["dense_ms"], row["dense_peak_gib"] = clock(lambda: transformer(**inputs), repeats, machine)
+        row["dense_ms"], row["dense_peak_gib"] = _clock(lambda: transformer(**inputs), repeats, machine)
     row |= {
         "density": stats.density_sparse,
         "implementation": stats.implementation,
@@ -136,20 +136,9 @@ def observe(transformer: torch.nn.Module, inputs: dict[str, Any]) -> Seen:
             hook.remove()
 
 
-def clock(call: Callable[[], Any], repeats: int, machine: Machine) -> tuple[float | None, float | None]:
+def _clock(call: Callable[[], Any], repeats: int, machine: Machine) -> tuple[float | None, float | None]:
     """Median milliseconds and peak memory in GiB of calls that ran before; neither is measured on a toy."""
-    if machine.tiny:
-        return None, None
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return round(statistics.median(times), 2), round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return (None, None) if machine.tiny else repeated(call, repeats)
 
 
 def _shape(transformer: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
