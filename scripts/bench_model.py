@@ -1,4 +1,6 @@
-"""Time whole forwards of full-size transformers, dense and sparse: `python scripts/bench_model.py`.
+"""Time whole forwards of full-size transformers, dense and sparse.
+
+    python scripts/bench_model.py --output model.json
 
 Needs a CUDA device, but for `--tiny`. Weights are random and latents are noise, which makes no difference to the time:
 psa-3 allots shares of blocks, whatever the importance. One forward is one guidance branch. Before the timing, one block

@@ -1,4 +1,6 @@
-"""Check PSA on one block of every published transformer at full size: `python scripts/check_blocks.py`.
+"""Check PSA on one block of every published transformer at full size.
+
+    python scripts/check_blocks.py --output blocks.json
 
 Needs a CUDA device, but for `--tiny`. Each published configuration (tests/published_models.py) is built at its width,
 heads, text length and default video, but with one block of each kind, random bf16 weights and noise. Then: the dense

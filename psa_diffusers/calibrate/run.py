@@ -132,7 +132,10 @@ def _choose(
         if target.kind == "density":
             raise InputError(f"--density {density:g}: the base preset can have {lowest:.3f} to {highest:.3f} here")
         density = min(max(density, lowest), highest)
-    others = [each for each in others if _reach(curves, each.shapes)[0] <= density <= _reach(curves, each.shapes)[1]]
+
+    def can_have_it(candidate: Candidate) -> bool:
+        lowest, highest = _reach(curves, candidate.shapes)
+        return lowest <= density <= highest
 
     aims: dict[str, float] = {}
 
@@ -153,7 +156,7 @@ def _choose(
         offset = _mean_density(_solve(curves, trial.candidate.shapes, aim)) / trial.density
         return _Shaped(trial.candidate.shapes, offset if abs(offset - 1) > CLOSE_ENOUGH else 1.0)
 
-    trials = try_out([base, *others], run)
+    trials = try_out([base, *filter(can_have_it, others)], run)
     kept, rows = keep(trials)
     for row in rows:
         psnr = "equal" if row["psnr"] is None else f"{row['psnr']:.2f} dB"

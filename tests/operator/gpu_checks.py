@@ -1,6 +1,10 @@
 """What the tests of the kernels on a GPU have in common."""
 
+import random
+
 import torch
+
+from psa_kernels import AttentionSpec
 
 
 def poison_free_memory() -> None:
@@ -12,3 +16,23 @@ def poison_free_memory() -> None:
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of `expected`, which is float64."""
     return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def random_call(
+    chance: random.Random,
+) -> tuple[int, AttentionSpec, int, int, int, int, torch.Tensor | None]:
+    """A call that the kernel for Hopper serves.
+
+    Returns:
+        head_dim; the spec; tokens of text before and after the video; video queries; video keys; the permutation.
+    """
+    head_dim, block_key = chance.choice([64, 128]), chance.choice([32, 64, 128])
+    fitting = [factor for factor in (1, 2, 4, 8, 16) if block_key // factor >= 8]
+    levels = sorted(chance.sample(fitting, chance.randint(1, len(fitting))))
+    thresholds = tuple(i / len(levels) for i in range(1, len(levels) + 1))
+    spec = AttentionSpec(block_query=128, block_key=block_key, levels=tuple(levels), thresholds=thresholds)
+    before, after = chance.choice([(0, 0), (0, 0), (226, 0), (0, 77), (5, 300), (64, 128)])
+    video = chance.choice([chance.randint(1, 3000), 128 * chance.randint(2, 10)])
+    keys = chance.choice([video, chance.randint(1, 3000)])
+    permutation = torch.randperm(video, device="cuda") if keys == video and chance.random() < 0.5 else None
+    return head_dim, spec, before, after, video, keys, permutation

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from gpu_checks import poison_free_memory, relative_error
+from gpu_checks import poison_free_memory, random_call, relative_error
 
 from psa_kernels import AttentionSpec, BlockLists, head_groups, psa_attention
 from psa_kernels.layout import make_layout
@@ -28,26 +28,16 @@ def random_lists(batch, heads, query_blocks, key_blocks, levels):
 def random_case(seed):
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    head_dim, block_key = chance.choice([64, 128]), chance.choice([32, 64, 128])
-    fitting = [factor for factor in (1, 2, 4, 8, 16) if block_key // factor >= 8]
-    levels = sorted(chance.sample(fitting, chance.randint(1, len(fitting))))
-    spec = AttentionSpec(
-        block_query=128,
-        block_key=block_key,
-        levels=tuple(levels),
-        thresholds=tuple(i / len(levels) for i in range(1, len(levels) + 1)),
-    )
-    before, after = chance.choice([(0, 0), (0, 0), (226, 0), (0, 77), (5, 300), (64, 128)])
-    video = chance.choice([chance.randint(1, 3000), 128 * chance.randint(2, 10)])
-    keys = chance.choice([video, chance.randint(1, 3000)])
-    permutation = torch.randperm(video, device="cuda") if keys == video and chance.random() < 0.5 else None
+    head_dim, spec, before, after, video, keys, permutation = random_call(chance)
     dtype = chance.choice([torch.bfloat16, torch.bfloat16, torch.float16])
     batch, heads, gap = chance.choice([1, 2]), chance.choice([1, 3]), chance.choice([0, 8])
     q, k, v = (
         (1.5 * torch.randn(batch, n + before + after, heads, head_dim + gap, device="cuda")).to(dtype)[..., :head_dim]
         for n in (video, keys, keys)
     )
-    lists = random_lists(batch, heads, math.ceil(video / spec.block_query), math.ceil(keys / block_key), len(levels))
+    lists = random_lists(
+        batch, heads, math.ceil(video / spec.block_query), math.ceil(keys / spec.block_key), len(spec.levels)
+    )
     return q, k, v, spec, lists, {"text_before": before, "text_after": after, "permutation": permutation}
 
 

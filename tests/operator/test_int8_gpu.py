@@ -14,7 +14,7 @@ from dataclasses import replace
 import not_finite
 import pytest
 import torch
-from gpu_checks import poison_free_memory, relative_error
+from gpu_checks import poison_free_memory, random_call, relative_error
 
 from psa_kernels import AttentionSpec, BlockLists, head_groups, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
@@ -60,6 +60,17 @@ def errors(q, k, v, spec, lists, **options):
     return relative_error(found, defined), relative_error(portable, exact), relative_error(defined, exact)
 
 
+def errors_of_all(q, k, v, spec, lists):
+    """Relative errors against exact attention: of the kernel, of the portable one in bfloat16, of the definition."""
+    wide = [x.double() for x in (q, k, v)]
+    exact, defined = (
+        psa_attention(*wide, which, lists=lists, implementation="reference") for which in (spec, int8(spec))
+    )
+    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton")
+    found = psa_attention(q, k, v, int8(spec), lists=lists, implementation="hopper")
+    return [relative_error(x, exact) for x in (found, portable, defined)]
+
+
 def all_at(level, levels, q, k, spec, text=0):
     blocks = math.ceil((q.shape[1] - text) / spec.block_query), math.ceil((k.shape[1] - text) / spec.block_key)
     chosen = torch.full((q.shape[0], q.shape[2], *blocks), level, device="cuda")
@@ -78,15 +89,7 @@ def test_dense_calls_are_the_definition_to_rounding(tokens, head_dim):
 def random_case(seed):
     chance = random.Random(seed)
     torch.manual_seed(seed)
-    head_dim, block_key = chance.choice([64, 128]), chance.choice([32, 64, 128])
-    fitting = [factor for factor in (1, 2, 4, 8, 16) if block_key // factor >= 8]
-    levels = sorted(chance.sample(fitting, chance.randint(1, len(fitting))))
-    thresholds = tuple(i / len(levels) for i in range(1, len(levels) + 1))
-    spec = AttentionSpec(block_key=block_key, levels=tuple(levels), thresholds=thresholds)
-    before, after = chance.choice([(0, 0), (0, 0), (226, 0), (0, 77), (5, 300), (64, 128)])
-    video = chance.choice([chance.randint(1, 3000), 128 * chance.randint(2, 10)])
-    keys = chance.choice([video, chance.randint(1, 3000)])
-    permutation = torch.randperm(video, device="cuda") if keys == video and chance.random() < 0.5 else None
+    head_dim, spec, before, after, video, keys, permutation = random_call(chance)
     shape = chance.choice([1, 2]), chance.choice([1, 3]), head_dim
     q, k, v = tensors(shape, (video + before + after, keys + before + after), chance.choice([0, 8]))
     if keys % 16:
@@ -95,10 +98,10 @@ def random_case(seed):
         places = before + (places if keys == video else torch.arange(keys, device="cuda"))[-(keys % 16) :]
         k[:, places] = k[:, places[:1]]
     chosen = torch.randint(
-        0, len(levels) + 1, (*shape[:2], math.ceil(video / 128), math.ceil(keys / block_key)), device="cuda"
+        0, len(spec.levels) + 1, (*shape[:2], math.ceil(video / 128), math.ceil(keys / spec.block_key)), device="cuda"
     )
-    chosen[..., chance.randrange(chosen.shape[-1])] = chance.randrange(len(levels))
-    lists = BlockLists.from_levels(chosen, len(levels))
+    chosen[..., chance.randrange(chosen.shape[-1])] = chance.randrange(len(spec.levels))
+    lists = BlockLists.from_levels(chosen, len(spec.levels))
     return q, k, v, spec, lists, {"text_before": before, "text_after": after, "permutation": permutation}
 
 
@@ -117,16 +120,9 @@ def test_ordinary_keys_lose_no_more_than_the_definition_says(head_dim):
     k = k + 2 * torch.randn(2, head_dim, device="cuda")
     q, k, v = (x.bfloat16() for x in (q, k, v))
     lists = select_blocks(q, k, spec)
-    wide = [x.double() for x in (q, k, v)]
-    exact, defined = (
-        psa_attention(*wide, which, lists=lists, implementation="reference") for which in (spec, int8(spec))
-    )
-    found = psa_attention(q, k, v, int8(spec), lists=lists, implementation="hopper")
-    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton")
-    rounding, allowed = relative_error(portable, exact), relative_error(defined, exact)
-    print(f"relative error: bfloat16 {rounding:.2e}, integers by definition {allowed:.2e}, found", end=" ")
-    print(f"{relative_error(found, exact):.2e}")
-    assert relative_error(found, exact) <= math.hypot(1.4 * rounding, 1.25 * allowed)
+    found, rounding, allowed = errors_of_all(q, k, v, spec, lists)
+    print(f"relative error: bfloat16 {rounding:.2e}, integers by definition {allowed:.2e}, found {found:.2e}")
+    assert found <= math.hypot(1.4 * rounding, 1.25 * allowed)
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
@@ -209,13 +205,9 @@ def test_tiles_that_run_over_are_computed_natively(name, monkeypatch):
     q, k, v = hostile_inputs(name)
     spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
     lists = BlockLists.from_levels(torch.randint(0, 4, (1, 2, 32, 64), device="cuda"), 3)
-    exact = psa_attention(*(x.double() for x in (q, k, v)), spec, lists=lists, implementation="reference")
-    defined = psa_attention(*(x.double() for x in (q, k, v)), int8(spec), lists=lists, implementation="reference")
-    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton")
-    found = psa_attention(q, k, v, int8(spec), lists=lists, implementation="hopper")
+    found, rounding, allowed = errors_of_all(q, k, v, spec, lists)
     # Some tiles are native, some are not.
-    allowed = math.hypot(1.4 * relative_error(portable, exact), 1.25 * relative_error(defined, exact))
-    assert relative_error(found, exact) <= allowed
+    assert found <= math.hypot(1.4 * rounding, 1.25 * allowed)
     monkeypatch.setattr(hopper.portable, "launch", lambda *_, **__: None)
     assert not psa_attention(q, k, v, int8(spec), lists=lists, implementation="hopper").isfinite().all()
 
@@ -225,12 +217,8 @@ def test_hostile_inputs_lose_no_more_than_the_definition_says(name):
     q, k, v = hostile_inputs(name)
     spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
     lists = BlockLists.from_levels(torch.randint(0, 4, (1, 2, 32, 64), device="cuda"), 3)
-    exact = psa_attention(*(x.double() for x in (q, k, v)), spec, lists=lists, implementation="reference")
-    defined = psa_attention(*(x.double() for x in (q, k, v)), int8(spec), lists=lists, implementation="reference")
-    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton")
-    found = psa_attention(q, k, v, int8(spec), lists=lists, implementation="hopper")
-    allowed = math.hypot(1.4 * relative_error(portable, exact), 1.25 * relative_error(defined, exact))
-    assert relative_error(found, exact) <= allowed
+    found, rounding, allowed = errors_of_all(q, k, v, spec, lists)
+    assert found <= math.hypot(1.4 * rounding, 1.25 * allowed)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "minus-inf"])
