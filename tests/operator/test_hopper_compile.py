@@ -25,7 +25,7 @@ TYPES = {"scale": "fp32", "lse_ptr": "*fp32", "ids_ptr": "*i16", "factors_ptr": 
 POINTERS_TO_INTS = ("counts_ptr", "permutation", "counter_ptr", "redo_ptr")
 CASES = [
     # head_dim, block_key, levels, dtype, further constants
-    (128, 64, (1, 2, 4), "bf16", {}),
+    (128, 64, (1, 2, 4), "bf16", {"IN_STEP": True}),
     (64, 64, (1, 2, 4), "bf16", {"TEXT": True}),
     (128, 128, (1, 2, 4, 8), "fp16", {"PERMUTED": True, "STORE_LSE": True}),
     (128, 64, (1, 2, 4), "fp16", {}),
@@ -48,6 +48,7 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants, int8=False):
         "PERMUTED": False,
         "STORE_LSE": False,
         "ONLINE": dtype == "fp16",
+        "IN_STEP": False,
         **pipeline(head_dim),
         **constants,
     }

@@ -109,6 +109,40 @@ def test_log_sum_exp(head_dim, dtype):
     assert (lse - logits.logsumexp(-1)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["rows of unequal length", "rows of equal length"])
+def test_waiting_for_other_programs_changes_nothing(given, monkeypatch):
+    """With 8 items a program, and heads that the cache would hold."""
+    from psa_kernels.sparse import hopper
+
+    tokens, heads, spec = 5000, 27, AttentionSpec()
+    q, k, v = (torch.randn(1, tokens, heads, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    blocks = math.ceil(tokens / 128), math.ceil(tokens / 64)
+    call = {"lists": random_lists(1, heads, *blocks, 3) if given else None, "implementation": "hopper"}
+    found = []
+    for waits in (False, True):
+        monkeypatch.setattr(hopper, "keeps_in_step", lambda *_, waits=waits: waits)
+        poison_free_memory()
+        found.append(psa_attention(q, k, v, spec, **call))
+    assert torch.isfinite(found[0]).all() and torch.equal(*found)
+
+
+def test_a_program_does_not_wait_for_ever():
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    from psa_kernels.sparse.hopper_step import wait_for_others
+
+    @gluon.jit
+    def wait(counter_ptr, left_ptr):
+        gl.store(left_ptr, wait_for_others(counter_ptr, 50, 1000, 200))
+
+    for reported, left in ((45, 0), (46, 200)):  # Four are not waited for.
+        counter = torch.full((1,), reported, dtype=torch.int32, device="cuda")
+        found = torch.full((1,), -1, dtype=torch.int32, device="cuda")
+        wait[(1,)](counter, found, num_warps=1)
+        assert found.item() == left
+
+
 def hostile_inputs(name):
     """Queries and keys whose later blocks exceed the first ones by more than any exponent holds."""
     tokens, heads, head_dim = 4096, 2, 128

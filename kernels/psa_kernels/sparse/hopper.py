@@ -47,8 +47,8 @@ def sparse_attention(
     items = triton.cdiv(layout.video_queries, TILE_M.value) * batch * heads
     # In half precision, weights relative to any but the largest logit could overflow.
     online = q.dtype == torch.float16
-    counters = torch.zeros(1 + items, dtype=torch.int32, device=q.device)
-    redo = counters[1:]
+    counters = torch.zeros(2 + items, dtype=torch.int32, device=q.device)
+    redo = counters[2:]
     queries, factors = q, None
     keys = _row_views(pyramid.source_keys, pyramid.keys, pyramid, layout, spec)
     if integers is not None:
@@ -72,6 +72,7 @@ def sparse_attention(
         "PERMUTED": permutation is not None,
         "STORE_LSE": lse is not None,
         "ONLINE": online,
+        "IN_STEP": keeps_in_step(layout, spec, pyramid.source_keys),
         "num_warps": 4,
         **pipeline(head_dim),
     }
@@ -92,6 +93,14 @@ def pipeline(head_dim: int) -> dict[str, int | bool]:
     As many tiles as fit shared memory do not pay. Turns pay where products are as short as exponentials.
     """
     return {"STAGES": 2 if head_dim == 128 else 4, "QUERY_SLOTS": 2, "TURNS": head_dim == 64}
+
+
+def keeps_in_step(layout: TokenLayout, spec: AttentionSpec, keys: torch.Tensor) -> bool:
+    """Whether a head has more rows than both halves of the cache can hold, and all lists are as long as each other."""
+    rows = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
+    head_bytes = 2 * rows * keys.shape[3] * keys.element_size()
+    cache = torch.cuda.get_device_properties(keys.device).L2_cache_size
+    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache // 2
 
 
 def quantise_rows(

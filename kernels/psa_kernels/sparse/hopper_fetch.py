@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from psa_kernels.sparse.hopper_plan import plan_tiles, run_ends
+from psa_kernels.sparse.hopper_step import MOST_LOOKS, report_nearly_done, wait_for_others
 from psa_kernels.sparse.hopper_tiles import (
     TILE_M,
     TILE_N,
@@ -26,7 +27,8 @@ from psa_kernels.sparse.hopper_tiles import (
 def fetch_queries(
     schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation, stride_qb,
     stride_qn, stride_qh, query_tokens, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
-    FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, QUERY_SLOTS: gl.constexpr,
+    FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, IN_STEP: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr,
 ):  # fmt: skip
     """One warp: announce items, gather their queries, perhaps permuted, and plan the tiles of their lists."""
     ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
@@ -37,6 +39,7 @@ def fetch_queries(
     layout: gl.constexpr = gl.BlockedLayout([1, UNIT], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     place = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    patience = gl.to_tensor(MOST_LOOKS)
     done = gl.to_tensor(0)
     item = announce_item(schedule, done)
     while item < items:
@@ -55,6 +58,7 @@ def fetch_queries(
             async_copy.async_copy_global_to_shared(
                 half.slice(part * ROWS % 64, ROWS, dim=0),
                 base + token.to(gl.int64)[:, None] * stride_qn * UNIT + dims[None, :],
+                eviction_policy="evict_first",
             )
         async_copy.commit_group()
         if factors_ptr is not None:
@@ -69,6 +73,8 @@ def fetch_queries(
         plan_tiles(plans, biases, slot, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
         async_copy.wait_group(0)
         fence_async_shared()
+        if IN_STEP:
+            patience = wait_for_others(schedule[3] + 1, done, items, patience)
         mbarrier.arrive(q_full.index(slot), count=1)
         done += 1
         item = announce_item(schedule, done)
@@ -90,9 +96,12 @@ def load_factors(pointer, factors, slot, query_tile, video_queries, text_before,
 @gluon.jit
 def fetch_rows(
     schedule, rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr,
-    BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, REPORTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile."""
+    """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile.
+
+    REPORTS: tell the other programs when the last level is begun.
+    """
     ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
     tile = gl.to_tensor(0)
     done = gl.to_tensor(0)
@@ -113,6 +122,8 @@ def fetch_rows(
                         place += BLOCK_KEY
                         tile, place = tile + (place >> log2_of(TILE_N)), place & (TILE_N - 1)
         for level in gl.static_range(len(FACTORS)):
+            if REPORTS and level == len(FACTORS) - 1:
+                report_nearly_done(schedule[3] + 1)
             count = gl.load(counts_ptr + row * len(FACTORS) + level)
             tile, place = copy_run(
                 rows[2 + level], batch, head, ids, count, tiles, full, empty, tile, place,

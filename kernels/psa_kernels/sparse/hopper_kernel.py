@@ -50,7 +50,7 @@ def attention_kernel(
     stride_qh, stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before,
     text_after, query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
-    STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
+    IN_STEP: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
@@ -59,11 +59,12 @@ def attention_kernel(
         factors_ptr: None, or float32 `[B, H, Nq]`: by what the products of each query of integers are multiplied.
         k_*, v_*: descriptors `[B, H, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, columns of
             a panel]`; keys have the type of the queries.
-        counter_ptr: int32, 0: the number of items that were taken.
+        counter_ptr: int32 `[2]`, 0: the number of items that were taken, and of those that are nearly done.
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
         stride_q*: in units of 16 bytes, which tells the compiler how far it may widen its reads.
         scale: by what all products are multiplied where there is no `factors_ptr`.
         ONLINE: keep a running row maximum instead of that of the first tile.
+        IN_STEP: let programs wait for each other. Their items should take equally long.
         TURNS: let the two warpgroups issue products in turns, and release keys and values at once.
     """
     key_type: gl.constexpr = q_ptr.dtype.element_ty
@@ -130,17 +131,17 @@ def attention_kernel(
                 fetch_queries,
                 (schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation,
                  stride_qb, stride_qn, stride_qh, query_tokens, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
-                 TEXT, PERMUTED, QUERY_SLOTS),
+                 TEXT, PERMUTED, IN_STEP, QUERY_SLOTS),
             ),
             (
                 fetch_rows,
                 (schedule, k_rows, k_tiles, k_full, k_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 STAGES),
+                 IN_STEP, STAGES),
             ),
             (
                 fetch_rows,
                 (schedule, v_rows, v_tiles, v_full, v_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 STAGES),
+                 False, STAGES),
             ),
         ],
         [4, 1, 1, 1],
@@ -275,6 +276,7 @@ def consume(
             out_head + token.to(gl.int64)[:, None] * stride_on + dims[None, :],
             (accumulator * (1.0 / sums)[:, None]).to(dtype),
             mask=real[:, None],
+            eviction_policy="evict_first",
         )
         if STORE_LSE:
             LN_2: gl.constexpr = 0.6931471805599453
