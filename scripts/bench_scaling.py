@@ -151,7 +151,7 @@ def worst_error(
 
 
 def _timed(case: Case, q: torch.Tensor, options: argparse.Namespace) -> Iterator[Row]:
-    workload = Workload("", q.shape[2], q.shape[3], q.shape[1])
+    workload = Workload("", q.shape[2], q.shape[3], (1, 1, q.shape[1]))
     timer = measure if q.is_cuda else _wall_clock
     for row in rows_of(case, workload, options.repeats, timer):
         del row["workload"], row["stage"]

@@ -55,7 +55,7 @@ def test_what_the_naive_kernel_does_not_take() -> None:
 
 
 def test_the_benchmark_compares_before_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    toy = Workload("toy", heads=1, head_dim=16, video=100)
+    toy = Workload("toy", heads=1, head_dim=16, grid=(1, 10, 10))
     timed = []
     monkeypatch.setattr(timing, "measure", lambda call, repeats: (float(timed.append(call) or len(timed)), 0.0))
     names = ["psa-3", "all 8-fold"]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from operator_bench import peers, plot, tables, timing  # noqa: E402
 from operator_bench.workloads import WORKLOADS, Case, Workload  # noqa: E402
 
-TOY = Workload("toy", heads=2, head_dim=64, video=1000, text=24)
+TOY = Workload("toy", heads=2, head_dim=64, grid=(10, 10, 10), text=24)
 
 
 def _row(method: str, density: float, stage: str, ms: float, tflops: float | None = None) -> dict:

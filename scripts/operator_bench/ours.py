@@ -1,4 +1,7 @@
-"""The operator and its stages, by the portable kernels and the one for Hopper, or by the latter in two precisions."""
+"""The operator and its stages, by the portable kernels and the one for Hopper, or by the latter in two precisions.
+
+Tokens are in raster order; `psa-hopper-hilbert` is the whole operator with those of the video along a Hilbert curve.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from functools import partial
 import torch
 from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
 
+from psa_diffusers.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats, Importance, psa_attention
 from psa_kernels.implementations import why_not_hopper
 from psa_kernels.layout import make_layout
@@ -96,3 +100,6 @@ def _stages(
             implementation=name.removesuffix("-int8"),
         )  # fmt: skip
         yield Case(method, density, "total", whole)
+        if name == "hopper" and not int8:
+            permutation = token_permutation("hilbert", workload.grid).to(q.device)
+            yield Case(("psa-hopper-hilbert",), density, "total", partial(whole, permutation=permutation))

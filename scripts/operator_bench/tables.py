@@ -11,7 +11,18 @@ Row = dict[str, Any]
 
 DENSITIES = (1.0, *THRESHOLDS)
 INT8 = "psa-hopper-int8"
-METHODS = ("sdpa-fa2", "sdpa-cudnn", "fa3", "flex", "sol-attn", "psa-authors", "psa-triton", "psa-hopper", INT8)
+METHODS = (
+    "sdpa-fa2",
+    "sdpa-cudnn",
+    "fa3",
+    "flex",
+    "sol-attn",
+    "psa-authors",
+    "psa-triton",
+    "psa-hopper",
+    "psa-hopper-hilbert",
+    INT8,
+)
 DENSE = ("sdpa-fa2", "sdpa-cudnn", "fa3")
 STAGES = ("pyramid", "importance", "prices", "allocation", "quantise", "attention", "total")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -9,13 +10,20 @@ from functools import cache
 
 @dataclass(frozen=True)
 class Workload:
-    """One self-attention call: `heads` heads of `head_dim`, video tokens and then text tokens."""
+    """One self-attention call: `heads` heads of `head_dim`, video tokens and then text tokens.
+
+    The grid has the video tokens along frames, height and width.
+    """
 
     name: str
     heads: int
     head_dim: int
-    video: int
+    grid: tuple[int, int, int]
     text: int = 0
+
+    @property
+    def video(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def tokens(self) -> int:
@@ -27,10 +35,10 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload("wan2.1-1.3b-480p", 12, 128, 32_760),
-    Workload("wan2.1-14b-720p", 40, 128, 75_600),
-    Workload("hunyuanvideo-720p", 24, 128, 118_800, 256),
-    Workload("cogvideox-5b", 48, 64, 17_550, 226),
+    Workload("wan2.1-1.3b-480p", 12, 128, (21, 30, 52)),
+    Workload("wan2.1-14b-720p", 40, 128, (21, 45, 80)),
+    Workload("hunyuanvideo-720p", 24, 128, (33, 45, 80), 256),
+    Workload("cogvideox-5b", 48, 64, (13, 30, 45), 226),
 )
 LEVELS = (1, 2, 4)
 # Cumulative shares of key blocks, one a level. psa-3 has density 0.25; the others scale its shares.
