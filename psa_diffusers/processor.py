@@ -21,8 +21,10 @@ from psa_diffusers.masks import MaskRecorder
 from psa_diffusers.models import AttentionCall, find_family
 from psa_diffusers.parallel import Ulysses, share_of
 from psa_diffusers.presets import Preset, load_preset
+from psa_diffusers.reordering import Reordering
 from psa_diffusers.statistics import RunRecorder, RunStats
 from psa_diffusers.token_attention import TokenAttention
+from psa_diffusers.unreached import unreached
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 
@@ -53,6 +55,8 @@ class PSAProcessor:
     # Written by diffusers' set_attention_backend and enable_parallelism, where a processor has them.
     _attention_backend = None
     _parallel_config = None
+    # Whether tokens may be put into the order of the blocks for all layers at once, which changes no result.
+    reorders_tokens = True
 
     def __init__(
         self,
@@ -78,6 +82,10 @@ class PSAProcessor:
             layers += self._take_over(transformer, name, prefix)
         self._attention = TokenAttention(self._family, strict)
         self._share: Ulysses | None = None
+        self._reorderings = {
+            name: Reordering(transformer, self._family.token_path(transformer), self._attention.permutation)
+            for name, transformer in transformers.items()
+        }
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
         self._fallbacks = Fallbacks(self.presets, self._tracker, self._recorder, strict)
@@ -114,6 +122,8 @@ class PSAProcessor:
         self._tracker.detach()
         while self._hooks:
             self._hooks.pop().remove()
+        for reordering in self._reorderings.values():
+            reordering.detach()
         self._attention.clear()
         if self._family.text != "none" and any(parallel_config(found()) for found in self._transformers.values()):
             warnings.warn(
@@ -184,17 +194,19 @@ class PSAProcessor:
         grid = None if at is None else at.grid
         self._share, obstacle = share_of(transformer, self._family, grid)
         always_ours = not self._family.stock_traceable or (self._share is not None and self._family.text != "none")
-        patched: set[str] = set()
+        (which,) = (name for name, found in self._transformers.items() if found() is transformer)
+        orders = set()
         for attn, site in self._sites.items():
             if attn.processor is self:
-                patched |= {site.transformer} if site.layer is not None else set()
                 compiled.publish(attn, site)
                 self._hand_on(site)
-            if site.layer is not None and self._transformers[site.transformer]() is transformer:
+            if site.layer is not None and site.transformer == which:
                 site.sparse, site.reason = self._fallbacks.foresee(site.layer, obstacle)
                 site.ours = site.sparse or always_ours
-                self._look_for_replaced(attn, site)
-        self._look_for_unpatched(transformer, patched)
+                orders |= {site.layer.order} if site.sparse and attn.processor is self else set()
+        for layers, reason in unreached(self._sites.items(), which, PSAProcessor):
+            self._fallbacks.note_unreached(layers, reason)
+        self._reorderings[which].begin(orders if self.reorders_tokens else (), at)
         self._guard.before_forward(transformer, shared=parallel_config(transformer) is not None)
 
     def _hand_on(self, site: Site) -> None:
@@ -209,32 +221,6 @@ class PSAProcessor:
         for name, value in (("_attention_backend", self._attention_backend), ("_parallel_config", config)):
             if value is not None and hasattr(site.original, name):
                 setattr(site.original, name, value)
-
-    def _look_for_replaced(self, attn: torch.nn.Module, site: Site) -> None:
-        """Notice a processor that something else has set since, as CogVideoX's `fuse_qkv_projections` does."""
-        processor = attn.processor
-        if isinstance(processor, PSAProcessor) or processor is site.original:
-            return
-        reason = (
-            f"another processor, {type(processor).__name__}, replaced PSAProcessor; patch again after such a change"
-        )
-        self._fallbacks.note_unreached([site.layer], reason)
-
-    def _look_for_unpatched(self, transformer: torch.nn.Module, patched: set[str]) -> None:
-        """Notice the expert of two that was left out, as `pipe.transformer.set_attn_processor` does with the second."""
-        (which,) = (name for name, found in self._transformers.items() if found() is transformer)
-        left_out = [
-            site.layer
-            for attn, site in self._sites.items()
-            if site.layer is not None and site.transformer == which and attn.processor is site.original
-        ]
-        if which in patched or not patched or not left_out:
-            return
-        reason = (
-            f"pipe.{which} was not patched; call pipe.{which}.set_attn_processor(processor) with the same "
-            "PSAProcessor, or patch both experts with apply_psa(pipe)"
-        )
-        self._fallbacks.note_unreached(left_out, reason)
 
     def _is_sparse(self, site: Site, call: AttentionCall) -> bool:
         """Decide about one call of a layer, and note it if it is dense."""
@@ -268,7 +254,8 @@ class PSAProcessor:
         self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
-        head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
+        in_order = self._reorderings[layer.transformer].holds()
+        head, tail, stats = self._attention.sparse(layer, at, q, k, v, call, in_order)
         if self._guard.looks_closer and not all_finite(head, tail):
             return self._attend_again(layer, q, k, v, call)
         for figures in stats:

@@ -57,12 +57,23 @@ class TokenAttention:
         return None
 
     def sparse(
-        self, layer: Layer, at: DenoisingStep, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
+        self,
+        layer: Layer,
+        at: DenoisingStep,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: AttentionCall,
+        in_order: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
-        """Sparse attention of a call without `obstacle`, and its statistics."""
+        """Sparse attention of a call without `obstacle`, and its statistics.
+
+        Args:
+            in_order: whether video tokens already are in the order of the layer's blocks.
+        """
         after = self._text_after(call)
         before = q.shape[1] - math.prod(at.grid) - after
-        permutation = self._permutation(layer.order, at.grid, q.device)
+        permutation = None if in_order else self.permutation(layer.order, at.grid, q.device)
         fits = (q.shape[0], q.shape[2:], q.device, at.grid)
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:
@@ -120,8 +131,8 @@ class TokenAttention:
             return None
         return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
 
-    def _permutation(self, order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
-        """A layer's token order on a device; only the last few are kept."""
+    def permutation(self, order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
+        """A token order of a grid on a device, None for raster; only the last few are kept."""
         if order.order == "raster":
             return None
         key = (order, grid, device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from psa_diffusers.models.allegro import Allegro
 from psa_diffusers.models.cogvideox import CogVideoX
-from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily, TokenPath
 from psa_diffusers.models.framepack import Framepack
 from psa_diffusers.models.hunyuan_video import HunyuanVideo
 from psa_diffusers.models.hunyuan_video15 import HunyuanVideo15
@@ -15,7 +15,15 @@ from psa_diffusers.models.mochi import Mochi
 from psa_diffusers.models.skyreels_v2 import SkyReelsV2
 from psa_diffusers.models.wan import Wan
 
-__all__ = ["FAMILIES", "AttentionCall", "DenseOnlyError", "ModelFamily", "UnsupportedModelError", "find_family"]
+__all__ = [
+    "FAMILIES",
+    "AttentionCall",
+    "DenseOnlyError",
+    "ModelFamily",
+    "TokenPath",
+    "UnsupportedModelError",
+    "find_family",
+]
 
 FAMILIES: tuple[type[ModelFamily], ...] = (
     Wan,

@@ -38,6 +38,25 @@ class AttentionCall:
         return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
 
+@dataclass(frozen=True)
+class TokenPath:
+    """Names of the modules of a transformer where its video tokens come into being and where they end.
+
+    Attributes:
+        tables: gives the rotary tables, a tuple of tensors, before `entry` is called.
+        tables_dim: their dimension along the tokens.
+        entry: gives the tokens, `[B, C, F, H, W]` or `[B, N, C]`.
+        exit: gives `[B, N, P]`, after all layers.
+        timesteps: None, or what is called after `entry` with a timestep a sample, or one a token, as first argument.
+    """
+
+    tables: str
+    tables_dim: int
+    entry: str
+    exit: str
+    timesteps: str | None = None
+
+
 class ModelFamily(ABC):
     """One architecture; nothing is instantiated.
 
@@ -100,6 +119,14 @@ class ModelFamily(ABC):
         """
         if call.attention_mask is not None:
             raise DenseOnlyError("the layer was given an attention mask")
+        return None
+
+    @staticmethod
+    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
+        """Where the tokens could be put into another order for all layers; None if a layer reorders them for itself.
+
+        Between the two ends nothing but attention and its rotary tables may tell one token's place from another's.
+        """
         return None
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.diffusers_internals import gather, split
-from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.models.family import AttentionCall, DenseOnlyError, ModelFamily, TokenPath
 from psa_diffusers.models.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
 
 
@@ -70,9 +70,15 @@ class HunyuanVideo(ModelFamily):
         return mask[:, 0, 0, tokens:]
 
     @staticmethod
+    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
+        # Framepack and HunyuanVideo 1.5 have tokens of other embeddings beside those of the video.
+        if type(transformer).__name__ != "HunyuanVideoTransformer3DModel" or _treats_first_frame_apart(transformer):
+            return None
+        return TokenPath("rope", 0, "x_embedder", "proj_out")
+
+    @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
-        # Blocks of this kind of image to video treat their first tokens apart, as those of the first frame.
-        if getattr(transformer.config, "image_condition_type", None) == "token_replace":
+        if _treats_first_frame_apart(transformer):
             return None
         tables = split(0, 2, output=True)
         return {
@@ -80,3 +86,8 @@ class HunyuanVideo(ModelFamily):
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
+
+
+def _treats_first_frame_apart(transformer: torch.nn.Module) -> bool:
+    """Whether blocks know the tokens of the first frame as the first ones, as in one kind of image to video."""
+    return getattr(transformer.config, "image_condition_type", None) == "token_replace"
