@@ -34,6 +34,8 @@ from psa_diffusers.models import find_family
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "one forward of a whole transformer, random weights, medians"
 METHODS = (*DENSE, "psa")
+# psa-3 where each layer puts tokens into the order of the blocks for itself, and psa-3 in raster order.
+BY_LAYER, RASTER = "psa-by-layer", "psa-raster"
 DENSITIES = (0.25, 0.15, 0.10)
 
 
@@ -54,6 +56,11 @@ def main() -> None:
     publish(WHAT, rows, options.output, device=machine.device)
 
 
+def is_sparse(method: str) -> bool:
+    """Whether a method is ours, and has a density."""
+    return method in ("psa", BY_LAYER, RASTER)
+
+
 def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
     """Rows of all methods on one workload."""
     torch.manual_seed(0)
@@ -63,16 +70,19 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
     print(f"# {workload.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
     kept_error: dict[str, float | None] = {}
-    if "psa" in (options.method or METHODS):
+    if any(map(is_sparse, options.method or METHODS)):
         error, reason = attempt(lambda: block_error(transformer, inputs, machine), machine)
         kept_error = {"kept_error": error}
         found = f"differs from dense by {error:.1e}" if reason is None else f"could not be compared: {reason}"
         print(f"# {workload.name}: a block that keeps everything {found}", flush=True)
     for compiled in options.compiled:
         for method in options.method or METHODS:
-            for density in options.density or DENSITIES if method == "psa" else (1.0,):
+            for density in options.density or DENSITIES if is_sparse(method) else (1.0,):
                 row = {"workload": workload.name, "method": method, "density": density, "compiled": compiled}
-                row |= {"branches": workload.branches, **({"asked": density, **kept_error} if method == "psa" else {})}
+                row |= {
+                    "branches": workload.branches,
+                    **({"asked": density, **kept_error} if is_sparse(method) else {}),
+                }
                 figures, reason = attempt(
                     lambda method=method, density=density, compiled=compiled: run(
                         transformer, inputs, method, density, compiled, options.repeats, machine
@@ -115,10 +125,13 @@ def run(
         raise ValueError("fa3 takes no mask, but some of the text is padding")
     pipe = OneStep(transformer)
     processor = None
-    with DENSE[method]() if method != "psa" else nullcontext(), torch.no_grad():
+    with nullcontext() if is_sparse(method) else DENSE[method](), torch.no_grad():
         try:
-            if method == "psa":
-                processor = PSAProcessor(pipe, scaled_preset(machine, density), strict=True)
+            if is_sparse(method):
+                preset = scaled_preset(machine, density)
+                preset = preset.model_copy(update={"order": "raster"}) if method == RASTER else preset
+                processor = PSAProcessor(pipe, preset, strict=True)
+                processor.reorders_tokens = method != BY_LAYER
                 processor.install()
             if compiled:
                 compile_blocks(transformer, machine.backend)
@@ -214,9 +227,11 @@ def project(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "ms" not in row:
             continue
         beside = [
-            other["ms"] for other in rows if other["method"] != "psa" and "ms" in other and _case(other) == _case(row)
+            other["ms"]
+            for other in rows
+            if not is_sparse(other["method"]) and "ms" in other and _case(other) == _case(row)
         ]
-        dense = row["ms"] if row["method"] != "psa" else min(beside, default=None)
+        dense = min(beside, default=None) if is_sparse(row["method"]) else row["ms"]
         if dense is not None:
             step = dense_steps * dense + (STEPS - dense_steps) * row["ms"]
             row["run_50_steps_s"] = round(step * row["branches"] / 1000, 1)
@@ -256,7 +271,7 @@ def _case(row: dict[str, Any]) -> tuple[str, bool]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: all")
-    parser.add_argument("--method", nargs="+", choices=METHODS, help="default: all")
+    parser.add_argument("--method", nargs="+", choices=(*METHODS, BY_LAYER, RASTER), help=f"default: {METHODS}")
     parser.add_argument("--density", nargs="+", type=float, help=f"of psa; default: {DENSITIES}")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--compiled", dest="compiled", action="store_const", const=(True,), help="compiled blocks only")
