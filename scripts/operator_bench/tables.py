@@ -82,6 +82,8 @@ def stage_table(rows: list[Row]) -> str:
             found.setdefault(key, {})[row["stage"]] = row
     body = []
     for (workload, density, method), stages in found.items():
+        if "attention" not in stages:
+            continue
         times = [f"{stages[stage]['ms']:.3f}" if stage in stages else "" for stage in STAGES]
         tflops = f"{stages['attention']['tflops']:.0f}" if "attention" in stages else ""
         extra = f"{stages['total']['extra_gib']:.2f}" if "total" in stages else ""
