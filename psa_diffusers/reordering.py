@@ -4,7 +4,8 @@ All that a transformer does to its tokens between their embedding and the output
 attention looks at several, and where they stand is told by the rotary tables. So tokens and tables are put into the
 order of the blocks where they come into being, and the output back into the order of the video. That is done where all
 sparse layers of the forward want the same order, and where nothing could notice the other one: no cache that compares
-or adds what it kept of another step, no other rank, no forward of another's, no graph that the hooks would end in.
+or adds what it kept of another step, no other rank, no forward or hook of another's, no graph that the hooks would end
+in.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class Reordering:
             return False
         if any(_is_compiled(module) for module in (transformer, *self._modules())):
             return False
+        self.detach()
+        if any(_has_hooks(module) for module in transformer.modules() if module is not transformer):
+            return False
         return not keeps_state_between_forwards(transformer)
 
     def _modules(self) -> list[torch.nn.Module]:
@@ -166,6 +170,11 @@ class Reordering:
                 "part, as something calls its modules in another way than diffusers does; use a preset with "
                 "`order: raster`"
             )
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Whether somebody sees, or changes, what goes through a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
