@@ -82,10 +82,6 @@ class PSAProcessor:
             layers += self._take_over(transformer, name, prefix)
         self._attention = TokenAttention(self._family, strict)
         self._share: Ulysses | None = None
-        self._reorderings = {
-            name: Reordering(transformer, self._family.token_path(transformer), self._attention.permutation)
-            for name, transformer in transformers.items()
-        }
         self._recorder = RunRecorder(layers)
         self._tracker = DenoisingTracker(pipe, self._family.token_grid)
         self._fallbacks = Fallbacks(self.presets, self._tracker, self._recorder, strict)
@@ -97,6 +93,10 @@ class PSAProcessor:
             self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
             watch = {"prepend": True, "with_kwargs": True}
             self._hooks.append(transformer.register_forward_hook(self._guard.after_forward, **watch))
+        self._reorderings = {
+            name: Reordering(transformer, self._family.token_path(transformer), self._attention.permutation)
+            for name, transformer in transformers.items()
+        }
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
@@ -123,7 +123,7 @@ class PSAProcessor:
         while self._hooks:
             self._hooks.pop().remove()
         for reordering in self._reorderings.values():
-            reordering.detach()
+            reordering.end()
         self._attention.clear()
         if self._family.text != "none" and any(parallel_config(found()) for found in self._transformers.values()):
             warnings.warn(

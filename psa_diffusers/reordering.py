@@ -10,6 +10,7 @@ in.
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Collection
@@ -45,6 +46,11 @@ class Reordering:
         self._wanted: tuple[TokenOrder, Grid] | None = None
         self._batch = 0
         self._tables_moved = self._tokens_moved = False
+        self._argument_handle = None
+        if path is not None and path.argument:
+            # From the start: a hook that is set in another one, as the others are, is not called in the same forward.
+            hook = self._move_argument
+            self._argument_handle = transformer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def begin(self, orders: Collection[TokenOrder], at: DenoisingStep | None) -> None:
         """Decide about the forward that begins now.
@@ -75,12 +81,17 @@ class Reordering:
         self._check(self._tables_moved == self._tokens_moved)
         return self._tokens_moved
 
-    def detach(self) -> None:
-        """Remove the hooks."""
+    def end(self) -> None:
+        """Remove all hooks."""
+        self._detach()
+        self._wanted = None
+        if self._argument_handle is not None:
+            self._argument_handle.remove()
+
+    def _detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
         self._hooked = []
-        self._wanted = None
 
     def _would_go_unnoticed(self) -> bool:
         transformer = self._transformer()
@@ -88,29 +99,31 @@ class Reordering:
             return False
         if any(_is_compiled(module) for module in (transformer, *self._modules())):
             return False
-        self.detach()
+        self._detach()
         if any(_has_hooks(module) for module in transformer.modules() if module is not transformer):
             return False
         return not keeps_state_between_forwards(transformer)
 
     def _modules(self) -> list[torch.nn.Module]:
-        """Where tables, tokens and output come from, and what is told the timesteps if that is one a token."""
+        """Where tokens and output come from; what gives the tables, if that is one, and what is told the timesteps."""
         path = self._path
-        names = [path.tables, path.entry, path.exit, *([path.timesteps] if path.timesteps else [])]
-        return [self._transformer().get_submodule(name) for name in names]
+        names = (path.entry, path.exit, path.tables, path.timesteps)
+        return [self._transformer().get_submodule(name) for name in names if name]
 
     def _attach(self) -> None:
         """Set the hooks, anew if a module was replaced by another since, as LoRA does."""
         modules = self._modules()
         if [found() for found in self._hooked] == modules:
             return
-        self.detach()
-        tables, entry, exit_, *timesteps = modules
+        self._detach()
+        entry, exit_, *others = modules
+        others = iter(others)
+        tables = [next(others)] if self._path.tables else []
         self._handles = [
-            tables.register_forward_hook(self._move_tables),
+            *(x.register_forward_hook(self._move_tables) for x in tables),
             entry.register_forward_hook(self._move_tokens),
             exit_.register_forward_hook(self._move_back),
-            *(x.register_forward_pre_hook(self._move_timesteps, with_kwargs=True) for x in timesteps),
+            *(x.register_forward_pre_hook(self._move_timesteps, with_kwargs=True) for x in others),
             self._transformer().register_forward_hook(self._after_forward, prepend=True),
         ]
         self._hooked = [weakref.ref(module) for module in modules]
@@ -122,6 +135,19 @@ class Reordering:
         return math.prod(self._wanted[1])
 
     # Inside a graph hooks do nothing: what they decide by would be compiled in.
+
+    def _move_argument(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
+        if torch.compiler.is_compiling() or self._wanted is None:
+            return None
+        name = self._path.argument
+        if name in list(inspect.signature(type(transformer).forward).parameters)[1 : 1 + len(args)]:
+            self._wanted = None
+            return None
+        if kwargs.get(name) is None:
+            self._tables_moved = True
+            return None
+        moved = self._move_tables(transformer, args, kwargs[name])
+        return None if moved is None else (args, {**kwargs, name: moved})
 
     def _move_tables(self, _: torch.nn.Module, args: tuple, output: Any) -> Any:
         if torch.compiler.is_compiling() or self._wanted is None:
@@ -138,10 +164,13 @@ class Reordering:
             return None
         is_volume = output.ndim == 5
         tokens = output.flatten(2).transpose(1, 2) if is_volume else output
-        self._check(tokens.shape[1] == self._tokens())
+        text = tokens.shape[1] - self._tokens()
+        self._check(text == 0 or (text > 0 and not is_volume))
         self._batch = len(tokens)
         self._tokens_moved = True
-        moved = tokens.index_select(1, self._permutation(tokens))
+        moved = tokens[:, text:].index_select(1, self._permutation(tokens))
+        if text:
+            return torch.cat([tokens[:, :text], moved], dim=1)
         return moved.transpose(1, 2).unflatten(2, output.shape[2:]) if is_volume else moved
 
     def _move_timesteps(self, _: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
@@ -156,7 +185,9 @@ class Reordering:
     def _move_back(self, _: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         if torch.compiler.is_compiling() or not self._tokens_moved:
             return None
-        self._tables_moved = self._tokens_moved = False
+        self._tokens_moved = False
+        # Should the finite guard compute the forward again, tables that were given come as they are now.
+        self._tables_moved = bool(self._path.argument)
         return torch.empty_like(output).index_copy_(1, self._permutation(output), output)
 
     def _after_forward(self, _: torch.nn.Module, args: tuple, output: Any) -> None:

@@ -40,20 +40,25 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class TokenPath:
-    """Names of the modules of a transformer where its video tokens come into being and where they end.
+    """Where the video tokens of a transformer come into being and where they end.
 
     Attributes:
-        tables: gives the rotary tables, a tuple of tensors, before `entry` is called.
-        tables_dim: their dimension along the tokens.
-        entry: gives the tokens, `[B, C, F, H, W]` or `[B, N, C]`.
-        exit: gives `[B, N, P]`, after all layers.
-        timesteps: None, or what is called after `entry` with a timestep a sample, or one a token, as first argument.
+        entry: name of the module that gives the tokens: `[B, C, F, H, W]`, or `[B, T + N, C]` with text before them.
+        exit: name of the module that gives `[B, N, P]`, after all layers.
+        tables: name of the module that gives the rotary tables, a tuple of tensors, before `entry` is called; None if
+            the transformer is given them.
+        argument: name of the transformer's argument that has the tables, or None for a model without, where no module
+            gives them.
+        tables_dim: dimension of the tables along the tokens.
+        timesteps: None, or name of the module that is called after `entry` with a timestep a sample, or one a token, as
+            its first argument.
     """
 
-    tables: str
-    tables_dim: int
     entry: str
     exit: str
+    tables: str | None = None
+    argument: str | None = None
+    tables_dim: int = 0
     timesteps: str | None = None
 
 

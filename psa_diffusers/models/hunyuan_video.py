@@ -74,7 +74,7 @@ class HunyuanVideo(ModelFamily):
         # Framepack and HunyuanVideo 1.5 have tokens of other embeddings beside those of the video.
         if type(transformer).__name__ != "HunyuanVideoTransformer3DModel" or _treats_first_frame_apart(transformer):
             return None
-        return TokenPath("rope", 0, "x_embedder", "proj_out")
+        return TokenPath("x_embedder", "proj_out", tables="rope")
 
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:

@@ -59,4 +59,4 @@ class Wan(ModelFamily):
         # VACE and Animate add tokens of other embeddings to those of the video.
         if type(transformer).__name__ != "WanTransformer3DModel":
             return None
-        return TokenPath("rope", 1, "patch_embedding", "proj_out", timesteps="condition_embedder")
+        return TokenPath("patch_embedding", "proj_out", tables="rope", tables_dim=1, timesteps="condition_embedder")
