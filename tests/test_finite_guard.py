@@ -48,8 +48,8 @@ def layer_dense_at(step):
     """What the spoiled run should equal: the same preset, but the layer dense at that step."""
     sparse = TokenAttention.sparse
 
-    def patched(self, layer, at, q, k, v, call):
-        head, tail, stats = sparse(self, layer, at, q, k, v, call)
+    def patched(self, layer, at, q, k, v, call, in_order):
+        head, tail, stats = sparse(self, layer, at, q, k, v, call, in_order)
         return (*self.dense(q, k, v, call), stats) if (layer.name, at.step) == (LAYER, step) else (head, tail, stats)
 
     return patched
