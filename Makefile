@@ -20,7 +20,7 @@ test: $(VENV)/ready
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"
-	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest tests/test_beside_others.py tests/test_beside_caches.py \
+	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest tests/patch/test_beside_others.py tests/patch/test_beside_caches.py \
 		-k "quantised or cache_dit"
 
 lint: $(VENV)/ready

@@ -15,19 +15,19 @@ if importlib.util.find_spec("psa_kernels") is None and (_kernels / "psa_kernels"
 
 # Imported when first used: the command line should not wait for PyTorch and diffusers to print its help.
 _HOMES = {
-    "PSAFallbackError": "fallbacks",
-    "PSAFallbackWarning": "fallbacks",
-    "PSAHandle": "patching",
-    "PSAProcessor": "processor",
+    "PSAFallbackError": "patch.dense_reasons",
+    "PSAFallbackWarning": "patch.dense_reasons",
+    "PSAHandle": "patch.apply",
+    "PSAProcessor": "patch.processor",
     "Preset": "presets",
     "PresetError": "presets",
-    "RunStats": "statistics",
-    "UnsupportedModelError": "models",
-    "apply_psa": "patching",
-    "context_parallel_plan": "parallel",
+    "RunStats": "patch.stats",
+    "UnsupportedModelError": "families",
+    "apply_psa": "patch.apply",
+    "context_parallel_plan": "patch.context_parallel",
     "list_presets": "presets",
     "load_preset": "presets",
-    "token_permutation": "token_order",
+    "token_permutation": "patch.token_order",
 }
 
 __all__ = [*_HOMES, "__version__"]

@@ -18,8 +18,8 @@ from diffusers import WanPipeline
 from results import publish
 
 from psa_diffusers import apply_psa
-from psa_diffusers.metrics import psnr_and_ssim
-from psa_diffusers.step_clock import StepClock
+from psa_diffusers.report.metrics import psnr_and_ssim
+from psa_diffusers.runs.step_clock import StepClock
 
 PROMPTS = (
     "a large red striped circle moving right over a green checkerboard",

@@ -29,7 +29,7 @@ from random_models import WORKLOADS, Machine, Workload, build, make_inputs, pick
 from results import document, publish, write
 
 from psa_diffusers import PSAProcessor
-from psa_diffusers.models import find_family
+from psa_diffusers.families import find_family
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "one forward of a whole transformer, random weights, medians"

@@ -15,7 +15,7 @@ from one_step import OneStep, scaled_preset
 from random_models import Machine, build, make_inputs, published_models
 
 from psa_diffusers import Preset, PSAProcessor
-from psa_diffusers.models import find_family
+from psa_diffusers.families import find_family
 
 PADDING = 0.75
 # Relative L2 of attention that keeps everything. bfloat16 rounds by up to 0.4 %, and several times on the way.

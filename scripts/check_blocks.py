@@ -2,7 +2,7 @@
 
     python scripts/check_blocks.py --output blocks.json
 
-Needs a CUDA device, but for `--tiny`. Each published configuration (tests/published_models.py) is built at its width,
+Needs a CUDA device, but for `--tiny`. Each published configuration (psa_testing) is built at its width,
 heads, text length and default video, but with one block of each kind, random bf16 weights and noise. Then: the dense
 phase must be bit-identical to stock diffusers; PSA that keeps everything must equal dense to rounding; psa-3 must be
 finite and differ; padded text must change nothing. Times are medians of one forward of that block, and of what is

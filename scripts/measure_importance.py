@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 from results import publish
 
-from psa_diffusers.models.wan import Wan
-from psa_diffusers.token_order import token_permutation
+from psa_diffusers.families.wan import Wan
+from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, Importance, psa_attention
 from psa_kernels.allocation.reference import allocate
 from psa_kernels.importance.reference import block_importance

@@ -27,8 +27,8 @@ from quality_lab.plot import plot
 from quality_lab.settings import Setting
 from quality_lab.store import Store, read
 
+from psa_diffusers.checkpoints.load import Model, load_pipeline, resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.pipelines import Model, load_pipeline, resolve_model
 
 Row = dict[str, Any]
 FOLDER = Path("docs/quality")

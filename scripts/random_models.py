@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +13,8 @@ from accelerate import init_empty_weights
 from model_inputs import noise_inputs
 from toy_models import toy_config, toy_latents, toy_sizes
 
+from psa_testing.published_models import PUBLISHED
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -23,7 +23,7 @@ class Workload:
     """One forward of one transformer.
 
     Attributes:
-        checkpoint: whose configuration it is; a row of tests/published_models.py.
+        checkpoint: whose configuration it is; a row of psa_testing/published_models.py.
         latents: shape of its hidden states.
         branches: forwards a denoising step: 2 with classifier-free guidance.
     """
@@ -75,12 +75,8 @@ def pick_machine(tiny: bool, command: str) -> Machine:
 
 @cache
 def published_models() -> dict[str, Any]:
-    """The tests' table by checkpoint; it is the one place of these configurations."""
-    spec = importlib.util.spec_from_file_location("published_models", ROOT / "tests/published_models.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return {published.checkpoint: published for published in module.PUBLISHED}
+    """The table of the tests by checkpoint; it is the one place of these configurations."""
+    return {published.checkpoint: published for published in PUBLISHED}
 
 
 def build(checkpoint: str, machine: Machine, **changes: Any) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Run the tests with the oldest and the newest diffusers and transformers that are supported, each in an environment.
 
     python scripts/version_matrix.py --folder /tmp/versions
-    python scripts/version_matrix.py --folder /tmp/versions --rows oldest -- -x tests/test_processor.py
+    python scripts/version_matrix.py --folder /tmp/versions --rows oldest -- -x tests/patch/test_processor.py
 
 What follows `--` goes to pytest; by default the tests that run pipelines. The oldest versions are those that
 pyproject.toml names. An environment that is there already is used again. The last line on stdout is one JSON document.
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--torch", default="torch==2.13.0", help="what to install first (default: %(default)s)")
     parser.add_argument("pytest", nargs="*", help="arguments of pytest")
     options = parser.parse_args()
-    arguments = options.pytest or [f"tests/{name}.py" for name in TESTS]
+    arguments = options.pytest or [str(path) for name in TESTS for path in sorted((ROOT / "tests").rglob(f"{name}.py"))]
     results = {}
     for row in options.rows:
         python = environment(options.folder, row, options.torch)

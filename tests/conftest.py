@@ -18,7 +18,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A folder of saved tiny pipelines by name, and of `small.yaml`, a preset for their few tokens."""
-    from tiny_pipelines import tiny_wan, tiny_wan_expanded, tiny_wan_i2v
+    from psa_testing.tiny_pipelines import tiny_wan, tiny_wan_expanded, tiny_wan_i2v
 
     folder = tmp_path_factory.mktemp("models")
     tiny_wan(num_layers=2).save_pretrained(folder / "wan")
@@ -32,9 +32,8 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def ask(saved, tmp_path):
     """Makes a request for a small run into tmp_path / "out"."""
-    from tiny_runs import FRAMES, SIZE, STEPS
-
-    from psa_diffusers.settings import Request
+    from psa_diffusers.runs.plan import Request
+    from psa_testing.tiny_runs import FRAMES, SIZE, STEPS
 
     def make(*prompts, **changes):
         request = Request(

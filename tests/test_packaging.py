@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 USE_EVERYTHING = """
-import psa_diffusers, psa_kernels, psa_diffusers.pipelines
+import psa_diffusers, psa_kernels, psa_diffusers.checkpoints.load
 from psa_diffusers import PSAProcessor, apply_psa, list_presets, load_preset
 assert load_preset("psa-3").name == "psa-3" and len(list_presets()) >= 10
 print(psa_diffusers.__file__)
@@ -59,7 +59,7 @@ def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
     for expected in (
         "psa_diffusers/configs/psa-3.yaml",
         "psa_diffusers/demo/model_index.json",
-        "psa_diffusers/templates/report.html.j2",
+        "psa_diffusers/report/templates/report.html.j2",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names

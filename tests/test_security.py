@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_pipelines import tiny_wan
 
 import psa_diffusers
+from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.pipelines import load_pipeline, resolve_model
 from psa_diffusers.presets import PresetError, load_preset
-from psa_diffusers.prompts import read_prompts, slug
-from psa_diffusers.run_folder import RunFolder
+from psa_diffusers.runs.folder import RunFolder
+from psa_diffusers.runs.prompts import read_prompts, slug
+from psa_testing.tiny_pipelines import tiny_wan
 
 PACKAGES = [Path(psa_diffusers.__file__).parent, Path(psa_diffusers.__file__).parents[1] / "kernels" / "psa_kernels"]
 SOURCES = [path for package in PACKAGES for path in package.rglob("*.py")]

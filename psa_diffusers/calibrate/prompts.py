@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.prompts import read_prompts
+from psa_diffusers.runs.prompts import read_prompts
 
 
 def split_prompts(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psa_diffusers.calibrate.choose import Layers, Shapes, everywhere, layer_by_layer, ranked
+from psa_diffusers.calibrate.intervals import half_interval
 from psa_diffusers.calibrate.shapes import BASE
-from psa_diffusers.intervals import half_interval
 
 SINGLES = 3  # how many shapes are tried in all layers, beside the base preset's
 

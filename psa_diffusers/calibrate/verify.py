@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from psa_diffusers.calibrate.runs import Presets, Runs
-from psa_diffusers.calibrate.task import Calibration
-from psa_diffusers.intervals import FEWEST, half_interval
-from psa_diffusers.settings import Plan
+from psa_diffusers.calibrate.intervals import FEWEST, half_interval
+from psa_diffusers.calibrate.plan import Calibration
+from psa_diffusers.calibrate.runner import Presets, Runs
+from psa_diffusers.runs.plan import Plan
 
 
 def verify(

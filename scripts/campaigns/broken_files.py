@@ -20,7 +20,7 @@ from rounds import campaign, parser  # noqa: E402
 
 from psa_diffusers.errors import InputError  # noqa: E402
 from psa_diffusers.presets import PresetError, load_preset  # noqa: E402
-from psa_diffusers.prompts import read_prompts, slug  # noqa: E402
+from psa_diffusers.runs.prompts import read_prompts, slug  # noqa: E402
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 PROMPTS = (

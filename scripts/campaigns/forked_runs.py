@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(Path(__file__).parent)]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tiny_pipelines import tiny_wan  # noqa: E402
 
-from psa_diffusers.cli import generate_app, run_command  # noqa: E402
-from psa_diffusers.video import read_video  # noqa: E402
+from psa_diffusers.cli.generate import generate_app, run_command  # noqa: E402
+from psa_diffusers.report.video import read_video  # noqa: E402
+from psa_testing.tiny_pipelines import tiny_wan  # noqa: E402
 
 torch.set_num_threads(1)  # a fork has no threads but its own
 PROMPTS = ("a cat", "a dog", "a fox")

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
 
-from psa_diffusers.token_order import token_permutation
+from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats, Importance, psa_attention
 from psa_kernels.implementations import why_not_hopper
 from psa_kernels.layout import make_layout

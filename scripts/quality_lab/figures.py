@@ -9,7 +9,7 @@ from statistics import mean
 
 import torch
 
-from psa_diffusers.intervals import half_interval
+from psa_diffusers.calibrate.intervals import half_interval
 
 LEAST_ERROR = 1e-10  # of a frame, so that one equal to its reference counts as 100 dB
 
@@ -24,7 +24,7 @@ def ssim(reference: torch.Tensor, video: torch.Tensor) -> list[float | None]:
     """Mean over frames of each video's SSIM; empty where scikit-image is not installed."""
     if not _has_skimage():
         return []
-    from psa_diffusers.metrics import psnr_and_ssim
+    from psa_diffusers.report.metrics import psnr_and_ssim
 
     pairs = zip(reference, video, strict=True)
     frames = ([video.permute(0, 2, 3, 1).float().cpu().numpy() for video in pair] for pair in pairs)

@@ -14,8 +14,8 @@ from quality_lab.prompts import prompts_for
 from quality_lab.settings import Setting
 
 from psa_diffusers import RunStats, apply_psa
+from psa_diffusers.checkpoints.aliases import ModelCard
 from psa_diffusers.errors import InputError
-from psa_diffusers.model_aliases import ModelCard
 
 Row = dict[str, Any]
 

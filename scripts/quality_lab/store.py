@@ -14,8 +14,8 @@ from typing import Any
 from quality_lab.figures import paired
 from results import document, head, write
 
+from psa_diffusers.calibrate.intervals import half_interval
 from psa_diffusers.errors import InputError
-from psa_diffusers.intervals import half_interval
 
 Row = dict[str, Any]
 

@@ -1,0 +1,92 @@
+"""What a calibration is to do, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from psa_diffusers.calibrate.intervals import FEWEST
+from psa_diffusers.calibrate.preset_file import is_own
+from psa_diffusers.calibrate.runner import Video
+from psa_diffusers.calibrate.targets import Target
+from psa_diffusers.errors import InputError
+from psa_diffusers.presets import Preset, PresetError
+from psa_diffusers.runs.plan import Plan
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to do, checked.
+
+    Attributes:
+        plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
+        held_out: prompts to verify on.
+        batch: how many videos are made at once.
+        target: what the preset is to reach.
+        measured_steps: at how many denoising steps to measure.
+        output: the YAML file; that of a second expert has "-2" at the end of its name.
+    """
+
+    plan: Plan
+    held_out: tuple[str, ...]
+    target: Target
+    measured_steps: int
+    output: Path
+    overwrite: bool
+    batch: int = 1
+
+    @property
+    def measured(self) -> list[Video]:
+        """The videos to measure on. Each of the calibration has a noise of its own."""
+        return [Video(prompt, self.plan.settings.seed + index) for index, prompt in enumerate(self.plan.prompts)]
+
+    @property
+    def verified(self) -> list[Video]:
+        """The videos to verify on."""
+        first = self.plan.settings.seed + len(self.plan.prompts)
+        return [Video(prompt, first + index) for index, prompt in enumerate(self.held_out)]
+
+    @property
+    def outputs(self) -> tuple[Path, ...]:
+        """The file of each expert."""
+        second = self.output.with_name(f"{self.output.stem}-2{self.output.suffix}")
+        return (self.output, second)[: self.plan.model.experts]
+
+    @property
+    def folder(self) -> Path:
+        """Where the measurements are kept."""
+        return self.output.with_suffix(".calibration")
+
+
+def check(calibration: Calibration) -> None:
+    """Refuses what cannot work, before anything runs.
+
+    Raises:
+        InputError: no sparse base preset or step, a name that no preset may have, or a file in the way.
+    """
+    plan = calibration.plan
+    if plan.preset is None:
+        raise InputError("--base-preset dense: has no shape to compare; give a sparse preset")
+    if calibration.batch > 1 and plan.image is not None:
+        raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
+    if calibration.output.suffix.lower() not in (".yaml", ".yml"):
+        raise InputError(f"--output {calibration.output}: must end in .yaml")
+    for path in calibration.outputs:
+        try:
+            Preset(name=path.stem)
+        except PresetError as error:
+            raise InputError(f"--output {path}: {error.problem}") from error
+        if path.exists() and not calibration.overwrite and not is_own(path):
+            raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
+    if plan.preset.dense_step_count(plan.settings.steps) >= plan.settings.steps:
+        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
+    if not any(plan.preset.layer_specs(plan.model.num_layers)):
+        raise InputError(f"--base-preset {plan.preset.name}: keeps every layer dense")
+    if len(plan.prompts) < FEWEST:
+        raise InputError(
+            f"--prompts: {len(plan.prompts)} different prompts to measure on are too few to tell a gain from chance; "
+            f"needed: {FEWEST} or more, beside those to verify on"
+        )
+    both = sorted(set(plan.prompts) & set(calibration.held_out))
+    if both:
+        raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")

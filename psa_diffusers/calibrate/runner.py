@@ -1,0 +1,195 @@
+"""The pipeline runs of a calibration: measured, dense and sparse; each is made once and then kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from psa_diffusers.calibrate.measure import Figures, MeasuringProcessor
+from psa_diffusers.calibrate.scaling import SCALES
+from psa_diffusers.calibrate.store import Store
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.patch.stats import RunStats
+from psa_diffusers.presets import Preset
+from psa_diffusers.runs.pipeline_call import Generated, generate_videos
+from psa_diffusers.runs.plan import Plan
+
+Presets = tuple[Preset, Preset | None]
+
+
+class Video(NamedTuple):
+    """A prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+class Runs:
+    """Runs of one plan, whose preset is the base preset; the pipeline loads with the first that is not kept yet.
+
+    Args:
+        tell: called with one line before each run.
+        batch: how many videos are made at once.
+    """
+
+    def __init__(self, plan: Plan, store: Store, tell: Callable[[str], None], batch: int = 1) -> None:
+        self._plan, self._store, self._tell, self._batch = plan, store, tell, batch
+        self._pipe: Any = None
+        self._count = 0
+
+    def measure(self, videos: Sequence[Video], shapes: Mapping[str, Preset], steps: list[int]) -> list[Figures]:
+        """What each shape would do in each layer on the way to each dense video; means of those made at once."""
+
+        def run(batch: Sequence[Video]) -> list[Figures]:
+            processor = MeasuringProcessor(self._pipeline(), shapes, set(steps))
+            processor.install()
+            try:
+                results = self._make(batch, "measuring")
+                figures = processor.figures()
+            finally:
+                processor.restore()
+            self._keep_references(batch, results)
+            return [figures] * len(batch)
+
+        settings = {name: _settings(preset) for name, preset in shapes.items()}
+        return self._once(videos, ("measure", settings, SCALES, steps), run)
+
+    def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
+        """Makes the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
+
+        def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
+            results = self._make(batch, "dense")
+            self._keep_references(batch, results)
+            return [{"step": result.seconds["median_step"] / len(batch)} for result in results]
+
+        return self._once(videos, ("dense",), run)
+
+    def timed_dense(self, videos: Sequence[Video]) -> list[float]:
+        """Median seconds of a dense step, a video, from runs in which nothing is measured or patched."""
+
+        def run(batch: Sequence[Video]) -> list[float]:
+            return [result.seconds["median_step"] / len(batch) for result in self._make(batch, "timing dense")]
+
+        return self._once(videos, ("timed",), run)
+
+    def sparse(self, videos: Sequence[Video], presets: Presets, what: str) -> list[dict[str, Any]]:
+        """Of each video the PSNR in dB against the dense one (None if equal), `density`, and `step`.
+
+        `step` is the median time of a sparse step in seconds, None without one. It and the density are means over the
+        videos made at once.
+        The dense videos must have been made, by `measure` or `dense`.
+        """
+
+        def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
+            from psa_diffusers import apply_psa
+
+            references = [self._reference(video) for video in batch]
+            with apply_psa(self._pipeline(), presets[0], preset_2=presets[1], strict=True) as psa:
+                results = self._make(batch, what)
+                stats = psa.stats()
+            rows = enumerate(stats.density)
+            sparse = [index for index, row in rows if any(value is not None and value < 1 for value in row)]
+            seconds = [results[0].seconds["per_step"][index] for index in sparse]
+            shared = {
+                "density": self._density(stats),
+                "step": median(seconds) / len(batch) if seconds else None,
+            }
+            pairs = zip(references, results, strict=True)
+            return [{"psnr": video_psnr(reference, result.frames), **shared} for reference, result in pairs]
+
+        rules = [_settings(preset) for preset in presets if preset is not None]
+        return self._once(videos, ("sparse", rules), run)
+
+    def layers(self) -> dict[str, list[str]]:
+        """Names of the self-attention layers of each transformer."""
+
+        def look() -> dict[str, list[str]]:
+            from psa_diffusers.families import find_family
+            from psa_diffusers.patch.modules import find_transformers
+
+            transformers = find_transformers(self._pipeline())
+            prefix = {name: f"{name}." if len(transformers) > 1 else "" for name in transformers}
+            return {
+                name: [prefix[name] + layer for layer in find_family(part).self_attentions(part)]
+                for name, part in transformers.items()
+            }
+
+        return self._store.once(("layers",), look)
+
+    def _density(self, stats: RunStats) -> float:
+        """Mean density of the layers that the base preset has sparse, at its sparse steps."""
+        counted = [spec is not None for spec in self._plan.preset.layer_specs(self._plan.model.num_layers)]
+        counted *= self._plan.model.experts
+        values = [
+            value
+            for row in stats.density[stats.dense_steps :]
+            for value, counts in zip(row, counted, strict=True)
+            if counts and value is not None
+        ]
+        return sum(values) / len(values)
+
+    def _pipeline(self) -> Any:
+        if self._pipe is None:
+            settings = self._plan.settings
+            self._pipe = load_pipeline(
+                self._plan.model,
+                dtype=settings.dtype,
+                device=settings.device,
+                offload=settings.offload,
+                flow_shift=settings.flow_shift,
+            )
+        return self._pipe
+
+    def _once(self, videos: Sequence[Video], name: tuple[Any, ...], run: Callable[[Sequence[Video]], list]) -> list:
+        """What is kept for each video, or else what `run` gives for as many at once as is wanted."""
+        found = []
+        for first in range(0, len(videos), self._batch):
+            batch = videos[first : first + self._batch]
+            found += self._store.once((*name, [[*video] for video in batch]), partial(run, batch))
+        return found
+
+    def _make(self, batch: Sequence[Video], what: str) -> list[Generated]:
+        self._count += 1
+        prompt = batch[0].prompt
+        several = f"{len(batch)} prompts, " if len(batch) > 1 else ""
+        self._tell(f"run {self._count}: {what}: {several}{prompt if len(prompt) <= 60 else prompt[:57] + '...'}")
+        prompts, seeds = [video.prompt for video in batch], [video.seed for video in batch]
+        return generate_videos(self._pipeline(), self._plan, prompts, what, seeds)
+
+    def _keep_references(self, batch: Sequence[Video], results: Sequence[Generated]) -> None:
+        for video, result in zip(batch, results, strict=True):
+            self._store.keep_frames(("reference", *video), result.frames)
+
+    def _reference(self, video: Video) -> np.ndarray:
+        frames = self._store.frames(("reference", *video))
+        if frames is None:
+            raise FileNotFoundError(
+                f"{self._store.path}: the dense video of {video.prompt!r} is missing; add --overwrite"
+            )
+        return frames
+
+
+def _settings(preset: Preset) -> dict[str, Any]:
+    return preset.model_dump(mode="json", exclude={"name", "source"})
+
+
+def video_psnr(reference: np.ndarray, other: np.ndarray) -> float | None:
+    """PSNR in dB, mean over the frames that differ; None if none does.
+
+    Args:
+        reference: uint8 [frames, height, width, 3], which limits the figure to about 59 dB.
+        other: the same shape, uint8 or float in [0, 1].
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    values = []
+    for first, second in zip(reference, other, strict=True):
+        second = second / 255 if second.dtype == np.uint8 else second
+        first = first / 255
+        if not np.array_equal(first, second):
+            values.append(peak_signal_noise_ratio(first, second.astype(first.dtype), data_range=1.0))
+    return float(np.mean(values)) if values else None

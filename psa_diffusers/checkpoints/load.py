@@ -1,0 +1,238 @@
+"""From `--model` to a loaded pipeline: what it names, what its configuration says, and loading its weights."""
+
+import difflib
+import importlib
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.checkpoints.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
+from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
+from psa_diffusers.errors import InputError
+
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `--model` named, as far as its configuration files tell.
+
+    `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
+    a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
+    transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
+    height and width of a model that can make no other.
+    """
+
+    name: str
+    source: str
+    card: ModelCard
+    size_step: int
+    frame_step: int
+    num_layers: int
+    experts: int
+    num_heads: int | None = None
+    fixed_size: tuple[int, int] | None = None
+
+    @property
+    def kind(self) -> PipelineKind:
+        return PIPELINE_KINDS[self.card.pipeline]
+
+    @property
+    def takes_image(self) -> bool:
+        return self.kind.takes_image
+
+
+def resolve_model(name: str) -> Model:
+    """Finds an alias, a folder that holds a pipeline, or a hub id, and reads its configuration but no weights.
+
+    Raises:
+        InputError: nothing of that name, its configuration cannot be had (offline), or its pipeline is of another kind.
+    """
+    if name in MODELS:
+        card = MODELS[name]
+        source = str(DEMO_FOLDER) if card.hub_id is None else card.hub_id
+        if card.hub_id is None and not (DEMO_FOLDER / "model_index.json").is_file():
+            raise InputError(f"--model {name}: this installation does not hold the demo's weights ({DEMO_FOLDER})")
+        index = _read_json(source, "model_index.json")
+    elif os.path.exists(name):
+        source = str(Path(name).resolve())
+        if not Path(source, "model_index.json").is_file():
+            raise InputError(
+                f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
+            )
+        index = _read_json(source, "model_index.json")
+        card = _card_for(source, _known_pipeline(name, index))
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        source = name
+        index = _read_json(source, "model_index.json")
+        card = _card_for(source, _known_pipeline(name, index))
+    else:
+        raise InputError(_unknown(name))
+    return _with_configuration(name, source, card, index)
+
+
+def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_shift: float | None = None) -> Any:
+    """Loads the pipeline and puts it where it is to run.
+
+    Args:
+        dtype: name of a torch dtype, for everything but a VAE that its card runs in float32.
+        device: "cpu", "cuda", "cuda:1", "mps".
+        offload: "none", "model" (one component at a time on the GPU) or "group" (one layer at a time).
+        flow_shift: replaces the scheduler's; None keeps it.
+
+    Raises:
+        InputError: files are missing, or are not safetensors.
+    """
+    import torch
+
+    diffusers = importlib.import_module("diffusers")
+    _quiet_unless_terminal()
+    pipeline_class = getattr(diffusers, model.card.pipeline)
+    with warnings.catch_warnings():
+        # The new name is `dtype`, which the oldest diffusers that this package supports does not know.
+        warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+        try:
+            parts = {}
+            if model.kind.exact_vae is not None:
+                vae_class = getattr(diffusers, model.kind.exact_vae)
+                parts["vae"] = vae_class.from_pretrained(
+                    model.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+                )
+            for part in model.card.parts:
+                parts[part.name] = _load_part(part, getattr(torch, dtype))
+            pipe = pipeline_class.from_pretrained(
+                model.source, **parts, torch_dtype=getattr(torch, dtype), use_safetensors=True
+            )
+        except OSError as error:  # files that are missing, or not in the cache while offline
+            raise InputError(f"--model {model.name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    if flow_shift is not None:
+        _set_flow_shift(pipe, flow_shift)
+    if model.kind.tiled_vae:
+        pipe.vae.enable_tiling()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _load_part(part: Part, dtype: Any) -> Any:
+    import torch
+
+    kind = getattr(importlib.import_module(part.library), part.type)
+    weights = {"torch_dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
+    return kind.from_pretrained(part.repository, subfolder=part.subfolder, **weights)
+
+
+def current_flow_shift(pipe: Any) -> float | None:
+    """The shift that the pipeline's scheduler runs with, None where it has none."""
+    config = pipe.scheduler.config
+    return config.get("flow_shift", config.get("shift"))
+
+
+def _set_flow_shift(pipe: Any, value: float) -> None:
+    key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: value})
+
+
+def _quiet_unless_terminal() -> None:
+    if sys.stderr.isatty():
+        return
+    for name in ("diffusers.utils.logging", "transformers.utils.logging", "huggingface_hub.utils"):
+        module = importlib.import_module(name)
+        for switch in ("disable_progress_bar", "disable_progress_bars"):
+            getattr(module, switch, lambda: None)()
+
+
+def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
+    vae = _read_json(source, "vae/config.json")
+    repository, file = card.transformer
+    transformer = _read_json(repository if card.parts else source, file)
+    kind = PIPELINE_KINDS[card.pipeline]
+    size_step, frame_step = kind.steps(vae, transformer)
+    # Positions that were learned: CogVideoX 5B's image-to-video model.
+    fixed = transformer.get("use_learned_positional_embeddings", False)
+    return Model(
+        name=name,
+        source=source,
+        card=card,
+        size_step=size_step,
+        frame_step=frame_step,
+        num_layers=kind.layer_count(transformer),
+        num_heads=transformer.get("num_attention_heads"),
+        fixed_size=(card.height, card.width) if fixed else None,
+        experts=1 if index.get("transformer_2", (None, None))[1] is None else 2,
+    )
+
+
+def _known_pipeline(name: str, index: dict[str, Any]) -> str:
+    pipeline = index.get("_class_name")
+    if isinstance(pipeline, str) and pipeline in IN_CODE_ONLY:
+        raise InputError(f"--model {name}: it is a {pipeline}: {IN_CODE_ONLY[pipeline]}")
+    if not isinstance(pipeline, str) or pipeline not in PIPELINE_KINDS:
+        raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
+    return pipeline
+
+
+def _card_for(source: str, pipeline: str) -> ModelCard:
+    """The card of a hub id or a local folder.
+
+    A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
+    has no negative prompt and the settings of the first alias with the same pipeline; Wan's pipelines, which serve
+    models of several sizes, have the defaults of diffusers.
+    """
+    repository = source.rstrip("/").rsplit("/", 1)[-1]
+    cards = [card for card in MODELS.values() if card.pipeline == pipeline]
+    for card in cards:
+        if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
+            return card
+    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
+    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
+        return ModelCard(**unknown, pipeline=pipeline)
+    return replace(cards[0], **unknown)
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.5)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return (
+        f"--model {name}: no such model{hint}; allowed: {', '.join(MODELS)}, a hub id (owner/name), "
+        "or a folder with a model_index.json"
+    )
+
+
+def _read_json(source: str, file: str) -> dict[str, Any]:
+    path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {source}: cannot read {file} ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--model {source}: {file} is not a JSON object")
+    return content
+
+
+def _from_hub(repository: str, file: str) -> Path:
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"
+        else:
+            reason = "the hub cannot be reached and the model is not in the local cache"
+        raise InputError(f"--model {repository}: {reason}") from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise InputError(f"--model {repository}: the hub has no such model, or it needs a login") from error
+    except errors.EntryNotFoundError as error:
+        raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline") from error
+    except (OSError, errors.HfHubHTTPError) as error:
+        raise InputError(f"--model {repository}: cannot fetch {file} ({type(error).__name__})") from error

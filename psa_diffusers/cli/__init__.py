@@ -1,0 +1,1 @@
+"""The commands: their options, messages and exit codes."""

@@ -1,0 +1,102 @@
+"""The command `psa-inspect`. What is heavy is imported inside, so that --help answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psa_diffusers.cli.generate import note, prepare_process, print_json, run_command
+from psa_diffusers.cli.options import (
+    Device,
+    Dtype,
+    FirstFrame,
+    Frames,
+    Guidance,
+    Height,
+    ModelName,
+    NegativePrompt,
+    Offload,
+    Steps,
+    Width,
+)
+
+INSPECT_HELP = """Draw which key blocks each query block reads, and how finely: one layer, one head, one denoising step.
+
+[bold]Example[/bold]
+
+  psa-inspect --preset psa-3 --layer 3 --head 0 --step 8 "a large red circle moving right" --output mask.png
+
+The run ends after that step. Needs matplotlib: pip install 'psa-diffusers\\[plots]'. The last line on stdout
+is one JSON document with density and coverage.
+"""
+
+inspect_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@inspect_app.command(help=INSPECT_HELP, no_args_is_help=True)
+def _inspect(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a file that holds one.")],
+    model: ModelName = "demo",
+    preset: Annotated[str, typer.Option(help="Name (see psa-generate --list) or path of a YAML file.")] = "psa-3",
+    layer: Annotated[
+        int | None, typer.Option(help="Self-attention layer, from 0 [dim](default: the middle one)[/dim].")
+    ] = None,
+    head: Annotated[int, typer.Option(help="Attention head, from 0.")] = 0,
+    step: Annotated[
+        int | None, typer.Option(help="Denoising step, from 1 [dim](default: the middle sparse one)[/dim].")
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write.")] = "mask.png",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    height: Height = None,
+    width: Width = None,
+    frames: Frames = None,
+    negative_prompt: NegativePrompt = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    offload: Offload = "none",
+    image: FirstFrame = None,
+) -> None:
+    prepare_process()
+    from psa_diffusers.errors import InputError
+    from psa_diffusers.runs.plan import Request, make_plan
+
+    if Path(output).suffix.lower() != ".png":
+        raise InputError(f"--output {output}: must end in .png")
+    plan = make_plan(
+        Request(
+            prompts=(prompt,),
+            model=model,
+            preset=preset,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            frames=frames,
+            negative_prompt=negative_prompt,
+            dtype=dtype,
+            device=device,
+            offload=offload,
+            image=image,
+        )
+    )
+    from psa_diffusers.runs.inspection import Place, inspect_run
+
+    summary = inspect_run(plan, Place(layer, head, step), Path(output), overwrite)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in summary["shares"].items())
+    note(f"{summary['layer']}, head {head}, step {summary['step']} of {summary['steps']}: {shares}")
+    note(f"density {summary['density']:.3f}, coverage {summary['coverage']:.3f}; picture: {summary['output']}")
+    print_json(summary)
+
+
+def inspect() -> None:
+    """Entry point of `psa-inspect`."""
+    sys.exit(run_command("psa-inspect", inspect_app))
+
+
+if __name__ == "__main__":
+    inspect()

@@ -1,0 +1,93 @@
+"""HunyuanVideo: joint attention of video and, after it, text; dual-stream blocks first, then single-stream blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from psa_diffusers.diffusers_internals import gather, split
+from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily, TokenPath
+from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+
+
+class HunyuanVideo(ModelFamily):
+    """HunyuanVideoTransformer3DModel: text and image to video. The text's token refiner is left alone."""
+
+    name = "HunyuanVideo"
+    transformers = ("HunyuanVideoTransformer3DModel",)
+    text = "after"
+
+    @staticmethod
+    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        groups = ("transformer_blocks", "single_transformer_blocks")
+        blocks = {name: getattr(transformer, name, ()) for name in groups}
+        return {f"{name}.{index}": block.attn for name in groups for index, block in enumerate(blocks[name])}
+
+    @staticmethod
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+        frames, height, width = inputs["hidden_states"].shape[2:]
+        patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
+        return frames // patch_t, height // patch, width // patch
+
+    @staticmethod
+    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        video, text = call.hidden_states, call.encoder_hidden_states
+        query, key, value = split_heads(attn, attn.to_q(video), attn.to_k(video), attn.to_v(video))
+        query = rotate_tokens(normalise(attn.norm_q, query), call.rotary_emb)
+        key = rotate_tokens(normalise(attn.norm_k, key), call.rotary_emb)
+        if text is None:
+            return query, key, value
+        if attn.add_q_proj is not None:
+            return join((query, key, value), project_added(attn, text))
+        # A single-stream block projects text as it does video, but does not rotate it.
+        text_query, text_key, text_value = split_heads(attn, attn.to_q(text), attn.to_k(text), attn.to_v(text))
+        text_query, text_key = normalise(attn.norm_q, text_query), normalise(attn.norm_k, text_key)
+        return join((query, key, value), (text_query, text_key, text_value))
+
+    @staticmethod
+    def output(
+        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The last projection of a single-stream block is outside its attention.
+        hidden = project_out(attn, video) if getattr(attn, "to_out", None) is not None else video.flatten(2)
+        if text is not None:
+            text = text.flatten(2)
+            if getattr(attn, "to_add_out", None) is not None:
+                text = attn.to_add_out(text)
+        return hidden, text
+
+    @staticmethod
+    def text_mask(call: AttentionCall) -> torch.Tensor | None:
+        """The model masks keys, `[B, 1, 1, N + T]`, and there only the text's padding."""
+        mask = call.attention_mask
+        if mask is None:
+            return None
+        batch, tokens = call.hidden_states.shape[:2]
+        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
+            raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
+        return mask[:, 0, 0, tokens:]
+
+    @staticmethod
+    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
+        # Framepack and HunyuanVideo 1.5 have tokens of other embeddings beside those of the video.
+        if type(transformer).__name__ != "HunyuanVideoTransformer3DModel" or _treats_first_frame_apart(transformer):
+            return None
+        return TokenPath("x_embedder", "proj_out", tables="rope")
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+        if _treats_first_frame_apart(transformer):
+            return None
+        tables = split(0, 2, output=True)
+        return {
+            "rope": {0: tables, 1: tables},
+            "transformer_blocks.0": {"hidden_states": split(1, 3)},
+            "proj_out": gather(1, 3),
+        }
+
+
+def _treats_first_frame_apart(transformer: torch.nn.Module) -> bool:
+    """Whether blocks know the tokens of the first frame as the first ones, as in one kind of image to video."""
+    return getattr(transformer.config, "image_condition_type", None) == "token_replace"

@@ -1,0 +1,86 @@
+"""LTX-Video: video tokens attend each other alone; its latents come as a sequence of tokens already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from psa_diffusers.diffusers_internals import gather, split
+from psa_diffusers.families.family import AttentionCall, ModelFamily
+from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+
+
+class LTXVideo(ModelFamily):
+    """LTXVideoTransformer3DModel: text and image to video, and conditions, whose tokens precede those of the video."""
+
+    name = "LTX-Video"
+    transformers = ("LTXVideoTransformer3DModel",)
+    history = True
+    replicates_text = True
+
+    @staticmethod
+    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        return first_attentions(transformer)
+
+    @staticmethod
+    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        # Pipelines with conditions, or for long videos, give coordinates instead of sizes.
+        if inputs.get("video_coords") is not None:
+            return _last_grid(inputs["video_coords"][0].cpu())
+        sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
+        if None in sizes:
+            return None
+        patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
+        frames, height, width = sizes
+        return frames // patch_t, height // patch, width // patch
+
+    @staticmethod
+    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = call.hidden_states
+        query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
+        if call.rotary_emb is not None:
+            # The tables `[B, N, H * D]` hold each angle twice; positions run through all heads.
+            cos, sin = (table[..., ::2] for table in call.rotary_emb)
+            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+        query, key, value = split_heads(attn, query, key, value)
+        return query, key, value
+
+    @staticmethod
+    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        return project_out(attn, video)
+
+    @staticmethod
+    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+        # diffusers' own plan splits the text too, and its mask, which the cross-attention then has no use for.
+        tables = split(1, 3, output=True)
+        return {
+            # Only pipelines with an image or conditions give each token a timestep of its own.
+            "": {"hidden_states": split(1, 3), "timestep": split(1, 2)},
+            "rope": {0: tables, 1: tables},
+            "proj_out": gather(1, 3),
+        }
+
+
+def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
+    """Frames, height and width of the grid that the last tokens of a sequence form.
+
+    Args:
+        coordinates: `[3, N]`: time, row and column of each token.
+    """
+    same_frame = coordinates[0] == coordinates[0, -1]
+    same_row = same_frame & (coordinates[1] == coordinates[1, -1])
+    size, width = _run_at_end(same_frame), _run_at_end(same_row)
+    blocks = coordinates[:, coordinates.shape[1] % size :].unflatten(1, (-1, size)).flip(1)
+    # A frame belongs to the grid if it has the same rows and columns as the last one, and comes before the next.
+    alike = (blocks[1:] == blocks[1:, :1]).all(0).all(-1)
+    one_time = (blocks[0] == blocks[0, :, :1]).all(-1)
+    earlier = torch.cat([torch.tensor([True]), blocks[0, 1:, 0] < blocks[0, :-1, 0]])
+    frames = int((alike & one_time & earlier).int().cumprod(0).sum())
+    return frames, size // width, width
+
+
+def _run_at_end(values: torch.Tensor) -> int:
+    """How many of the last values are true without a gap."""
+    return int(values.flip(0).int().cumprod(0).sum())

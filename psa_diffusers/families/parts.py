@@ -1,0 +1,65 @@
+"""What the attention of several families has in common, in the layout `[B, N, H, D]`."""
+
+from __future__ import annotations
+
+import torch
+
+from psa_diffusers.families.family import AttentionCall, DenseOnlyError
+
+
+def first_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The `attn1` of each of a model's `transformer_blocks`, by name."""
+    return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
+
+
+def split_heads(attn: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`[B, N, H * D]` to `[B, N, H, D]`, each."""
+    return tuple(x.unflatten(-1, (attn.heads, -1)) for x in tensors)
+
+
+def normalise(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+    """Apply a norm that the model may lack."""
+    return x if norm is None else norm(x)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate neighbouring channels of `[..., C]` by angles whose tables `[..., C / 2]` broadcast; keeps the dtype."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def rotate_tokens(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    """Rotate `[B, N, H, D]` by a model's tables `[N, D]`, cosines and sines, that hold each angle twice."""
+    if tables is None:
+        return x
+    cos, sin = (table[:, None, ::2] for table in tables)
+    return rotate_pairs(x, cos, sin)
+
+
+def project_added(attn: torch.nn.Module, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values `[B, T, H, D]` of text that has projections and norms of its own."""
+    query, key, value = split_heads(attn, attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
+    return normalise(attn.norm_added_q, query), normalise(attn.norm_added_k, key), value
+
+
+def join(video: tuple[torch.Tensor, ...], text: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of video tokens with those of text after them."""
+    return tuple(torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
+
+
+def text_only_mask(call: AttentionCall) -> torch.Tensor | None:
+    """The mask of a model that masks text tokens only: `[B, T]`, whatever its dtype.
+
+    Raises:
+        DenseOnlyError: the mask has another shape.
+    """
+    mask = call.attention_mask
+    if mask is not None and mask.shape != (len(call.hidden_states), call.text_tokens):
+        raise DenseOnlyError(f"its attention mask has the shape {tuple(mask.shape)}, which is not one of text padding")
+    return mask
+
+
+def project_out(attn: torch.nn.Module, attended: torch.Tensor) -> torch.Tensor:
+    """Hidden states `[B, N, C]` of the attention output `[B, N, H, D]`."""
+    linear, dropout = attn.to_out
+    return dropout(linear(attended.flatten(2)))

@@ -1,0 +1,1 @@
+"""The patch: a pipeline's video self-attention made sparse, and undone."""

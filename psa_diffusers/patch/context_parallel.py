@@ -1,0 +1,197 @@
+"""Context parallelism as diffusers does it: the ranks share the tokens outside attention, and the heads inside it.
+
+`transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=N))` splits the video tokens at the first
+block and joins them after the last. What happens in between, in the attention, is here: all-to-all before it gives each
+rank all tokens of some heads, so that blocks, permutation and importance are those of the whole video; all-to-all after
+it gives every rank its own tokens back. Text of joint attention is on every rank: each takes its heads of it, and the
+heads of the result are gathered. Every rank calls the collectives in the same order, whatever its layers decide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from psa_diffusers.diffusers_internals import parallel_config, split_arguments, ulysses_group
+from psa_diffusers.families import ModelFamily, find_family
+from psa_diffusers.patch.step import Grid
+
+RING = (
+    "ring attention shows a rank one part of the keys at a time, and which blocks matter is told by all of them; "
+    "use ContextParallelConfig(ulysses_degree=...)"
+)
+
+
+def context_parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    """What `transformer.enable_parallelism` needs as its `cp_plan`, for models that diffusers has no plan for too.
+
+    Plans of joint attention leave the text on every rank and so are only right with PSAProcessor.
+
+    Example:
+        >>> plan = context_parallel_plan(pipe.transformer)
+        >>> pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan)
+
+    Raises:
+        UnsupportedModelError: the transformer is of no supported family.
+        ValueError: the family's tokens cannot be split.
+    """
+    family = find_family(transformer)
+    plan = family.parallel_plan(transformer)
+    if plan is None:
+        raise ValueError(f"there is no plan for context parallelism of {family.name} ({type(transformer).__name__})")
+    return plan
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """How the ranks of a group share the video tokens and the heads of a forward.
+
+    Attributes:
+        group: the process group.
+        rank: this one's place in it.
+        tokens: number of video tokens of each rank, in the order of the video.
+        heads: number of heads of each rank.
+    """
+
+    group: Any
+    rank: int
+    tokens: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    def gather_tokens(self, tensors: Iterable[torch.Tensor], before: int, after: int) -> list[torch.Tensor]:
+        """From this rank's video tokens of all heads to all video tokens of this rank's heads.
+
+        Args:
+            tensors: of the shape `[B, before + n + after, H, D]`: this rank's n video tokens, and `before` and `after`
+                text tokens.
+
+        Returns:
+            For each a tensor `[B, before + N + after, h, D]`.
+
+        Raises:
+            RuntimeError: n is not what this rank should have.
+        """
+        # One is packed while the one before it is on its way.
+        begun = [self._begin_gathering(x, before, after) for x in tensors]
+        for _, work in begun:
+            work.wait()
+        return [joined.transpose(0, 1) for joined, _ in begun]
+
+    def _begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
+        """Where the result will be, tokens first, and what to wait for."""
+        video = x[:, before : x.shape[1] - after]
+        if video.shape[1] != self.tokens[self.rank]:
+            raise RuntimeError(
+                f"context parallelism: this rank has {video.shape[1]} video tokens instead of "
+                f"{self.tokens[self.rank]} of {sum(self.tokens)}; use the plan of context_parallel_plan(transformer), "
+                "and no conditions beside the video"
+            )
+        batch, width, mine, total = x.shape[0], x.shape[3], self.heads[self.rank], sum(self.tokens)
+        sizes = [video.shape[1] * batch * heads * width for heads in self.heads]
+        # Tokens first: then what the ranks send is in order, and text has its place beside it.
+        joined = x.new_empty(before + total + after, batch, mine, width)
+        start = sum(self.heads[: self.rank])
+        for place, text in ((joined[:before], x[:, :before]), (joined[before + total :], x[:, x.shape[1] - after :])):
+            place.copy_(text[:, :, start : start + mine].transpose(0, 1))
+        received = joined[before : before + total].view(-1)
+        shares = [tokens * batch * mine * width for tokens in self.tokens]
+        packed = self._by_rank(video)
+        return joined, dist.all_to_all_single(received, packed, shares, sizes, self.group, async_op=True)
+
+    def _by_rank(self, video: torch.Tensor) -> torch.Tensor:
+        """`[B, n, H, D]` flat, the heads of the first rank first."""
+        if len(set(self.heads)) == 1:
+            return video.unflatten(2, (len(self.heads), -1)).permute(2, 1, 0, 3, 4).reshape(-1)
+        return torch.cat([part.transpose(0, 1).reshape(-1) for part in video.split(self.heads, dim=2)])
+
+    def gather_heads(self, head: torch.Tensor, tail: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The way back, for the two parts of an attention output.
+
+        Args:
+            head: `[B, before + N, h, D]`: text, and all video tokens.
+            tail: `[B, after, h, D]`: text.
+
+        Returns:
+            `[B, before + n, H, D]` and `[B, after, H, D]`.
+        """
+        video = head[:, before:]
+        batch, _, mine, width = video.shape
+        own = self.tokens[self.rank]
+        send = video.transpose(0, 1).reshape(-1)
+        sizes = [own * batch * heads * width for heads in self.heads]
+        received = send.new_empty(sum(sizes))
+        dist.all_to_all_single(received, send, sizes, [n * batch * mine * width for n in self.tokens], self.group)
+        parts = [
+            part.view(own, batch, heads, width) for part, heads in zip(received.split(sizes), self.heads, strict=True)
+        ]
+        video = torch.cat(parts, dim=2).transpose(0, 1)
+        if before:
+            video = torch.cat([self._gather_text(head[:, :before]), video], dim=1)
+        return video, self._gather_text(tail) if tail.shape[1] else video.new_empty(batch, 0, *video.shape[2:])
+
+    def _gather_text(self, text: torch.Tensor) -> torch.Tensor:
+        """All heads `[B, T, H, D]` of text of which every rank has its own."""
+        most = max(self.heads)
+        padded = torch.nn.functional.pad(text, (0, 0, 0, most - text.shape[2])).contiguous()
+        gathered = [torch.empty_like(padded) for _ in self.heads]
+        dist.all_gather(gathered, padded, group=self.group)
+        return torch.cat([part[:, :, :heads] for part, heads in zip(gathered, self.heads, strict=True)], dim=2)
+
+
+def share_of(
+    transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None
+) -> tuple[Ulysses | None, str | None]:
+    """How a forward is shared among ranks, None if it is not or not so; and why its layers cannot be sparse then.
+
+    Raises:
+        ValueError: tokens or heads cannot be shared so, or what diffusers would compute instead were wrong.
+    """
+    both = parallel_config(transformer)
+    if both is None:
+        return None, None
+    config = getattr(both, "context_parallel_config", None)
+    if config is None:
+        return None, "tensor parallelism is enabled, which sparse attention does not support"
+    if family.parallel_plan(transformer) is None:
+        return None, f"context parallelism of {type(transformer).__name__} is not supported"
+    if family.replicates_text:
+        _check_text_is_whole(transformer, family)
+    if config.ring_degree > 1:
+        if family.text != "none":
+            raise ValueError(f"{family.name} cannot run with ring_degree={config.ring_degree}: {RING}")
+        return None, RING
+    if grid is None:
+        if family.text != "none":
+            raise ValueError(f"context parallelism of {family.name} needs a pipeline's run with a known video size")
+        return None, None
+    degree = config.ulysses_degree
+    heads = next(iter(family.self_attentions(transformer).values())).heads
+    uneven = getattr(config, "ulysses_anything", None)  # diffusers 0.36 does not have it
+    for what, count in (("video tokens", math.prod(grid)), ("heads", heads)):
+        if (count % degree and not uneven) or count < degree:
+            hint = "" if uneven is not False else ", or ContextParallelConfig(ulysses_anything=True)"
+            raise ValueError(
+                f"{count} {what} cannot be shared by ulysses_degree={degree} ranks; use a degree that fits{hint}"
+            )
+    group, rank = ulysses_group(config)
+    return Ulysses(group, rank, _shares(math.prod(grid), degree), _shares(heads, degree)), None
+
+
+def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:
+    split = split_arguments(transformer)
+    if "hidden_states" not in split or "encoder_hidden_states" in split:
+        raise ValueError(
+            f"context parallelism of {family.name} needs enable_parallelism(..., cp_plan=context_parallel_plan("
+            "transformer)); with another plan a rank attends a part of the text only"
+        )
+
+
+def _shares(count: int, ranks: int) -> tuple[int, ...]:
+    """As `torch.tensor_split`: the first ranks have one more where it does not come out even."""
+    each, more = divmod(count, ranks)
+    return tuple(each + (rank < more) for rank in range(ranks))

@@ -1,0 +1,139 @@
+"""Which key blocks a query block read and how finely, kept from a run to be looked at afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from psa_diffusers.patch.graph_ops import Layer
+from psa_diffusers.patch.step import DenoisingStep, Grid
+from psa_diffusers.patch.token_order import token_permutation
+from psa_diffusers.presets import Preset, TokenOrder
+from psa_kernels import AttentionSpec, BlockLists
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """What some heads of one attention call read.
+
+    Attributes:
+        layer: its name.
+        step, steps: the denoising step, counted from 0, and how many the run has.
+        grid: video tokens along frames, height and width.
+        preset, spec: what the layer computed.
+        order: which tokens form a block.
+        first_head, first_row: the head and the query block that the first entries are.
+        levels: int64 [heads, query blocks, key blocks]: index into `spec.levels`; `len(spec.levels)` where skipped.
+    """
+
+    layer: str
+    step: int
+    steps: int
+    grid: Grid
+    preset: Preset
+    spec: AttentionSpec
+    order: TokenOrder
+    first_head: int
+    first_row: int
+    levels: np.ndarray
+
+    def detail(self) -> np.ndarray:
+        """How finely each pair of blocks was read, float64 like `levels`: 1 / pooling factor, 0 where skipped."""
+        rest = 1 / self.spec.block_key if self.spec.rest == "mean" else 0.0
+        return np.array([*(1 / level for level in self.spec.levels), rest])[self.levels]
+
+    def shares(self) -> list[float]:
+        """Share of the pairs of blocks at each level, then of those past the last."""
+        kinds = len(self.spec.levels) + 1
+        return (np.bincount(self.levels.ravel(), minlength=kinds) / self.levels.size).tolist()
+
+    def over_frames(self, values: np.ndarray) -> np.ndarray:
+        """Spread one value a key block over the tokens of the grid: [frames, height, width]."""
+        return _spread(values, self.spec.block_key, self.order, self.grid)
+
+    def query_tokens(self, row: int) -> np.ndarray:
+        """Which tokens of the grid a query block holds: bool [frames, height, width]."""
+        blocks = -(-int(np.prod(self.grid)) // self.spec.block_query)
+        return _spread(np.arange(blocks) == row, self.spec.block_query, self.order, self.grid)
+
+
+class MaskRecorder:
+    """Keeps the block lists of chosen calls of the last run, on their device until `masks` is called.
+
+    Of each call one batch item is kept: the last one, which belongs to the prompt where a model computes both guidance
+    branches at once. Where it computes them one after the other, the first one, the prompt's, is kept.
+
+    Args:
+        layers: names of the layers, as `RunStats.layers` has them.
+        step: denoising step, counted from 0; None for the middle one of the sparse steps.
+        head: None for all.
+        point: None for all query blocks, or the place in the video (time, height, width, each from 0 to 1) whose query
+            block alone is kept.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[str],
+        *,
+        step: int | None = None,
+        head: int | None = None,
+        point: tuple[float, float, float] | None = None,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._step, self._head, self._point = step, head, point
+        self._run = 0
+        self._kept: dict[str, tuple[Layer, DenoisingStep, int, BlockLists]] = {}
+
+    def record(self, layer: Layer, at: DenoisingStep, lists: BlockLists) -> None:
+        """Keep the lists of a call if they are wanted; never waits for the device."""
+        if at.run != self._run:
+            self._run = at.run
+            self._kept.clear()
+        if at.branch or layer.name not in self._layers or at.step != self._wanted_step(layer, at):
+            return
+        heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
+        row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, at.grid)
+        rows = slice(None) if self._point is None else slice(row, row + 1)
+        part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
+        self._kept[layer.name] = (layer, at, row, part)
+
+    def masks(self) -> list[BlockMask]:
+        """What was kept, in the order of `layers`; waits for the device."""
+        found = []
+        for name in self._layers:
+            if name in self._kept:
+                layer, at, row, lists = self._kept[name]
+                levels = lists.levels()[0].cpu().numpy()
+                found.append(
+                    BlockMask(
+                        name, at.step, at.steps, at.grid, layer.preset, layer.spec, layer.order, self._head or 0, row,
+                        levels,
+                    )
+                )  # fmt: skip
+        return found
+
+    def _wanted_step(self, layer: Layer, at: DenoisingStep) -> int:
+        if self._step is not None:
+            return self._step
+        return middle_sparse_step(layer.preset, at.steps)
+
+
+def middle_sparse_step(preset: Preset, steps: int) -> int:
+    """The denoising step, counted from 0, in the middle of those after a preset's dense phase."""
+    return (preset.dense_step_count(steps) + steps) // 2
+
+
+def query_block_at(point: tuple[float, float, float], order: TokenOrder, spec: AttentionSpec, grid: Grid) -> int:
+    """The query block that holds the token at a place in the video (time, height, width, each from 0 to 1)."""
+    place = tuple(min(size - 1, int(share * size)) for share, size in zip(point, grid, strict=True))
+    tokens = token_permutation(order.order, grid, order.tile).numpy()
+    return int(np.flatnonzero(tokens == np.ravel_multi_index(place, grid))[0]) // spec.block_query
+
+
+def _spread(values: np.ndarray, block: int, order: TokenOrder, grid: Grid) -> np.ndarray:
+    tokens = token_permutation(order.order, grid, order.tile).numpy()
+    spread = np.empty(len(tokens), values.dtype)
+    spread[tokens] = np.repeat(values, block)[: len(tokens)]
+    return spread.reshape(grid)

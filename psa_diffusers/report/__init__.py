@@ -1,0 +1,1 @@
+"""What is shown of a run: metrics, videos side by side, figures, the HTML report."""

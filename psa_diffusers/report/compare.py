@@ -1,0 +1,125 @@
+"""Two videos of one size against each other: figures, side by side, filmstrip; and `psa-compare` for two files."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from psa_diffusers.environment import hardware, versions
+from psa_diffusers.errors import InputError
+from psa_diffusers.report.html import write_report
+from psa_diffusers.report.metrics import compare_frames, frame_faults
+from psa_diffusers.report.panels import Label, filmstrip, side_by_side, write_image
+from psa_diffusers.report.video import Clip, read_video, write_video
+from psa_diffusers.runs.folder import PROMPT_FILE, REPORT_FILE, write_json
+
+SIDE_BY_SIDE = "side-by-side.mp4"
+FILMSTRIP = "filmstrip.png"
+OUTPUTS = (SIDE_BY_SIDE, FILMSTRIP, PROMPT_FILE, REPORT_FILE)
+
+
+def write_comparison(
+    path: Path, reference: np.ndarray, other: np.ndarray, labels: tuple[Label, Label], fps: float
+) -> dict[str, Any]:
+    """Writes side-by-side.mp4 and filmstrip.png into `path`.
+
+    Args:
+        reference, other: [frames, height, width, 3], uint8 or float in [0, 1]; the reference stands left and above.
+
+    Returns:
+        What `compare_frames` gives, and the names of the two files under "files".
+    """
+    figures = compare_frames(reference, other)
+    write_video(path / SIDE_BY_SIDE, side_by_side(reference, other, labels), fps)
+    write_image(path / FILMSTRIP, filmstrip(reference, other, labels))
+    return {**figures, "files": {"side_by_side": SIDE_BY_SIDE, "filmstrip": FILMSTRIP}}
+
+
+def compare_files(first: str, second: str, output: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Compares two video files, the first being the reference; returns the summary.
+
+    Raises:
+        InputError: a file cannot be read, the videos differ in size or length, or results are already there.
+    """
+    paths = (Path(first), Path(second))
+    names = _names(paths)
+    folder = Path(output) if output else Path("psa-output", f"compare-{names[0]}-{names[1]}".replace("/", "-"))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder}: it is a file, not a folder")
+    taken = [name for name in OUTPUTS if (folder / name).exists()]
+    if taken and not overwrite:
+        raise InputError(f"--output {folder}: {taken[0]} is already there; choose another folder or add --overwrite")
+    clips = (read_video(paths[0]), read_video(paths[1]))
+    _must_match(paths, clips)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / ".compare.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        raise InputError(f"--output {folder}: cannot be written to ({error.strerror})") from error
+    try:
+        report = _write_all(partial, paths, names, clips)
+        for name in OUTPUTS:
+            os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {
+        "status": "complete",
+        "output": str(folder),
+        "report": str(folder / REPORT_FILE),
+        "psnr": report["comparison"]["psnr"]["mean"],
+        "ssim": report["comparison"]["ssim"]["mean"],
+        "lpips": report["comparison"]["lpips"]["mean"],
+        "vmaf": report["comparison"]["vmaf"]["mean"],
+        "frames": len(clips[0].frames),
+        "warnings": report["warnings"],
+    }
+
+
+def _write_all(folder: Path, paths: tuple[Path, Path], names: tuple[str, str], clips: tuple[Clip, Clip]) -> dict:
+    labels = (Label(names[0]), Label(names[1]))
+    comparison = write_comparison(folder, clips[0].frames, clips[1].frames, labels, clips[0].fps)
+    count, height, width, _ = clips[0].frames.shape
+    pairs = zip(names, clips, strict=True)
+    warnings = [f"{name}: {fault}" for name, clip in pairs for fault in frame_faults(clip.frames)]
+    if clips[0].fps != clips[1].fps:
+        warnings.append(f"frames a second differ: {clips[0].fps:g} and {clips[1].fps:g}; compared frame by frame")
+    report = {
+        "title": f"{names[0]} and {names[1]}",
+        "names": list(names),
+        "runs": {},
+        "videos": {},
+        "files": comparison.pop("files"),
+        "comparison": comparison,
+        "warnings": warnings,
+        "settings": {
+            "reference": str(paths[0]),
+            "other": str(paths[1]),
+            "frames": count,
+            "height": height,
+            "width": width,
+            "fps": clips[0].fps,
+        },
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(folder / PROMPT_FILE, report)
+    write_report(folder, [{**report, "folder": "."}])
+    return report
+
+
+def _names(paths: tuple[Path, Path]) -> tuple[str, str]:
+    if paths[0].stem != paths[1].stem:
+        return paths[0].stem, paths[1].stem
+    return tuple(f"{path.resolve().parent.name}/{path.stem}" for path in paths)
+
+
+def _must_match(paths: tuple[Path, Path], clips: tuple[Clip, Clip]) -> None:
+    (count_a, height_a, width_a, _), (count_b, height_b, width_b, _) = clips[0].frames.shape, clips[1].frames.shape
+    if (height_a, width_a) != (height_b, width_b):
+        raise InputError(f"sizes differ: {paths[0]} is {width_a}x{height_a}, {paths[1]} is {width_b}x{height_b}")
+    if count_a != count_b:
+        raise InputError(f"lengths differ: {paths[0]} has {count_a} frames, {paths[1]} has {count_b}")

@@ -1,0 +1,236 @@
+"""report.html: one file that shows a run's videos and figures, and opens anywhere without a network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from psa_diffusers.report.svg import data_uri, line_plot, map_gradient, value_map
+from psa_diffusers.report.video import whole_file
+from psa_diffusers.runs.folder import REPORT_FILE
+
+# Beyond this a browser gets slow; the report then shows the strip and links to the file.
+MAX_VIDEO_BYTES = 100 * 2**20
+ABSENT = "\u2013"
+
+
+def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) -> Path:
+    """Writes `folder/report.html`.
+
+    Args:
+        reports: what the prompts' report.json hold, each with its folder's name below `folder` under "folder".
+        missing: prompts of the run that are not done yet.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("psa_diffusers.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["svg"] = Markup  # figures.py escapes what it puts in
+    first = reports[0]
+    budget = MAX_VIDEO_BYTES
+    sections = []
+    for report in reports:
+        section = _section(Path(folder), report, budget)
+        budget -= section.pop("video_bytes")
+        sections.append(section)
+    html = environment.get_template("report.html.j2").render(
+        title=_title(first),
+        subtitle=_subtitle(first, len(reports), missing),
+        headlines=_headlines(reports),
+        sections=sections,
+        missing=missing,
+        gradient=map_gradient(),
+        facts=_facts(first),
+    )
+    path = Path(folder) / REPORT_FILE
+    with whole_file(path) as partial:
+        partial.write_text(html, encoding="utf-8")
+    return path
+
+
+def _title(report: dict[str, Any]) -> str:
+    if "title" in report:
+        return report["title"]
+    preset = report["preset"]
+    return f"{preset} against dense attention" if "comparison" in report else f"{preset} attention"
+
+
+def _subtitle(report: dict[str, Any], count: int, missing: int) -> str:
+    settings = report["settings"]
+    parts = [f"{settings['frames']} frames, {settings['width']} \u00d7 {settings['height']}, {settings['fps']:g} fps"]
+    if "model" in settings:
+        parts.insert(0, settings["model"])
+        parts.append(f"{settings['steps']} steps, seed {settings['seed']}")
+        parts.append(report["hardware"].get("gpu") or report["hardware"]["processor"])
+        parts.append(f"{count} prompt{'s' if count > 1 else ''}" + (f", {missing} still missing" if missing else ""))
+    return " · ".join(parts)
+
+
+def _headlines(reports: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The four figures that answer "how fast and how close", means over the prompts."""
+    attention = [entry["attention"] for report in reports for entry in report["runs"].values() if entry["attention"]]
+    compared = [report["comparison"] for report in reports if "comparison" in report]
+    gains = [entry["speedup"] for entry in compared if "speedup" in entry]
+    found = [
+        (_mean([gain["total"] for gain in gains]), "{:.2f}\u00d7", "dense's speed", "a whole video, loading apart"),
+        (_mean([gain["sparse_step"] for gain in gains]), "{:.2f}\u00d7", "in a sparse step", "median against median"),
+        (_mean([entry["psnr"]["mean"] for entry in compared]), "{:.1f} dB", "PSNR", "mean over frames"),
+        (_mean([entry["ssim"]["mean"] for entry in compared]), "{:.3f}", "SSIM", "mean over frames; 1 is equal"),
+        (
+            _mean([entry["density_run"] for entry in attention]),
+            "{:.2f}",
+            "density",
+            "attention work of the run; 1 is dense",
+        ),
+    ]
+    known = [entry for entry in found if entry[0] is not None]
+    return [{"value": form.format(value), "name": name, "hint": hint} for value, form, name, hint in known]
+
+
+def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any]:
+    videos, files = report["videos"], report["files"]
+    base = folder if report["folder"] == "." else folder / report["folder"]
+    link = "" if report["folder"] == "." else report["folder"] + "/"
+    name = files.get("side_by_side") or next(iter(videos.values()))
+    size = (base / name).stat().st_size
+    embedded = size <= budget
+    strip = base / files["filmstrip"] if "filmstrip" in files else None
+    warnings = list(report.get("warnings", []))
+    warnings += [f"{key}: {text}" for key, entry in report["runs"].items() for text in entry["warnings"]]
+    return {
+        "heading": _heading(report),
+        "video": data_uri("video/mp4", (base / name).read_bytes()) if embedded else None,
+        "video_bytes": size if embedded else 0,
+        "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
+        "links": [*_links(videos, link), *((key.replace("_", " "), file) for key, file in _links(files, link))],
+        "strip": data_uri("image/png", strip.read_bytes()) if strip else None,
+        "overlay": data_uri("image/png", (base / files["attention"]).read_bytes()) if "attention" in files else None,
+        "warnings": warnings,
+        "quality": _quality(report.get("comparison")),
+        "columns": list(report["runs"]),
+        "rows": _run_rows(report["runs"]),
+        "plots": _plots(report),
+    }
+
+
+def _heading(report: dict[str, Any]) -> str:
+    prompt = report.get("prompt", "")
+    return f"{prompt} (seed {report['seed']})" if report["settings"].get("samples", 1) > 1 else prompt
+
+
+def _links(files: dict[str, str], folder: str) -> list[tuple[str, str]]:
+    return [(name, folder + file) for name, file in files.items()]
+
+
+def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if comparison is None:
+        return []
+    psnr, ssim, lpips = comparison["psnr"], comparison["ssim"], comparison["lpips"]
+    rows = [
+        ("PSNR, mean over frames", _number(psnr["mean"], "{:.2f} dB")),
+        ("PSNR, worst frame", _number(psnr["worst"], "{:.2f} dB")),
+        ("SSIM, mean over frames", _number(ssim["mean"], "{:.4f}")),
+        ("SSIM, worst frame", _number(ssim["worst"], "{:.4f}")),
+    ]
+    if psnr["identical_frames"]:
+        rows.insert(2, ("Equal frames, not in the PSNR", str(psnr["identical_frames"])))
+    measured = _number(lpips["mean"], "{:.4f}")
+    rows.append(("LPIPS (AlexNet)", f"not measured: {lpips['reason']}" if lpips["reason"] else measured))
+    vmaf = comparison.get("vmaf")  # absent from reports of earlier versions, which a continued run reads too
+    if vmaf:
+        measured = _number(vmaf["mean"], "{:.1f} of 100")
+        rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
+    return rows
+
+
+def _run_rows(runs: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Label and one cell a run; rows that nobody has are left out."""
+
+    def row(label: str, form: str, *keys: str) -> tuple[str, list[str]]:
+        cells = []
+        for entry in runs.values():
+            value: Any = entry
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            cells.append(_number(value, form))
+        return label, cells
+
+    rows = [
+        row("Seconds in all", "{:.1f}", "seconds", "total"),
+        row("Text encoding and preparation", "{:.2f}", "seconds", "prepare"),
+        row("Denoising", "{:.1f}", "seconds", "denoise"),
+        row("A step, median", "{:.3f}", "seconds", "median_step"),
+        row("A sparse step, median", "{:.3f}", "seconds", "median_sparse_step"),
+        row("Decoding", "{:.2f}", "seconds", "decode"),
+        row("Peak GPU memory, GiB", "{:.2f}", "peak_memory_gib"),
+        row("Steps kept dense", "{}", "attention", "dense_steps"),
+        row("Density, whole run", "{:.3f}", "attention", "density_run"),
+        row("Density, sparse calls", "{:.3f}", "attention", "density_sparse"),
+        row("Coverage, sparse calls", "{:.3f}", "attention", "coverage_sparse"),
+        row("Implementation", "{}", "attention", "implementation"),
+    ]
+    return [(label, cells) for label, cells in rows if any(cell != ABSENT for cell in cells)]
+
+
+def _plots(report: dict[str, Any]) -> list[dict[str, Any]]:
+    plots = []
+    attention = next((entry["attention"] for entry in report["runs"].values() if entry["attention"]), None)
+    if attention:
+        svg = value_map(attention["density"], "denoising step", "layer")
+        note = "Share of dense attention's work that each layer did: 1 is dense, 0.25 a quarter of it."
+        plots.append(_plot("Density by layer and step", note, svg, gradient=True))
+    steps = [(name, entry["seconds"]["per_step"]) for name, entry in report["runs"].items()]
+    note = "The first step also pays for what is set up once."
+    svg = line_plot(steps, "denoising step", "seconds", from_zero=True)
+    plots.append(_plot("Seconds a step", note, svg, legend=[name for name, _ in steps]))
+    comparison = report.get("comparison")
+    if comparison:
+        note = "On frames in memory, before video coding." if steps else "On the decoded frames of the two files."
+        psnr, ssim = comparison["psnr"]["per_frame"], comparison["ssim"]["per_frame"]
+        plots.append(_plot("PSNR by frame, dB", note, line_plot([("", []), ("PSNR", psnr)], "frame", "PSNR", span=3)))
+        plots.append(
+            _plot("SSIM by frame", "1 is equal.", line_plot([("", []), ("SSIM", ssim)], "frame", "SSIM", span=0.03))
+        )
+    return [plot for plot in plots if plot["svg"]]
+
+
+def _plot(title: str, note: str, svg: str, legend: list[str] | None = None, gradient: bool = False) -> dict[str, Any]:
+    shown = legend if legend and len(legend) > 1 else []
+    return {"title": title, "note": note, "svg": svg, "legend": shown, "gradient": gradient}
+
+
+def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    settings = {
+        key: value for key, value in report["settings"].items() if key not in ("preset_rules", "preset_2_rules")
+    }
+    groups = [("Settings", settings), ("Preset", report["settings"].get("preset_rules") or {})]
+    groups.append(("Preset of the second transformer", report["settings"].get("preset_2_rules") or {}))
+    machine = dict(report["hardware"])
+    if "load_seconds" in report:
+        machine["load_seconds"] = round(report["load_seconds"], 2)
+    groups += [("Machine", machine), ("Versions", report["versions"])]
+    return [
+        (name, [(key.replace("_", " "), _plain(value)) for key, value in group.items()])
+        for name, group in groups
+        if group
+    ]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return value or "(empty)"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: Any, form: str) -> str:
+    return ABSENT if value is None else form.format(value)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

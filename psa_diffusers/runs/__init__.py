@@ -1,0 +1,1 @@
+"""What the commands do: plan a run, make its videos, keep whole results."""

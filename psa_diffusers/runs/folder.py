@@ -1,0 +1,199 @@
+"""The folder of a run: what is finished, what is missing, whose it is; results appear whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.report.video import whole_file
+from psa_diffusers.runs.prompts import slug
+from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
+
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+PROMPT_FILE = "report.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class RunFolder:
+    """One folder a prompt, `0000-slug`, below `path`; `run.json` tells the settings and prompts they all belong to.
+
+    A prompt's folder is filled under a hidden name and renamed when it is complete, so the ones that exist are done.
+    Several processes may fill one folder: each prompt has a lock, which the system frees when its holder dies.
+
+    Args:
+        launch: what the processes that were started together have in common; None if this one is alone.
+    """
+
+    def __init__(
+        self, path: Path, settings: dict[str, Any], prompts: tuple[str, ...], launch: str | None = None
+    ) -> None:
+        self.path = Path(path)
+        self.launch = launch or uuid.uuid4().hex
+        self.contents = {"format": 1, "settings": settings, "prompts": list(prompts)}
+        self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
+        self._replaces = False
+
+    def missing(self) -> list[int]:
+        """The prompts, by index, that have no finished folder."""
+        if self._replaces:
+            return list(range(len(self.names)))
+        return [index for index in range(len(self.names)) if not self._is_done(index)]
+
+    def _is_done(self, index: int) -> bool:
+        return (self.path / self.names[index] / PROMPT_FILE).is_file()
+
+    def finished(self) -> list[dict[str, Any]]:
+        """The reports of the prompts that are done, in order; each with its folder's name under "folder"."""
+        done = sorted(set(range(len(self.names))) - set(self.missing()))
+        names = [self.names[index] for index in done]
+        return [{**_read_json(self.path / name / PROMPT_FILE), "folder": name} for name in names]
+
+    def check(self, overwrite: bool) -> None:
+        """Refuses a folder that holds another run's results, or that cannot be written to.
+
+        Raises:
+            InputError: the settings or prompts there differ, or files of the same names are in the way.
+        """
+        self._replaces = overwrite
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--output {self.path}: it is a file, not a folder")
+        if not overwrite:
+            if (self.path / RUN_FILE).is_file():
+                self._must_match(_read_json(self.path / RUN_FILE))
+            else:
+                taken = [name for name in (*self.names, REPORT_FILE, VBENCH_FOLDER) if (self.path / name).exists()]
+                if taken:
+                    raise InputError(
+                        f"--output {self.path}: {taken[0]} is already there; choose another folder or add --overwrite"
+                    )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise InputError(f"--output {self.path}: cannot be written to ({error.strerror})") from error
+
+    def begin(self) -> None:
+        """Marks the folder as this run's; with --overwrite, removes what an earlier run of this tool left there."""
+        if self._replaces:
+            self._remove_old()
+            self._replaces = False
+        for leftover in self.path.glob(".[0-9]*.partial"):
+            with self._locked(leftover.name[1:].removesuffix(".partial")) as free:
+                if free:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        write_json(self.path / RUN_FILE, self.contents)
+
+    @contextmanager
+    def claim(self, index: int) -> Iterator[bool]:
+        """Whether a prompt is this process's to make: nobody else is at it, it is not done, and none of the processes
+        that were started together has failed at it or died."""
+        with self._locked(self.names[index]) as free:
+            tried = self._lock_folder() / f"{self.names[index]}.tried"
+            mine = free and not self._is_done(index)
+            mine = mine and not (tried.is_file() and tried.read_text(encoding="utf-8") == self.launch)
+            if mine:
+                tried.write_text(self.launch, encoding="utf-8")
+            yield mine
+
+    def wait(self) -> None:
+        """Wait until nobody is making a prompt."""
+        for index in self.missing():
+            with self._locked(self.names[index], wait=True):
+                pass
+
+    @contextmanager
+    def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Holds a prompt's lock; false if another process has it and is not waited for."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._lock_folder() / f"{name}.lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock_folder(self) -> Path:
+        """Beside the system's other temporary files: locks work there, and nothing of them is left with the results."""
+        owner = f"{getattr(os, 'getuid', str)()} {self.path.resolve()}"
+        folder = Path(tempfile.gettempdir(), f"psa-generate-{hashlib.sha256(owner.encode()).hexdigest()[:24]}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def withdraw(self) -> None:
+        """Undoes `check`'s making of the folder if nothing was put there."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    @contextmanager
+    def writing(self, index: int) -> Iterator[Path]:
+        """Gives a hidden folder for a prompt's files; it gets its name if all went well and is removed if not."""
+        partial = self.path / f".{self.names[index]}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            os.replace(partial, self.path / self.names[index])
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _must_match(self, there: dict[str, Any]) -> None:
+        if there == self.contents:
+            return
+        old, new = there.get("settings", {}), self.contents["settings"]
+        keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        shown = [f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}" for key in keys[:2]]
+        if len(keys) > 2:
+            shown.append(f"{len(keys) - 2} more differ")
+        if there.get("prompts") != self.contents["prompts"]:
+            shown.append("the prompts differ")
+        what = "; ".join(shown) or "its format differs"
+        raise InputError(
+            f"--output {self.path}: holds another run ({what}); choose another folder or add --overwrite to replace it"
+        )
+
+    def _remove_old(self) -> None:
+        names = set(self.names)
+        with contextlib.suppress(InputError):
+            prompts = _read_json(self.path / RUN_FILE).get("prompts", [])
+            names.add(VBENCH_FOLDER)
+            names |= {f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)}
+        for name in names:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (REPORT_FILE, RUN_FILE):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}); move it away or add --overwrite") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; move it away or add --overwrite")
+    return content
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

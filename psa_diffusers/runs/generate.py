@@ -1,0 +1,193 @@
+"""A run of `psa-generate`: every missing prompt through the pipeline, dense and sparse, and the files it leaves."""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline
+from psa_diffusers.environment import hardware, versions
+from psa_diffusers.report.compare import write_comparison
+from psa_diffusers.report.html import write_report
+from psa_diffusers.report.overlay import attention_overlay
+from psa_diffusers.report.panels import Label, write_image
+from psa_diffusers.report.video import write_video
+from psa_diffusers.runs import stopping
+from psa_diffusers.runs.folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
+from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
+from psa_diffusers.runs.plan import DENSE, Plan
+from psa_diffusers.runs.rank import ALONE, Place
+from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
+from psa_diffusers.runs.vbench import lay_out
+
+OVERLAY = "attention.png"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; `summary` tells what is finished and how much is missing."""
+
+    def __init__(self, summary: dict[str, Any]) -> None:
+        self.summary = summary
+        super().__init__()
+
+
+def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
+    """Makes what is missing in the plan's folder and the report of all that is there; returns the summary.
+
+    Of several processes each makes what no other has begun; the first one waits for the others and makes the report,
+    if it is not left to the process that started them. The others return None.
+
+    Raises:
+        InputError: the folder holds something else, another run is writing there, or it cannot be written to. Nothing
+            was loaded then.
+        Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
+    """
+    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, place.launch)
+    folder.check(plan.overwrite)
+    try:
+        # Processes that were started together hold single prompts, and who started them the folder.
+        with locked(folder.path) if place is ALONE else contextlib.nullcontext():
+            folder.check(plan.overwrite)  # another process may have worked there until now
+            return _run(plan, folder, place)
+    finally:
+        folder.withdraw()
+
+
+def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
+    todo = folder.missing()
+    try:
+        if place.rank < len(todo):
+            _make(plan, folder, todo, place)
+    except KeyboardInterrupt:
+        raise Interrupted(finish(plan, folder, todo) if place.reports else {}) from None
+    except BaseException:
+        with contextlib.suppress(Exception):  # what failed first is the one to tell
+            if place.reports:
+                finish(plan, folder, folder.missing())
+        raise
+    if not place.reports:
+        return None
+    folder.wait()
+    return finish(plan, folder, todo)
+
+
+@stopping.carried_out()
+def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
+    settings = plan.settings
+    started = time.perf_counter()
+    pipe = load_pipeline(
+        plan.model,
+        dtype=settings.dtype,
+        device=place.take_device(settings.device),
+        offload=settings.offload,
+        flow_shift=settings.flow_shift,
+    )
+    about = {
+        "settings": {**settings.to_dict(), "flow_shift": current_flow_shift(pipe)},
+        "versions": versions(),
+        "hardware": hardware(settings.device),
+        "load_seconds": time.perf_counter() - started,
+    }
+    folder.begin()
+    for index in todo:
+        stopping.check()
+        with folder.claim(index) as mine:
+            if mine:
+                with folder.writing(index) as path:
+                    _make_prompt(plan, pipe, index, path, about)
+
+
+def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str, Any]) -> None:
+    prompt, name, seed = plan.prompts[index], plan.name, plan.settings.seed + plan.sample(index)
+    results: dict[str, Generated] = {}
+    if plan.preset is None or plan.settings.compare:
+        results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
+    if plan.preset is not None:
+        results[name] = generate_sparse(pipe, plan, prompt, seed)
+    report = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
+    report["sample"] = plan.sample(index)
+    report["runs"] = {key: _as_json(result) for key, result in results.items()}
+    report["videos"] = {key: f"{key}.mp4" for key in results}
+    report["files"] = {}
+    for key, result in results.items():
+        write_video(path / f"{key}.mp4", result.frames, plan.settings.fps)
+        for warning in result.warnings:
+            print(f"warning: {key}, {prompt[:60]!r}: {warning}", file=sys.stderr)
+    if plan.settings.compare:
+        labels = (_label(DENSE, results[DENSE]), _label(name, results[name]))
+        comparison = write_comparison(path, results[DENSE].frames, results[name].frames, labels, plan.settings.fps)
+        report["files"] = comparison.pop("files")
+        if results[name].masks:
+            write_image(path / OVERLAY, attention_overlay(results[name].frames, results[name].masks))
+            report["files"]["attention"] = OVERLAY
+        report["comparison"] = {**comparison, "speedup": _speedup(results[DENSE], results[name])}
+    write_json(path / PROMPT_FILE, {**report, **about})
+
+
+def _as_json(result: Generated) -> dict[str, Any]:
+    return {
+        "seconds": result.seconds,
+        "warnings": result.warnings,
+        "attention": result.attention,
+        "peak_memory_gib": result.peak_memory_gib,
+    }
+
+
+def _label(name: str, result: Generated) -> Label:
+    facts = [f"{result.seconds['total']:.1f} s"]
+    if result.attention is not None:
+        facts.append(f"density {result.attention['density_run']:.2f}")
+    return Label(name, tuple(facts))
+
+
+def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
+    step = sparse.seconds["median_sparse_step"]
+    return {
+        "total": dense.seconds["total"] / sparse.seconds["total"],
+        "denoise": dense.seconds["denoise"] / sparse.seconds["denoise"],
+        "sparse_step": dense.seconds["median_step"] / step if step else None,
+    }
+
+
+def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
+    """Writes the report of what is finished and sums it up; `todo` is what was missing before."""
+    reports = folder.finished()
+    missing = len(plan.prompts) - len(reports)
+    made = len(set(todo) - set(folder.missing()))
+    if reports:
+        write_report(folder.path, reports, missing=missing)
+        if plan.vbench:
+            lay_out(folder.path, reports)
+    return {
+        "status": "complete" if not missing else "incomplete",
+        "output": str(folder.path),
+        "report": str(folder.path / REPORT_FILE) if reports else None,
+        "vbench": str(folder.path / VBENCH_FOLDER) if reports and plan.vbench else None,
+        "model": plan.settings.model,
+        "preset": plan.settings.preset,
+        "seed": plan.settings.seed,
+        "made": made,
+        "kept": len(reports) - made,
+        "missing": missing,
+        "prompts": [_summary(report) for report in reports],
+    }
+
+
+def _summary(report: dict[str, Any]) -> dict[str, Any]:
+    runs = report["runs"]
+    attention = next((entry["attention"] for entry in runs.values() if entry["attention"]), None)
+    comparison = report.get("comparison", {})
+    return {
+        "prompt": report["prompt"],
+        "folder": report["folder"],
+        "seed": report["seed"],
+        "seconds": {name: entry["seconds"]["total"] for name, entry in runs.items()},
+        "density": attention["density_run"] if attention else None,
+        "psnr": comparison["psnr"]["mean"] if comparison else None,
+        "ssim": comparison["ssim"]["mean"] if comparison else None,
+        "vmaf": comparison["vmaf"]["mean"] if "vmaf" in comparison else None,
+        "speedup": comparison["speedup"]["total"] if comparison else None,
+        "warnings": [f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]],
+    }

@@ -1,0 +1,118 @@
+"""`psa-inspect`: the block mask of one layer, head and denoising step of a run, which ends after that step."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.errors import InputError
+from psa_diffusers.report.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
+from psa_diffusers.runs import stopping
+from psa_diffusers.runs.pipeline_call import generate_video
+from psa_diffusers.runs.plan import Plan
+
+
+class _EnoughSeen(Exception):
+    """The step that was asked for is done; the rest of the run is not needed."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which attention to look at. `layer` and `head` count from 0, `step` from 1; None stands for the middle one.
+
+    `layer` counts through both transformers where there are two.
+    """
+
+    layer: int | None = None
+    head: int = 0
+    step: int | None = None
+
+
+@stopping.carried_out()
+def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Runs the pipeline up to the step and draws its mask; returns the summary.
+
+    Raises:
+        InputError: the plan is dense or has several prompts, there is no such layer, head or step, it is dense by the
+            preset, or the file is in the way. Nothing has run then.
+        PSAFallbackError: attention would be dense there, for the reason that it says.
+    """
+    require_matplotlib()
+    index, step = _check(plan, place, output, overwrite)
+    settings = plan.settings
+    pipe = load_pipeline(
+        plan.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        offload=settings.offload,
+        flow_shift=settings.flow_shift,
+    )
+    from psa_diffusers import apply_psa
+    from psa_diffusers.patch.masks import MaskRecorder
+
+    with apply_psa(pipe, plan.preset, strict=True) as psa:
+        layer = psa.stats().layers[index]
+        recorder = MaskRecorder([layer], step=step, head=place.head)
+        psa.processor.record_masks(recorder)
+
+        def stop(done: int) -> None:
+            if done >= step:
+                raise _EnoughSeen
+
+        with contextlib.suppress(_EnoughSeen):
+            generate_video(pipe, plan, plan.prompts[0], f"up to step {step + 1}", settings.seed, after_step=stop)
+        masks = recorder.masks()
+    if not masks:
+        raise InputError(f"--layer {index}: {layer} did not run at step {step + 1}; two experts take turns")
+    mask = masks[0]
+    if not len(mask.levels):
+        raise InputError(f"--head {place.head}: {layer} has no such head; they count from 0")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_mask_plot(output, mask, plan.prompts[0])
+    return {
+        "output": str(output),
+        "layer": mask.layer,
+        "head": place.head,
+        "step": step + 1,
+        "steps": mask.steps,
+        "grid": list(mask.grid),
+        "query_blocks": mask.levels.shape[1],
+        "key_blocks": mask.levels.shape[2],
+        "density": float(mask.detail().mean()),
+        "coverage": coverage(mask),
+        "shares": dict(zip(level_names(mask), mask.shares(), strict=True)),
+    }
+
+
+def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> tuple[int, int]:
+    """The layer and the step, both counted from 0."""
+    from psa_diffusers.patch.masks import middle_sparse_step
+
+    if plan.preset is None:
+        raise InputError("--preset dense: dense attention has no block mask; give a sparse preset")
+    if len(plan.prompts) != 1:
+        raise InputError(f"{len(plan.prompts)} prompts given; give one")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output {output}: is already there; choose another name or add --overwrite")
+    per_expert, steps = plan.model.num_layers, plan.settings.steps
+    count = per_expert * plan.model.experts
+    index = count // 2 if place.layer is None else place.layer
+    if not 0 <= index < count:
+        raise InputError(f"--layer {index}: {plan.model.name} has the layers 0 to {count - 1}")
+    heads = plan.model.num_heads
+    if place.head < 0 or (heads is not None and place.head >= heads):
+        known = "heads count from 0" if heads is None else f"{plan.model.name} has the heads 0 to {heads - 1}"
+        raise InputError(f"--head {place.head}: {known}")
+    if plan.preset.layer_specs(per_expert)[index % per_expert] is None:
+        raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
+    dense = plan.preset.dense_step_count(steps)
+    if dense >= steps:
+        raise InputError(f"--steps {steps}: with {plan.preset.name} all of them are dense")
+    step = middle_sparse_step(plan.preset, steps) if place.step is None else place.step - 1
+    if not dense <= step < steps:
+        raise InputError(
+            f"--step {step + 1}: the sparse steps of this run are {dense + 1} to {steps} "
+            f"(the first {dense} of {steps} are dense with {plan.preset.name})"
+        )
+    return index, step

@@ -1,0 +1,155 @@
+"""One call of the pipeline: a prompt or several to videos, dense or sparse, timed, and with what is wrong with them."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from psa_diffusers.report.metrics import frame_faults
+from psa_diffusers.runs import stopping
+from psa_diffusers.runs.plan import Plan
+from psa_diffusers.runs.step_clock import StepClock
+
+if TYPE_CHECKING:
+    from psa_diffusers.patch.apply import PSAHandle
+    from psa_diffusers.patch.masks import BlockMask, MaskRecorder
+    from psa_diffusers.patch.processor import PSAProcessor
+
+MIDDLE = (0.5, 0.5, 0.5)
+
+
+@dataclass
+class Generated:
+    """One video as it left the pipeline.
+
+    Attributes:
+        frames: float32 [frames, height, width, 3] in [0, 1].
+        seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
+        warnings: what is wrong with the frames, empty if nothing is.
+        attention: what `RunStats.to_dict()` told, None for a dense run.
+        masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
+    """
+
+    frames: np.ndarray
+    seconds: dict[str, Any]
+    warnings: list[str]
+    attention: dict[str, Any] | None = None
+    peak_memory_gib: float | None = None
+    masks: "list[BlockMask]" = field(default_factory=list)
+
+
+def generate_video(
+    pipe: Any, plan: Plan, prompt: str, name: str, seed: int, after_step: Callable[[int], None] | None = None
+) -> Generated:
+    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
+
+    Args:
+        name: what the progress bar calls the run.
+        after_step: told the number of each step, from 0, when it is done; may raise to end the run.
+    """
+    (result,) = generate_videos(pipe, plan, (prompt,), name, (seed,), after_step)
+    return result
+
+
+def generate_videos(
+    pipe: Any,
+    plan: Plan,
+    prompts: Sequence[str],
+    name: str,
+    seeds: Sequence[int],
+    after_step: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """`generate_video` for several prompts at once, each with its seed; seconds and memory are those of all of them."""
+    import torch
+
+    settings, negative = plan.settings, plan.settings.negative_prompt
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    one = len(prompts) == 1  # given plainly, as some pipelines take no lists
+    arguments: dict[str, Any] = {
+        "prompt": prompts[0] if one else list(prompts),
+        "negative_prompt": negative if one or negative is None else [negative] * len(prompts),
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.frames,
+        "num_inference_steps": settings.steps,
+        "generator": generators[0] if one else generators,
+        "output_type": "np",
+    }
+    kind, clock = plan.model.kind, StepClock(settings.device)
+
+    def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        stopping.check()
+        if after_step is not None:
+            after_step(index)
+        return clock.step(pipe, index, timestep, values)
+
+    if kind.guider:
+        pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
+    else:
+        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": step_done}
+    if settings.guidance_2 is not None:
+        arguments["guidance_scale_2"] = settings.guidance_2
+    if plan.image is not None:
+        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
+    title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
+    pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
+    with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
+        videos = [np.asarray(frames, np.float32) for frames in pipe(**arguments).frames]
+    stopping.check()
+    latents = [] if clock.finite else ["the latents hold values that are not finite"]
+    seconds, memory = clock.seconds(), clock.peak_memory_gib()
+    return [Generated(video, seconds, latents + frame_faults(video), peak_memory_gib=memory) for video in videos]
+
+
+def generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
+    """Runs the pipeline once with the plan's preset, and adds what was attended, and what was not as asked for."""
+    from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+
+    with warnings.catch_warnings(), _patched(pipe, plan) as psa:
+        # Both are told below, with the number of calls.
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
+        recorder = _watch(psa.processor) if plan.settings.compare else None
+        result = generate_video(pipe, plan, prompt, plan.name, seed)
+        result.masks = recorder.masks() if recorder else []
+        result.attention = psa.stats().to_dict()
+    steps = result.attention["density"]
+    sparse = [index for index, row in enumerate(steps) if any(value is not None and value < 1 for value in row)]
+    seconds = [value for index, value in enumerate(result.seconds["per_step"]) if index in sparse]
+    result.seconds["sparse_steps"] = len(sparse)
+    result.seconds["median_sparse_step"] = median(seconds) if seconds else None
+    fallbacks = result.attention["fallbacks"]
+    if not sparse:
+        reason = "" if fallbacks else ": every step is in the dense phase"
+        result.warnings.append(f"attention was dense throughout{reason}")
+    result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
+    result.warnings += [
+        f"{layer}: sparse attention was not finite at step {', '.join(str(step + 1) for step in at)}; dense there"
+        for layer, at in result.attention["not_finite"].items()
+    ]
+    if result.attention["model_not_finite"]:
+        result.warnings.append(result.attention["model_not_finite"])
+    return result
+
+
+def _patched(pipe: Any, plan: Plan) -> "PSAHandle":
+    from psa_diffusers import apply_psa
+
+    return apply_psa(pipe, plan.preset, preset_2=plan.preset_2, strict=plan.settings.strict)
+
+
+def _watch(processor: "PSAProcessor") -> "MaskRecorder":
+    """Record the first, the middle and the last layer of each transformer, in the middle of the sparse steps."""
+    from psa_diffusers.patch.masks import MaskRecorder
+
+    layers = processor.stats().layers
+    count = len(layers) // len(processor.presets)
+    chosen = {first + at for first in range(0, len(layers), count) for at in (0, count // 2, count - 1)}
+    recorder = MaskRecorder([layers[index] for index in sorted(chosen)], point=MIDDLE)
+    processor.record_masks(recorder)
+    return recorder

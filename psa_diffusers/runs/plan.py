@@ -1,0 +1,300 @@
+"""What a run is asked to do, checked in full before any weights load."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
+from psa_diffusers.checkpoints.load import Model, resolve_model
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs.prompts import read_prompts, slug
+from psa_diffusers.runs.vbench import check_names
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from psa_diffusers.presets import Preset
+
+DENSE = "dense"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+OFFLOADS = ("none", "model", "group")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command's options as given; None means the model's own default."""
+
+    prompts: tuple[str, ...]
+    model: str = "demo"
+    preset: str = "psa-3"
+    preset_2: str | None = None
+    compare: bool = False
+    output: str | None = None
+    seed: int = 0
+    samples: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    fps: int | None = None
+    negative_prompt: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: str = "none"
+    image: str | None = None
+    overwrite: bool = False
+    strict: bool = False
+    vbench: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
+
+    `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
+    it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
+    the seeds `seed`, `seed + 1`, ...
+    """
+
+    model: str
+    source: str
+    pipeline: str
+    preset: str
+    preset_rules: dict[str, Any] | None
+    preset_2_rules: dict[str, Any] | None
+    compare: bool
+    seed: int
+    samples: int
+    steps: int
+    guidance: float
+    guidance_2: float | None
+    flow_shift: float | None
+    height: int
+    width: int
+    frames: int
+    fps: int
+    negative_prompt: str
+    dtype: str
+    device: str
+    offload: str
+    image: str | None
+    image_digest: str | None
+    strict: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: nothing in it is left to guess.
+
+    `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
+    """
+
+    settings: Settings
+    model: Model
+    preset: "Preset | None"
+    prompts: tuple[str, ...]
+    output: Path
+    overwrite: bool
+    image: "Image.Image | None"
+    vbench: bool = False
+    preset_2: "Preset | None" = None
+
+    def sample(self, index: int) -> int:
+        """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
+        return index % self.settings.samples
+
+    @property
+    def name(self) -> str:
+        """The stem of the video's file: the preset's name (presets allow only what a file name may hold) or "dense"."""
+        return self.settings.preset
+
+
+def make_plan(request: Request) -> Plan:
+    """Checks a request and fills in the model's defaults; loads no weights.
+
+    Raises:
+        InputError: the first thing that is wrong, in one line.
+    """
+    prompts = read_prompts(request.prompts)
+    _one_of("--dtype", request.dtype, DTYPES)
+    _one_of("--offload", request.offload, OFFLOADS)
+    if request.compare and request.preset == DENSE:
+        raise InputError("--compare needs a sparse --preset; dense is what it is compared with")
+    samples = _in_range("--samples", request.samples, 1, 1000)
+    if request.vbench:
+        check_names(prompts, samples)
+    preset = _load_preset("--preset", request.preset)
+    preset_2 = None if request.preset_2 is None else _load_preset("--preset-2", request.preset_2)
+    device = _pick_device(request.device, request.offload)
+    model = resolve_model(request.model)
+    card = model.card
+    if preset is not None:
+        _fits_model("--preset", preset, model)
+    if request.preset_2 is not None:
+        if model.experts != 2 or preset is None or preset_2 is None:
+            raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
+        _fits_model("--preset-2", preset_2, model)
+    image, digest = _load_image(request.image, model)
+    height, width = _size(request, model, image)
+    settings = Settings(
+        model=request.model,
+        source="bundled" if model.name in MODELS and card.hub_id is None else model.source,
+        pipeline=card.pipeline,
+        preset=DENSE if preset is None else preset.name,
+        preset_rules=None if preset is None else preset.model_dump(mode="json"),
+        preset_2_rules=None if preset_2 is None else preset_2.model_dump(mode="json"),
+        compare=request.compare,
+        seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
+        samples=samples,
+        steps=_in_range("--steps", _given(request.steps, card.steps), 1, 1000),
+        guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
+        guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
+        flow_shift=card.flow_shift,
+        height=height,
+        width=width,
+        frames=_frames(_given(request.frames, card.frames), model),
+        fps=_in_range("--fps", _given(request.fps, card.fps), 1, 240),
+        negative_prompt=_given(request.negative_prompt, card.negative_prompt),
+        dtype=_pick_dtype(request.dtype, device, card.dtype),
+        device=device,
+        offload=request.offload,
+        image=request.image,
+        image_digest=digest,
+        strict=request.strict,
+    )
+    if image is not None and model.kind.image == "first":
+        image = _fit_image(image, height, width)
+    output = Path(request.output) if request.output else default_output(settings, prompts)
+    repeated = tuple(prompt for prompt in prompts for _ in range(samples))
+    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2)
+
+
+def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
+    """A folder of its own for every combination of settings and prompts, so that the same command finds its results."""
+    digest = hashlib.sha256(repr((sorted(settings.to_dict().items()), prompts)).encode()).hexdigest()[:6]
+    return Path("psa-output", f"{slug(settings.model)}-{slug(settings.preset)}-{slug(prompts[0], 24)}-{digest}")
+
+
+def _load_preset(option: str, name: str) -> "Preset | None":
+    if name == DENSE:
+        return None
+    from psa_diffusers.presets import PresetError, load_preset
+
+    try:
+        return load_preset(name)
+    except PresetError as error:
+        raise InputError(f"{option} {error.at(name)}") from error
+
+
+def _fits_model(option: str, preset: "Preset", model: Model) -> None:
+    try:
+        preset.layer_specs(model.num_layers)
+    except ValueError as error:
+        raise InputError(f"{option} {error}") from error
+
+
+def _pick_device(device: str, offload: str) -> str:
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"--device {device}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
+    if kind.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (kind.index or 0) >= count:
+            raise InputError(f"--device {device}: this machine has {count} CUDA devices")
+    elif kind.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError(f"--device {device}: Apple's GPU is not available here")
+    elif kind.type != "cpu":
+        raise InputError(f"--device {device}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    if offload != "none" and kind.type != "cuda":
+        raise InputError(f"--offload {offload}: needs a CUDA device, and the run is on {device}; use --offload none")
+    return device
+
+
+def _pick_dtype(dtype: str, device: str, trained: str) -> str:
+    if dtype == "auto":
+        return "float32" if device == "cpu" else trained
+    return dtype
+
+
+def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, str | None]":
+    if path is None:
+        if model.kind.image == "first":
+            raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
+        return None, None
+    if not model.takes_image:
+        able = ", ".join(card.name for card in MODELS.values() if PIPELINE_KINDS[card.pipeline].takes_image)
+        raise InputError(f"--image: {model.name} makes a video from words alone; models that take an image: {able}")
+    from PIL import Image, ImageOps
+
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB"), hashlib.sha256(content).hexdigest()[:32]
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"--image {path}: cannot be read as an image ({type(error).__name__})") from error
+
+
+def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[int, int]:
+    step, card = model.size_step, model.card
+    if model.fixed_size is not None:
+        asked = (_given(request.height, card.height), _given(request.width, card.width))
+        if asked != model.fixed_size:
+            fixed = " x ".join(map(str, model.fixed_size))
+            raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
+        return asked
+    if image is not None and model.kind.image == "first" and request.height is None and request.width is None:
+        area, ratio = card.height * card.width, image.height / image.width
+        height = max(step, round((area * ratio) ** 0.5) // step * step)
+        width = max(step, round((area / ratio) ** 0.5) // step * step)
+        return height, width
+    height, width = _given(request.height, card.height), _given(request.width, card.width)
+    for option, value in (("--height", height), ("--width", width)):
+        if value < step or value % step:
+            below = max(step, value // step * step)
+            near = f"{below} or {below + step}" if value > step else f"{step}"
+            raise InputError(f"{option} {value}: {model.name} needs a multiple of {step}, such as {near}")
+    return height, width
+
+
+def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
+    """Scales to cover the video's size and crops what hangs over, so that nothing is squeezed."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def _frames(frames: int, model: Model) -> int:
+    step, rest = model.frame_step, model.kind.frame_rest
+    if frames < 1 or (frames - rest) % step:
+        below = max(rest or step, (frames - rest) // step * step + rest)
+        form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
+        raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
+    return frames
+
+
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _in_range(option: str, value: Any, low: Any, high: Any) -> Any:
+    if not low <= value <= high:  # also false for NaN
+        raise InputError(f"{option} {value}: must be from {low} to {high}")
+    return value
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} {value}: must be one of {', '.join(allowed)}")

@@ -1,0 +1,114 @@
+"""Several processes that share the prompts of one run, each with a GPU of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs.folder import RunFolder
+from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.generate import Interrupted, finish, run
+from psa_diffusers.runs.plan import Plan
+from psa_diffusers.runs.rank import Place
+
+
+def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
+    """Refuses what several processes cannot do.
+
+    Args:
+        overwrite_alone: whether nobody is there to remove an older run before the processes start.
+
+    Raises:
+        InputError: names the option.
+    """
+    device = plan.settings.device
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"--device {device}: {processes} processes need a device each; use --device cuda, or cpu")
+    if device == "cuda":
+        import torch
+
+        if processes > torch.cuda.device_count():
+            raise InputError(f"--num-processes {processes}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if overwrite_alone and plan.overwrite:
+        raise InputError("--overwrite: not under accelerate launch; remove the folder, or use --num-processes")
+
+
+def work(plan: Plan, place: Place) -> None:
+    """What one process does: its part of the prompts. Errors are told on stderr by the exit code and the message."""
+    try:
+        run(plan, place)
+    except Interrupted:
+        sys.exit(130)
+
+
+def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None] = work) -> dict[str, Any]:
+    """As `generate.run`, by so many processes on this machine; a prompt whose process dies is missing in the summary.
+
+    Args:
+        target: what each process calls; must be importable.
+
+    Raises:
+        InputError: as `generate.run`, and there are not so many devices.
+        Interrupted: likewise.
+    """
+    check_devices(plan, processes)
+    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, uuid.uuid4().hex)
+    folder.check(plan.overwrite)
+    try:
+        with locked(folder.path):
+            folder.check(plan.overwrite)  # another process may have worked there until now
+            return _run_shared(plan, folder, processes, target)
+    finally:
+        folder.withdraw()
+
+
+def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[[Plan, Place], None]) -> dict[str, Any]:
+    todo = folder.missing()
+    if todo:
+        folder.begin()
+        plan = replace(plan, overwrite=False)
+    context = multiprocessing.get_context("spawn")
+    ranks = min(processes, len(todo))
+    places = [Place(rank, ranks, rank, folder.launch, reports=False) for rank in range(ranks)]
+    workers = [context.Process(target=target, args=(plan, place), daemon=True) for place in places]
+    try:
+        with _ending_with_this_process(workers):
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+    except KeyboardInterrupt:
+        # A terminal interrupts all of them; one that was not has nothing to clean up that the next run does not.
+        for worker in workers:
+            worker.join(timeout=10)
+            worker.terminate()
+            worker.join()
+        raise Interrupted(finish(plan, folder, todo)) from None
+    for place, worker in zip(places, workers, strict=True):
+        if worker.exitcode:
+            print(f"warning: process {place.rank} ended with exit code {worker.exitcode}", file=sys.stderr)
+    return finish(plan, folder, todo)
+
+
+@contextmanager
+def _ending_with_this_process(workers: list[Any]) -> Iterator[None]:
+    """Passes a request to terminate on to the workers."""
+
+    def terminate(number: int, frame: Any) -> None:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

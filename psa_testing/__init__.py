@@ -1,0 +1,1 @@
+"""What tests and scripts share: tiny random pipelines, published configurations, small runs. Not in the wheel."""

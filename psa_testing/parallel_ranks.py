@@ -1,0 +1,202 @@
+"""What one rank of a test of context parallelism does; every function runs in a process of its own, with gloo."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from diffusers.models.transformers.transformer_ltx import LTXVideoAttnProcessor
+
+from psa_diffusers import PSAProcessor, context_parallel_plan
+from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_testing.tiny_families import CASES, EVERYTHING, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.tiny_families.cases import GUIDED, HUNYUAN_GUIDED, SMALL_TEXT, Case
+from psa_testing.tiny_families.cogvideox import tiny_cogvideox_2b, tiny_cogvideox_5b
+from psa_testing.tiny_families.hunyuan_video import tiny_hunyuan_video
+from psa_testing.tiny_families.hunyuan_video15 import tiny_hunyuan_video15
+from psa_testing.tiny_families.ltx import tiny_ltx, tiny_ltx_i2v
+from psa_testing.tiny_families.mochi import tiny_mochi
+from psa_testing.tiny_pipelines import tiny_wan
+
+
+def one_processor(pipe: Any) -> Any:
+    """A pipeline all of whose attention modules have the same processor."""
+    pipe.transformer.set_attn_processor(LTXVideoAttnProcessor())
+    return pipe
+
+
+# Four ranks need four heads.
+MODELS = {
+    "wan": Case(lambda: tiny_wan(heads=4, head_dim=16, num_layers=2), {**GUIDED, **SMALL_TEXT}),
+    "wan-two-experts": Case(lambda: tiny_wan(True, heads=4, head_dim=16, num_layers=2), {**GUIDED, **SMALL_TEXT}),
+    "hunyuan-video": Case(lambda: tiny_hunyuan_video(num_attention_heads=4), HUNYUAN_GUIDED),
+    "hunyuan-video-1.5": Case(lambda: tiny_hunyuan_video15(heads=4), CASES["hunyuan-video-1.5"].inputs),
+    "cogvideox-5b": Case(lambda: tiny_cogvideox_5b(num_attention_heads=4), {**GUIDED, **SMALL_TEXT}),
+    "cogvideox-2b": Case(lambda: tiny_cogvideox_2b(num_attention_heads=4), {**GUIDED, **SMALL_TEXT}),
+    "ltx": Case(lambda: tiny_ltx(heads=4), CASES["ltx"].inputs),
+    "ltx-i2v": Case(lambda: one_processor(tiny_ltx_i2v(heads=4)), CASES["ltx-i2v"].inputs),
+    "ltx-condition": CASES["ltx-condition"],
+    "mochi": Case(lambda: tiny_mochi(heads=4), CASES["mochi"].inputs),
+}
+UNEVEN = {"height": 80, "width": 112}  # 3 x 5 x 7 tokens
+TWO_PROMPTS = {"prompt": ["a cat", "a longer prompt, about a dog"], "negative_prompt": ["", "bad"]}
+
+
+def start(rank: int, ranks: int, folder: str, check: Callable[..., None], arguments: tuple) -> None:
+    """Make the process group, check, and leave it."""
+    torch.set_num_threads(1)
+    # diffusers numbers accelerators, of which a CPU has none, and gathers tensors of unequal sizes, which gloo cannot.
+    torch.accelerator.device_count = lambda: 1
+    dist.all_gather = all_gather
+    store = Path(folder, "store")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    try:
+        check(ranks, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def all_gather(outputs: list[torch.Tensor], mine: torch.Tensor, group: Any = None) -> None:
+    """As NCCL does it: every rank in turn sends its part to all."""
+    outputs[dist.get_rank(group)].copy_(mine)
+    for rank, output in enumerate(outputs):
+        dist.broadcast(output, group_src=rank, group=group)
+
+
+def enable(pipe: Any, **config: Any) -> None:
+    """Context parallelism of all the pipeline's transformers."""
+    for transformer in (pipe.transformer, getattr(pipe, "transformer_2", None)):
+        if transformer is not None:
+            plan = context_parallel_plan(transformer)
+            transformer.enable_parallelism(config=ContextParallelConfig(**config), cp_plan=plan)
+
+
+def patch(pipe: Any, *arguments: Any, **settings: Any) -> PSAProcessor:
+    """As a user does it."""
+    processor = PSAProcessor(pipe, *arguments, **settings)
+    processor.install()
+    return processor
+
+
+def equals_one_process(ranks: int, name: str, inputs: dict[str, Any], first: str, config: dict[str, Any]) -> None:
+    """Dense, sparse with everything kept, and sparse: the output of all ranks is that of one process."""
+    case, pipe = MODELS[name], MODELS[name].make()
+    inputs = {"num_inference_steps": 4 if name == "wan-two-experts" else 3, **inputs}
+    stock = case.run(pipe, **inputs)
+    presets = {
+        "dense": preset(dense_steps=1.0),
+        "everything": EVERYTHING,
+        "sparse": preset(dense_steps=0.5),
+        "reused": preset(dense_steps=0.25, refresh=2, share_guidance=True),
+    }
+    alone, figures = {}, {}
+    for key, chosen in presets.items():
+        processor = patch(pipe, chosen, strict=True)
+        alone[key], figures[key] = case.run(pipe, **inputs), processor.stats()
+        processor.restore()
+    assert float((alone["sparse"] - stock).abs().max()) > 1e-3
+    if first == "parallelism":
+        enable(pipe, **config)
+    for key, chosen in presets.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PSAFallbackWarning)
+            processor = patch(pipe, chosen, strict=True)
+            if pipe.transformer._parallel_config is None:
+                enable(pipe, **config)
+            assert_equal_to_rounding(case.run(pipe, **inputs), alone[key], (key, name))
+            stats = processor.stats()
+            assert stats.fallbacks == {} and stats.dense_steps == figures[key].dense_steps
+            assert (stats.density_sparse is None) == (key == "dense")
+            if key != "dense":
+                assert abs(stats.density_sparse - figures[key].density_sparse) < 1e-6
+            processor.restore()
+    if name.startswith(("wan", "ltx")):
+        assert_equal_to_rounding(case.run(pipe, **inputs), stock, "restored")
+
+
+def compiled_blocks(ranks: int, name: str) -> None:
+    """Compiled blocks attend as eager ones do; graphs break at the hooks of diffusers that split and join."""
+    case, pipe = MODELS[name], MODELS[name].make()
+    enable(pipe, ulysses_degree=ranks)
+    processor = patch(pipe, preset(dense_steps=0.5), strict=True)
+    eager, stats = case.run(pipe), processor.stats()
+    for block in getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks:
+        block.compile(backend="eager")
+    assert_equal_to_rounding(case.run(pipe), eager)
+    assert processor.stats() == stats and stats.density_sparse < 0.5
+
+
+def ring_is_dense(ranks: int) -> None:
+    """With a dense operation that tells its normaliser, which torch's for the CPU does not."""
+    from diffusers.models import attention_dispatch
+
+    def attend(ctx, query, key, value, *arguments, return_lse=False, **settings):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        logits = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return (logits.softmax(-1) @ value).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
+
+    attention_dispatch._native_attention_forward_op = attend
+    for name in ("wan", "ltx"):
+        case, pipe = MODELS[name], MODELS[name].make()
+        stock = case.run(pipe)
+        enable(pipe, ring_degree=ranks)
+        processor = patch(pipe, SPARSE)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_equal_to_rounding(case.run(pipe), stock)
+        messages = [str(entry.message) for entry in caught if entry.category is PSAFallbackWarning]
+        assert len(messages) == 1 and "ring attention shows a rank one part of the keys at a time" in messages[0]
+        assert processor.stats().density_run == 1 and processor.stats().fallbacks
+        processor.restore()
+        patch(pipe, SPARSE, strict=True)
+        raises(PSAFallbackError, "ring attention", lambda case=case, pipe=pipe: case.run(pipe))
+    pipe = MODELS["cogvideox-5b"].make()
+    enable(pipe, ring_degree=ranks)
+    patch(pipe, SPARSE)
+    raises(ValueError, f"CogVideoX cannot run with ring_degree={ranks}", lambda: MODELS["cogvideox-5b"].run(pipe))
+
+
+def what_cannot_be_shared_is_refused(ranks: int) -> None:
+    case = MODELS["hunyuan-video"]
+    pipe = case.make()
+    enable(pipe, ulysses_degree=ranks)
+    processor = patch(pipe, SPARSE)
+    message = f"105 video tokens cannot be shared by ulysses_degree={ranks} ranks"
+    if hasattr(ContextParallelConfig, "ulysses_anything"):
+        message += ".*ulysses_anything=True"
+    raises(ValueError, message, lambda: case.run(pipe, **UNEVEN))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        processor.restore()
+    assert "HunyuanVideo in context parallel is only right with PSAProcessor" in str(caught[-1].message)
+    pipe = tiny_wan(heads=3, head_dim=16, num_layers=1)
+    enable(pipe, ulysses_degree=ranks)
+    patch(pipe, SPARSE)
+    raises(ValueError, f"3 heads cannot be shared by ulysses_degree={ranks} ranks", lambda: MODELS["wan"].run(pipe))
+    pipe = MODELS["ltx"].make()
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+    patch(pipe, SPARSE)
+    raises(ValueError, "LTX-Video needs enable_parallelism.*context_parallel_plan", lambda: MODELS["ltx"].run(pipe))
+    pipe = MODELS["ltx-condition"].make()
+    enable(pipe, ulysses_degree=ranks)
+    patch(pipe, SPARSE)
+    message = "this rank has 192 video tokens instead of 160 of 320.*no conditions beside the video"
+    raises(RuntimeError, message, lambda: MODELS["ltx-condition"].run(pipe, frame_index=8, num_frames=17))
+    tokens = CASES["hunyuan-video-i2v"].make().transformer
+    raises(ValueError, "no plan for context parallelism of HunyuanVideo", lambda: context_parallel_plan(tokens))
+
+
+def raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    import re
+
+    try:
+        call()
+    except kind as error:
+        assert re.search(message, str(error)), error
+    else:
+        raise AssertionError(f"no {kind.__name__}")

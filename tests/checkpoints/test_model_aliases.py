@@ -1,0 +1,124 @@
+"""What the models of `--model` run with, by their cards and the published configurations of their checkpoints."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from psa_diffusers.checkpoints import load as pipelines
+from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
+from psa_diffusers.checkpoints.load import resolve_model
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs.plan import Request, make_plan
+from psa_testing.published_models import PUBLISHED
+from psa_testing.tiny_pipelines import tiny_image
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Stands in for the hub: every repository has these files, at first of a Wan 2.2 model with two experts."""
+    files = {
+        "model_index.json": {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
+        "vae/config.json": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+        "transformer/config.json": {"patch_size": [1, 2, 2], "num_layers": 40},
+    }
+
+    def fetch(repository, file):
+        path = tmp_path / file.replace("/", "-")
+        path.write_text(json.dumps(files[file]))
+        return path
+
+    monkeypatch.setattr(pipelines, "_from_hub", fetch)
+    return files
+
+
+CHECKPOINTS = {published.checkpoint: published for published in PUBLISHED}
+# What the configurations of their VAEs say of compression; LTX's and Mochi's say nothing.
+VAES = {
+    "Wan": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    "SkyReels": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
+    "HunyuanVideo15": {"spatial_compression_ratio": 16, "temporal_compression_ratio": 4},
+    "Hunyuan": {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4},
+    "Allegro": {},
+    "CogVideoX": {"temporal_compression_ratio": 4},
+}
+
+
+@pytest.mark.parametrize("name", [name for name, card in MODELS.items() if card.hub_id])
+def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
+    """With the published configuration of its checkpoint, and the size whose token grid is known."""
+    card, published = MODELS[name], CHECKPOINTS[MODELS[name].transformer[0]]
+    hub[card.transformer[1]] = published.config
+    hub["vae/config.json"] = next((vae for kind, vae in VAES.items() if card.pipeline.startswith(kind)), {})
+    if "2.2" in name and "5b" in name:
+        hub["vae/config.json"] = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
+    two = name in ("wan2.2-14b", "wan2.2-i2v-14b")
+    hub["model_index.json"]["transformer_2"] = ["diffusers", "X"] if two else [None, None]
+    tiny_image(card.width, card.height).save(tmp_path / "image.png")
+    image = str(tmp_path / "image.png") if PIPELINE_KINDS[card.pipeline].takes_image else None
+    plan = make_plan(Request(prompts=("a cat",), model=name, image=image))
+    settings, model = plan.settings, plan.model
+    assert (settings.source, settings.steps, settings.fps) == (card.hub_id, card.steps, card.fps)
+    assert settings.negative_prompt == card.negative_prompt
+    assert settings.negative_prompt.startswith("色调艳丽") == (name.startswith("wan"))
+    assert (model.num_layers, model.experts) == (published.layers, 1 + two)
+    frames, height, width = published.grid
+    assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
+    if name != "framepack":  # its grid is that of a section
+        latents = -(-settings.frames // model.frame_step)
+        assert -(-latents // published.config.get("patch_size_t", 1)) == frames
+    if name == "wan2.2-14b":
+        assert (settings.guidance, settings.guidance_2) == (4.0, 3.0)
+
+
+def test_a_model_that_needs_more_than_the_command_can_give(hub):
+    hub["model_index.json"]["_class_name"] = "WanAnimatePipeline"
+    with pytest.raises(InputError, match=r"it is a WanAnimatePipeline: it needs a video of a pose .* apply_psa"):
+        resolve_model("Wan-AI/Wan2.2-Animate-14B-Diffusers")
+
+
+def test_frames_that_are_no_multiple(hub):
+    hub["transformer/config.json"], hub["vae/config.json"] = CHECKPOINTS["rhymes-ai/Allegro"].config, {}
+    with pytest.raises(InputError, match="--frames 81: must be a multiple of 4, such as 80 or 84"):
+        make_plan(Request(prompts=("a cat",), model="allegro", frames=81))
+
+
+def test_a_reference_image_is_optional_and_stays_as_it_is(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["Wan-AI/Wan2.1-VACE-1.3B-diffusers"].config
+    tiny_image(320, 100).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="wan-vace-1.3b")
+    assert make_plan(request).image is None
+    plan = make_plan(replace(request, image=str(tmp_path / "image.png")))
+    assert (plan.image.size, plan.settings.height, plan.settings.width) == ((320, 100), 480, 832)
+
+
+def test_a_model_that_makes_one_size_only(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["zai-org/CogVideoX-5b-I2V"].config
+    tiny_image(320, 180).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="cogvideox-5b-i2v", image=str(tmp_path / "image.png"))
+    plan = make_plan(request)
+    assert (plan.settings.height, plan.settings.width) == (480, 720) and plan.image.size == (720, 480)
+    with pytest.raises(InputError, match=r"--height 480 --width 832: .* makes videos of 480 x 720 only"):
+        make_plan(replace(request, width=832))
+
+
+def test_a_model_has_the_dtype_that_its_card_names(hub, monkeypatch):
+    monkeypatch.setattr("psa_diffusers.runs.plan._pick_device", lambda *_: "cuda")
+    dtypes = {
+        name: make_plan(Request(prompts=("a cat",), model=name)).settings.dtype
+        for name in ("cogvideox-2b", "wan", "mochi")
+    }
+    assert dtypes == {"cogvideox-2b": "float16", "wan": "bfloat16", "mochi": "bfloat16"}
+
+
+def test_an_unknown_checkpoint_has_the_settings_of_its_pipeline(tmp_path, hub):
+    hub["model_index.json"]["_class_name"] = "LTXPipeline"
+    card = resolve_model("someone/some-ltx").card
+    assert (card.height, card.width, card.frames, card.fps) == (480, 704, 161, 24)
+    assert (card.name, card.hub_id, card.negative_prompt) == ("someone/some-ltx", None, "")
+
+
+def test_one_guidance_given_goes_to_both_experts(hub):
+    settings = make_plan(Request(prompts=("a cat",), model="wan2.2-14b", guidance=6.0, preset="dense")).settings
+    assert (settings.guidance, settings.guidance_2) == (6.0, None)

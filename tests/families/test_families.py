@@ -1,0 +1,142 @@
+"""Every model family on whole (tiny, random) pipelines: parity with stock diffusers, and peculiarities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from psa_diffusers import PSAProcessor, apply_psa
+from psa_diffusers.families import FAMILIES, find_family
+from psa_diffusers.families.ltx import LTXVideo
+from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_testing.tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.tiny_pipelines import tiny_image
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def test_a_run_with_dense_steps_only_is_bit_identical(case):
+    pipe = case.make()
+    stock = case.run(pipe)
+    with apply_psa(pipe, preset(dense_steps=1.0)) as psa:
+        assert torch.equal(case.run(pipe), stock)
+    assert psa.stats().density_run == 1 and psa.stats().density_sparse is None
+
+
+def test_keeping_everything_equals_the_stock_pipeline_to_rounding(case):
+    pipe = case.make()
+    for inputs in ({}, *case.others):
+        stock = case.run(pipe, **inputs)
+        with apply_psa(pipe, EVERYTHING, strict=True) as psa:
+            assert_equal_to_rounding(case.run(pipe, **inputs), stock, inputs)
+        assert psa.stats().density_sparse == 1 and psa.stats().implementation == "reference"
+
+
+def test_sparse_runs_differ_repeat_and_are_undone(case):
+    pipe = case.make()
+    stock = case.run(pipe)
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        sparse = case.run(pipe)
+        torch.rand(5)
+        assert torch.equal(case.run(pipe), sparse)
+    assert sparse.isfinite().all() and float((sparse - stock).abs().max()) > 1e-3
+    stats = psa.stats()
+    assert 0.2 < stats.density_sparse < 0.5 and stats.fallbacks == {}
+    assert stats.density[0] == [1.0] * len(stats.layers) and all(value < 1 for value in stats.density[-1])
+    assert torch.equal(case.run(pipe), stock)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        (
+            "hunyuan-video",
+            [f"{kind}.{i}" for kind in ("transformer_blocks", "single_transformer_blocks") for i in (0, 1)],
+        ),
+        ("cogvideox-2b", [f"transformer_blocks.{i}" for i in range(3)]),
+        ("wan-vace", [*(f"blocks.{i}" for i in range(3)), "vace_blocks.0", "vace_blocks.1"]),
+        ("wan-animate", ["blocks.0", "blocks.1"]),
+        ("hunyuan-video-1.5", ["transformer_blocks.0", "transformer_blocks.1"]),
+    ],
+)
+def test_the_layers_are_the_video_self_attentions(name, layers):
+    """Neither cross-attention, nor HunyuanVideo's token refiner, nor Animate's face adapter."""
+    with apply_psa(CASES[name].make(), SPARSE) as psa:
+        assert psa.stats().layers == layers
+
+
+@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-i2v", "cogvideox-5b", "cogvideox-1.5"])
+def test_set_attn_processor_is_enough(name):
+    case, pipe = CASES[name], CASES[name].make()
+    processor = PSAProcessor(pipe, preset=preset())
+    pipe.transformer.set_attn_processor(processor)
+    by_hand = case.run(pipe)
+    assert processor.stats().density_sparse < 0.5
+    processor.restore()
+    with apply_psa(pipe, preset()):
+        assert torch.equal(case.run(pipe), by_hand)
+
+
+@pytest.mark.parametrize("name", ["mochi", "framepack", "allegro"])
+def test_models_without_set_attn_processor_are_patched_and_restored(name):
+    pipe = CASES[name].make()
+    assert not hasattr(pipe.transformer, "set_attn_processor")
+    modules = [module for module in pipe.transformer.modules() if hasattr(module, "processor")]
+    before = [module.processor for module in modules]
+    with apply_psa(pipe, SPARSE) as psa:
+        assert all(module.processor is psa.processor for module in modules)
+    assert [module.processor for module in modules] == before
+
+
+def test_diffusion_forcing_counts_its_steps():
+    """It steps copies of its scheduler, one a frame; the pipeline's own stays where it was."""
+    case, pipe = CASES["skyreels-v2-forcing"], CASES["skyreels-v2-forcing"].make()
+    with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
+        case.run(pipe)
+    stats = psa.stats()
+    assert (stats.steps, stats.dense_steps) == (4, 2)
+    assert [row[0] == 1 for row in stats.density] == [True, True, False, False]
+
+
+def test_diffusion_forcing_in_causal_blocks_is_dense():
+    case, pipe = CASES["skyreels-v2-forcing"], CASES["skyreels-v2-forcing"].make()
+    pipe.transformer._set_ar_attention(2)
+    inputs = {"num_frames": 13, "causal_block_size": 2, "ar_step": 1}
+    stock = case.run(pipe, **inputs)
+    with apply_psa(pipe, SPARSE) as psa, pytest.warns(PSAFallbackWarning, match="diffusion forcing in causal blocks"):
+        assert torch.equal(case.run(pipe, **inputs), stock)
+    assert psa.stats().density_run == 1
+    with apply_psa(pipe, SPARSE, strict=True), pytest.raises(PSAFallbackError, match="masks the attention"):
+        case.run(pipe, **inputs)
+
+
+def test_a_video_of_unknown_size_is_dense(monkeypatch):
+    case, pipe = CASES["ltx"], CASES["ltx"].make()
+    stock = case.run(pipe)
+    monkeypatch.setattr(LTXVideo, "token_grid", staticmethod(lambda transformer, inputs: None))
+    with apply_psa(pipe, SPARSE) as psa, pytest.warns(PSAFallbackWarning, match="does not tell the transformer"):
+        assert torch.equal(case.run(pipe), stock)
+    assert psa.stats().density_run == 1
+
+
+def test_animate_and_framepack_make_every_segment_a_run():
+    case, pipe = CASES["wan-animate"], CASES["wan-animate"].make()
+    frames = {"pose_video": [tiny_image(128, 128)] * 13, "face_video": [tiny_image(16, 16)] * 13}
+    with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
+        case.run(pipe, **frames)
+    stats = psa.stats()
+    assert psa.processor._recorder.run == 2 and (stats.steps, stats.dense_steps) == (3, 2)
+    case, pipe = CASES["framepack"], CASES["framepack"].make()
+    with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
+        case.run(pipe, num_frames=18)
+    assert psa.processor._recorder.run == 2 and psa.stats().dense_steps == 2
+
+
+def test_every_family_is_tested():
+    families = {find_family(CASES[name].make().transformer) for name in ONE_EACH}
+    assert families == set(FAMILIES)

@@ -1,0 +1,51 @@
+"""Every supported checkpoint at its full size, on the meta device: what its family sees of it."""
+
+from __future__ import annotations
+
+import math
+
+import diffusers
+import pytest
+import torch
+
+from psa_diffusers.families import FAMILIES, AttentionCall, find_family
+from psa_testing.published_models import PUBLISHED
+
+
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.checkpoint.split("/")[1])
+def test_a_published_configuration(published):
+    with torch.device("meta"):
+        transformer = getattr(diffusers, published.model)(**published.config)
+    family = find_family(transformer)
+    attentions = family.self_attentions(transformer)
+    inputs = {"hidden_states": torch.empty(published.latents, device="meta"), **published.inputs}
+    assert len(attentions) == len(set(attentions.values())) == published.layers
+    assert family.token_grid(transformer, inputs) == published.grid
+    assert (family.text == "none") == (published.text == 0)
+    tokens = math.prod(published.grid)
+    for attn in (next(iter(attentions.values())), list(attentions.values())[-1]):
+        width = attn.to_q.in_features
+        added = getattr(attn, "add_q_proj", None)
+        text_width = width if added is None else added.in_features
+        video = torch.empty(1, tokens, width, device="meta")
+        text = torch.empty(1, published.text, text_width, device="meta") if published.text else None
+        projected = family.project(attn, AttentionCall(video, text))
+        expected = (1, tokens + published.text, published.heads, published.head_dim)
+        assert [tuple(x.shape) for x in projected] == [expected] * 3
+        result = family.output(attn, *(None if n == 0 else projected[0][:, :n] for n in (tokens, published.text)))
+        hidden = result[0] if published.text else result
+        assert hidden.shape == (1, tokens, width)
+
+
+def test_hunyuan_video_1_5_chooses_these_sizes():
+    """Its size follows from its configuration alone."""
+    from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
+
+    choose = HunyuanVideo15ImageProcessor().calculate_default_height_width
+    sizes = {p.config["target_size"]: p.grid[1:] for p in PUBLISHED if p.model.startswith("HunyuanVideo15")}
+    assert {target: tuple(x // 16 for x in choose(9, 16, target)) for target in sizes} == sizes
+
+
+def test_every_transformer_of_every_family_has_a_published_row():
+    known = {name for family in FAMILIES for name in family.transformers}
+    assert known == {published.model for published in PUBLISHED}

@@ -1,0 +1,83 @@
+"""Two video files against each other."""
+
+import json
+
+import numpy as np
+import pytest
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.report.compare import OUTPUTS, compare_files
+from psa_diffusers.report.panels import GAP, LEAST_PANEL_WIDTH, bar_height
+from psa_diffusers.report.video import read_video, write_video
+
+
+def moving_square(count: int, size: int = 64, level: float = 0.8) -> np.ndarray:
+    frames = np.full((count, size, size, 3), 0.2, np.float32)
+    for number in range(count):
+        frames[number, 20:40, 4 + number : 24 + number] = level
+    return frames
+
+
+@pytest.fixture
+def clips(tmp_path):
+    write_video(tmp_path / "a.mp4", moving_square(9), 8)
+    write_video(tmp_path / "b.mp4", moving_square(9, level=0.7), 8)
+    return str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")
+
+
+def test_all_files_are_written_and_agree(clips, tmp_path):
+    summary = compare_files(*clips, output=str(tmp_path / "out"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(OUTPUTS)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    error = read_video(clips[0]).frames / 255 - read_video(clips[1]).frames / 255
+    expected = np.mean(-10 * np.log10((error**2).mean(axis=(1, 2, 3))))
+    assert summary["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert report["comparison"]["psnr"]["mean"] == summary["psnr"]
+    joined = read_video(tmp_path / "out" / "side-by-side.mp4")
+    assert joined.frames.shape == (9, LEAST_PANEL_WIDTH + bar_height(LEAST_PANEL_WIDTH), 2 * LEAST_PANEL_WIDTH + GAP, 3)
+    assert joined.fps == 8
+
+
+def test_results_are_not_overwritten_unless_asked(clips, tmp_path):
+    compare_files(*clips, output=str(tmp_path / "out"))
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(
+        InputError, match=r"side-by-side\.mp4 is already there; choose another folder or add --overwrite"
+    ):
+        compare_files(*clips, output=str(tmp_path / "out"))
+    compare_files(*clips, output=str(tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_videos_that_do_not_match_are_refused_before_anything_is_written(clips, tmp_path):
+    write_video(tmp_path / "short.mp4", moving_square(8), 8)
+    write_video(tmp_path / "large.mp4", moving_square(9, size=80), 8)
+    with pytest.raises(InputError, match=r"lengths differ: .* has 9 frames, .* has 8"):
+        compare_files(clips[0], str(tmp_path / "short.mp4"), output=str(tmp_path / "out"))
+    with pytest.raises(InputError, match=r"sizes differ: .* is 64x64, .* is 80x80"):
+        compare_files(clips[0], str(tmp_path / "large.mp4"), output=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="no such file"):
+        compare_files(clips[0], str(tmp_path / "none.mp4"), output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_equal_names_are_told_apart_and_warnings_reported(tmp_path):
+    for name, level in (("one", 0.8), ("two", 0.2)):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "clip.mp4", moving_square(5, level=level), 8 if name == "one" else 12)
+    summary = compare_files(
+        str(tmp_path / "one" / "clip.mp4"), str(tmp_path / "two" / "clip.mp4"), output=str(tmp_path / "out")
+    )
+    assert summary["warnings"][0] == "two/clip: 5 of 5 frames are one single colour"
+    assert "frames a second differ: 8 and 12" in summary["warnings"][1]
+    assert "one/clip and two/clip" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_failure_leaves_no_half_results(clips, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("psa_diffusers.report.compare.filmstrip", fail)
+    with pytest.raises(KeyboardInterrupt):
+        compare_files(*clips, output=str(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == []

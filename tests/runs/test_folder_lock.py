@@ -1,0 +1,70 @@
+"""One run at a time in an output folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs.folder_lock import LOCK_FILE, locked
+
+HOLD = "import sys, time; from pathlib import Path; from psa_diffusers.runs.folder_lock import locked\n"
+HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_process_is_refused_by_name(tmp_path, holder):
+    with pytest.raises(InputError, match=rf"another run \(process {holder.pid}\) is writing there"), locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_killed_process_holds_nothing(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locked(tmp_path):
+        assert (tmp_path / LOCK_FILE).read_text() == str(os.getpid())
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_let_go_of_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), locked(tmp_path):
+        raise ZeroDivisionError
+    with locked(tmp_path), pytest.raises(InputError, match="another run"), locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its last owner ends."""
+    import fcntl
+
+    flock, calls = fcntl.flock, []
+
+    def removed_first(descriptor, how):
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()
+        calls.append(time.monotonic())
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / LOCK_FILE).exists()

@@ -1,0 +1,149 @@
+"""The folder of a run: how a run that was stopped goes on, and whose files it leaves alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from psa_diffusers.cli.generate import generate_app, run_command
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs import generate
+from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.generate import Interrupted
+from psa_testing.tiny_runs import FRAMES, SIZE, STEPS, carry_out, contents, edit_pipeline
+
+
+def fail_at_the_dog(error):
+    """An edit of a pipeline: it raises the error when it comes to that prompt."""
+
+    def edit(pipe):
+        encode = pipe.encode_prompt
+
+        def encode_prompt(prompt, **arguments):
+            if prompt == "a dog":
+                raise error
+            return encode(prompt, **arguments)
+
+        pipe.encode_prompt = encode_prompt
+
+    return edit
+
+
+def test_only_what_is_missing_is_made(ask, tmp_path, monkeypatch):
+    carry_out(ask())
+    kept = tmp_path / "out" / "0000-a-cat" / "small.mp4"
+    before = kept.stat().st_mtime_ns
+    for path in (tmp_path / "out" / "0001-a-dog").iterdir():
+        path.unlink()
+    (tmp_path / "out" / "0001-a-dog").rmdir()
+    summary = carry_out(ask())
+    assert (summary["made"], summary["kept"], summary["missing"]) == (1, 1, 0)
+    assert kept.stat().st_mtime_ns == before
+    monkeypatch.setattr(generate, "load_pipeline", None)  # a finished run loads nothing
+    assert carry_out(ask())["kept"] == 2
+
+
+def test_ctrl_c_keeps_what_is_done_and_leaves_no_half_files(ask, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        edit_pipeline(patch, fail_at_the_dog(KeyboardInterrupt()))
+        with pytest.raises(Interrupted) as stop:
+            carry_out(ask("a cat", "a dog", "a fox"))
+    assert (stop.value.summary["made"], stop.value.summary["missing"]) == (1, 2)
+    assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
+    assert "2 prompts still missing" in (tmp_path / "out" / "report.html").read_text()
+    summary = carry_out(ask("a cat", "a dog", "a fox"))
+    assert (summary["made"], summary["kept"]) == (2, 1)
+    assert "still missing" not in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "out of GPU memory; try --offload model or group, fewer --frames",
+        ),
+        (OSError(28, "No space left on device"), "cannot write: [Errno 28] No space left on device"),
+    ],
+    ids=["memory", "disk"],
+)
+def test_a_run_that_fails_midway_keeps_the_finished_prompts(error, said, ask, tmp_path, monkeypatch, capsys):
+    request = ask("a cat", "a dog")
+    arguments = ["a cat", "a dog", "--model", request.model, "--preset", request.preset, "--output", request.output]
+    arguments += f"--steps {STEPS} --height {SIZE} --width {SIZE} --frames {FRAMES} --fps 8 --seed 3".split()
+    with monkeypatch.context() as patch:
+        edit_pipeline(patch, fail_at_the_dog(error))
+        assert run_command("psa-generate", generate_app, arguments) == 1
+    told = capsys.readouterr().err
+    assert f"psa-generate: error: {said}" in told and "finished prompts are kept" in told and "Traceback" not in told
+    assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
+    assert carry_out(request)["made"] == 1
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(ask, tmp_path):
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(InputError, match=r"another run .* is writing there"):
+        carry_out(ask("a cat"))
+    assert carry_out(ask("a cat"))["made"] == 1
+
+
+def test_a_killed_run_s_leftovers_are_swept_up(ask, tmp_path):
+    carry_out(ask("a cat"))
+    (tmp_path / "out" / "0000-a-cat").rename(tmp_path / "out" / ".0000-a-cat.partial")
+    assert carry_out(ask("a cat"))["made"] == 1
+    assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "seed was 3 and is now 4"),
+        ({"steps": 2, "guidance": 2.0, "fps": 12}, "fps was 8 and is now 12; guidance was 5.0 and is now 2.0; 1 more"),
+        ({"prompts": ("a cat",)}, "the prompts differ"),
+    ],
+)
+def test_another_run_s_folder_is_refused(ask, tmp_path, changes, message):
+    carry_out(ask())
+    before = (tmp_path / "out" / "0000-a-cat" / "small.mp4").stat().st_mtime_ns
+    with pytest.raises(InputError, match=f"holds another run .*{message}.*--overwrite"):
+        carry_out(replace(ask(), **changes))
+    assert (tmp_path / "out" / "0000-a-cat" / "small.mp4").stat().st_mtime_ns == before
+
+
+def test_overwrite_replaces_the_old_run_and_nothing_else(ask, tmp_path):
+    carry_out(ask())
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    summary = carry_out(ask("a fox", seed=4, overwrite=True))
+    assert summary["made"] == 1
+    assert contents(tmp_path / "out") == ["0000-a-fox", "notes.txt", "report.html", "run.json"]
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_model_is_loaded(ask, tmp_path, monkeypatch):
+    carry_out(ask("a cat"))
+    before = contents(tmp_path / "out")
+
+    def fail(*arguments, **settings):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(generate, "load_pipeline", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        carry_out(ask("a fox", overwrite=True))
+    assert contents(tmp_path / "out") == before
+
+
+def test_files_that_are_not_a_run_s_are_not_touched(ask, tmp_path):
+    (tmp_path / "out" / "0000-a-cat").mkdir(parents=True)
+    with pytest.raises(InputError, match="0000-a-cat is already there"):
+        carry_out(ask("a cat"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="it is a file, not a folder"):
+        carry_out(ask("a cat", output=str(tmp_path / "file")))
+    with pytest.raises(InputError, match="cannot be written to"):
+        carry_out(ask("a cat", output=str(tmp_path / "file" / "below")))
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder(ask, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    with pytest.raises(TypeError):
+        carry_out(ask("a cat"))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,83 @@
+"""What a run is asked to do is checked in full before weights load."""
+
+from dataclasses import replace
+
+import pytest
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs.plan import Request, make_plan
+from psa_testing.tiny_pipelines import tiny_image
+
+
+def tiny_request(folder, **changes) -> Request:
+    small = Request(prompts=("a cat",), model=str(folder), height=64, width=64, frames=9, steps=2, preset="dense")
+    return replace(small, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 10}, r"--frames 10: must be 4k\+1, such as 9 or 13"),
+        ({"frames": 0}, r"--frames 0: must be 4k\+1, such as 1 or 5"),
+        ({"height": 70}, r"--height 70: .* needs a multiple of 16, such as 64 or 80"),
+        ({"width": 8}, r"--width 8: .* needs a multiple of 16, such as 16"),
+        ({"steps": 0}, r"--steps 0: must be from 1 to 1000"),
+        ({"guidance": float("nan")}, r"--guidance nan: must be from 0.0 to 100.0"),
+        ({"seed": -1}, r"--seed -1: must be from 0 to"),
+        ({"fps": 0}, r"--fps 0: must be from 1 to 240"),
+        ({"dtype": "int8"}, r"--dtype int8: must be one of auto, bfloat16, float16, float32"),
+        ({"offload": "disk"}, r"--offload disk: must be one of none, model, group"),
+        ({"offload": "model", "device": "cpu"}, r"--offload model: needs a CUDA device, and the run is on cpu"),
+        ({"device": "tpu9"}, r"--device tpu9: not a device"),
+        ({"device": "meta"}, r"--device meta: not supported"),
+        ({"device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
+        ({"image": "cat.png"}, r"--image: .* makes a video from words alone; .*wan-i2v-14b-480p"),
+        ({"compare": True}, r"--compare needs a sparse --preset"),
+        ({"preset": "psa-33"}, r"--preset psa-33: no such file \(did you mean psa-3\?\)"),
+        ({"prompts": ()}, r"no prompt given"),
+        ({"prompts": (" ",)}, r"a prompt is empty"),
+        ({"prompts": ("missing.txt",)}, r"prompt file missing.txt: no such file"),
+    ],
+)
+def test_bad_input_is_one_clear_line(saved, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        make_plan(tiny_request(saved / "wan", **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_preset_rule_for_a_layer_that_the_model_lacks(saved, tmp_path):
+    (tmp_path / "deep.yaml").write_text("layers: [{match: 30, dense: true}]")
+    with pytest.raises(InputError, match=r"deep\.yaml.*30"):
+        make_plan(tiny_request(saved / "wan", preset=str(tmp_path / "deep.yaml")))
+
+
+def test_an_image_model_needs_an_image_that_opens(saved, tmp_path):
+    with pytest.raises(InputError, match="makes a video from an image; give --image FILE"):
+        make_plan(tiny_request(saved / "i2v"))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(InputError, match=r"broken\.png: cannot be read as an image"):
+        make_plan(tiny_request(saved / "i2v", image=str(tmp_path / "broken.png")))
+
+
+def test_an_image_gives_the_aspect_ratio_unless_a_size_is_given(saved, tmp_path):
+    tiny_image(300, 100).save(tmp_path / "wide.png")
+    plan = make_plan(tiny_request(saved / "i2v", image=str(tmp_path / "wide.png"), height=None, width=None))
+    assert (plan.settings.height, plan.settings.width) == (352, 1088)
+    assert plan.image.size == (1088, 352)
+    plan = make_plan(tiny_request(saved / "i2v", image=str(tmp_path / "wide.png")))
+    assert plan.image.size == (64, 64)
+
+
+def test_equal_runs_share_a_default_folder_and_others_do_not(saved):
+    first = make_plan(tiny_request(saved / "wan")).output
+    assert first == make_plan(tiny_request(saved / "wan")).output
+    assert first != make_plan(tiny_request(saved / "wan", seed=1)).output
+    assert first != make_plan(tiny_request(saved / "wan", prompts=("a cat", "a dog"))).output
+
+
+def test_the_bundled_demo_needs_nothing_but_a_prompt():
+    plan = make_plan(Request(prompts=("a red circle",), device="cpu"))
+    settings = plan.settings
+    assert (settings.source, settings.frames, settings.height, settings.width) == ("bundled", 33, 192, 192)
+    assert settings.preset == "psa-3"
+    assert plan.model.experts == 1 and not plan.model.takes_image

@@ -1,0 +1,122 @@
+"""Several processes that share the prompts of one run: none is made twice, and one that dies loses its own only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs import generate
+from psa_diffusers.runs import processes as workers
+from psa_diffusers.runs.folder import RunFolder
+from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.processes import run_shared
+from psa_diffusers.runs.rank import Place
+from psa_testing.tiny_pipelines import tiny_wan
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ("a cat", "a dog", "a fox", "a hen", "an owl")
+LOG = "PSA_TEST_LOG"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    tiny_wan(num_layers=1).save_pretrained(tmp_path / "wan")
+    request = Request(
+        prompts=PROMPTS, model=str(tmp_path / "wan"), preset="dense", output=str(tmp_path / "out"),
+        steps=1, height=32, width=32, frames=1,
+    )  # fmt: skip
+    return make_plan(request)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """Which process began which prompt."""
+    monkeypatch.setenv(LOG, str(tmp_path / "log"))
+    return lambda: [tuple(line.split(":")) for line in (tmp_path / "log").read_text().splitlines()]
+
+
+def watched_work(plan, place: Place) -> None:
+    """As `workers.work`, but a process that begins with the fox is killed."""
+    original = generate.generate_video
+
+    def generate_video(pipe, plan, prompt, *rest):
+        with open(os.environ[LOG], "a") as file:
+            file.write(f"{place.rank}:{prompt}\n")
+        if prompt == "a fox":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(pipe, plan, prompt, *rest)
+
+    generate.generate_video = generate_video
+    workers.work(plan, place)
+
+
+def folders(plan) -> list[str]:
+    return sorted(path.name for path in plan.output.iterdir() if path.is_dir())
+
+
+def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, log, capsys):
+    summary = run_shared(plan, 2, watched_work)
+    assert (summary["status"], summary["made"], summary["missing"]) == ("incomplete", 4, 1)
+    assert sorted(prompt for _, prompt in log()) == sorted(PROMPTS)
+    assert "ended with exit code -9" in capsys.readouterr().err
+    assert [name for name in folders(plan) if not name.startswith(".")] == [
+        "0000-a-cat", "0001-a-dog", "0003-a-hen", "0004-an-owl",
+    ]  # fmt: skip
+    summary = generate.run(plan)
+    assert (summary["status"], summary["made"], summary["kept"]) == ("complete", 1, 4)
+    assert len(folders(plan)) == len(PROMPTS) and not [name for name in folders(plan) if name.startswith(".")]
+    assert [entry["prompt"] for entry in summary["prompts"]] == list(PROMPTS)
+    alone = replace(plan, output=plan.output.with_name("alone"))
+    generate.run(alone)
+    for name in folders(plan):
+        assert (plan.output / name / "dense.mp4").read_bytes() == (alone.output / name / "dense.mp4").read_bytes()
+
+
+def test_a_prompt_is_claimed_once(plan):
+    first, second = (RunFolder(plan.output, plan.settings.to_dict(), PROMPTS, "together") for _ in range(2))
+    first.check(overwrite=False)
+    first.begin()
+    with first.claim(0) as mine, second.claim(0) as other:
+        assert mine and not other
+        (plan.output / ".0000-a-cat.partial").mkdir()
+        second.begin()  # what another process is filling stays
+        assert (plan.output / ".0000-a-cat.partial").is_dir()
+    with second.claim(0) as other:
+        assert not other, "the first one failed, and so would this one"
+    with RunFolder(plan.output, plan.settings.to_dict(), PROMPTS, "later").claim(0) as mine:
+        assert mine
+
+
+def test_what_several_processes_cannot_do_is_refused(plan, monkeypatch):
+    settings = replace(plan.settings, device="cuda:1")
+    with pytest.raises(InputError, match="--device cuda:1: 2 processes need a device each"):
+        run_shared(replace(plan, settings=settings), 2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    settings = replace(plan.settings, device="cuda")
+    with pytest.raises(InputError, match="--num-processes 2: this machine has 1 CUDA devices"):
+        run_shared(replace(plan, settings=settings), 2)
+    with pytest.raises(InputError, match="--overwrite: not under accelerate launch"):
+        workers.check_devices(replace(plan, overwrite=True), 1, overwrite_alone=True)
+
+
+def test_accelerate_launch_shares_a_prompts_file(plan, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:3]))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = ["-m", "psa_diffusers.cli", "--model", plan.model.source, "--preset", "dense", "--output", "out"]
+    size = ["--steps", "1", "--height", "32", "--width", "32", "--frames", "1", "--device", "cpu", "prompts.txt"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, *command, *size], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    documents = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(documents) == 1 and documents[0]["status"] == "complete" and documents[0]["missing"] == 0
+    assert len(documents[0]["prompts"]) == 3 and (tmp_path / "out" / "report.html").is_file()

@@ -1,0 +1,54 @@
+"""Merged tiles against one block at a time: the kernel in Triton's interpreter, table and plot; times need a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from operator_bench.tiles_plot import plot, table  # noqa: E402
+
+
+def _row(method: str, pyramid: str, ms: float) -> dict:
+    about = {"workload": "toy", "block_key": 64, "pyramid": pyramid, "density": 0.25}
+    return {**about, "method": method, "ms": ms, "tflops": 100 / ms}
+
+
+ROWS = [
+    _row("naive", "psa-1", 6.0),
+    _row("psa-triton", "psa-1", 5.0),
+    _row("naive", "psa-2", 20.0),
+    _row("psa-triton", "psa-2", 5.0),
+    {"workload": "toy", "block_key": 64, "pyramid": "psa-2", "density": 0.25, "method": "psa-hopper", "error": "no"},
+]
+
+
+def test_the_naive_kernel_in_the_interpreter() -> None:
+    """One process of its own: the interpreter is switched on for all of a process, before triton is imported."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/scripts/naive_cases.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_speedups_are_over_the_naive_kernel() -> None:
+    first, second = table(ROWS).splitlines()
+    assert "psa-1" in first and "(1.20x)" in first
+    assert "psa-2" in second and "(4.00x)" in second and "psa-hopper" not in second
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert plot(ROWS, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
