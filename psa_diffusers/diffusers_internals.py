@@ -6,8 +6,6 @@ than the import.
 - `module._diffusers_hook.hooks[...]._is_stateful` tells whether a cache of blocks is on. If it moves, only caches that
   were switched on by `enable_cache` are seen.
 - `transformer._is_cached` tells the same of the package cache-dit. If it moves, such a cache goes unnoticed.
-- `module.forward.__wrapped__` is what the hooks of diffusers and accelerate replaced. If it moves, a forward that was
-  replaced by another's before such a hook came goes unnoticed.
 - `pipe._num_timesteps` is the number of steps of a run that skips the first ones. If it moves, the scheduler's is
   taken, and the dense phase of video-to-video runs is too long.
 - `diffusers.models._modeling_parallel` has the words of plans for context parallelism, `transformer._cp_plan` is a plan
@@ -38,18 +36,6 @@ def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
         if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
             return True
     return False
-
-
-def has_own_forward(transformer: torch.nn.Module) -> bool:
-    """Whether nobody but diffusers and accelerate, whose hooks wrap it, has a part in a transformer's forward."""
-    forward = transformer.forward
-    while forward is not None:
-        function = getattr(forward, "func", forward)  # of a partial
-        home = getattr(getattr(function, "__func__", function), "__globals__", {}).get("__name__", "")
-        if home.split(".")[0] not in ("diffusers", "accelerate"):
-            return False
-        forward = getattr(forward, "__wrapped__", None)
-    return True
 
 
 def split(dim: int, dims: int, *, output: bool = False) -> Any:

@@ -34,8 +34,8 @@ from psa_diffusers.families import find_family
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "one forward of a whole transformer, random weights, medians"
 METHODS = (*DENSE, "psa")
-# psa-3 where each layer puts tokens into the order of the blocks for itself, and psa-3 in raster order.
-BY_LAYER, RASTER = "psa-by-layer", "psa-raster"
+# psa-3 in raster order, which needs no permutation.
+RASTER = "psa-raster"
 DENSITIES = (0.25, 0.15, 0.10)
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 def is_sparse(method: str) -> bool:
     """Whether a method is ours, and has a density."""
-    return method in ("psa", BY_LAYER, RASTER)
+    return method in ("psa", RASTER)
 
 
 def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
@@ -131,7 +131,6 @@ def run(
                 preset = scaled_preset(machine, density)
                 preset = preset.model_copy(update={"order": "raster"}) if method == RASTER else preset
                 processor = PSAProcessor(pipe, preset, strict=True)
-                processor.reorders_tokens = method != BY_LAYER
                 processor.install()
             if compiled:
                 compile_blocks(transformer, machine.backend)
@@ -271,7 +270,7 @@ def _case(row: dict[str, Any]) -> tuple[str, bool]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help="default: all")
-    parser.add_argument("--method", nargs="+", choices=(*METHODS, BY_LAYER, RASTER), help=f"default: {METHODS}")
+    parser.add_argument("--method", nargs="+", choices=(*METHODS, RASTER), help=f"default: {METHODS}")
     parser.add_argument("--density", nargs="+", type=float, help=f"of psa; default: {DENSITIES}")
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--compiled", dest="compiled", action="store_const", const=(True,), help="compiled blocks only")

@@ -111,10 +111,9 @@ def failures(row: dict[str, Any], phase_is_dense: bool, tolerance: float) -> lis
 
 @contextmanager
 def patched(transformer: torch.nn.Module, preset: Preset, **where: Any) -> Iterator[PSAProcessor]:
-    """The transformer with PSA, at a step of the run; tokens stay in the order of the video, as they are compared."""
+    """The transformer with PSA, at a step of the run."""
     pipe = OneStep(transformer, **where)  # the processor does not keep it
     processor = PSAProcessor(pipe, preset)
-    processor.reorders_tokens = False
     processor.install()
     try:
         yield processor

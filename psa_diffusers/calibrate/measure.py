@@ -32,9 +32,6 @@ class MeasuringProcessor(PSAProcessor):
         steps: the denoising steps, counted from 0, at which to measure: sparse ones of the presets.
     """
 
-    # Shapes differ in their orders.
-    reorders_tokens = False
-
     def __init__(self, pipe: Any, shapes: Mapping[str, Preset], steps: set[int]) -> None:
         # Lists that are kept for later steps would be those of another shape.
         alone = {name: each.model_copy(update={"refresh": 1, "share_guidance": False}) for name, each in shapes.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from psa_diffusers.families.allegro import Allegro
 from psa_diffusers.families.cogvideox import CogVideoX
-from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily, TokenPath
+from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.framepack import Framepack
 from psa_diffusers.families.hunyuan_video import HunyuanVideo
 from psa_diffusers.families.hunyuan_video15 import HunyuanVideo15
@@ -20,7 +20,6 @@ __all__ = [
     "AttentionCall",
     "DenseOnlyError",
     "ModelFamily",
-    "TokenPath",
     "UnsupportedModelError",
     "find_family",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.diffusers_internals import gather, split
-from psa_diffusers.families.family import AttentionCall, ModelFamily, TokenPath
+from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
 
 
@@ -50,10 +50,6 @@ class CogVideoX(ModelFamily):
         attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return project_out(attn, video), project_out(attn, text)
-
-    @staticmethod
-    def token_path(transformer: torch.nn.Module) -> TokenPath:
-        return TokenPath("patch_embed", "proj_out", argument="image_rotary_emb")
 
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:

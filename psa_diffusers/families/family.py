@@ -38,30 +38,6 @@ class AttentionCall:
         return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
 
-@dataclass(frozen=True)
-class TokenPath:
-    """Where the video tokens of a transformer come into being and where they end.
-
-    Attributes:
-        entry: name of the module that gives the tokens: `[B, C, F, H, W]`, or `[B, T + N, C]` with text before them.
-        exit: name of the module that gives `[B, N, P]`, after all layers.
-        tables: name of the module that gives the rotary tables, a tuple of tensors, before `entry` is called; None if
-            the transformer is given them.
-        argument: name of the transformer's argument that has the tables, or None for a model without, where no module
-            gives them.
-        tables_dim: dimension of the tables along the tokens.
-        timesteps: None, or name of the module that is called after `entry` with a timestep a sample, or one a token, as
-            its first argument.
-    """
-
-    entry: str
-    exit: str
-    tables: str | None = None
-    argument: str | None = None
-    tables_dim: int = 0
-    timesteps: str | None = None
-
-
 class ModelFamily(ABC):
     """One architecture; nothing is instantiated.
 
@@ -124,14 +100,6 @@ class ModelFamily(ABC):
         """
         if call.attention_mask is not None:
             raise DenseOnlyError("the layer was given an attention mask")
-        return None
-
-    @staticmethod
-    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
-        """Where the tokens could be put into another order for all layers; None if a layer reorders them for itself.
-
-        Between the two ends nothing but attention and its rotary tables may tell one token's place from another's.
-        """
         return None
 
     @staticmethod

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.diffusers_internals import gather, split
-from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily, TokenPath
+from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
 
 
@@ -68,13 +68,6 @@ class HunyuanVideo(ModelFamily):
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
         return mask[:, 0, 0, tokens:]
-
-    @staticmethod
-    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
-        # Framepack and HunyuanVideo 1.5 have tokens of other embeddings beside those of the video.
-        if type(transformer).__name__ != "HunyuanVideoTransformer3DModel" or _treats_first_frame_apart(transformer):
-            return None
-        return TokenPath("x_embedder", "proj_out", tables="rope")
 
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:

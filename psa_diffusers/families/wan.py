@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.families.family import AttentionCall, ModelFamily, TokenPath
+from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import project_out, rotate_pairs, split_heads
 
 
@@ -53,10 +53,3 @@ class Wan(ModelFamily):
     @staticmethod
     def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
-
-    @staticmethod
-    def token_path(transformer: torch.nn.Module) -> TokenPath | None:
-        # VACE and Animate add tokens of other embeddings to those of the video.
-        if type(transformer).__name__ != "WanTransformer3DModel":
-            return None
-        return TokenPath("patch_embedding", "proj_out", tables="rope", tables_dim=1, timesteps="condition_embedder")

@@ -64,16 +64,11 @@ class TokenAttention:
         k: torch.Tensor,
         v: torch.Tensor,
         call: AttentionCall,
-        in_order: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
-        """Sparse attention of a call without `obstacle`, and its statistics.
-
-        Args:
-            in_order: whether video tokens already are in the order of the layer's blocks.
-        """
+        """Sparse attention of a call without `obstacle`, and its statistics."""
         after = self._text_after(call)
         before = q.shape[1] - math.prod(at.grid) - after
-        permutation = None if in_order else self.permutation(layer.order, at.grid, q.device)
+        permutation = self.permutation(layer.order, at.grid, q.device)
         fits = (q.shape[0], q.shape[2:], q.device, at.grid)
         lists = self._cache.find(layer.name, at, fits, layer.preset)
         if lists is None:

@@ -20,7 +20,6 @@ from psa_diffusers.patch.finite_guard import REASON, FiniteGuard, all_finite
 from psa_diffusers.patch.graph_ops import Layer, Site
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
-from psa_diffusers.patch.reordering import Reordering
 from psa_diffusers.patch.stats import RunRecorder, RunStats
 from psa_diffusers.patch.step import DenoisingTracker
 from psa_diffusers.patch.unreached import unreached
@@ -55,8 +54,6 @@ class PSAProcessor:
     # Written by diffusers' set_attention_backend and enable_parallelism, where a processor has them.
     _attention_backend = None
     _parallel_config = None
-    # Whether tokens may be put into the order of the blocks for all layers at once, which changes no result.
-    reorders_tokens = True
 
     def __init__(
         self,
@@ -93,10 +90,6 @@ class PSAProcessor:
             self._hooks.append(transformer.register_forward_pre_hook(self._before_forward))
             watch = {"prepend": True, "with_kwargs": True}
             self._hooks.append(transformer.register_forward_hook(self._guard.after_forward, **watch))
-        self._reorderings = {
-            name: Reordering(transformer, self._family.token_path(transformer), self._attention.permutation)
-            for name, transformer in transformers.items()
-        }
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers."""
@@ -122,8 +115,6 @@ class PSAProcessor:
         self._tracker.detach()
         while self._hooks:
             self._hooks.pop().remove()
-        for reordering in self._reorderings.values():
-            reordering.end()
         self._attention.clear()
         if self._family.text != "none" and any(parallel_config(found()) for found in self._transformers.values()):
             warnings.warn(
@@ -195,7 +186,6 @@ class PSAProcessor:
         self._share, obstacle = share_of(transformer, self._family, grid)
         always_ours = not self._family.stock_traceable or (self._share is not None and self._family.text != "none")
         (which,) = (name for name, found in self._transformers.items() if found() is transformer)
-        orders = set()
         for attn, site in self._sites.items():
             if attn.processor is self:
                 compiled.publish(attn, site)
@@ -203,10 +193,8 @@ class PSAProcessor:
             if site.layer is not None and site.transformer == which:
                 site.sparse, site.reason = self._fallbacks.foresee(site.layer, obstacle)
                 site.ours = site.sparse or always_ours
-                orders |= {site.layer.order} if site.sparse and attn.processor is self else set()
         for layers, reason in unreached(self._sites.items(), which, PSAProcessor):
             self._fallbacks.note_unreached(layers, reason)
-        self._reorderings[which].begin(orders if self.reorders_tokens else (), at)
         self._guard.before_forward(transformer, shared=parallel_config(transformer) is not None)
 
     def _hand_on(self, site: Site) -> None:
@@ -254,8 +242,7 @@ class PSAProcessor:
         self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = self._tracker.current
-        in_order = self._reorderings[layer.transformer].holds()
-        head, tail, stats = self._attention.sparse(layer, at, q, k, v, call, in_order)
+        head, tail, stats = self._attention.sparse(layer, at, q, k, v, call)
         if self._guard.looks_closer and not all_finite(head, tail):
             return self._attend_again(layer, q, k, v, call)
         for figures in stats:
