@@ -102,6 +102,14 @@ class ModelFamily(ABC):
             raise DenseOnlyError("the layer was given an attention mask")
         return None
 
+    @classmethod
+    def why_not_imitated(cls, processor: Any) -> str | None:
+        return (
+            None
+            if type(processor).__module__.startswith("diffusers.")
+            else f"its processor {type(processor).__name__} is not known"
+        )
+
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
         """Where context parallelism splits and joins the video tokens; text of joint attention stays on every rank.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from psa_diffusers.patch.processor import PSAProcessor
 from psa_diffusers.patch.stats import RunStats
@@ -20,6 +24,10 @@ class PSAHandle:
     def stats(self) -> RunStats:
         """What the pipeline's last run attended; waits for the device."""
         return self.processor.stats()
+
+    def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
+        """As `PSAProcessor.run`, for denoising loops by hand."""
+        return self.processor.run(timesteps)
 
     def restore(self) -> None:
         """Give the pipeline its own attention processors back."""
@@ -48,7 +56,8 @@ def apply_psa(
         ...     video = pipe("a cat playing the piano").frames[0]
         >>> psa.stats().density_sparse
 
-    Arguments and errors are those of `PSAProcessor`.
+    Arguments and errors are those of `PSAProcessor`; with `strict` also `PSAFallbackError`, where a layer that the preset
+    wants sparse has a processor of another's.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, strict=strict)
     processor.install()

@@ -1,95 +1,159 @@
-"""Attention of a layer's queries, keys and values, video and text, whichever processor or graph they come from."""
+"""Attention of a layer's queries, keys and values, video and text, whichever processor, graph or rank they come from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.patch.graph_ops import Layer
-from psa_diffusers.patch.list_cache import ListCache
+from psa_diffusers.patch.dense_reasons import Fallbacks, call_reason
+from psa_diffusers.patch.finite_guard import REASON, FiniteGuard, all_finite
+from psa_diffusers.patch.list_cache import Place, keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
-from psa_diffusers.patch.step import DenoisingStep, Grid
-from psa_diffusers.patch.text_padding import TextLengths, attend
-from psa_diffusers.patch.token_order import token_permutation
-from psa_diffusers.presets import TokenOrder
-from psa_kernels import AttentionStats, select_blocks
+from psa_diffusers.patch.run import Forward, Route
+from psa_diffusers.patch.sites import Layer
+from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
+from psa_diffusers.patch.token_order import permutation_on
+from psa_kernels import AttentionStats
 
-KEPT_PERMUTATIONS = 4
+Result = tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]
+Compute = Callable[[Layer, Forward, torch.Tensor, torch.Tensor, torch.Tensor, AttentionCall], Result]
 
 
 class TokenAttention:
-    """Attention after the projections of one family, with what is kept from call to call.
+    """Attention after the projections of one family.
 
     Tensors are `[B, N, H, D]` with text where the family has it; results are in two parts: text that stands last, and
     the tokens before it. With `strict` a GPU that cannot use its fastest kernel is an error.
+
+    Attributes:
+        compute: what computes a layer that is to be sparse: `sparse`, or what measures it. Without statistics the call
+            counts as a dense one.
+        mask_recorder: is given the block lists of sparse calls.
     """
 
-    def __init__(self, family: type[ModelFamily], strict: bool = False) -> None:
-        self._family = family
-        self._strict = strict
-        self._cache = ListCache()
+    def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
+        self._family, self._fallbacks, self._strict = family, fallbacks, strict
+        self._guard = FiniteGuard(fallbacks, strict)
         self._text_lengths = TextLengths()
-        self._permutations: dict[Hashable, torch.Tensor] = {}
+        self.compute: Compute = self.sparse
         self.mask_recorder: MaskRecorder | None = None
 
-    def clear(self) -> None:
-        """Drop all kept lists."""
-        self._cache.clear()
+    def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
+        """Whether a call is sparse: the layer's route, unless the call's tensors say otherwise."""
+        route = forward.routes[layer.name]
+        if not route.sparse:
+            return route
+        reason = call_reason(self._family, forward.grid, call)
+        if reason is None:
+            try:
+                self._real_text(call)
+                return route
+            except DenseOnlyError as error:
+                reason = str(error)
+        return Route(False, reason)
 
-    def forget_step(self, at: DenoisingStep) -> None:
-        """Drop the lists that were made at this step: what they were made from was not finite."""
-        self._cache.forget_step(at)
+    def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
+        """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
+        forward.note(layer, None, reason)
+        if reason is not None:
+            self._fallbacks.warn_or_raise(reason)
 
-    def obstacle(self, at: DenoisingStep, call: AttentionCall) -> str | None:
-        """Why a call cannot be sparse."""
-        tokens, video = call.hidden_states.shape[1], math.prod(at.grid)
-        if tokens < video or (tokens > video and not self._family.history):
-            frames, height, width = at.grid
-            return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"
-        try:
-            self._real_text(call)
-        except DenseOnlyError as error:
-            return str(error)
-        return None
-
-    def sparse(
+    def attend(
         self,
+        forward: Forward,
         layer: Layer,
-        at: DenoisingStep,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        text: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attention of one call, sparse or dense, on all ranks that share the forward.
+
+        Args:
+            mask: the attention mask as the model made it.
+            text: number of text tokens, padding included.
+        """
+        share = forward.share
+        before, after = (text, 0) if self._family.text == "before" else (0, text)
+        if share is not None:
+            q, k, v = share.gather_tokens((q, k, v), before, after)
+        # Of the hidden states that the block had, only the number of tokens matters.
+        call = AttentionCall(q[:, text:], q[:, :text] if text else None, mask)
+        route = self.decide(forward, layer, call)
+        if not route.sparse:
+            self.note_dense(forward, layer, route.reason)
+            head, tail = self.dense(q, k, v, call)
+        else:
+            head, tail, stats = self.compute(layer, forward, q, k, v, call)
+            if forward.watch and not forward.run.model_not_finite and not all_finite(head, tail):
+                head, tail = self._dense_again(forward, layer, q, k, v, call)
+            else:
+                for figures in stats or [None]:
+                    forward.note(layer, figures)
+        return (head, tail) if share is None else share.gather_heads(head, tail, before)
+
+    def _dense_again(
+        self,
+        forward: Forward,
+        layer: Layer,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         call: AttentionCall,
-    ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
-        """Sparse attention of a call without `obstacle`, and its statistics."""
-        after = self._text_after(call)
-        before = q.shape[1] - math.prod(at.grid) - after
-        permutation = self.permutation(layer.order, at.grid, q.device)
-        fits = (q.shape[0], q.shape[2:], q.device, at.grid)
-        lists = self._cache.find(layer.name, at, fits, layer.preset)
-        if lists is None:
-            lists = select_blocks(
-                q, k, layer.spec, v=v, text_before=before, text_after=after, permutation=permutation,
-                strict=self._strict,
-            )  # fmt: skip
-            self._cache.keep(layer.name, at, fits, layer.preset, lists)
-        if self.mask_recorder is not None:
-            self.mask_recorder.record(layer, at, lists)
-        lengths = self._real_text(call) if after else [0] * len(q)
-        return attend(
-            q, k, v, layer.spec, lists, before=before, after=after, lengths=lengths, permutation=permutation,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense attention in place of sparse attention that was not finite."""
+        forward.run.lists.forget_step(forward.step)
+        head, tail = self.dense(q, k, v, call)
+        forward.note(layer, None, REASON)
+        if all_finite(head, tail):
+            self._guard.blame_sparse(forward, layer.name)
+        else:
+            self._guard.blame_model(forward, f"the attention of {layer.name}")
+        return head, tail
+
+    def sparse(
+        self,
+        layer: Layer,
+        forward: Forward,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: AttentionCall,
+    ) -> Result:
+        """Sparse attention of a call that `decide` lets be so, and its statistics."""
+        preset, grid, kept = layer.preset, forward.grid, None
+        after = call.text_tokens if self._family.text == "after" else 0
+        keeps = keeps_lists(preset)
+        if keeps:
+            place = Place(forward.step, forward.window, forward.branch)
+            fits = (q.shape[0], q.shape[2:], q.device, grid)
+            kept = forward.run.lists.find(layer.name, place, fits, preset)
+        head, tail, stats, lists = attend_real_text(
+            q, k, v, layer.spec, kept,
+            before=q.shape[1] - math.prod(grid) - after,
+            after=after,
+            lengths=self._real_text(call) if after else None,
+            permutation=permutation_on(layer.order, grid, q.device),
             strict=self._strict,
+            return_lists=keeps or self.mask_recorder is not None,
         )  # fmt: skip
+        if keeps and kept is None:
+            forward.run.lists.keep(layer.name, place, fits, preset, lists)
+        if self.mask_recorder is not None:
+            self.mask_recorder.record(layer, forward, lists)
+        return head, tail, stats
 
     def dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""
-        first, after = q.shape[1] - self._text_after(call), self._text_after(call)
+        after = call.text_tokens if self._family.text == "after" else 0
+        first = q.shape[1] - after
         padding, mask = self._common_padding(call), None
         if padding is None:
             padding, mask = 0, self._dense_mask(call)
@@ -105,9 +169,6 @@ class TokenAttention:
         except DenseOnlyError:
             return None
         return call.text_tokens - lengths.pop() if len(lengths) == 1 else None
-
-    def _text_after(self, call: AttentionCall) -> int:
-        return call.text_tokens if self._family.text == "after" else 0
 
     def _real_text(self, call: AttentionCall) -> list[int]:
         """How many text tokens of each sample are no padding."""
@@ -125,14 +186,3 @@ class TokenAttention:
         if text_mask is None:
             return None
         return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
-
-    def permutation(self, order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
-        """A token order of a grid on a device, None for raster; only the last few are kept."""
-        if order.order == "raster":
-            return None
-        key = (order, grid, device)
-        if key not in self._permutations:
-            if len(self._permutations) == KEPT_PERMUTATIONS:
-                self._permutations.clear()
-            self._permutations[key] = token_permutation(order.order, grid, order.tile).to(device)
-        return self._permutations[key]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from psa_diffusers.diffusers_internals import parallel_config, split_arguments, ulysses_group
 from psa_diffusers.families import ModelFamily, find_family
-from psa_diffusers.patch.step import Grid
+from psa_diffusers.patch.token_order import Grid
 
 RING = (
     "ring attention shows a rank one part of the keys at a time, and which blocks matter is told by all of them; "

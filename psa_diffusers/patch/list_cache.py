@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from psa_diffusers.patch.step import DenoisingStep
 from psa_diffusers.presets import Preset
 from psa_kernels import BlockLists
+
+
+class Place(NamedTuple):
+    """Where in a run lists are made or wanted: step, window of a long video, guidance branch, each counted from 0."""
+
+    step: int
+    window: int
+    branch: int
 
 
 @dataclass(frozen=True)
@@ -18,47 +26,50 @@ class _Entry:
 
 
 class ListCache:
-    """Lists of the current run, one set a layer and guidance branch, or one a layer where branches share.
+    """Lists of one run: one set a layer, window and guidance branch, or one a layer and window where branches share.
 
     A set takes 2 bytes for each query block and attended key block, head and batch item (4 beyond 32,767 key blocks);
     for Wan2.1-14B at 720p with psa-3 that is 25 MB a layer and branch. With the mass rule or `rest: mean` skipped key
-    blocks take as much, 56 MB in all. Nothing is kept with `refresh` 1 and separate branches. A run drops the lists of
-    the last one.
+    blocks take as much, 56 MB in all. Nothing is kept with `refresh` 1 and separate branches.
+
+    Attributes:
+        one_step_only: whether lists serve only the step that they were made at. So it is in a run over windows, of which
+            the next step may have others in the same places.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[str, int], _Entry] = {}
-        self._run = 0
+        self._entries: dict[tuple[str, int, int], _Entry] = {}
+        self.one_step_only = False
 
-    def find(self, layer: str, at: DenoisingStep, call: Hashable, preset: Preset) -> BlockLists | None:
-        """Lists that may serve this layer at this step, or None.
+    def find(self, layer: str, place: Place, call: Hashable, preset: Preset) -> BlockLists | None:
+        """Lists that may serve this layer here, or None.
 
         Args:
             layer: name of the layer, of all transformers.
-            at: where the run stands.
             call: whatever must be equal for lists to fit: shapes, grid, device.
             preset: says for how many steps lists serve, and whether guidance branches share them.
         """
-        if at.run != self._run:
-            self.clear()
-            self._run = at.run
-        entry = self._entries.get(_key(layer, at, preset))
-        fits = entry is not None and entry.call == call and 0 <= at.step - entry.step < preset.refresh
-        return entry.lists if fits else None
+        entry = self._entries.get(_key(layer, place, preset))
+        if entry is None or entry.call != call:
+            return None
+        age = place.step - entry.step
+        return entry.lists if 0 <= age < (1 if self.one_step_only else preset.refresh) else None
 
-    def keep(self, layer: str, at: DenoisingStep, call: Hashable, preset: Preset, lists: BlockLists) -> None:
+    def keep(self, layer: str, place: Place, call: Hashable, preset: Preset, lists: BlockLists) -> None:
         """Keep lists that were just made, if a later call can use them."""
-        if preset.refresh > 1 or preset.share_guidance:
-            self._entries[_key(layer, at, preset)] = _Entry(at.step, call, lists)
+        if self.one_step_only and not preset.share_guidance:
+            return
+        self._entries[_key(layer, place, preset)] = _Entry(place.step, call, lists)
 
-    def forget_step(self, at: DenoisingStep) -> None:
-        """Drop the lists that were made at this step."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.step != at.step}
-
-    def clear(self) -> None:
-        """Drop all lists."""
-        self._entries.clear()
+    def forget_step(self, step: int) -> None:
+        """Drop the lists that were made at this step: what they were made from was not finite."""
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.step != step}
 
 
-def _key(layer: str, at: DenoisingStep, preset: Preset) -> tuple[str, int]:
-    return layer, 0 if preset.share_guidance else at.branch
+def keeps_lists(preset: Preset) -> bool:
+    """Whether lists of a preset ever serve a second call."""
+    return preset.refresh > 1 or preset.share_guidance
+
+
+def _key(layer: str, place: Place, preset: Preset) -> tuple[str, int, int]:
+    return layer, place.window, 0 if preset.share_guidance else place.branch

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from psa_diffusers.patch.graph_ops import Layer
-from psa_diffusers.patch.step import DenoisingStep, Grid
-from psa_diffusers.patch.token_order import token_permutation
+from psa_diffusers.patch.run import Forward
+from psa_diffusers.patch.sites import Layer
+from psa_diffusers.patch.token_order import Grid, token_permutation
 from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec, BlockLists
 
@@ -84,40 +84,40 @@ class MaskRecorder:
         self._layers = tuple(layers)
         self._step, self._head, self._point = step, head, point
         self._run = 0
-        self._kept: dict[str, tuple[Layer, DenoisingStep, int, BlockLists]] = {}
+        self._kept: dict[str, tuple[Layer, int, int, Grid, int, BlockLists]] = {}
 
-    def record(self, layer: Layer, at: DenoisingStep, lists: BlockLists) -> None:
+    def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
         """Keep the lists of a call if they are wanted; never waits for the device."""
-        if at.run != self._run:
-            self._run = at.run
+        run = forward.run
+        if run.number != self._run:
+            self._run = run.number
             self._kept.clear()
-        if at.branch or layer.name not in self._layers or at.step != self._wanted_step(layer, at):
+        first = forward.branch == forward.window == 0
+        if not first or layer.name not in self._layers or forward.step != self._wanted_step(layer, run.steps):
             return
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
-        row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, at.grid)
+        row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, forward.grid)
         rows = slice(None) if self._point is None else slice(row, row + 1)
         part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
-        self._kept[layer.name] = (layer, at, row, part)
+        self._kept[layer.name] = (layer, forward.step, run.steps, forward.grid, row, part)
 
     def masks(self) -> list[BlockMask]:
         """What was kept, in the order of `layers`; waits for the device."""
         found = []
         for name in self._layers:
             if name in self._kept:
-                layer, at, row, lists = self._kept[name]
+                layer, step, steps, grid, row, lists = self._kept[name]
                 levels = lists.levels()[0].cpu().numpy()
                 found.append(
                     BlockMask(
-                        name, at.step, at.steps, at.grid, layer.preset, layer.spec, layer.order, self._head or 0, row,
+                        name, step, steps, grid, layer.preset, layer.spec, layer.order, self._head or 0, row,
                         levels,
                     )
                 )  # fmt: skip
         return found
 
-    def _wanted_step(self, layer: Layer, at: DenoisingStep) -> int:
-        if self._step is not None:
-            return self._step
-        return middle_sparse_step(layer.preset, at.steps)
+    def _wanted_step(self, layer: Layer, steps: int) -> int:
+        return middle_sparse_step(layer.preset, steps) if self._step is None else self._step
 
 
 def middle_sparse_step(preset: Preset, steps: int) -> int:

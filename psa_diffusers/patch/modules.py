@@ -12,15 +12,22 @@ from psa_diffusers.families import UnsupportedModelError
 TRANSFORMERS = ("transformer", "transformer_2")
 
 
+def unwrapped(module: Any) -> Any:
+    """A module for what `torch.compile(module)` returns, which uses its hooks and processors."""
+    return getattr(module, "_orig_mod", module)
+
+
 def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline by attribute name.
+    """The transformers of a pipeline by attribute name; one that has two names is there by the first.
 
     Raises:
         UnsupportedModelError: it has none.
     """
-    found = {name: module for name in TRANSFORMERS if (module := getattr(pipe, name, None)) is not None}
-    # What `torch.compile(module)` returns stands for the module, whose hooks and processors it uses.
-    found = {name: getattr(module, "_orig_mod", module) for name, module in found.items()}
+    found: dict[str, torch.nn.Module] = {}
+    for name in TRANSFORMERS:
+        module = unwrapped(getattr(pipe, name, None))
+        if module is not None and all(module is not other for other in found.values()):
+            found[name] = module
     if not found:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
     return found

@@ -7,8 +7,8 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-from psa_diffusers.families.family import DenseOnlyError
-from psa_kernels import AttentionSpec, AttentionStats, BlockLists, psa_attention
+from psa_diffusers.families import DenseOnlyError
+from psa_kernels import AttentionSpec, AttentionStats, BlockLists, psa_attention, select_blocks
 
 
 class TextLengths:
@@ -46,19 +46,20 @@ class TextLengths:
         return mask.sum(1).tolist()
 
 
-def attend(
+def attend_real_text(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     spec: AttentionSpec,
-    lists: BlockLists,
+    lists: BlockLists | None,
     *,
     before: int,
     after: int,
-    lengths: list[int],
+    lengths: list[int] | None,
     permutation: torch.Tensor | None,
     strict: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats]]:
+    return_lists: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats], BlockLists | None]:
     """`psa_attention` in which each sample has its own number of text tokens after the video.
 
     Samples of one text length are computed together, otherwise each alone: to cut padding off is a view, a mask would
@@ -66,30 +67,40 @@ def attend(
 
     Args:
         q, k, v: `[B, N, H, D]`: `before` text tokens, the video, `after` text tokens, padding last.
-        lists: which blocks the video tokens of all samples read.
-        lengths: how many of the `after` tokens are real, for each sample.
+        lists: which blocks the video tokens of all samples read; chosen here if None.
+        lengths: how many of the `after` tokens are real, for each sample; None if all are.
         permutation, strict: as in `psa_attention`.
+        return_lists: whether the lists are wanted.
 
     Returns:
-        The attention output of the first N - after tokens and of the last `after` ones, which is zero at padding; and
-        the statistics of each computation.
+        The attention output of the first N - after tokens and of the last `after` ones, which is zero at padding; the
+        statistics of each computation; and the lists, None if they are not wanted.
     """
     first = q.shape[1] - after
-    together = len(set(lengths)) == 1
-    heads, tails, stats = [], [], []
-    for part in [slice(None)] if together else [slice(index, index + 1) for index in range(len(lengths))]:
-        length = lengths[part][0]
-        out, figures = psa_attention(
+    settings = {"text_before": before, "permutation": permutation, "strict": strict}
+    if lengths is None or len(set(lengths)) == 1:
+        length = after if lengths is None else lengths[0]
+        if length < after:
+            q, k, v = (x[:, : first + length] for x in (q, k, v))
+        out, stats, *found = psa_attention(
+            q, k, v, spec, text_after=length, lists=lists, return_stats=True, return_lists=return_lists, **settings
+        )
+        tail, lists = out[:, first:], found[0] if found else None
+        return out[:, :first], F.pad(tail, (0, 0, 0, 0, 0, after - length)) if length < after else tail, [stats], lists
+    if lists is None:
+        lists = select_blocks(q, k, spec, v=v, text_after=after, **settings)
+    heads, tails, all_stats = [], [], []
+    for sample, length in enumerate(lengths):
+        part = slice(sample, sample + 1)
+        out, stats = psa_attention(
             *(x[part, : first + length] for x in (q, k, v)),
             spec,
-            text_before=before,
             text_after=length,
-            permutation=permutation,
             lists=lists[part],
-            strict=strict,
             return_stats=True,
+            **settings,
         )
         heads.append(out[:, :first])
         tails.append(F.pad(out[:, first:], (0, 0, 0, 0, 0, after - length)))
-        stats.append(figures)
-    return (heads[0], tails[0], stats) if together else (torch.cat(heads), torch.cat(tails), stats)
+        all_stats.append(stats)
+    return torch.cat(heads), torch.cat(tails), all_stats, lists

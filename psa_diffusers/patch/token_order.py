@@ -20,9 +20,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from psa_diffusers.presets import TokenOrder
+
+KEPT_ON_DEVICES = 4
 ORDERS = ("hilbert", "tiles", "raster")
 
 Triple = tuple[int, int, int]
+Grid = Triple  # tokens along frames, height and width
 
 
 def token_permutation(order: str, grid: Sequence[int], tile: Sequence[int] = (4, 4, 4)) -> torch.Tensor:
@@ -44,6 +48,15 @@ def token_permutation(order: str, grid: Sequence[int], tile: Sequence[int] = (4,
     tile = _triple("tile", tile)
     # What is cached is a NumPy array, and callers get a copy: no caller's inference mode or write can reach the cache.
     return torch.from_numpy(_permutation(order, grid, tile if order == "tiles" else (1, 1, 1)).copy())
+
+
+@lru_cache(maxsize=KEPT_ON_DEVICES)
+def permutation_on(order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
+    """The permutation of a layer's order on a device, None for raster; the last few are kept, and not to be written."""
+    if order.order == "raster":
+        return None
+    with torch.inference_mode(False):
+        return token_permutation(order.order, grid, order.tile).to(device)
 
 
 def _triple(name: str, value: Sequence[int]) -> Triple:

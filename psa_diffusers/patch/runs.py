@@ -1,0 +1,105 @@
+"""The denoising runs of one processor: which one goes on, and what the last one attended."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from psa_diffusers.patch.run import Forward, Route, Run
+from psa_diffusers.patch.schedule import Schedule, as_timesteps
+from psa_diffusers.patch.stats import RunStats, summed_up
+from psa_diffusers.presets import Preset
+
+MISSED = (
+    "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch: its transformer was "
+    "replaced, or patched by another processor"
+)
+
+
+class Runs:
+    """Knows the run that is going on, and the last one when none is.
+
+    Args:
+        pipe: the pipeline that was patched; is not kept alive.
+        presets: by the name of the transformer.
+        layers: names of all layers.
+    """
+
+    def __init__(self, pipe: Any, presets: Mapping[str, Preset], layers: Sequence[str]) -> None:
+        self._schedule = Schedule(pipe)
+        self._presets, self._layers = presets, layers
+        self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
+        self._strays, self._stray_reasons = Run(), Counter[str]()
+
+    def enter(
+        self, transformer: torch.nn.Module, name: str, timestep: torch.Tensor | None, latents: torch.Tensor | None
+    ) -> Forward:
+        """Begin a forward of a transformer, of which all layers' routes are to be decided.
+
+        Args:
+            timestep: what the transformer was given.
+            latents: as `Run.enter` takes them.
+
+        Raises:
+            UnknownStepError: the denoising step cannot be known.
+        """
+        run = self._run
+        at = self._schedule.position(transformer, timestep, run.first + run.step)
+        # Every run sets its timesteps anew, so another tensor is another run, also where both runs have one step only.
+        same = run.timesteps is at.timesteps
+        if not same or at.index < run.first + run.step:
+            first = at.index if at.first is None else at.first
+            if same and at.first is None:
+                first = min(first, run.first)
+            run = self._begin(at.timesteps, first)
+        step = at.index - run.first
+        window, branch = run.enter(step, name, latents)
+        return _noted(Forward(run, step, {}, branch, window))
+
+    def outside(self, routes: Mapping[str, Route]) -> Forward:
+        """A forward, or calls, of no run that is known."""
+        self._count_strays()
+        return _noted(Forward(self._strays, 0, routes))
+
+    @contextmanager
+    def told(self, timesteps: torch.Tensor | Sequence[float]) -> Iterator[None]:
+        """A run over these timesteps, whatever any scheduler has."""
+        before, self._schedule.told = self._schedule.told, as_timesteps(timesteps)
+        try:
+            yield
+        finally:
+            self._schedule.told = before
+
+    def stats(self) -> RunStats:
+        """Sum up the last run; waits for the device."""
+        self._count_strays()
+        run, now = self._run, self._schedule.patched_timesteps()
+        if now is not None and now is not run.pipe_timesteps:
+            missed = Run(run.number, len(now), {})
+            return summed_up(missed, self._layers, Counter(), MISSED.format(steps=len(now)))
+        return summed_up(run, self._layers, self._stray_reasons)
+
+    def _begin(self, timesteps: torch.Tensor, first: int) -> Run:
+        steps = len(timesteps) - first
+        dense_steps = {name: preset.dense_step_count(steps) for name, preset in self._presets.items()}
+        pipe_timesteps = self._schedule.patched_timesteps()
+        self._run = Run(self._run.number + 1, steps, dense_steps, first, timesteps, pipe_timesteps)
+        self._strays.notes.clear()
+        self._stray_reasons.clear()
+        return self._run
+
+    def _count_strays(self) -> None:
+        """Count the calls outside of any run, which are not kept one by one."""
+        for notes in self._strays.notes:
+            self._stray_reasons.update(note.reason for note in notes if note.reason is not None)
+            notes.clear()
+        del self._strays.notes[:-2]
+
+
+def _noted(forward: Forward) -> Forward:
+    forward.run.notes.append(forward.notes)
+    return forward

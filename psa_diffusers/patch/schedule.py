@@ -1,0 +1,208 @@
+"""Where the denoising run that is going on stands: told by its scheduler and by the timestep that the model is given.
+
+Counting calls instead would go wrong with guidance switched off, caches that skip calls, two experts and aborted runs.
+Asking one pipeline object would go wrong where several share the transformer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from psa_diffusers.diffusers_internals import step_count
+from psa_diffusers.patch.modules import TRANSFORMERS, unwrapped
+
+UNKNOWN = "the denoising step is unknown, because "
+TOLD = "; tell it the run's timesteps: `with psa.run(timesteps):` around the loop"
+
+
+class UnknownStepError(Exception):
+    """Where the run stands cannot be known; the message says why."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A step of a run.
+
+    Attributes:
+        timesteps: those of the run's scheduler; another tensor is another run.
+        index: place of the step among them.
+        first: place of the run's first step; None where only its first forward tells.
+    """
+
+    timesteps: torch.Tensor
+    index: int
+    first: int | None
+
+
+class Schedule:
+    """Finds the position of a forward.
+
+    The timesteps are those that `told` names, else those of the pipeline that runs, which is looked for among the
+    callers, else those of the pipeline that was patched, if somebody has set them.
+
+    Args:
+        pipe: the pipeline that was patched; not kept alive, but for its scheduler, which a pipeline made of its parts
+            goes on using.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._scheduler = getattr(pipe, "scheduler", None)
+        self.told: torch.Tensor | None = None
+        self._copied: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def patched_timesteps(self) -> torch.Tensor | None:
+        """The timesteps of the patched pipeline's scheduler now."""
+        return _timesteps(self._patched_scheduler())
+
+    def position(self, transformer: torch.nn.Module, timestep: torch.Tensor | None, step: int) -> Position:
+        """Where a forward stands.
+
+        Args:
+            timestep: what the transformer was given, of any shape.
+            step: place of the last forward among the run's timesteps, for timesteps that come twice.
+
+        Raises:
+            UnknownStepError: the run does not tell.
+        """
+        given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
+        if self.told is not None:
+            return Position(self.told, _find(self.told, given, "those that psa.run was told", step), 0)
+        pipe = running_pipeline(transformer)
+        if pipe is not None:
+            timesteps = _timesteps(pipe.scheduler)
+            if timesteps is None:
+                raise UnknownStepError(f"{UNKNOWN}the scheduler of {type(pipe).__name__} has no timesteps{TOLD}")
+            first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
+            return self._position(pipe.scheduler, timesteps, first, timestep, given)
+        scheduler = self._patched_scheduler()
+        timesteps = _timesteps(scheduler)
+        if timesteps is None or not _is_set(scheduler, timesteps):
+            raise UnknownStepError(
+                f"{UNKNOWN}no pipeline runs, and nobody has set the timesteps of the patched one's scheduler{TOLD}"
+            )
+        return self._position(scheduler, timesteps, None, timestep, given)
+
+    def _position(
+        self,
+        scheduler: Any,
+        timesteps: torch.Tensor,
+        first: int | None,
+        timestep: torch.Tensor | None,
+        given: float | None,
+    ) -> Position:
+        values = self._on_cpu(timesteps)
+        begin = getattr(scheduler, "begin_index", None)
+        first = begin if first is None else first
+        index = getattr(scheduler, "step_index", None)
+        name = f"the {len(values)} timesteps of {type(scheduler).__name__}"
+        # Diffusion forcing steps copies of the scheduler, one a frame, and this one never.
+        if index is None and hasattr(scheduler, "step_index") and (timestep is None or timestep.dim() < 2):
+            index = first or 0  # the run's first step is still to come
+            if given is not None and not (index < len(values) and _is_near(values, index, given)):
+                index = None  # or the run is stepped without its scheduler
+        if index is None:
+            return Position(timesteps, _find(values, given, name, first or 0), first)
+        if not (first or 0) <= index < len(values):
+            raise UnknownStepError(f"{UNKNOWN}the run over {name} has ended{TOLD}")
+        if given is not None and not _is_near(values, index, given):
+            raise UnknownStepError(
+                f"{UNKNOWN}the model was given the timestep {given:g}, but {name} are at {float(values[index]):g}{TOLD}"
+            )
+        return Position(timesteps, index, first)
+
+    def _on_cpu(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """A run's timesteps on the CPU, copied once: the device would be waited for at every look."""
+        if self._copied is None or self._copied[0] is not timesteps:
+            self._copied = (timesteps, timesteps.detach().float().cpu())
+        return self._copied[1]
+
+    def _patched_scheduler(self) -> Any:
+        return getattr(self._pipe(), "scheduler", self._scheduler)
+
+
+def running_pipeline(transformer: torch.nn.Module) -> Any | None:
+    """The pipeline, or whatever else has both a scheduler and this transformer, whose method is being called.
+
+    The callers are looked through from the innermost one. A modular pipeline hands itself to its blocks by the name
+    `components`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        for name in ("self", "components"):
+            if name in code.co_varnames[: code.co_argcount]:
+                owner = frame.f_locals.get(name)
+                if owner is not transformer and _runs(owner, transformer):
+                    return owner
+        frame = frame.f_back
+    return None
+
+
+def _runs(owner: Any, transformer: torch.nn.Module) -> bool:
+    if isinstance(owner, torch.nn.Module) or getattr(owner, "scheduler", None) is None:
+        return False
+    return any(unwrapped(getattr(owner, name, None)) is transformer for name in TRANSFORMERS)
+
+
+def _find(timesteps: torch.Tensor, given: float | None, name: str, after: int) -> int:
+    """Place of the timestep nearest to the one given, the next from a place on if it comes several times."""
+    if given is None:
+        raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
+    distance = (timesteps - given).abs()
+    places = (distance == distance.min()).nonzero().flatten().tolist()
+    index = next((place for place in places if place >= after), places[0])
+    if not _is_near(timesteps, index, given):
+        raise UnknownStepError(f"{UNKNOWN}the timestep {given:g} is none of {name}{TOLD}")
+    return index
+
+
+def _is_near(timesteps: torch.Tensor, index: int, given: float) -> bool:
+    """Whether a timestep is the one given, which may have been cast to bfloat16 or cut to an integer."""
+    expected = float(timesteps[index])
+    cut = 1.0 if float(timesteps.max()) > 2 else 2**-8
+    return abs(expected - given) <= abs(expected) * 2**-8 + cut
+
+
+def _largest(timestep: torch.Tensor) -> float | None:
+    """The timestep that is meant: that of the largest entry, because image conditions have timestep 0."""
+    value = float(torch.as_tensor(timestep).float().max())
+    return value if math.isfinite(value) else None
+
+
+def _is_capturing(timestep: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value can be read."""
+    return timestep.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _timesteps(scheduler: Any) -> torch.Tensor | None:
+    timesteps = getattr(scheduler, "timesteps", None)
+    return timesteps if torch.is_tensor(timesteps) and len(timesteps) else None
+
+
+def _is_set(scheduler: Any, timesteps: torch.Tensor) -> bool:
+    """Whether somebody set the timesteps; a scheduler that was just made has all those of its training."""
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    return trained is None or len(timesteps) < trained
+
+
+def as_timesteps(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    """The timesteps of a run that somebody tells, as a new float tensor `[steps]` on the CPU.
+
+    Raises:
+        ValueError: they are not a sequence of finite numbers.
+    """
+    try:
+        timesteps = torch.as_tensor(values, dtype=torch.float32, device="cpu").clone()
+    except (TypeError, ValueError, RuntimeError):
+        timesteps = torch.empty(0)
+    if timesteps.dim() != 1 or not len(timesteps) or not bool(timesteps.isfinite().all()):
+        raise ValueError(f"timesteps={values!r}: expected the timesteps of all denoising steps, a sequence of numbers")
+    return timesteps

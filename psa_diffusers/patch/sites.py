@@ -1,0 +1,87 @@
+"""The attention modules of a patched transformer: which layer each is, and what attended there before."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from psa_diffusers.presets import Preset, TokenOrder
+from psa_kernels import AttentionSpec
+
+if TYPE_CHECKING:
+    from psa_diffusers.patch.hooks import Patch
+
+ATTRIBUTE = "psa_site"
+
+_numbers = itertools.count()
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+class NotCopied:
+    """What belongs to one transformer and its hooks; a copy would silently share the original's runs."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a transformer patched with PSAProcessor cannot be copied or pickled; call restore() first, copy it, and "
+            "patch the copy with a PSAProcessor of its own"
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One video self-attention; `spec` is None where the preset keeps it dense, `order` says what its blocks hold."""
+
+    name: str
+    transformer: str
+    preset: Preset
+    spec: AttentionSpec | None
+    order: TokenOrder
+
+
+class Site(NotCopied):
+    """An attention module of a patched transformer.
+
+    Attributes:
+        patch: of the transformer.
+        original: the processor that the module had before.
+        layer: the layer that it is; None for other attention, as that to text.
+        not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
+        number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
+        in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
+            it calls `original`.
+    """
+
+    def __init__(self, patch: Patch, original: Any, layer: Layer | None) -> None:
+        self.patch, self.original, self.layer = patch, original, layer
+        self.not_imitated: str | None = None
+        self.in_graph = False
+        number = next(_numbers)
+        with torch.inference_mode(False), torch.device("cpu"):
+            self.number = torch.tensor(number)
+        _sites[number] = self
+
+
+def site_numbered(number: torch.Tensor) -> Site:
+    """The site that a `Site.number` names."""
+    return _sites[int(number)]
+
+
+def site_of(attn: torch.nn.Module) -> Site | None:
+    """What `publish` noted on a module; readable inside a graph, unlike a dictionary of modules."""
+    return getattr(attn, ATTRIBUTE, None)
+
+
+def publish(attn: torch.nn.Module, site: Site) -> None:
+    """Note on a module which site it is."""
+    if site_of(attn) is not site:
+        setattr(attn, ATTRIBUTE, site)
+
+
+def withdraw(attn: torch.nn.Module, site: Site) -> None:
+    """Undo `publish`, unless another patch has since noted its own."""
+    if site_of(attn) is site:
+        delattr(attn, ATTRIBUTE)
