@@ -17,6 +17,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"

@@ -68,7 +68,7 @@ def variants(
     from psa_kernels.allocation.triton import allocate
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid.triton import build_pyramid
-    from psa_kernels.sparse import hopper
+    from psa_kernels.sparse.hopper import launch as hopper
 
     spec = AttentionSpec(levels=LEVELS, thresholds=THRESHOLDS[density])
     layout, scale = make_layout(q.shape[1], k.shape[1], 0, workload.text, None), workload.head_dim**-0.5

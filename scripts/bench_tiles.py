@@ -28,8 +28,9 @@ from results import document, write
 
 from psa_diffusers import load_preset
 from psa_kernels import AttentionSpec, AttentionStats
+from psa_kernels.backends.hopper import Hopper
 from psa_kernels.blocks import block_count
-from psa_kernels.implementations import why_not_hopper
+from psa_kernels.call import make_call
 from psa_kernels.layout import TokenLayout, make_layout
 from psa_kernels.lists import BlockLists
 
@@ -190,9 +191,9 @@ def _merged(problem: Problem) -> dict[str, Callable[[], torch.Tensor]]:
 
     calls = {"psa-triton": problem.call(portable.sparse_attention)}
     q, pyramid, spec = problem.q, problem.pyramid, problem.spec
-    obstacle = why_not_hopper(q, pyramid.source_keys, pyramid.source_values, spec, q.shape[-1] ** -0.5)
+    obstacle = Hopper().why_not(make_call(q, pyramid.source_keys, pyramid.needed_values()[0], spec))
     if obstacle is None:
-        from psa_kernels.sparse import hopper
+        from psa_kernels.sparse.hopper import launch as hopper
 
         calls["psa-hopper"] = problem.call(hopper.sparse_attention)
     else:

@@ -23,6 +23,8 @@ def head_groups(heads: int, head_bytes: int, output_bytes: int) -> list[slice]:
     """
     bound = max(int(LARGEST_SHARE * output_bytes), SMALL_PYRAMIDS)
     most = max(1, min(heads, bound // head_bytes if head_bytes else heads))
+    if most == heads:
+        return [slice(0, heads)]
     groups = -(-heads // most)
     size, larger = divmod(heads, groups)
     starts = [index * size + min(index, larger) for index in range(groups + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -23,6 +24,11 @@ class TokenLayout:
     video_queries: int
     video_keys: int
     permutation: torch.Tensor | None = None
+
+    @cached_property
+    def short_permutation(self) -> torch.Tensor | None:
+        """The permutation in int32, which costs the kernels half the registers; all stages share it."""
+        return None if self.permutation is None else self.permutation.to(torch.int32)
 
     def video_query_tokens(self, device: torch.device) -> torch.Tensor:
         """Index among all queries of each video query, in block order: int64 `[video_queries]`."""
@@ -69,12 +75,11 @@ def make_layout(
             )
     layout = TokenLayout(text_before, text_after, query_tokens - text, key_tokens - text, permutation)
     if permutation is not None:
-        _check_permutation(layout)
+        _check_permutation(layout, permutation)
     return layout
 
 
-def _check_permutation(layout: TokenLayout) -> None:
-    permutation = layout.permutation
+def _check_permutation(layout: TokenLayout, permutation: torch.Tensor) -> None:
     if layout.video_queries != layout.video_keys:
         raise ValueError(
             "permutation: needs as many video queries as video keys, "

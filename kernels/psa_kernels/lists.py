@@ -47,6 +47,14 @@ class BlockLists:
             ids.to(id_dtype(key_blocks), memory_format=torch.contiguous_format), counts.to(torch.int32), key_blocks
         )
 
+    @classmethod
+    def of_all_heads(cls, groups: list[BlockLists]) -> BlockLists:
+        """The lists of one call, made of those of its groups of heads."""
+        if len(groups) == 1:
+            return groups[0]
+        ids, counts = torch.cat([group.ids for group in groups], 1), torch.cat([group.counts for group in groups], 1)
+        return cls(ids, counts, groups[0].key_blocks)
+
     def levels(self) -> torch.Tensor:
         """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""
         place = torch.arange(self.ids.shape[-1], device=self.ids.device)

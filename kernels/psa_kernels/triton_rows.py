@@ -6,13 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.layout import TokenLayout
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU; that of the smallest supported one for a CPU, on which the interpreter runs."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-
 
 def padded_dim(head_dim: int) -> int:
     """Width of a row in registers: a power of two, and no less than a tensor-core instruction takes."""
@@ -22,11 +15,6 @@ def padded_dim(head_dim: int) -> int:
 def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
     """Whether an offset along the tokens of one head passes 2^31 elements in any of these `[B, N, H, D]` tensors."""
     return any((x.shape[1] - 1) * x.stride(1) + x.shape[3] > 2**31 for x in tensors)
-
-
-def short_permutation(layout: TokenLayout) -> torch.Tensor | None:
-    """The permutation of a layout in int32, which costs the kernels half the registers."""
-    return None if layout.permutation is None else layout.permutation.to(torch.int32)
 
 
 @triton.jit

@@ -15,13 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.devices import capability
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.triton import TritonPyramid
 from psa_kernels.sparse.tiles import log2_of
 from psa_kernels.sparse.triton import LATE_SUM, attend
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import capability, load_real_rows, needs_wide_offsets, padded_dim, row_offsets
+from psa_kernels.triton_rows import load_real_rows, needs_wide_offsets, padded_dim, row_offsets
 
 
 class Tuning(NamedTuple):

@@ -15,8 +15,8 @@ from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
 
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats, Importance, psa_attention
-from psa_kernels.implementations import why_not_hopper
-from psa_kernels.layout import make_layout
+from psa_kernels.backends.hopper import Hopper
+from psa_kernels.call import make_call
 
 
 def cases(
@@ -59,14 +59,15 @@ def _stages(
     from psa_kernels.allocation.triton_prices import upgrade_prices
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid.triton import build_pyramid
+    from psa_kernels.quantise.triton import quantise_rows
     from psa_kernels.sparse import triton as portable
 
-    layout = make_layout(q.shape[1], k.shape[1], 0, workload.text, None)
-    scale = workload.head_dim**-0.5
+    call = make_call(q, k, v, spec, text_after=workload.text)
+    layout, scale = call.layout, call.scale
     attend = {} if int8 else {"triton": portable.sparse_attention}
-    obstacle = why_not_hopper(q, k, v, spec, scale)
+    obstacle = Hopper().why_not(call)
     if obstacle is None:
-        from psa_kernels.sparse import hopper
+        from psa_kernels.sparse.hopper import launch as hopper
 
         attend["hopper"] = hopper.sparse_attention
     else:
@@ -80,7 +81,7 @@ def _stages(
         allocate_rows = partial(allocate_budget, price(), importance, spec)
     lists = allocate_rows()
     if int8 and "hopper" in attend:
-        quantise = partial(hopper.quantise_rows, q, pyramid, layout, spec, scale)
+        quantise = partial(quantise_rows, q, pyramid, layout, spec, scale)
         attend["hopper-int8"] = partial(hopper.sparse_attention, integers=quantise())
     density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
     both = tuple(f"psa-{name}" for name in attend)

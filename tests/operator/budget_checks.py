@@ -1,4 +1,4 @@
-"""What the kernels of the rule `budget` owe to their reference; `triton_budget_cases.py` and the GPU's tests use it."""
+"""What the kernels of the rule `budget` owe to their reference; tests in `interpreter/` and on a GPU use it."""
 
 from __future__ import annotations
 

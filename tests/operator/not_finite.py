@@ -1,6 +1,6 @@
 """What every implementation owes to inputs with NaN, infinite and overflowing values: nothing is hidden or invented.
 
-`test_not_finite.py` and `triton_cases.py` run these.
+`test_not_finite.py` and the tests in `interpreter/` run these.
 """
 
 from __future__ import annotations
@@ -56,12 +56,28 @@ def check_output(which, value, spec, implementation, tolerance, **options):
     finite = out.isfinite()
     assert not (finite & ~expected.isfinite()).any(), "a value that is not finite was hidden"
     allowed = tolerance * (1 + expected.abs())
+    if value == "huge" and which != "v" and sound[0].dtype == torch.float16:
+        allowed += rounding_of_logits(*wide, spec, lists)
     wrong = finite & ((out.double() - expected).abs() > allowed)
     assert not wrong.any(), f"{int(wrong.sum())} finite values are wrong"
     other = 1 - BAD_HEAD
     assert finite[:, :, other].all()
     if value == "nan" and which == "q":  # a key may have been skipped
         assert not finite[:, :, BAD_HEAD].all()
+
+
+def rounding_of_logits(q, k, v, spec, lists):
+    """By how much each output may be off because float32 rounds logits: `[B, N, H, D]`.
+
+    The largest value of float16 makes logits of tens of thousands, which float32 knows to a few thousandths. That
+    counts where two of them lie close: to first order an output moves by the sum over the rows that it reads of the
+    weight, times the change of the logit, times how far the row's value lies from the output.
+    """
+    logits = (q.abs() * k.abs().amax(1, keepdim=True)).amax(-1, keepdim=True) * q.shape[-1] ** -0.5
+    change = 2 * torch.finfo(torch.float32).eps * logits
+    # By Jensen at most their standard deviation under the weights. Means of squares exceed the squares of means.
+    mean, square = (psa_attention(q, k, x, spec, lists=lists, implementation="reference") for x in (v, v.square()))
+    return change * (square - mean.square()).clamp(min=0).sqrt()
 
 
 def check_lists(which, value, spec, implementation, **options):

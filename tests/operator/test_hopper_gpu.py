@@ -94,7 +94,7 @@ def test_pyramids_take_no_more_memory_than_is_said(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_log_sum_exp(head_dim, dtype):
     from psa_kernels.pyramid.triton import build_pyramid
-    from psa_kernels.sparse import hopper
+    from psa_kernels.sparse.hopper import launch as hopper
 
     tokens, heads, spec = 1100, 2, AttentionSpec()
     q, k, v = (torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=dtype) for _ in range(3))
@@ -112,7 +112,7 @@ def test_log_sum_exp(head_dim, dtype):
 @pytest.mark.parametrize("given", [True, False], ids=["rows of unequal length", "rows of equal length"])
 def test_waiting_for_other_programs_changes_nothing(given, monkeypatch):
     """With 8 items a program, and heads that the cache would hold."""
-    from psa_kernels.sparse import hopper
+    from psa_kernels.sparse.hopper import launch as hopper
 
     tokens, heads, spec = 5000, 27, AttentionSpec()
     q, k, v = (torch.randn(1, tokens, heads, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -130,7 +130,7 @@ def test_a_program_does_not_wait_for_ever():
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
 
-    from psa_kernels.sparse.hopper_step import wait_for_others
+    from psa_kernels.sparse.hopper.step import wait_for_others
 
     @gluon.jit
     def wait(counter_ptr, left_ptr):
@@ -181,7 +181,7 @@ def test_sums_that_run_over_are_computed_again(name):
 
 @pytest.mark.parametrize("name", ["later logits 200", "later logits 2000", "weights times values"])
 def test_the_guard_is_needed(name, monkeypatch):
-    from psa_kernels.sparse import hopper
+    from psa_kernels.sparse.hopper import launch as hopper
 
     q, k, v = hostile_inputs(name)
     spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))

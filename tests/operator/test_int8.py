@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, Importance, implementations, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, Importance, devices, psa_attention, select_blocks
+from psa_kernels.backends import choose as choosing
+from psa_kernels.backends.choose import SlowerKernelWarning, choose
+from psa_kernels.call import Call
 from psa_kernels.layout import make_layout
 
 SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
@@ -132,30 +135,40 @@ def test_equal_keys_are_all_that_they_have_in_common():
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
-def on_a_gpu(monkeypatch, capability, dtype=torch.bfloat16, tokens=65_536, heads=12):
-    """What `choose` asks of tensors on a GPU; and arguments of a call."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
-    monkeypatch.setattr(torch.version, "hip", None)
-    implementations._warn_once.cache_clear()
-    x = SimpleNamespace(
-        is_cuda=True,
-        device=torch.device("cuda"),
-        dtype=dtype,
-        shape=torch.Size((1, tokens, heads, 128)),
-        data_ptr=lambda: 0,
-        stride=lambda: (tokens * heads * 128, heads * 128, 128, 1),
-    )
-    return x, x, x, make_layout(tokens, tokens, 0, 0, None)
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Makes a call whose tensors say to `choose` that they are on a GPU."""
+
+    def forget():
+        for answer in (devices.capability, devices.is_hopper, choosing._warn_once):
+            answer.cache_clear()
+
+    def make(spec, capability=(9, 0), dtype=torch.bfloat16, tokens=65_536, heads=12, head_dim=128):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+        forget()
+        x = SimpleNamespace(
+            is_cuda=True,
+            device=torch.device("cuda"),
+            dtype=dtype,
+            shape=torch.Size((1, tokens, heads, head_dim)),
+            data_ptr=lambda: 0,
+            stride=lambda: (tokens * heads * head_dim, heads * head_dim, head_dim, 1),
+        )
+        return Call(x, x, x, make_layout(tokens, tokens, 0, 0, None), spec, 1.0)
+
+    yield make
+    forget()
 
 
-def test_hopper_multiplies_integers_where_it_pays(monkeypatch, recwarn):
+def test_hopper_multiplies_integers_where_it_pays(on_a_gpu, recwarn):
     pytest.importorskip("triton")
     spec = AttentionSpec(precision="int8_qk")
-    large, small = on_a_gpu(monkeypatch, (9, 0)), on_a_gpu(monkeypatch, (9, 0), tokens=1024)
-    assert implementations.choose(*large, spec, 1.0, "auto", True).name == "hopper-int8"
-    assert implementations.choose(*large, spec, 1.0, "hopper", True).name == "hopper-int8"
-    assert implementations.choose(*large, AttentionSpec(), 1.0, "auto", True).name == "hopper"
-    assert implementations.choose(*small, spec, 1.0, "auto", True).name == "triton"
+    large, small = on_a_gpu(spec), on_a_gpu(spec, tokens=1024)
+    assert choose(large, "auto", True).name == "hopper-int8"
+    assert choose(large, "hopper", True).name == "hopper-int8"
+    assert choose(on_a_gpu(AttentionSpec()), "auto", True).name == "hopper"
+    assert choose(small, "auto", True).name == "triton"
     assert not recwarn.list
 
 
@@ -167,30 +180,40 @@ def test_hopper_multiplies_integers_where_it_pays(monkeypatch, recwarn):
     ],
     ids=str,
 )
-def test_others_compute_natively_and_say_so_once(capability, dtype, name, reason, monkeypatch, recwarn):
+def test_others_compute_natively_and_say_so_once(capability, dtype, name, reason, on_a_gpu, recwarn):
     pytest.importorskip("triton")
-    call = (*on_a_gpu(monkeypatch, capability, dtype), AttentionSpec(precision="int8_qk"), 1.0)
-    with pytest.warns(implementations.SlowerKernelWarning, match=f"precision='int8_qk' cannot be used.*{reason}"):
-        assert implementations.choose(*call, "auto").name == name
+    call = on_a_gpu(AttentionSpec(precision="int8_qk"), capability, dtype)
+    with pytest.warns(SlowerKernelWarning, match=f"precision='int8_qk' cannot be used.*{reason}"):
+        assert choose(call, "auto").name == name
     recwarn.clear()
-    assert implementations.choose(*call, "auto").name == name
+    assert choose(call, "auto").name == name
     assert not recwarn.list
     with pytest.raises(RuntimeError, match=f"strict: precision='int8_qk' cannot be used: {reason}"):
-        implementations.choose(*call, "auto", True)
+        choose(call, "auto", True)
     with pytest.raises(ValueError, match=f"implementation='hopper': {reason}"):
-        implementations.choose(*call, "hopper")
+        choose(call, "hopper")
     with pytest.raises(ValueError, match="implementation='triton': precision='int8_qk': expected 'native'"):
-        implementations.choose(*call, "triton")
+        choose(call, "triton")
 
 
-def test_integers_count_in_the_groups_of_heads(monkeypatch):
+def test_a_kernel_that_pays_is_missed_and_one_that_does_not_is_not(on_a_gpu, recwarn):
     pytest.importorskip("triton")
-    call = on_a_gpu(monkeypatch, (9, 0))
-    rows = [
-        implementations.choose(*call, AttentionSpec(precision=precision), 1.0, "hopper").pyramid_rows(
-            call[3], AttentionSpec()
-        )
-        for precision in ("native", "int8_qk")
-    ]
+    wide = on_a_gpu(AttentionSpec(block_query=64))
+    with pytest.warns(SlowerKernelWarning, match="the hopper kernel cannot be used, .*: block_query=64: expected 128"):
+        assert choose(wide, "auto").name == "triton"
+    with pytest.raises(RuntimeError, match="strict: the hopper kernel cannot be used: block_query=64"):
+        choose(wide, "auto", True)
+    recwarn.clear()
+    assert choose(on_a_gpu(AttentionSpec(block_query=64), tokens=1024), "auto", True).name == "triton"
+    assert choose(on_a_gpu(AttentionSpec(block_query=64), (8, 0)), "auto", True).name == "triton"
+    assert not recwarn.list
+    with pytest.warns(SlowerKernelWarning, match="the triton kernel cannot be used, .*: head_dim=512"):
+        assert choose(on_a_gpu(AttentionSpec(), (8, 0), head_dim=512), "auto").name == "reference"
+
+
+def test_integers_count_in_the_groups_of_heads(on_a_gpu):
+    pytest.importorskip("triton")
+    calls = [on_a_gpu(AttentionSpec(precision=precision)) for precision in ("native", "int8_qk")]
+    rows = [choose(call, "hopper").pyramid_rows(call) for call in calls]
     # Keys at levels 1, 2 and 4 and queries, one byte an entry, beside 4 bytes for keys and values in 16 bits.
     assert rows[1] - rows[0] == 65_536 * (1.75 + 1) / 4

@@ -129,14 +129,14 @@ def test_ordinary_keys_lose_no_more_than_the_definition_says(head_dim):
 def test_rows_of_integers_are_those_of_the_reference(permuted):
     from psa_kernels.pyramid.triton import build_pyramid
     from psa_kernels.quantise import reference
-    from psa_kernels.sparse import hopper
+    from psa_kernels.quantise.triton import quantise_rows
 
     spec = AttentionSpec()
     q, k, v = tensors((2, 3, 128), (2300, 2300), gap=8)
     k += 3 * torch.randint(-1, 2, (3, 128), device="cuda")
     layout = make_layout(2300, 2300, 5, 95, torch.randperm(2200, device="cuda") if permuted else None)
     poison_free_memory()
-    found = hopper.quantise_rows(q, build_pyramid(k, v, layout, spec, gathered=True), layout, spec, 0.1)
+    found = quantise_rows(q, build_pyramid(k, v, layout, spec, gathered=True), layout, spec, 0.1)
     for b in range(2):
         for h in range(3):
             exact = k[b, :, h].double()
@@ -160,7 +160,8 @@ def test_log_sum_exp(head_dim):
     """That of the definition: what taking away the mean left out is added again."""
     from psa_kernels.pyramid.triton import build_pyramid
     from psa_kernels.quantise import reference
-    from psa_kernels.sparse import hopper
+    from psa_kernels.quantise.triton import quantise_rows
+    from psa_kernels.sparse.hopper import launch as hopper
 
     tokens, heads, spec, scale = 1100, 2, AttentionSpec(), head_dim**-0.5
     q, k, v = tensors((1, heads, head_dim), (tokens, tokens))
@@ -169,7 +170,7 @@ def test_log_sum_exp(head_dim):
     lists = all_at(0, 3, q, k, spec, text=12)
     lse = torch.full((1, heads, tokens), torch.nan, device="cuda")
     built = build_pyramid(k, v, layout, spec)
-    integers = hopper.quantise_rows(q, built, layout, spec, scale)
+    integers = quantise_rows(q, built, layout, spec, scale)
     hopper.sparse_attention(q, built, lists, layout, spec, scale, lse, integers=integers)
     for h in range(heads):
         mean, largest = reference.key_mean_and_largest(k[0, :, h].double())
@@ -200,7 +201,7 @@ def hostile_inputs(name):
 @pytest.mark.parametrize("name", ["later logits 200", "later logits 2000"])
 def test_tiles_that_run_over_are_computed_natively(name, monkeypatch):
     """Fails without the guard: what is found then is infinite or not a number."""
-    from psa_kernels.sparse import hopper
+    from psa_kernels.sparse.hopper import launch as hopper
 
     q, k, v = hostile_inputs(name)
     spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))

@@ -1,9 +1,7 @@
-"""Merged tiles against one block at a time: the kernel in Triton's interpreter, table and plot; times need a GPU."""
+"""Merged tiles against one block at a time: table and plot. `interpreter/` has the kernel; times need a GPU."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,19 +25,6 @@ ROWS = [
     _row("psa-triton", "psa-2", 5.0),
     {"workload": "toy", "block_key": 64, "pyramid": "psa-2", "density": 0.25, "method": "psa-hopper", "error": "no"},
 ]
-
-
-def test_the_naive_kernel_in_the_interpreter() -> None:
-    """One process of its own: the interpreter is switched on for all of a process, before triton is imported."""
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/scripts/naive_cases.py"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 def test_speedups_are_over_the_naive_kernel() -> None:

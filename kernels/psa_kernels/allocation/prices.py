@@ -24,6 +24,7 @@ from itertools import product
 import torch
 
 from psa_kernels.blocks import compute_dtype, group_means
+from psa_kernels.heads import group_size, key_heads
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.threads import run_tasks
@@ -59,15 +60,17 @@ def upgrade_prices(
     """
     prices = torch.empty(len(spec.levels), *importance.shape, dtype=torch.int16, device=q.device)
     query_tokens, key_tokens = layout.video_query_tokens(q.device), layout.video_key_tokens(k.device)
+    group = group_size(q, k)
     # Heads at a time: one on a CPU, where threads share them; on a GPU so many that its launches are worth while.
     heads = max(1, TOKENS_AT_ONCE // len(key_tokens)) if q.is_cuda else 1
 
     def worker(tasks: Iterator[tuple[int, int]]) -> None:
         for b, first in tasks:
-            part = slice(first, first + heads)
+            part = slice(first, min(first + heads, q.shape[2]))
+            of_keys = key_heads(part, group)
             queries, keys, values = (
-                x[b, :, part].index_select(0, tokens).transpose(0, 1).to(compute_dtype(x))
-                for x, tokens in ((q, query_tokens), (k, key_tokens), (v, key_tokens))
+                x[b, :, read].index_select(0, tokens).transpose(0, 1).to(compute_dtype(x))
+                for x, read, tokens in ((q, part, query_tokens), (k, of_keys, key_tokens), (v, of_keys, key_tokens))
             )
             # The scale goes to the queries, so that what comes of them are variances of logits.
             errors = _errors(queries * scale, keys, values, importance[b, part], spec)

@@ -21,7 +21,6 @@ from psa_kernels.triton_rows import (
     needs_wide_offsets,
     padded_dim,
     row_offsets,
-    short_permutation,
     video_tokens,
 )
 
@@ -118,7 +117,7 @@ def _launch(
     batch, _, heads, head_dim = x.shape
     padded = padded_dim(head_dim)
     rows = blocks_at_once(padded)
-    permutation = short_permutation(layout)
+    permutation = layout.short_permutation
     kernel[(batch * heads, triton.cdiv(blocks, rows))](
         x, permutation, *x.stride()[:3], heads, video, layout.text_before, blocks, *arguments,
         HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=rows, PERMUTED=permutation is not None,

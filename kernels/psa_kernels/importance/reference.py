@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from psa_kernels.blocks import as_blocks, block_count, compute_dtype, group_means, group_sizes
+from psa_kernels.heads import group_size, key_head
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec, Importance
 from psa_kernels.threads import run_tasks
@@ -41,6 +42,7 @@ def block_importance(
     importance = torch.empty(
         batch, heads, blocks, block_count(samples, columns), dtype=compute_dtype(q), device=q.device
     )
+    group = group_size(q, k)
     step = max(1, TASK_ENTRIES // (rows * samples))
 
     def worker(tasks: Iterator[tuple[int, int, int]]) -> None:
@@ -48,7 +50,7 @@ def block_importance(
         for b, h, first in tasks:
             tokens = query_tokens[first * spec.block_query : (first + step) * spec.block_query]
             queries = _representatives(q[b, :, h], tokens, how.query_stride, how) * scale
-            keys = _representatives(k[b, :, h], key_tokens, how.key_stride, how)
+            keys = _representatives(k[b, :, key_head(h, group)], key_tokens, how.key_stride, how)
             probabilities = torch.mm(queries, keys.T, out=buffer[: len(queries)])
             torch.softmax(probabilities, dim=-1, out=probabilities)
             # Queries first: reducing over whole rows is several times faster than inside them.

@@ -18,7 +18,6 @@ from psa_kernels.triton_rows import (
     needs_wide_offsets,
     padded_dim,
     row_offsets,
-    short_permutation,
     video_tokens,
 )
 
@@ -73,7 +72,7 @@ def in_tiles(
     batch, tokens, heads, head_dim = x.shape
     video = tokens - layout.text_before - layout.text_after
     tiles = block_count(block_count(video, stride), tile)
-    permutation = short_permutation(layout)
+    permutation = layout.short_permutation
     out = torch.empty(batch * heads, tiles, tile, padded_dim(head_dim), dtype=x.dtype, device=x.device)
     tile_kernel[(batch * heads, tiles * tile // CHUNK)](
         x, out, permutation, *x.stride()[:3], stride, layout.text_before, video, heads,

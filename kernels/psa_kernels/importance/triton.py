@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
+from psa_kernels.devices import capability, multiprocessors
 from psa_kernels.importance.representatives import (
     NATURAL_COLUMNS,
     NATURAL_ROWS,
@@ -19,7 +20,7 @@ from psa_kernels.importance.representatives import (
 )
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import capability, padded_dim
+from psa_kernels.triton_rows import padded_dim
 
 # Scratch entries of an item that are read at a time.
 READ = 16384
@@ -53,7 +54,7 @@ def block_importance(
     padded = torch.empty(batch, heads, query_blocks, block_count(key_blocks, 16) * 16, device=q.device)
     importance = padded[..., :key_blocks]
     items = queries.shape[0] * queries.shape[1]
-    programs *= torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    programs *= multiprocessors(q.device)
     programs = min(items, programs)
     entries = block_count(keys.shape[1] * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
     scratch = torch.empty(programs, entries, dtype=torch.uint16, device=q.device)

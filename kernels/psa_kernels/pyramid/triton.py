@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -10,6 +10,7 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
+from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.pyramid.similarity import coarsest_level
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import (
@@ -17,34 +18,8 @@ from psa_kernels.triton_rows import (
     needs_wide_offsets,
     padded_dim,
     row_offsets,
-    short_permutation,
     video_tokens,
 )
-
-
-@dataclass(frozen=True)
-class TritonPyramid:
-    """Keys and values as the attention kernel reads them: single tokens from the originals, means from here.
-
-    Attributes:
-        source_keys: `[B, N, H, D]`, the caller's tensor.
-        keys: `[B, H, R, D]` in its dtype: the means of some levels, one level after the other; the last group of a
-            level may stand for fewer tokens.
-        factors: the pooling factors of these levels.
-        coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level each key block may have.
-        source_values, values: as those of the keys; None until they are needed.
-    """
-
-    source_keys: torch.Tensor
-    keys: torch.Tensor
-    factors: tuple[int, ...]
-    coarsest: torch.Tensor | None
-    source_values: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-
-    def first_row(self, factor: int, tokens: int) -> int:
-        """The row at which the level of a factor starts, for `tokens` video keys."""
-        return sum(block_count(tokens, finer) for finer in self.factors[: self.factors.index(factor)])
 
 
 def build_pyramid(
@@ -127,7 +102,7 @@ def pool_tokens(
     # A program holds whole blocks, and enough groups to give 16 bytes of a token to each of its threads.
     largest = factors[-1] if factors else 1
     groups = max(16 if largest <= 16 else 8, block_key // largest)
-    permutation = short_permutation(layout)
+    permutation = layout.short_permutation
     pool_kernel[(triton.cdiv(video, groups * largest), batch * heads)](
         x, means, coarsest, permutation, *x.stride()[:3], heads, video, layout.text_before, rows,
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups,

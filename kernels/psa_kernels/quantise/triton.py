@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.blocks import block_count
+from psa_kernels.layout import TokenLayout
+from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.quantise import reference
+from psa_kernels.quantise.integers import Integers
+from psa_kernels.spec import AttentionSpec
 
 LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
 LEAST_ENTRY = tl.constexpr(reference.LEAST_ENTRY)
@@ -24,22 +28,23 @@ FEW_ROWS = 16
 ROWS = 64
 
 
-@dataclass(frozen=True)
-class Integers:
-    """Queries and keys of a call in integers.
+def quantise_rows(
+    q: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec, scale: float
+) -> Integers:
+    """The queries `[B, Nq, H, D]`, and the keys of the text and of every level, in 8-bit integers.
 
-    Attributes:
-        queries: int8 `[B, Nq, H, D]`.
-        keys: int8 `[B, H, rows, D]` for each of the tensors of keys that were given, None where there was none.
-        factors: float32 `[B, H, Nq]`: by what the products of each query are multiplied to give logits in base 2; not
-            finite where a key of the head or an entry of the query is not.
-        key_means: float32 `[B, H, D]`: what was taken away from all keys.
+    Args:
+        pyramid: of the keys, perhaps without values yet; `gathered` where tokens are permuted.
+        scale: factor on the dot products, positive.
     """
+    keys = pyramid.key_rows(layout, spec)
+    return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], scale)
 
-    queries: torch.Tensor
-    keys: list[torch.Tensor | None]
-    factors: torch.Tensor
-    key_means: torch.Tensor
+
+def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
+    """Rows of one head that `quantise_rows` makes, of head_dim bytes each."""
+    levels = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
+    return layout.video_queries + levels + 2 * (layout.text_before + layout.text_after)
 
 
 def quantise(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels.blocks import block_count
+from psa_kernels.heads import group_size, key_head
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
@@ -50,6 +51,7 @@ def sparse_attention(
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     query_tokens = layout.video_query_tokens(q.device)
     rows = pyramid_rows(layout, spec, like=k)
+    group = group_size(q, k)
     counts = _blocks_per_level(lists, spec)
     most_rows = int((counts * counts.new_tensor(rows.block_rows)).sum(-1).max()) + len(rows.text_tokens)
     parts = block_count(TASKS_PER_THREAD * torch.get_num_threads(), batch * heads)
@@ -61,8 +63,9 @@ def sparse_attention(
         keys, values = q.new_empty(2, len(rows.log_count), q.shape[3], dtype=rows.log_count.dtype)
         attend = _BlockAttention(keys, values, spec.block_query, most_rows)
         for b, h, start in tasks:
-            build_pyramid(k[b, :, h], rows, out=keys)
-            build_pyramid(v[b, :, h], rows, out=values)
+            of_keys = key_head(h, group)
+            build_pyramid(k[b, :, of_keys], rows, out=keys)
+            build_pyramid(v[b, :, of_keys], rows, out=values)
             integers = spec.precision == "int8_qk" and _round_keys(keys, rows)
             end = min(start + part_blocks, query_blocks)
             for first in range(start, end, BLOCKS_AT_ONCE):

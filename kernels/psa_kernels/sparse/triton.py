@@ -8,19 +8,18 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.devices import capability
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
-from psa_kernels.pyramid.triton import TritonPyramid
+from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import (
-    capability,
     load_real_rows,
     load_rows,
     needs_wide_offsets,
     padded_dim,
     row_offsets,
-    short_permutation,
     video_tokens,
 )
 
@@ -75,10 +74,10 @@ def launch(
         only: None, or int32 `[B * H * tiles of 128 queries]`: compute just the tiles where it is not 0.
     """
     batch, query_tokens, heads, head_dim = q.shape
-    k, v = pyramid.source_keys, pyramid.source_values
+    k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     # Tokens are read from the originals also where the pyramid has them.
-    means = [x[:, :, layout.video_keys if 1 in pyramid.factors else 0 :] for x in (pyramid.keys, pyramid.values)]
-    permutation = short_permutation(layout)
+    means = [x[:, :, layout.video_keys if 1 in pyramid.factors else 0 :] for x in (pyramid.keys, value_means)]
+    permutation = layout.short_permutation
     gpu = capability(q.device)
     tile = tile_shape(gpu, head_dim, q.element_size(), spec.block_query)
     tiles = triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads

@@ -6,9 +6,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from psa_kernels.sparse.hopper_plan import plan_tiles, run_ends
-from psa_kernels.sparse.hopper_step import MOST_LOOKS, report_nearly_done, wait_for_others
-from psa_kernels.sparse.hopper_tiles import (
+from psa_kernels.sparse.hopper.plan import plan_tiles, run_ends
+from psa_kernels.sparse.hopper.step import MOST_LOOKS, report_nearly_done, wait_for_others
+from psa_kernels.sparse.hopper.tiles import (
     TILE_M,
     TILE_N,
     announce_item,

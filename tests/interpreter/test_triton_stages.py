@@ -1,7 +1,6 @@
-"""The Triton kernels, stage by stage, against the reference, in Triton's interpreter: test_triton_interpreter runs it.
+"""The Triton kernels, stage by stage, against the reference, in Triton's interpreter.
 
-Not collected by default: the interpreter has to be switched on before triton is imported. bfloat16 is left out, of
-which the interpreter computes garbage.
+bfloat16 is left out, of which the interpreter computes garbage.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from psa_kernels.pyramid import reference as reference_pyramid
 from psa_kernels.pyramid import triton as triton_pyramid
 from psa_kernels.sparse import triton as triton_sparse
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 HEAD_DIM = 16
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels that quantise, in Triton's interpreter: test_triton_interpreter runs it.
+"""The Triton kernels that quantise, in Triton's interpreter.
 
 Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows.
 """
@@ -15,8 +15,9 @@ from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import reference as reference_pyramid
 from psa_kernels.pyramid import triton as pyramid
 from psa_kernels.quantise import reference, triton
-from psa_kernels.sparse import hopper
 from psa_kernels.sparse import reference as reference_sparse
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_integers_make_the_attention_of_the_reference(name):
     layout = make_layout(len(q[0]), len(k[0]), before, after, torch.randperm(tokens) if permuted else None)
     built = pyramid.build_pyramid(k, v, layout, spec, gathered=True)
     scale = 0.3
-    found = hopper.quantise_rows(q, built, layout, spec, scale)
+    found = triton.quantise_rows(q, built, layout, spec, scale)
     assert [rows is not None for rows in found.keys] == [before > 0, after > 0, *(True for _ in spec.levels)]
     rows = reference_pyramid.pyramid_rows(layout, spec, like=k)
     query_tokens = layout.video_query_tokens(q.device)

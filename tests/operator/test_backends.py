@@ -11,9 +11,11 @@ from contextlib import suppress
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, implementations, psa_attention, select_blocks
-from psa_kernels.implementations import why_not_triton
-from psa_kernels.layout import make_layout
+from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels.backends.choose import choose
+from psa_kernels.backends.hopper import Hopper
+from psa_kernels.backends.triton import Triton
+from psa_kernels.call import make_call
 
 
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
@@ -46,24 +48,23 @@ def test_reasons_name_the_thing_its_value_and_what_is_allowed(tensor, fields, re
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     q = torch.zeros(1, 40, 1, tensor.get("head_dim", 8), dtype=tensor.get("dtype", torch.float32))
-    found = why_not_triton(q, q, make_layout(40, 40, 0, 0, None), AttentionSpec(**fields))
+    found = Triton().why_not(make_call(q, q, q, AttentionSpec(**fields)))
     assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "hopper"])
 @pytest.mark.parametrize("precision", ["native", "int8_qk"])
 def test_a_choice_keeps_no_tensor_alive(precision, wanted, monkeypatch):
-    monkeypatch.setattr(implementations, "_why_not", lambda name, *_: None if name == "triton" else "it is a test")
-    monkeypatch.setattr(implementations, "_triton", lambda: "chosen")
+    monkeypatch.setattr(Triton, "devices", ("cpu",))
+    monkeypatch.setattr(Triton, "why_not", lambda *_: None)
+    monkeypatch.setattr(Hopper, "why_not", lambda *_: "it is a test")
+    monkeypatch.setattr(Hopper, "pays", lambda *_: True)
     q = torch.randn(1, 64, 1, 16)
-    layout = make_layout(64, 64, 0, 0, None)
     spec = AttentionSpec(precision=precision)
     gc.disable()
     try:
-        with suppress(ValueError), monkeypatch.context() as patch:
-            patch.setattr(torch.Tensor, "is_cuda", True)
-            patch.setattr(implementations, "_is_hopper", lambda _: True)
-            implementations.choose(q, q, q, layout, spec, 0.25, wanted, False)
+        with suppress(ValueError):
+            choose(make_call(q, q, q, spec), wanted)
         alive = weakref.ref(q)
         del q
         assert alive() is None

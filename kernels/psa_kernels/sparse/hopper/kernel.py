@@ -21,10 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from psa_kernels.sparse.hopper_fetch import fetch_queries, fetch_rows
-from psa_kernels.sparse.hopper_plan import MOST_MIXED, PLAN
-from psa_kernels.sparse.hopper_softmax import per_row, row_sums, with_biases
-from psa_kernels.sparse.hopper_tiles import (
+from psa_kernels.sparse.hopper.fetch import fetch_queries, fetch_rows
+from psa_kernels.sparse.hopper.plan import MOST_MIXED, PLAN
+from psa_kernels.sparse.hopper.softmax import per_row, row_sums, with_biases
+from psa_kernels.sparse.hopper.tiles import (
     TICKETS,
     TILE_M,
     TILE_N,

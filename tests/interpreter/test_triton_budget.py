@@ -1,4 +1,4 @@
-"""The Triton kernels of the rule `budget`, in Triton's interpreter: test_triton_interpreter runs it.
+"""The Triton kernels of the rule `budget`, in Triton's interpreter.
 
 Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows.
 """
@@ -16,6 +16,8 @@ from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.allocation import prices, triton_budget, triton_statistics
 from psa_kernels.blocks import group_means
 from psa_kernels.layout import make_layout
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from psa_kernels.limits import MOST_HOPPER_LEVELS
-from psa_kernels.sparse.hopper_tiles import TILE_N, divide, log2_of, write_number
+from psa_kernels.sparse.hopper.tiles import TILE_N, divide, log2_of, write_number
 
 # Where one of the levels or of the 2 texts ends, or the groups of full size of the ragged last block.
 MOST_MIXED = gl.constexpr(MOST_HOPPER_LEVELS + 3)

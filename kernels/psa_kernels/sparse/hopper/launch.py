@@ -9,16 +9,16 @@ import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.blocks import block_count
+from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MOST_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
-from psa_kernels.pyramid.triton import TritonPyramid
-from psa_kernels.quantise.triton import Integers, quantise
+from psa_kernels.pyramid.pooled import TritonPyramid
+from psa_kernels.quantise.integers import Integers
 from psa_kernels.sparse import triton as portable
-from psa_kernels.sparse.hopper_kernel import attention_kernel
-from psa_kernels.sparse.hopper_tiles import TILE_M, panel_columns, tile_layout
+from psa_kernels.sparse.hopper.kernel import attention_kernel
+from psa_kernels.sparse.hopper.tiles import TILE_M, panel_columns, tile_layout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import short_permutation
 
 
 def sparse_attention(
@@ -43,17 +43,17 @@ def sparse_attention(
     batch, query_tokens, heads, head_dim = q.shape
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    permutation = short_permutation(layout)
+    permutation = layout.short_permutation
     items = triton.cdiv(layout.video_queries, TILE_M.value) * batch * heads
     # In half precision, weights relative to any but the largest logit could overflow.
     online = q.dtype == torch.float16
     counters = torch.zeros(2 + items, dtype=torch.int32, device=q.device)
     redo = counters[2:]
     queries, factors = q, None
-    keys = _row_views(pyramid.source_keys, pyramid.keys, pyramid, layout, spec)
+    keys = pyramid.key_rows(layout, spec)
     if integers is not None:
         queries, factors, keys = integers.queries, integers.factors, integers.keys
-    values = _row_views(pyramid.source_values, pyramid.values, pyramid, layout, spec)
+    values = pyramid.value_rows(layout, spec)
     unit = 16 // queries.element_size()
     # Where there is no permutation or log-sum-exp, any pointer will do.
     arguments = (
@@ -76,7 +76,7 @@ def sparse_attention(
         "num_warps": 4,
         **pipeline(head_dim),
     }
-    programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    programs = min(items, multiprocessors(q.device))
     attention_kernel[(programs,)](*arguments, **options)
     if integers is not None and lse is not None:
         # What all logits of a query lack as the mean of the keys was taken away; the kernel below needs no such thing.
@@ -99,40 +99,7 @@ def keeps_in_step(layout: TokenLayout, spec: AttentionSpec, keys: torch.Tensor) 
     """Whether a head has more rows than both halves of the cache can hold, and all lists are as long as each other."""
     rows = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
     head_bytes = 2 * rows * keys.shape[3] * keys.element_size()
-    cache = torch.cuda.get_device_properties(keys.device).L2_cache_size
-    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache // 2
-
-
-def quantise_rows(
-    q: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec, scale: float
-) -> Integers:
-    """The queries, and the keys of the text and of every level, in 8-bit integers; arguments as `sparse_attention`."""
-    keys = _row_views(pyramid.source_keys, pyramid.keys, pyramid, layout, spec)
-    return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], scale)
-
-
-def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
-    """Rows of one head that `quantise_rows` makes, of head_dim bytes each."""
-    levels = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
-    return layout.video_queries + levels + 2 * (layout.text_before + layout.text_after)
-
-
-def _row_views(
-    tokens: torch.Tensor, means: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec
-) -> list[torch.Tensor | None]:
-    """Rows of the text before and after the video, if any, and of every level: `[B, H, rows, D]`."""
-    heads_first = tokens.transpose(1, 2)
-    video_end = layout.text_before + layout.video_keys
-    text = [heads_first[:, :, : layout.text_before], heads_first[:, :, video_end:]]
-    views = [rows if rows.shape[2] else None for rows in text]
-    for factor in spec.levels:
-        if factor in pyramid.factors:
-            start = pyramid.first_row(factor, layout.video_keys)
-            rows = means[:, :, start : start + block_count(layout.video_keys, factor)]
-        else:
-            rows = heads_first[:, :, layout.text_before : video_end]
-        views.append(rows)
-    return views
+    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache_bytes(keys.device) // 2
 
 
 def _descriptors(views: list[torch.Tensor | None], spec: AttentionSpec) -> list[TensorDescriptor | None]:

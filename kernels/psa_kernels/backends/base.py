@@ -1,0 +1,52 @@
+"""What every backend has to say of itself and to compute."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from psa_kernels.call import Call
+from psa_kernels.lists import BlockLists
+
+
+class Backend(ABC):
+    """The two halves of the operator, and the pyramid that both may use.
+
+    Attributes:
+        name: what `AttentionStats.implementation` calls it.
+        implementation: what the argument `implementation` of `psa_attention` calls it; several backends may share it,
+            each for precisions of its own.
+        precisions: those of the spec that it computes. What computes natively may stand in for another.
+        devices: types of device on which `auto` looks at it.
+    """
+
+    name: str
+    implementation: str
+    precisions: tuple[str, ...] = ("native",)
+    devices: tuple[str, ...] = ("cuda",)
+
+    def pays(self, call: Call) -> bool:
+        """Whether `auto` should take it on this GPU for this much work; where not, it passes on without a word."""
+        return True
+
+    @abstractmethod
+    def why_not(self, call: Call) -> str | None:
+        """The reason why it cannot serve a call, in one line, or None. Asked at every call, so it has to be cheap."""
+
+    def pyramid_rows(self, call: Call) -> int:
+        """Rows that the pyramid of one head has, its keys and its values each; 0 if `attend` pools head by head."""
+        return 0
+
+    def pool_keys(self, call: Call, selects: bool) -> Any:
+        """The pyramid of keys, whatever that is here; `selects` says whether `select` will be given it."""
+        return None
+
+    @abstractmethod
+    def select(self, call: Call, keys: Any) -> BlockLists:
+        """Which key blocks every query block reads; `keys` is what `pool_keys` returned, or None."""
+
+    @abstractmethod
+    def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        """Pool the values and fill the rows of video queries of `out`, `[B, Nq, H, D]`."""

@@ -1,0 +1,76 @@
+"""The portable kernels with an attention kernel made for Hopper GPUs, of compute capability 9.0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from psa_kernels.backends.triton import Triton, triton_version
+from psa_kernels.call import Call
+from psa_kernels.devices import is_hopper
+from psa_kernels.limits import LEAST_HOPPER_ROWS, MOST_HOPPER_LEVELS
+from psa_kernels.lists import BlockLists
+
+# Gluon changes from one release of Triton to the next.
+GLUON_VERSIONS = ("3.6.",)
+# Floating point operations of dense attention below which the kernel, whose launch takes the host half a millisecond
+# longer, spares the GPU less than that.
+LEAST_HOPPER_WORK = 1e12
+
+
+class Hopper(Triton):
+    """Needs what the portable kernels need, and more."""
+
+    name = implementation = "hopper"
+
+    def pays(self, call: Call) -> bool:
+        return is_hopper(call.q.device) and call.dense_work >= LEAST_HOPPER_WORK
+
+    def why_not(self, call: Call) -> str | None:
+        return super().why_not(call) or self._why_not_beside_triton(call)
+
+    def _why_not_beside_triton(self, call: Call) -> str | None:
+        q, spec = call.q, call.spec
+        if not is_hopper(q.device):
+            return f"device {q.device}: expected a GPU of compute capability (9, 0)"
+        if not triton_version().startswith(GLUON_VERSIONS):
+            return f"triton {triton_version()}: expected {' or '.join(f'{start}*' for start in GLUON_VERSIONS)}"
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            return f"dtype {q.dtype}: expected torch.bfloat16 or torch.float16"
+        if q.shape[-1] not in (64, 128):
+            return f"head_dim={q.shape[-1]}: expected 64 or 128"
+        if spec.block_query % 128:
+            return f"block_query={spec.block_query}: expected 128"
+        if spec.block_key not in (32, 64, 128):
+            return f"block_key={spec.block_key}: expected 32, 64 or 128"
+        if spec.block_key // spec.levels[-1] < LEAST_HOPPER_ROWS or len(spec.levels) > MOST_HOPPER_LEVELS:
+            return (
+                f"levels={list(spec.levels)}: expected at most {MOST_HOPPER_LEVELS}, and at least {LEAST_HOPPER_ROWS} "
+                f"rows of each of the {spec.block_key} keys"
+            )
+        if spec.rest != "skip":
+            return f"rest={spec.rest!r}: expected 'skip'"
+        if not call.scale > 0:
+            return f"scale={call.scale}: expected more than 0"
+        for name, x in (("q", q), ("k", call.k), ("v", call.v)):
+            if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
+                return f"{name}: expected rows at multiples of 16 bytes, got strides {x.stride()}"
+        return None
+
+    def pyramid_rows(self, call: Call) -> int:
+        from psa_kernels.pyramid.triton import pyramid_rows
+
+        return pyramid_rows(call.layout, call.spec, gathered=True)
+
+    def pool_keys(self, call: Call, selects: bool) -> Any:
+        from psa_kernels.pyramid.triton import pool_keys
+
+        return pool_keys(call.k, call.layout, call.spec, selects, gathered=True)
+
+    def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        from psa_kernels.pyramid.triton import add_values
+        from psa_kernels.sparse.hopper.launch import sparse_attention
+
+        pyramid = add_values(keys, call.v, call.layout)
+        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)

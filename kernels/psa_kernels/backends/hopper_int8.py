@@ -1,0 +1,46 @@
+"""The kernel for Hopper, multiplying queries by keys in 8-bit integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from psa_kernels.backends.hopper import Hopper
+from psa_kernels.blocks import block_count
+from psa_kernels.call import Call
+from psa_kernels.devices import is_hopper
+from psa_kernels.lists import BlockLists
+
+
+class HopperInt8(Hopper):
+    """Needs what the kernel needs natively, and bfloat16."""
+
+    name = "hopper-int8"
+    precisions = ("int8_qk",)
+
+    def pays(self, call: Call) -> bool:
+        # Where it cannot be had at all, whoever asked for integers is told; a small call is faster without.
+        return super().pays(call) or not is_hopper(call.q.device)
+
+    def why_not(self, call: Call) -> str | None:
+        obstacle = super().why_not(call)
+        # What runs over is computed anew only under a frozen maximum, which float16 has not the range for.
+        if obstacle is None and call.q.dtype != torch.bfloat16:
+            obstacle = f"dtype {call.q.dtype}: expected torch.bfloat16"
+        return obstacle
+
+    def pyramid_rows(self, call: Call) -> int:
+        from psa_kernels.quantise.triton import quantised_rows
+
+        # Counted as rows of keys and of values in 16 bits, 4 bytes an entry.
+        return super().pyramid_rows(call) + block_count(quantised_rows(call.layout, call.spec), 4)
+
+    def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        from psa_kernels.pyramid.triton import add_values
+        from psa_kernels.quantise.triton import quantise_rows
+        from psa_kernels.sparse.hopper.launch import sparse_attention
+
+        q, layout, spec, scale = call.q, call.layout, call.spec, call.scale
+        integers = quantise_rows(q, keys, layout, spec, scale)
+        sparse_attention(q, add_values(keys, call.v, layout), lists, layout, spec, scale, out=out, integers=integers)

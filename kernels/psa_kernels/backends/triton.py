@@ -1,0 +1,99 @@
+"""The portable kernels, for GPUs of compute capability 8.0 or newer.
+
+Kernels are imported only where they run: PyTorch's CPU builds come without triton.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from psa_kernels.backends.base import Backend
+from psa_kernels.call import Call
+from psa_kernels.devices import capability
+from psa_kernels.limits import MOST_BLOCK_SAMPLES, MOST_KEY_BLOCKS
+from psa_kernels.lists import BlockLists
+
+
+class Triton(Backend):
+    """One source for every GPU; only tile sizes differ."""
+
+    name = implementation = "triton"
+
+    def why_not(self, call: Call) -> str | None:
+        q, spec, permutation = call.q, call.spec, call.layout.permutation
+        if not has_triton():
+            return "the package triton is not installed"
+        # On a CPU they run in Triton's interpreter: slow, and wrong in bfloat16.
+        interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        dtypes = (torch.float16, torch.float32) + (() if interpreted else (torch.bfloat16,))
+        if q.device.type != "cuda" and not interpreted:
+            return f"device {q.device}: expected a CUDA device"
+        if q.is_cuda and torch.version.hip is None and capability(q.device) < (8, 0):
+            return f"compute capability {capability(q.device)}: expected (8, 0) or newer"
+        if q.dtype not in dtypes:
+            return f"dtype {q.dtype}: expected one of {', '.join(map(str, dtypes))}"
+        if q.shape[-1] > 256:
+            return f"head_dim={q.shape[-1]}: expected at most 256"
+        if spec.block_query not in (64, 128):
+            return f"block_query={spec.block_query}: expected 64 or 128"
+        if spec.block_key not in (16, 32, 64, 128, 256):
+            return f"block_key={spec.block_key}: expected 16, 32, 64, 128 or 256"
+        if spec.block_key // spec.importance.key_stride > MOST_BLOCK_SAMPLES:
+            return (
+                f"block_key={spec.block_key} with importance.key_stride={spec.importance.key_stride}: expected at most "
+                f"{MOST_BLOCK_SAMPLES} samples a key block"
+            )
+        if call.key_blocks > MOST_KEY_BLOCKS:
+            return f"{call.key_blocks} key blocks: expected at most {MOST_KEY_BLOCKS}"
+        if permutation is not None and permutation.device != q.device:
+            return f"permutation on {permutation.device}: expected {q.device}"
+        return None
+
+    def pyramid_rows(self, call: Call) -> int:
+        from psa_kernels.pyramid.triton import pyramid_rows
+
+        return pyramid_rows(call.layout, call.spec)
+
+    def pool_keys(self, call: Call, selects: bool) -> Any:
+        from psa_kernels.pyramid.triton import pool_keys
+
+        return pool_keys(call.k, call.layout, call.spec, selects)
+
+    def select(self, call: Call, keys: Any) -> BlockLists:
+        from psa_kernels.allocation.triton import allocate
+        from psa_kernels.allocation.triton_budget import allocate_budget
+        from psa_kernels.allocation.triton_prices import upgrade_prices
+        from psa_kernels.importance.triton import block_importance
+        from psa_kernels.pyramid.triton import coarsest_levels
+
+        q, k, layout, spec, scale = call.q, call.k, call.layout, call.spec, call.scale
+        importance = block_importance(q, k, layout, spec, scale)
+        if spec.rule == "budget":
+            return allocate_budget(upgrade_prices(q, k, call.v, importance, layout, spec, scale), importance, spec)
+        coarsest = coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
+        return allocate(importance, coarsest, spec)
+
+    def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        from psa_kernels.pyramid.triton import add_values
+        from psa_kernels.sparse.triton import sparse_attention
+
+        pyramid = add_values(keys, call.v, call.layout)
+        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def triton_version() -> str:
+    """The version of the installed triton."""
+    import triton
+
+    return str(triton.__version__)

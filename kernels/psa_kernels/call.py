@@ -1,0 +1,111 @@
+"""One call of the operator: what attends what, checked and laid out once, before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from psa_kernels.blocks import block_count
+from psa_kernels.heads import group_size, key_heads
+from psa_kernels.layout import TokenLayout, make_layout
+from psa_kernels.lists import BlockLists, list_width
+from psa_kernels.spec import AttentionSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a backend is asked to compute; `make_call` makes it, so that it is known to be sound.
+
+    Attributes:
+        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, in the order of the model.
+        layout: where text and video stand among the tokens.
+        spec: what to compute.
+        scale: factor on the dot products.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    layout: TokenLayout
+    spec: AttentionSpec
+    scale: float
+
+    @property
+    def query_blocks(self) -> int:
+        return block_count(self.layout.video_queries, self.spec.block_query)
+
+    @property
+    def key_blocks(self) -> int:
+        return block_count(self.layout.video_keys, self.spec.block_key)
+
+    @property
+    def dense_work(self) -> int:
+        """Floating point operations of dense attention over the same tensors."""
+        return 4 * self.q.shape[1] * self.k.shape[1:].numel() * self.q.shape[0]
+
+    def of_heads(self, heads: slice) -> Call:
+        """The same call for some neighbouring heads of the queries."""
+        of_keys = key_heads(heads, group_size(self.q, self.k))
+        q, k, v = self.q[:, :, heads], self.k[:, :, of_keys], self.v[:, :, of_keys]
+        return Call(q, k, v, self.layout, self.spec, self.scale)
+
+    def no_lists(self) -> BlockLists:
+        """The lists of a call without video queries or without video keys."""
+        pairs = self.q.shape[0], self.q.shape[2], self.query_blocks, self.key_blocks
+        return BlockLists.from_levels(
+            torch.zeros(pairs, dtype=torch.int64, device=self.q.device), len(self.spec.levels)
+        )
+
+    def check_lists(self, lists: BlockLists) -> BlockLists:
+        """These lists as the kernels read them, contiguous.
+
+        Raises:
+            ValueError: they were made for other shapes or another spec.
+        """
+        rows, key_blocks = (self.q.shape[0], self.q.shape[2], self.query_blocks), self.key_blocks
+        width, levels = list_width(self.spec, key_blocks), len(self.spec.levels)
+        found = *lists.ids.shape[:3], lists.key_blocks, *lists.counts.shape
+        if found != (*rows, key_blocks, *rows, levels) or not width <= lists.ids.shape[3] <= key_blocks:
+            raise ValueError(
+                f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and "
+                f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
+            )
+        return lists if lists.ids.is_contiguous() and lists.counts.is_contiguous() else lists[:]
+
+
+def make_call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    text_before: int = 0,
+    text_after: int = 0,
+    permutation: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> Call:
+    """Check the arguments of `psa_attention`, which has their meaning and the errors."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+            raise ValueError(
+                f"{name}: expected a non-empty floating point tensor [batch, tokens, heads, head_dim], "
+                f"got {x.dtype} of shape {tuple(x.shape)}"
+            )
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name}: expected a last stride of 1, got strides {x.stride()}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires a gradient, but psa_attention is forward only; use torch.no_grad()")
+    (batch, query_tokens, heads, head_dim), (_, key_tokens, kv_heads, _) = q.shape, k.shape
+    if k.shape != v.shape or (batch, head_dim) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected [B, Nq, H, D] and "
+            "twice [B, Nk, H, D]"
+        )
+    if heads != kv_heads:
+        raise ValueError(
+            f"q of {heads} heads and k of {kv_heads} do not fit: expected as many heads of keys as of queries"
+        )
+    layout = make_layout(query_tokens, key_tokens, text_before, text_after, permutation)
+    return Call(q, k, v, layout, spec, head_dim**-0.5 if scale is None else scale)

@@ -1,0 +1,38 @@
+"""Tests of kernels in Triton's interpreter, which has to be switched on before a process imports triton.
+
+They are a run of their own: `TRITON_INTERPRET=1 python -m pytest tests/interpreter`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "operator"), str(TESTS.parent / "scripts")]
+
+from seeds import fresh_inputs  # noqa: E402
+
+__all__ = ["fresh_inputs"]
+
+
+def reason_to_skip() -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "a run of its own: TRITON_INTERPRET=1 python -m pytest tests/interpreter"
+    return None
+
+
+class Skipped(pytest.File):
+    def collect(self):
+        pytest.skip(reason_to_skip())
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Without the interpreter not even the imports of these files are right."""
+    return Skipped.from_parent(parent, path=module_path) if reason_to_skip() else None
