@@ -30,8 +30,8 @@ class TokenAttention:
     the tokens before it. With `strict` a GPU that cannot use its fastest kernel is an error.
 
     Attributes:
-        compute: what computes a layer that is to be sparse: `sparse`, or what measures it. Without statistics the call
-            counts as a dense one.
+        compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it. A call without
+            statistics counts as a dense one.
         mask_recorder: is given the block lists of sparse calls.
     """
 
@@ -39,7 +39,7 @@ class TokenAttention:
         self._family, self._fallbacks, self._strict = family, fallbacks, strict
         self._guard = FiniteGuard(fallbacks, strict)
         self._text_lengths = TextLengths()
-        self.compute: Compute = self.sparse
+        self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
 
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
@@ -89,7 +89,7 @@ class TokenAttention:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(q, k, v, call)
         else:
-            head, tail, stats = self.compute(layer, forward, q, k, v, call)
+            head, tail, stats = (self.compute or self.sparse)(layer, forward, q, k, v, call)
             if forward.watch and not forward.run.model_not_finite and not all_finite(head, tail):
                 head, tail = self._dense_again(forward, layer, q, k, v, call)
             else:

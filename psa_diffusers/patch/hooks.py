@@ -129,6 +129,9 @@ class Patch(NotCopied):
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, which comes before anything else touches the inputs."""
+        if self.processor() is None:  # taken off by hand, and forgotten
+            self.detach()
+            return
         newcomer = next(
             (attn.processor for attn in self.sites if isinstance(attn.processor, self._kind) and not self.holds()), None
         )
@@ -158,7 +161,8 @@ class Patch(NotCopied):
         self, forward: Forward, grid: Grid | None, share: Ulysses | None, no_share: str | None, unknown: str | None
     ) -> Forward:
         """The forward with the routes of all layers; those that never call the processor are noted at once."""
-        left_out = not self.holds() and all(attn.processor is site.original for attn, site in self.sites.items())
+        mine = self.processor()
+        left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         routes = {}
         for attn, site in self.sites.items():
             layer = site.layer
@@ -168,9 +172,11 @@ class Patch(NotCopied):
             wanted = layer.spec is not None and (
                 unknown is not None or forward.step >= forward.run.dense_steps[self.name]
             )
+            if attn.processor is site.original and not left_out:
+                wanted = False  # somebody took the patch off this module
             reason = dense_reason(facts) if wanted else None
             routes[layer.name] = Route(wanted and reason is None, reason)
-            if attn.processor is not self.processor():
+            if attn.processor is not mine:
                 self._attention.note_dense(forward, layer, reason)
         return replace(forward, routes=routes, grid=grid or NO_GRID, share=share)
 

@@ -117,7 +117,11 @@ class PSAProcessor(NotCopied):
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
-        return self._runs.stats()
+        return self._runs.stats(watched=any(patch.is_attached() for patch in self._patches))
+
+    def is_set(self) -> bool:
+        """Whether any attention module of the pipeline has this processor."""
+        return any(patch.holds() for patch in self._patches)
 
     def record_masks(self, recorder: MaskRecorder | None) -> None:
         """From now on, hand the block lists of sparse calls to a recorder; None ends it."""
@@ -125,7 +129,7 @@ class PSAProcessor(NotCopied):
 
     def compute_with(self, compute: Compute | None) -> None:
         """From now on, compute sparse layers with something else, such as what measures them; None ends it."""
-        self._attention.compute = compute or self._attention.sparse
+        self._attention.compute = compute
 
     def restore(self) -> None:
         """Give every module that still has this processor its own one back; nothing, if another took its place."""

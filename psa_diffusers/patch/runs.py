@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.patch.run import Forward, Route, Run
+from psa_diffusers.patch.run import Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
 from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_diffusers.presets import Preset
@@ -33,7 +33,8 @@ class Runs:
         self._schedule = Schedule(pipe)
         self._presets, self._layers = presets, layers
         self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
-        self._strays, self._stray_reasons = Run(), Counter[str]()
+        # All calls outside of a run share one list, which is counted and emptied now and then.
+        self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
 
     def enter(
         self, transformer: torch.nn.Module, name: str, timestep: torch.Tensor | None, latents: torch.Tensor | None
@@ -58,12 +59,14 @@ class Runs:
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
         window, branch = run.enter(step, name, latents)
-        return _noted(Forward(run, step, {}, branch, window))
+        forward = Forward(run, step, {}, branch, window)
+        run.notes.append(forward.notes)
+        return forward
 
     def outside(self, routes: Mapping[str, Route]) -> Forward:
         """A forward, or calls, of no run that is known."""
         self._count_strays()
-        return _noted(Forward(self._strays, 0, routes))
+        return Forward(self._strays, 0, routes, notes=self._stray_notes)
 
     @contextmanager
     def told(self, timesteps: torch.Tensor | Sequence[float]) -> Iterator[None]:
@@ -74,32 +77,27 @@ class Runs:
         finally:
             self._schedule.told = before
 
-    def stats(self) -> RunStats:
-        """Sum up the last run; waits for the device."""
+    def stats(self, watched: bool) -> RunStats:
+        """Sum up the last run; waits for the device.
+
+        Args:
+            watched: whether the patch is still in its place; else the last run is the last one that it saw.
+        """
         self._count_strays()
-        run, now = self._run, self._schedule.patched_timesteps()
-        if now is not None and now is not run.pipe_timesteps:
-            missed = Run(run.number, len(now), {})
-            return summed_up(missed, self._layers, Counter(), MISSED.format(steps=len(now)))
-        return summed_up(run, self._layers, self._stray_reasons)
+        missed = self._schedule.missed_since(self._run.pipe_timesteps) if watched else None
+        if missed is None:
+            return summed_up(self._run, self._layers, self._stray_reasons)
+        return summed_up(Run(self._run.number, missed), self._layers, Counter(), MISSED.format(steps=missed))
 
     def _begin(self, timesteps: torch.Tensor, first: int) -> Run:
         steps = len(timesteps) - first
         dense_steps = {name: preset.dense_step_count(steps) for name, preset in self._presets.items()}
         pipe_timesteps = self._schedule.patched_timesteps()
         self._run = Run(self._run.number + 1, steps, dense_steps, first, timesteps, pipe_timesteps)
-        self._strays.notes.clear()
+        self._stray_notes.clear()
         self._stray_reasons.clear()
         return self._run
 
     def _count_strays(self) -> None:
-        """Count the calls outside of any run, which are not kept one by one."""
-        for notes in self._strays.notes:
-            self._stray_reasons.update(note.reason for note in notes if note.reason is not None)
-            notes.clear()
-        del self._strays.notes[:-2]
-
-
-def _noted(forward: Forward) -> Forward:
-    forward.run.notes.append(forward.notes)
-    return forward
+        self._stray_reasons.update(note.reason for note in self._stray_notes if note.reason is not None)
+        self._stray_notes.clear()

@@ -62,6 +62,15 @@ class Schedule:
         """The timesteps of the patched pipeline's scheduler now."""
         return _timesteps(self._patched_scheduler())
 
+    def missed_since(self, timesteps: torch.Tensor | None) -> int | None:
+        """How many steps the patched pipeline's scheduler was set to and stepped through since it had these timesteps.
+
+        None if it was not. Some pipelines set it once more at the end of a run, for the next, so it must have stepped.
+        """
+        now = self.patched_timesteps()
+        stepped = getattr(self._patched_scheduler(), "step_index", None) is not None
+        return len(now) if now is not None and now is not timesteps and stepped else None
+
     def position(self, transformer: torch.nn.Module, timestep: torch.Tensor | None, step: int) -> Position:
         """Where a forward stands.
 

@@ -85,8 +85,8 @@ def attend_real_text(
         out, stats, *found = psa_attention(
             q, k, v, spec, text_after=length, lists=lists, return_stats=True, return_lists=return_lists, **settings
         )
-        tail, lists = out[:, first:], found[0] if found else None
-        return out[:, :first], F.pad(tail, (0, 0, 0, 0, 0, after - length)) if length < after else tail, [stats], lists
+        tail = F.pad(out[:, first:], (0, 0, 0, 0, 0, after - length))
+        return out[:, :first], tail, [stats], found[0] if found else None
     if lists is None:
         lists = select_blocks(q, k, spec, v=v, text_after=after, **settings)
     heads, tails, all_stats = [], [], []

@@ -8,14 +8,9 @@ import torch
 from operator_bench import naive, timing
 from operator_bench.workloads import Workload
 
-<<<<<<<< HEAD:tests/scripts/naive_cases.py
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-========
 from psa_kernels import AttentionSpec, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid.triton import build_pyramid
->>>>>>>> kernels:tests/interpreter/test_naive_kernel.py
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

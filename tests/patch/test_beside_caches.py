@@ -123,5 +123,5 @@ def test_cache_dit(name):
     with apply_psa(pipe, preset(), strict=True) as psa:
         assert case.run(pipe).isfinite().all()
     assert 0.2 < psa.stats().density_sparse < 0.5
-    assert psa.processor._guard.looks_closer
+    assert psa.processor._runs._run.watch
     cache_dit.disable_cache(pipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,9 @@ from psa_diffusers import apply_psa
 from psa_diffusers.families import AttentionCall
 from psa_diffusers.families.mochi import Mochi
 from psa_diffusers.patch.attend import TokenAttention
-from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_diffusers.patch.graph_ops import site_of
-from psa_diffusers.patch.step import DenoisingStep
+from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.patch.run import Forward, Route, Run
+from psa_diffusers.patch.sites import site_of
 from psa_diffusers.patch.text_padding import TextLengths
 from psa_testing.tiny_families import CASES, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
@@ -100,11 +102,14 @@ def test_a_mask_that_is_not_of_padding_runs_dense():
 
 
 def test_padding_amid_text_is_attended_by_nobody_there():
-    attention = TokenAttention(Mochi)
+    attention = TokenAttention(Mochi, Fallbacks(strict=False))
     q, k, v = torch.randn(3, 1, 9, 2, 8).unbind()
     mask = torch.tensor([[True, False, True]])
     call = AttentionCall(q[:, :6], q[:, 6:], mask)
-    assert "padding" in attention.obstacle(DenoisingStep(1, 0, 1, 0, (1, 2, 3)), call)
+    layer = SimpleNamespace(name="a")
+    forward = Forward(Run(), 0, {"a": Route(True)}, grid=(1, 2, 3))
+    route = attention.decide(forward, layer, call)
+    assert not route.sparse and "padding" in route.reason
     real = [0, 1, 2, 3, 4, 5, 6, 8]
     alone = F.scaled_dot_product_attention(*(x[:, real].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(torch.cat(attention.dense(q, k, v, call), dim=1)[:, real], alone)

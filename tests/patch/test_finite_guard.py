@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from psa_diffusers.patch import finite_guard
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_testing.group_offload import offload_groups
+from psa_testing.spies import spoil_sparse
 from psa_testing.tiny_families import CASES, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from psa_testing.tiny_pipelines import tiny_wan
@@ -27,30 +29,15 @@ SAID = r"blocks.2 at step 3 of 4: its sparse output held values that are not fin
 @pytest.fixture
 def spoil(monkeypatch):
     """Makes the sparse output of some layers not finite at some steps; counts the sparse attentions."""
-    calls = []
-
-    def install(value=float("nan"), layers=(LAYER,), steps=(STEP,)):
-        sparse = TokenAttention.sparse
-
-        def spoiled(self, layer, at, *arguments):
-            head, tail, stats = sparse(self, layer, at, *arguments)
-            calls.append((layer.name, at.step))
-            if layer.name in layers and at.step in steps:
-                head[:, 0, 0, 0] = value
-            return head, tail, stats
-
-        monkeypatch.setattr(TokenAttention, "sparse", spoiled)
-        return calls
-
-    return install
+    return partial(spoil_sparse, monkeypatch, layers=(LAYER,), steps=(STEP,))
 
 
 def layer_dense_at(step):
     """What the spoiled run should equal: the same preset, but the layer dense at that step."""
     sparse = TokenAttention.sparse
 
-    def patched(self, layer, at, q, k, v, call, in_order):
-        head, tail, stats = sparse(self, layer, at, q, k, v, call, in_order)
+    def patched(self, layer, at, q, k, v, call):
+        head, tail, stats = sparse(self, layer, at, q, k, v, call)
         return (*self.dense(q, k, v, call), stats) if (layer.name, at.step) == (LAYER, step) else (head, tail, stats)
 
     return patched
@@ -108,7 +95,7 @@ def test_a_sound_run_looks_once_a_forward(monkeypatch):
     looked = []
     all_finite = finite_guard.all_finite
     monkeypatch.setattr(finite_guard, "all_finite", lambda *x: looked.append(1) or all_finite(*x))
-    monkeypatch.setattr("psa_diffusers.patch.processor.all_finite", None)  # never called
+    monkeypatch.setattr("psa_diffusers.patch.attend.all_finite", None)  # never called
     pipe = WAN.make()
     with apply_psa(pipe, preset()) as psa:
         WAN.run(pipe)
@@ -127,7 +114,8 @@ def test_the_next_run_starts_afresh(spoil, monkeypatch):
             patch.setattr(TokenAttention, "sparse", sparse)
             assert torch.equal(WAN.run(pipe), sound)
         assert psa.stats().not_finite == {} and psa.stats().fallbacks == {}
-        assert not psa.processor._guard.looks_closer
+        assert not any(note.reason for forward in psa.processor._runs._run.notes for note in forward)
+        assert not psa.processor._runs._run.watch
 
 
 def test_strict_raises(spoil):

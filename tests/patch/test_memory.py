@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from psa_diffusers import apply_psa
-from psa_diffusers.patch.attend import KEPT_PERMUTATIONS
+from psa_diffusers.patch.token_order import KEPT_ON_DEVICES, permutation_on
 from psa_kernels import AttentionSpec, psa_attention
 from psa_testing.tiny_families import CASES, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
@@ -61,14 +61,13 @@ def test_200_forwards_of_a_patched_pipeline(case, changes):
 
         before = forwards(16)
         assert forwards(200) == before
-        recorder = psa.processor._recorder
-        assert sum(map(len, recorder._calls.values())) == 8 * len(psa.stats().layers)
-        assert len(recorder._forward) == len(psa.stats().layers)
+        notes = psa.processor._runs._run.notes
+        assert len(notes) == 8 and {len(forward) for forward in notes} == {len(psa.stats().layers)}
 
 
 def test_sizes_that_change_keep_few_permutations():
     pipe = WAN.make()
-    with apply_psa(pipe, preset(), strict=True) as psa:
+    with apply_psa(pipe, preset(), strict=True):
         for width in range(48, 48 + 16 * 12, 16):
             WAN.run(pipe, width=width, num_inference_steps=2)
-            assert len(psa.processor._attention._permutations) <= KEPT_PERMUTATIONS
+            assert permutation_on.cache_info().currsize <= KEPT_ON_DEVICES

@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 
-import psa_diffusers.patch.attend as token_attention
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.presets import PresetError
+from psa_testing.spies import count_selections
 from psa_testing.tiny_families import EVERYTHING, preset
 from psa_testing.tiny_pipelines import (
     tiny_image,
@@ -149,13 +149,6 @@ def test_rules_for_single_layers():
         assert row[:2] == [1, 1] and row[3] == pytest.approx(1 / 6) and row[3] < row[2] < 1
     with pytest.raises(PresetError, match=r"layers\[0\]\.match.*4"):
         apply_psa(pipe, preset(layers=[{"match": "4", "dense": True}]))
-
-
-def count_selections(monkeypatch):
-    calls = []
-    original = token_attention.select_blocks
-    monkeypatch.setattr(token_attention, "select_blocks", lambda *a, **k: calls.append(1) or original(*a, **k))
-    return calls
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import psa_diffusers.patch.attend as token_attention
 from psa_diffusers import apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_testing.spies import count_selections, spy_on_attention
 from psa_testing.tiny_families import CASES, ONE_EACH, SPARSE, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,20 +47,6 @@ def test_padding_counts_for_nothing(name):
             plain = case.run(pipe, **inputs)
             with change_text(pipe, padding=True):
                 assert torch.equal(case.run(pipe, **inputs), plain)
-
-
-def spy_on_attention(monkeypatch):
-    """Every sparse call: its arguments and what came out."""
-    calls = []
-    original = token_attention.attend
-
-    def spy(q, k, v, spec, lists, **options):
-        result = original(q, k, v, spec, lists, **options)
-        calls.append(((q, k, v), options, result))
-        return result
-
-    monkeypatch.setattr(token_attention, "attend", spy)
-    return calls
 
 
 def pooled(x, factor):
@@ -157,9 +143,7 @@ def test_a_mask_that_is_not_of_padding_runs_dense():
 
 
 def test_lists_of_samples_with_different_text_serve_later_steps(monkeypatch):
-    selections = []
-    original = token_attention.select_blocks
-    monkeypatch.setattr(token_attention, "select_blocks", lambda *a, **k: selections.append(1) or original(*a, **k))
+    selections = count_selections(monkeypatch)
     case, pipe = CASES["hunyuan-video"], CASES["hunyuan-video"].make()
     batch = {"prompt": ["a cat", "a dog, running"], "negative_prompt": ["", "bad"]}
     with apply_psa(pipe, preset(refresh=2, share_guidance=True), strict=True):
