@@ -57,11 +57,11 @@ def spoil_sparse(
     sparse = TokenAttention.sparse
 
     def spoiled(self: TokenAttention, layer: Any, forward: Any, *arguments: Any) -> Any:
-        head, tail, stats = sparse(self, layer, forward, *arguments)
+        (head, tail), stats = sparse(self, layer, forward, *arguments)
         calls.append((layer.name, forward.step))
         if layer.name in layers and forward.step in steps:
             head[:, 0, 0, 0] = value
-        return head, tail, stats
+        return (head, tail), stats
 
     monkeypatch.setattr(TokenAttention, "sparse", spoiled)
     return calls

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from psa_diffusers.families import AttentionCall, ModelFamily
 from psa_diffusers.patch.sites import Site
 from psa_diffusers.patch.token_order import Grid
 
@@ -24,7 +22,7 @@ class PSAFallbackError(RuntimeError):
 
 
 class Fallbacks:
-    """Tells of each reason once, or raises `PSAFallbackError` at the first."""
+    """Tells of each reason once."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -43,63 +41,45 @@ class Fallbacks:
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What is known of a layer before it is called.
 
     Attributes:
-        site: the layer's.
-        processor: what its module has now.
-        kind: the class of the patch's processor.
-        transformer: name of its transformer.
+        processor: what its module has now, and `mine` what the patch set there.
         left_out: whether the patch was set on the other expert alone.
-        unknown_step: why the denoising step is not known; None if it is.
-        shared: why no layer can be sparse among these ranks; None if they can.
+        unknown_step: why the denoising step is not known.
+        unshared: why no layer can be sparse among these ranks.
         grid: None where the model was not told.
     """
 
     site: Site
     processor: Any
-    kind: type
-    transformer: str
+    mine: Any
     left_out: bool
     unknown_step: str | None
-    shared: str | None
+    unshared: str | None
     grid: Grid | None
 
 
-def not_patched(facts: Facts) -> str | None:
-    """The expert of two that was left out, as `pipe.transformer.set_attn_processor` does with the second."""
-    return left_out(facts.transformer, facts.kind) if facts.left_out else None
+def left_out(facts: Facts) -> str | None:
+    """As `pipe.transformer.set_attn_processor` leaves out the second expert."""
+    return tell_left_out(facts.site.patch.name) if facts.left_out else None
 
 
-def left_out(transformer: str, kind: type) -> str:
+def tell_left_out(transformer: str) -> str:
     """What to do for an expert that was left out."""
     return (
         f"pipe.{transformer} was not patched; call pipe.{transformer}.set_attn_processor(processor) with the same "
-        f"{kind.__name__}, or patch both experts with apply_psa(pipe)"
+        "PSAProcessor, or patch both experts with apply_psa(pipe)"
     )
 
 
 def replaced(facts: Facts) -> str | None:
-    """Another processor was set since, as CogVideoX's `fuse_qkv_projections` does."""
-    found = facts.processor
-    if found is facts.site.patch.processor():
+    """As CogVideoX's `fuse_qkv_projections` sets another processor."""
+    if facts.processor is facts.mine:
         return None
-    return f"another processor, {type(found).__name__}, replaced {facts.kind.__name__}; patch again after such a change"
-
-
-def unknown_step(facts: Facts) -> str | None:
-    return facts.unknown_step
-
-
-def not_imitated(facts: Facts) -> str | None:
-    """A processor of the user's own, which goes on serving its module."""
-    return facts.site.not_imitated
-
-
-def not_shareable(facts: Facts) -> str | None:
-    return facts.shared
+    name = type(facts.processor).__name__
+    return f"another processor, {name}, replaced PSAProcessor; patch again after such a change"
 
 
 def unknown_grid(facts: Facts) -> str | None:
@@ -109,22 +89,20 @@ def unknown_grid(facts: Facts) -> str | None:
 
 
 def too_short(facts: Facts) -> str | None:
-    layer, video = facts.site.layer, math.prod(facts.grid or ())
-    if layer is None or video >= layer.preset.min_tokens:
-        return None
-    return f"the sequence of {video} tokens is shorter than min_tokens={layer.preset.min_tokens}"
+    video, least = math.prod(facts.grid or ()), facts.site.layer.preset.min_tokens
+    return f"the sequence of {video} tokens is shorter than min_tokens={least}" if video < least else None
 
 
 def needs_gradients(facts: Facts) -> str | None:
     return "gradients are enabled, and sparse attention is for inference only" if torch.is_grad_enabled() else None
 
 
-BEFORE_THE_FORWARD: tuple[Callable[[Facts], str | None], ...] = (
-    not_patched,
+REASONS: tuple[Callable[[Facts], str | None], ...] = (
+    left_out,
     replaced,
-    unknown_step,
-    not_imitated,
-    not_shareable,
+    lambda facts: facts.unknown_step,
+    lambda facts: facts.site.not_imitated,
+    lambda facts: facts.unshared,
     unknown_grid,
     too_short,
     needs_gradients,
@@ -133,13 +111,4 @@ BEFORE_THE_FORWARD: tuple[Callable[[Facts], str | None], ...] = (
 
 def dense_reason(facts: Facts) -> str | None:
     """Why a layer cannot be sparse, as far as is known before the forward; None if it can."""
-    return next((reason for ask in BEFORE_THE_FORWARD if (reason := ask(facts))), None)
-
-
-def call_reason(family: type[ModelFamily], grid: Grid, call: AttentionCall) -> str | None:
-    """Why one call of a layer cannot be sparse, which only its tensors tell; None if it can."""
-    tokens, video = call.hidden_states.shape[1], math.prod(grid)
-    if tokens < video or (tokens > video and not family.history):
-        frames, height, width = grid
-        return f"the sequence has {tokens} tokens, but the video's grid is {frames} x {height} x {width}"
-    return None
+    return next((reason for ask in REASONS if (reason := ask(facts))), None)

@@ -18,7 +18,8 @@ from psa_diffusers.patch.sites import site_numbered
 def note_dense(site: torch.Tensor) -> None:
     """Note that a layer is dense in this forward."""
     found = site_numbered(site)
-    found.patch.note_dense(found.layer)
+    forward = found.patch.forward
+    found.patch.attention.note_dense(forward, found.layer, forward.routes[found.layer.name].reason)
 
 
 @torch.library.custom_op(
@@ -49,7 +50,7 @@ def attend(
         of the others.
     """
     found = site_numbered(site)
-    head, tail = found.patch.attend(found.layer, q, k, v, mask, text)
+    head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text)
     return head.contiguous(), tail.contiguous()
 
 

@@ -16,15 +16,13 @@ import torch
 from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config
 from psa_diffusers.families import ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
-from psa_diffusers.patch.context_parallel import Grid, Ulysses, share_of
-from psa_diffusers.patch.dense_reasons import Facts, Fallbacks, dense_reason
-from psa_diffusers.patch.finite_guard import FiniteGuard, is_finite
-from psa_diffusers.patch.list_cache import keeps_lists
+from psa_diffusers.patch.context_parallel import share_of
+from psa_diffusers.patch.dense_reasons import Facts, dense_reason
+from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
-from psa_diffusers.patch.sites import Layer, NotCopied, Site, publish, withdraw
-from psa_diffusers.presets import Preset
+from psa_diffusers.patch.sites import NotCopied, Site, publish, withdraw
 
 if TYPE_CHECKING:
     from psa_diffusers.patch.processor import PSAProcessor
@@ -40,51 +38,43 @@ class Patch(NotCopied):
     Attributes:
         name: of the transformer in the pipeline.
         sites: its attention modules.
+        attention: computes its layers.
         forward: the one that is going on; outside of any, one in which all layers are dense.
+        attached: whether its hooks are set.
     """
 
     def __init__(
         self,
         processor: PSAProcessor,
-        kind: type[PSAProcessor],
         name: str,
         transformer: torch.nn.Module,
         family: type[ModelFamily],
-        preset: Preset,
         runs: Runs,
         attention: TokenAttention,
-        fallbacks: Fallbacks,
     ) -> None:
-        self.name, self._family, self._runs, self._attention = name, family, runs, attention
-        self._fallbacks, self._guard = fallbacks, FiniteGuard(fallbacks, processor.strict)
-        self._kind = kind
-        self.processor = weakref.ref(processor)
-        self.transformer = weakref.ref(transformer)
+        self.name, self.attention, self.attached = name, attention, False
+        self._family, self._runs = family, runs
+        self._kind = next(kind for kind in type(processor).__mro__ if kind.__name__ == "PSAProcessor")
+        self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
-        self._windows_matter = keeps_lists(preset)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.forward = self._outside = runs.outside({})
 
-    def add(self, attn: torch.nn.Module, site: Site) -> None:
-        """Note an attention module of the transformer."""
-        self.sites[attn] = site
-        self.forward = self._outside = self._runs.outside(
-            {each.layer.name: _dense(each.layer, UNHOOKED) for each in self.sites.values() if each.layer is not None}
-        )
-
-    def is_attached(self) -> bool:
-        """Whether this is the patch of its transformer."""
-        return bool(self._hooks)
+    def know(self, sites: Mapping[torch.nn.Module, Site]) -> None:
+        """Take the transformer's attention modules."""
+        self.sites.update(sites)
+        layers = [site.layer for site in sites.values() if site.layer is not None]
+        routes = {layer.name: Route(False, None if layer.spec is None else UNHOOKED) for layer in layers}
+        self.forward = self._outside = self._runs.outside(routes)
 
     def attach(self) -> None:
         """Set the hooks; another patch's go."""
         transformer = self.transformer()
-        if transformer is None or self._hooks:
+        if transformer is None or self.attached:
             return
-        earlier = _patches.get(transformer)
-        if earlier is not None:
+        if (earlier := _patches.get(transformer)) is not None:
             earlier.detach()
-        _patches[transformer] = self
+        _patches[transformer], self.attached = self, True
         self._hooks = [
             transformer.register_forward_pre_hook(self.begin, with_kwargs=True, prepend=True),
             transformer.register_forward_hook(self._end, with_kwargs=True, prepend=True, always_call=True),
@@ -95,32 +85,29 @@ class Patch(NotCopied):
         transformer = self.transformer()
         while self._hooks:
             self._hooks.pop().remove()
-        if transformer is not None and _patches.get(transformer) is self:
+        if self.attached and transformer is not None:
             del _patches[transformer]
         for attn, site in self.sites.items():
             withdraw(attn, site)
-        self.forward = self._outside
+        self.forward, self.attached = self._outside, False
 
     def is_free(self) -> bool:
         """Whether its transformer has no patch."""
-        transformer = self.transformer()
-        return transformer is not None and transformer not in _patches
+        return self.transformer() not in _patches
 
     def holds(self) -> bool:
         """Whether any module of its transformer has the processor."""
         return any(attn.processor is self.processor() for attn in self.sites)
 
-    def has_rival(self) -> bool:
-        """Whether another processor of this kind is on the transformer too."""
-        return any(
-            isinstance(attn.processor, self._kind) and attn.processor is not self.processor() for attn in self.sites
-        )
+    def rivals(self) -> list[PSAProcessor]:
+        """Other processors of this kind on the transformer."""
+        found = [attn.processor for attn in self.sites if isinstance(attn.processor, self._kind)]
+        return [processor for processor in found if processor is not self.processor()]
 
     def begin_late(self) -> None:
         """Begin the forward that is going on already: its first attention told that the processor was set."""
         transformer = self.transformer()
-        inputs = None if transformer is None else _going_on(transformer)
-        if inputs is not None:
+        if transformer is not None and (inputs := _going_on(transformer)) is not None:
             self.begin(transformer, *inputs)
             # A hook that is set during a forward may not be called at its end.
             self.forward = replace(self.forward, watch=True)
@@ -131,67 +118,58 @@ class Patch(NotCopied):
         """A forward pre-hook, which comes before anything else touches the inputs."""
         if self.processor() is None:  # taken off by hand, and forgotten
             self.detach()
-            return
-        newcomer = next(
-            (attn.processor for attn in self.sites if isinstance(attn.processor, self._kind) and not self.holds()), None
-        )
-        if newcomer is not None:
-            newcomer.arrive(transformer, args, kwargs)
-            return
-        inputs = {**dict(zip(_argument_names(type(transformer)), args, strict=False)), **kwargs}
+        elif not self.holds() and (rivals := self.rivals()):
+            rivals[0].arrive(transformer, args, kwargs)
+        else:
+            inputs = {**dict(zip(_argument_names(type(transformer)), args, strict=False)), **kwargs}
+            self.forward = self._decide(transformer, inputs)
+            self._inform_modules(transformer)
+
+    def _decide(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Forward:
         grid = self._family.token_grid(transformer, inputs)
-        share, no_share = share_of(transformer, self._family, grid)
+        share, unshared = share_of(transformer, self._family, grid)
         unknown = None
         try:
-            latents = _latents(inputs) if self._windows_matter else None
-            forward = self._runs.enter(transformer, self.name, inputs.get("timestep"), latents)
+            forward = self._runs.enter(transformer, self.name, inputs)
         except UnknownStepError as error:
-            unknown = str(error)
-            forward = self._runs.outside({})
-        self.forward = self._decide(forward, grid, share, no_share, unknown)
-        if forward.run.asks_first(self.name) and (
-            parallel_config(transformer) is not None or keeps_state_between_forwards(transformer)
-        ):
-            forward.run.watch = True
-        watch = forward.run.watch and not forward.run.model_not_finite
-        self.forward = replace(self.forward, watch=watch)
-        self._inform_modules(transformer)
-
-    def _decide(
-        self, forward: Forward, grid: Grid | None, share: Ulysses | None, no_share: str | None, unknown: str | None
-    ) -> Forward:
-        """The forward with the routes of all layers; those that never call the processor are noted at once."""
-        mine = self.processor()
+            forward, unknown = self._runs.outside({}), str(error)
+        run, mine, routes = forward.run, self.processor(), {}
+        if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
+            run.watch = True
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
-        routes = {}
         for attn, site in self.sites.items():
-            layer = site.layer
-            if layer is None:
+            if site.layer is None:
                 continue
-            facts = Facts(site, attn.processor, self._kind, self.name, left_out, unknown, no_share, grid)
-            wanted = layer.spec is not None and (
-                unknown is not None or forward.step >= forward.run.dense_steps[self.name]
-            )
-            if attn.processor is site.original and not left_out:
-                wanted = False  # somebody took the patch off this module
+            # A module that has its own processor back was taken out of the patch by somebody.
+            wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
+            if unknown is None:
+                wanted = wanted and forward.step >= run.dense_steps[self.name]
+            facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, grid)
             reason = dense_reason(facts) if wanted else None
-            routes[layer.name] = Route(wanted and reason is None, reason)
-            if attn.processor is not mine:
-                self._attention.note_dense(forward, layer, reason)
-        return replace(forward, routes=routes, grid=grid or NO_GRID, share=share)
+            routes[site.layer.name] = Route(wanted and reason is None, reason)
+        watch = run.watch and not run.model_not_finite
+        forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
+        self._note_unreached(forward)
+        return forward
+
+    def _note_unreached(self, forward: Forward) -> None:
+        """Note the layers that never call the processor, for it is not in its place."""
+        for attn, site in self.sites.items():
+            if site.layer is not None and attn.processor is not self.processor():
+                self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:
         """What graphs and stock processors go by, which cannot ask for the forward."""
-        always = not self._family.stock_traceable or (self.forward.share is not None and self._family.text != "none")
+        joint = self.forward.share is not None and self._family.text != "none"
         for attn, site in self.sites.items():
             if attn.processor is self.processor():
                 publish(attn, site)
                 self.sync_stock_settings(transformer, site)
             if site.layer is not None:
-                site.in_graph = self.forward.routes[site.layer.name].sparse or always
+                site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
-        """Give the module's own processor what diffusers has since set on this one, or on the transformer."""
+        """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
         config = parallel_config(transformer)
         if config is not None and site.layer is None and self._family.replicates_text:
             config = None
@@ -207,9 +185,9 @@ class Patch(NotCopied):
     @torch.compiler.disable
     def _end(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook: gives the output of the forward that was computed again, or None to keep the first one."""
-        forward, again = self.forward, None
+        forward, guard, again = self.forward, self.attention.guard, None
         try:
-            spoiled = self._guard.is_spoiled(forward, output)
+            spoiled = guard.is_spoiled(forward, output)
             if spoiled and not forward.watch:
                 forward.run.watch = True
                 forward.run.lists.forget_step(forward.step)
@@ -219,45 +197,14 @@ class Patch(NotCopied):
                 again = transformer.forward(*args, **kwargs)
                 spoiled = not forward.run.model_not_finite and not is_finite(again)
             if spoiled:
-                self._guard.blame_model(forward, "the transformer's output")
+                guard.blame_model(forward, "the transformer's output")
         finally:
             self.forward = self._outside
         return again
 
-    def _note_unreached(self, forward: Forward) -> None:
-        for attn, site in self.sites.items():
-            if site.layer is not None and attn.processor is not self.processor():
-                forward.note(site.layer, None, forward.routes[site.layer.name].reason)
-
-    def note_dense(self, layer: Layer) -> None:
-        """Note that a layer is dense in this forward, as was decided before it."""
-        self._attention.note_dense(self.forward, layer, self.forward.routes[layer.name].reason)
-
-    def attend(
-        self,
-        layer: Layer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        text: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`TokenAttention.attend` in the forward that is going on."""
-        return self._attention.attend(self.forward, layer, q, k, v, mask, text)
-
-
-def _dense(layer: Layer, reason: str) -> Route:
-    return Route(False, None if layer.spec is None else reason)
-
-
-def _latents(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """What tells windows of a long video apart: the noisy latents."""
-    latents = inputs.get("hidden_states")
-    return latents if torch.is_tensor(latents) else None
-
 
 def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | None:
-    """What a module was called with, if its call is going on: its arguments stand in the frame of torch's `__call__`."""
+    """What a module was called with, if its call is going on, from the frame of torch's `__call__`."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is transformer:

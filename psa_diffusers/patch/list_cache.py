@@ -66,10 +66,10 @@ class ListCache:
         self._entries = {key: entry for key, entry in self._entries.items() if entry.step != step}
 
 
+def _key(layer: str, place: Place, preset: Preset) -> tuple[str, int, int]:
+    return layer, place.window, 0 if preset.share_guidance else place.branch
+
+
 def keeps_lists(preset: Preset) -> bool:
     """Whether lists of a preset ever serve a second call."""
     return preset.refresh > 1 or preset.share_guidance
-
-
-def _key(layer: str, place: Place, preset: Preset) -> tuple[str, int, int]:
-    return layer, place.window, 0 if preset.share_guidance else place.branch

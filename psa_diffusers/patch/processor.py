@@ -15,8 +15,9 @@ from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.attend import Compute, TokenAttention
-from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, left_out
+from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
+from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
@@ -70,8 +71,7 @@ class PSAProcessor(NotCopied):
         if preset_2 is not None and "transformer_2" not in transformers:
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
         self.strict = strict
-        first = load_preset(preset)
-        self.presets = {name: first for name in transformers}
+        self.presets = {name: load_preset(preset) for name in transformers}
         if preset_2 is not None:
             self.presets["transformer_2"] = load_preset(preset_2)
         self._family = find_family(next(iter(transformers.values())))
@@ -117,7 +117,7 @@ class PSAProcessor(NotCopied):
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
-        return self._runs.stats(watched=any(patch.is_attached() for patch in self._patches))
+        return self._runs.stats(watched=any(patch.attached for patch in self._patches))
 
     def is_set(self) -> bool:
         """Whether any attention module of the pipeline has this processor."""
@@ -177,18 +177,50 @@ class PSAProcessor(NotCopied):
         if site.layer is not None:
             positions = image_rotary_emb if rotary_emb is None else rotary_emb
             call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
-            if self._is_ours(site, call, compiling):
-                return self._compute(attn, site, call, compiling)
+            attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
+            if attended is not None:
+                return attended
         # Stock processors take different arguments: pass on only those that were given.
         positional = () if rotary_emb is None else (rotary_emb,)
         named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
         named = {name: value for name, value in named.items() if value is not None}
         return site.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
 
+    def _eagerly(self, attn: torch.nn.Module, site: Site, call: AttentionCall) -> Output | None:
+        """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
+        if not site.patch.attached:
+            self._arrive()
+        forward, route = site.patch.forward, None
+        if forward.share is None:
+            route = self._attention.decide(forward, site.layer, call)
+            ours = route.sparse
+        else:
+            # Other ranks have to go the same way, so it was decided before the forward.
+            ours = site.in_graph
+        if not ours:
+            self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
+            return None
+        text, qkv = call.text_tokens, self._family.project(attn, call)
+        parts = self._attention.attend(forward, site.layer, qkv, call.attention_mask, text, route)
+        return self._output(attn, *parts, text)
+
+    def _in_graph(self, attn: torch.nn.Module, site: Site, call: AttentionCall) -> Output | None:
+        """The same inside a graph, where it was decided before the forward."""
+        if not site.in_graph:
+            graph_ops.note_dense(site.number)
+            return None
+        text, text_last = call.text_tokens, self._family.text == "after"
+        q, k, v = self._family.project(attn, call)
+        return self._output(attn, *graph_ops.attend(q, k, v, call.attention_mask, site.number, text, text_last), text)
+
+    def _output(self, attn: torch.nn.Module, head: torch.Tensor, tail: torch.Tensor, text: int) -> Output:
+        if self._family.text == "before":
+            return self._family.output(attn, head[:, text:], head[:, :text])
+        return self._family.output(attn, head, tail if text else None)
+
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Take over a transformer on which this processor was set, from the patch whose hook noticed it."""
-        self._attach()
-        for patch in self._patches:
+        for patch in self._attach():
             if patch.transformer() is transformer:
                 patch.begin(transformer, args, kwargs)
 
@@ -205,79 +237,44 @@ class PSAProcessor(NotCopied):
 
     def _attach(self) -> list[Patch]:
         """Attach the patches of transformers on which this processor was set, and return those that are new."""
-        found = [
-            patch for patch in self._patches if not patch.is_attached() and patch.holds() and not patch.has_rival()
-        ]
+        found = [patch for patch in self._patches if not patch.attached and patch.holds() and not patch.rivals()]
         if found:
             self._tell_of_foreign_processors()
         for patch in found:
             patch.attach()
         for patch in self._patches if found else ():
-            if not patch.holds() and patch.is_free():
+            if not patch.attached and patch.is_free():
                 patch.attach()  # to tell of the expert that was left out
-                self._fallbacks.warn_or_raise(left_out(patch.name, PSAProcessor))
+                self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
-
-    def _is_ours(self, site: Site, call: AttentionCall, compiling: bool) -> bool:
-        """Whether a call of a layer is computed here; a dense one that its own processor computes is noted."""
-        if compiling:
-            # In a graph it was decided before the forward.
-            if not site.in_graph:
-                graph_ops.note_dense(site.number)
-            return site.in_graph
-        patch = site.patch
-        if not patch.is_attached():
-            self._arrive()
-        forward = patch.forward
-        if forward.share is not None:
-            # Where other ranks have to go the same way, too.
-            if not site.in_graph:
-                patch.note_dense(site.layer)
-            return site.in_graph
-        route = self._attention.decide(forward, site.layer, call)
-        if not route.sparse:
-            self._attention.note_dense(forward, site.layer, route.reason)
-        return route.sparse
-
-    def _compute(self, attn: torch.nn.Module, site: Site, call: AttentionCall, compiling: bool) -> Output:
-        q, k, v = self._family.project(attn, call)
-        text, place = call.text_tokens, self._family.text
-        if compiling:
-            head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, text, place == "after")
-        else:
-            head, tail = site.patch.attend(site.layer, q, k, v, call.attention_mask, text)
-        if place == "before":
-            return self._family.output(attn, head[:, text:], head[:, :text])
-        return self._family.output(attn, head, tail if text else None)
 
     def _layers(self, transformer: torch.nn.Module, which: str, prefix: str) -> dict[torch.nn.Module, Layer]:
         """The layers of a transformer by their modules."""
         preset, attentions = self.presets[which], self._family.self_attentions(transformer)
         specs, orders = preset.layer_specs(len(attentions)), preset.layer_orders(len(attentions))
         return {
-            attn: Layer(prefix + name, which, preset, spec, order)
+            attn: Layer(prefix + name, preset, spec, order, keeps_lists(preset))
             for (name, attn), spec, order in zip(attentions.items(), specs, orders, strict=True)
         }
 
     def _patch(self, name: str, transformer: torch.nn.Module, layers: dict[torch.nn.Module, Layer]) -> Patch:
         """The patch of a transformer, which knows all its attention modules and their processors."""
-        patch = Patch(
-            self, PSAProcessor, name, transformer, self._family, self.presets[name], self._runs, self._attention,
-            self._fallbacks,
-        )  # fmt: skip
+        patch = Patch(self, name, transformer, self._family, self._runs, self._attention)
+        sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[Site]] = {}
         for attn in attention_modules(transformer):
             original = attn.processor
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
-            site = self._sites[attn] = Site(patch, original, layers.get(attn))
-            patch.add(attn, site)
+            site = sites[attn] = Site(patch, original, layers.get(attn))
             if site.layer is not None and (reason := self._family.why_not_imitated(original)):
                 foreign.setdefault(reason, []).append(site)
-        for reason, sites in foreign.items():
-            more = f" and {len(sites) - 1} more layers" if len(sites) > 1 else ""
-            for site in sites:
-                site.not_imitated = f"{sites[0].layer.name}{more}: {reason}"
+        for reason, alike in foreign.items():
+            more = f" and {len(alike) - 1} more layers" if len(alike) > 1 else ""
+            for site in alike:
+                site.not_imitated = f"{alike[0].layer.name}{more}: {reason}"
+        patch.know(sites)
+        self._sites.update(sites)
         return patch
 
     def _tell_of_foreign_processors(self) -> None:

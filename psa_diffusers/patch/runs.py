@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
 from psa_diffusers.patch.stats import RunStats, summed_up
@@ -32,24 +33,22 @@ class Runs:
     def __init__(self, pipe: Any, presets: Mapping[str, Preset], layers: Sequence[str]) -> None:
         self._schedule = Schedule(pipe)
         self._presets, self._layers = presets, layers
+        self._keeps_lists = {name: keeps_lists(preset) for name, preset in presets.items()}
         self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
 
-    def enter(
-        self, transformer: torch.nn.Module, name: str, timestep: torch.Tensor | None, latents: torch.Tensor | None
-    ) -> Forward:
+    def enter(self, transformer: torch.nn.Module, name: str, inputs: Mapping[str, Any]) -> Forward:
         """Begin a forward of a transformer, of which all layers' routes are to be decided.
 
         Args:
-            timestep: what the transformer was given.
-            latents: as `Run.enter` takes them.
+            inputs: the arguments of its forward by name.
 
         Raises:
             UnknownStepError: the denoising step cannot be known.
         """
         run = self._run
-        at = self._schedule.position(transformer, timestep, run.first + run.step)
+        at = self._schedule.position(transformer, inputs.get("timestep"), run.first + run.step)
         # Every run sets its timesteps anew, so another tensor is another run, also where both runs have one step only.
         same = run.timesteps is at.timesteps
         if not same or at.index < run.first + run.step:
@@ -58,6 +57,7 @@ class Runs:
                 first = min(first, run.first)
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
+        latents = inputs.get("hidden_states") if self._keeps_lists[name] else None
         window, branch = run.enter(step, name, latents)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)

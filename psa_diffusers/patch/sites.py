@@ -33,13 +33,19 @@ class NotCopied:
 
 @dataclass(frozen=True)
 class Layer:
-    """One video self-attention; `spec` is None where the preset keeps it dense, `order` says what its blocks hold."""
+    """One video self-attention.
+
+    Attributes:
+        spec: None where the preset keeps it dense.
+        order: what its blocks hold.
+        keeps_lists: whether its importance lists ever serve a second call.
+    """
 
     name: str
-    transformer: str
     preset: Preset
     spec: AttentionSpec | None
     order: TokenOrder
+    keeps_lists: bool
 
 
 class Site(NotCopied):

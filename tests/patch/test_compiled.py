@@ -112,4 +112,4 @@ def test_padding_amid_text_is_attended_by_nobody_there():
     assert not route.sparse and "padding" in route.reason
     real = [0, 1, 2, 3, 4, 5, 6, 8]
     alone = F.scaled_dot_product_attention(*(x[:, real].transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-    torch.testing.assert_close(torch.cat(attention.dense(q, k, v, call), dim=1)[:, real], alone)
+    torch.testing.assert_close(torch.cat(attention.dense((q, k, v), call), dim=1)[:, real], alone)

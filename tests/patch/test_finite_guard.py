@@ -36,9 +36,9 @@ def layer_dense_at(step):
     """What the spoiled run should equal: the same preset, but the layer dense at that step."""
     sparse = TokenAttention.sparse
 
-    def patched(self, layer, at, q, k, v, call):
-        head, tail, stats = sparse(self, layer, at, q, k, v, call)
-        return (*self.dense(q, k, v, call), stats) if (layer.name, at.step) == (LAYER, step) else (head, tail, stats)
+    def patched(self, layer, at, qkv, call):
+        parts, stats = sparse(self, layer, at, qkv, call)
+        return (self.dense(qkv, call), stats) if (layer.name, at.step) == (LAYER, step) else (parts, stats)
 
     return patched
 
