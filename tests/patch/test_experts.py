@@ -59,5 +59,8 @@ def test_each_expert_may_have_its_own_preset():
     first, second = zip(*((row[0], row[4]) for row in psa.stats().density), strict=True)
     assert max(value for value in first if value is not None) < 0.6
     assert {value for value in second if value is not None} == {1}
+    with apply_psa(pipe, preset(dense_steps=0.5), preset_2=preset(dense_steps=0.2)) as psa:
+        run(pipe, num_inference_steps=6)
+    assert psa.stats().dense_steps == 2  # the fewer of 3 and 2
     with pytest.raises(ValueError, match="preset_2='psa-1': WanPipeline has no second transformer"):
         apply_psa(tiny_wan(), preset_2="psa-1")

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
 from psa_diffusers import apply_psa
 from psa_diffusers.patch import finite_guard
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_testing.group_offload import offload_groups
-from psa_testing.spies import spoil_sparse
+from psa_testing.spies import count_selections, spoil_sparse
 from psa_testing.tiny_families import CASES, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from psa_testing.tiny_pipelines import tiny_wan
@@ -121,8 +122,47 @@ def test_the_next_run_starts_afresh(spoil, monkeypatch):
 def test_strict_raises(spoil):
     pipe = WAN.make()
     spoil()
-    with apply_psa(pipe, preset(), strict=True), pytest.raises(PSAFallbackError, match=SAID):
+    with apply_psa(pipe, preset(), strict=True):
+        for _ in range(2):  # a layer that was at fault in the last run is told of again
+            with pytest.raises(PSAFallbackError, match=SAID):
+                WAN.run(pipe)
+
+
+def test_fallbacks_are_counted_once_though_a_forward_came_twice(spoil):
+    """The first layer has a processor of somebody's own."""
+
+    class Own(WanAttnProcessor):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    pipe = WAN.make()
+    pipe.transformer.blocks[0].attn1.set_processor(Own())
+    spoil()
+    with pytest.warns(PSAFallbackWarning), apply_psa(pipe, preset()) as psa:
         WAN.run(pipe)
+    assert [count for reason, count in psa.stats().fallbacks.items() if "Own" in reason] == [3 * 2]
+
+
+def test_lists_of_spoiled_queries_serve_no_later_step(monkeypatch):
+    """Beside a cache each attention is looked at, and there the lists that were made of bad queries are dropped."""
+    pipe = WAN.make()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    calls, made = [], count_selections(monkeypatch)
+    sparse = TokenAttention.sparse
+
+    def spoiled(self, layer, forward, qkv, call):
+        before = len(made)
+        if (layer.name, forward.step) == (LAYER, 1):
+            qkv = (qkv[0] * float("nan"), *qkv[1:])
+        result = sparse(self, layer, forward, qkv, call)
+        calls.append((layer.name, forward.step, len(made) - before))
+        return result
+
+    monkeypatch.setattr(TokenAttention, "sparse", spoiled)
+    with apply_psa(pipe, preset(refresh=3)), pytest.warns(PSAFallbackWarning):
+        WAN.run(pipe)
+    assert [made for name, step, made in calls if (name, step) == (LAYER, 2)] == [1, 1]
+    assert [made for name, step, made in calls if (name, step) == ("blocks.3", 2)][1] == 0  # others are kept
 
 
 def test_compiled_blocks(spoil):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch.multiprocessing
 from diffusers import ContextParallelConfig
 
+from psa_diffusers.families.wan import Wan
+from psa_diffusers.patch.context_parallel import share_of
 from psa_testing import parallel_ranks
 from psa_testing.parallel_ranks import TWO_PROMPTS, UNEVEN
+from psa_testing.tiny_pipelines import tiny_transformer
 
 EVEN, ANY = {}, {"ulysses_anything": True}
 HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
@@ -66,3 +70,13 @@ def test_ring_attention_is_dense_and_says_why(on_ranks):
 
 def test_what_cannot_be_shared_is_refused(on_ranks):
     on_ranks(2, parallel_ranks.what_cannot_be_shared_is_refused)
+
+
+@pytest.mark.parametrize(("degree", "frames", "what"), [(8, 3, "heads"), (3, 1, "heads"), (400, 3, "video tokens")])
+def test_more_ranks_than_there_is_to_share_are_refused(degree, frames, what):
+    """Also with `ulysses_anything`: some ranks would have nothing, and the others wait for them."""
+    transformer = tiny_transformer()
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=degree, ulysses_anything=True)
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=config)
+    with pytest.raises(ValueError, match=rf"\d+ {what} cannot be shared by ulysses_degree={degree} ranks"):
+        share_of(transformer, Wan, (frames, 8, 8))
