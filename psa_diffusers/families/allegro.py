@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Allegro(ModelFamily):
@@ -17,6 +19,7 @@ class Allegro(ModelFamily):
 
     name = "Allegro"
     transformers = ("AllegroTransformer3DModel",)
+    processors = ("AllegroAttnProcessor2_0",)
 
     @staticmethod
     def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -50,6 +53,9 @@ def _rotate(
         tables: for frame, row and column: cosines and sines `[positions, D / 3]`.
         positions: for each of them the coordinate of every token, `[B, N]`.
     """
+    import torch
+    import torch.nn.functional as F
+
     rotated = []
     for part, (cos, sin), position in zip(x.chunk(3, dim=-1), tables, positions, strict=True):
         first, second = part.float().chunk(2, dim=-1)
@@ -57,3 +63,25 @@ def _rotate(
         cos, sin = (F.embedding(position, table)[:, :, None] for table in (cos, sin))
         rotated.append((part * cos + turned * sin).to(x.dtype))
     return torch.cat(rotated, dim=-1)
+
+
+PIPELINES = {
+    "AllegroPipeline": PipelineKind(
+        layers=(("num_layers", 32),), frame_rest=0, tiled_vae=True, exact_vae="AutoencoderKLAllegro"
+    ),
+}
+CARDS = (
+    ModelCard(
+        name="allegro",
+        hub_id="rhymes-ai/Allegro",
+        about="Allegro text to video, 3B, 720p at 15 fps",
+        pipeline="AllegroPipeline",
+        height=720,
+        width=1280,
+        frames=88,
+        steps=100,
+        guidance=7.5,
+        fps=15,
+        negative_prompt="",
+    ),
+)

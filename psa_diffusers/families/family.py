@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from psa_diffusers.diffusers_internals import own_plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DenseOnlyError(Exception):
@@ -38,12 +39,19 @@ class AttentionCall:
         return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
 
+def is_of_diffusers(kind: type) -> bool:
+    """Whether a class is one of diffusers itself."""
+    return kind.__module__.partition(".")[0] == "diffusers"
+
+
 class ModelFamily(ABC):
     """One architecture; nothing is instantiated.
 
     Attributes:
         name: as users know it.
         transformers: names of the diffusers classes that the family covers.
+        processors: names of the diffusers classes whose attention `project` and `output` compute: all stock processors
+            that a video self-attention of the family may have.
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
@@ -54,6 +62,7 @@ class ModelFamily(ABC):
 
     name: ClassVar[str]
     transformers: ClassVar[tuple[str, ...]]
+    processors: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
@@ -101,6 +110,21 @@ class ModelFamily(ABC):
         if call.attention_mask is not None:
             raise DenseOnlyError("the layer was given an attention mask")
         return None
+
+    @classmethod
+    def why_not_imitated(cls, processor: Any) -> str | None:
+        """Why a processor cannot be replaced by `project`, attention and `output`; None if they compute the same.
+
+        Only the stock classes themselves are known: a subclass may do anything.
+        """
+        kind = type(processor)
+        if kind.__name__ not in cls.processors:
+            name = kind.__name__
+        elif not is_of_diffusers(kind):
+            name = f"{kind.__name__} of {kind.__module__}"
+        else:
+            return None
+        return f"its processor {name} is not one that {cls.name} is known to compute ({', '.join(cls.processors)})"
 
     @staticmethod
     def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:

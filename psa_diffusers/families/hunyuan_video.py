@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HunyuanVideo(ModelFamily):
@@ -17,6 +21,7 @@ class HunyuanVideo(ModelFamily):
 
     name = "HunyuanVideo"
     transformers = ("HunyuanVideoTransformer3DModel",)
+    processors = ("HunyuanVideoAttnProcessor2_0",)
     text = "after"
 
     @staticmethod
@@ -64,6 +69,8 @@ class HunyuanVideo(ModelFamily):
         mask = call.attention_mask
         if mask is None:
             return None
+        import torch
+
         batch, tokens = call.hidden_states.shape[:2]
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
@@ -84,3 +91,33 @@ class HunyuanVideo(ModelFamily):
 def _treats_first_frame_apart(transformer: torch.nn.Module) -> bool:
     """Whether blocks know the tokens of the first frame as the first ones, as in one kind of image to video."""
     return getattr(transformer.config, "image_condition_type", None) == "token_replace"
+
+
+TEXT_TO_VIDEO = PipelineKind(layers=(("num_layers", 20), ("num_single_layers", 40)), tiled_vae=True)
+PIPELINES = {
+    "HunyuanVideoPipeline": TEXT_TO_VIDEO,
+    "HunyuanVideoImageToVideoPipeline": replace(TEXT_TO_VIDEO, image="first"),
+}
+CARD = ModelCard(
+    name="hunyuanvideo",
+    hub_id="hunyuanvideo-community/HunyuanVideo",
+    about="HunyuanVideo text to video, 13B, 720p; its guidance is distilled",
+    pipeline="HunyuanVideoPipeline",
+    height=720,
+    width=1280,
+    frames=129,
+    steps=50,
+    guidance=6.0,
+    fps=24,
+    negative_prompt="",
+)
+CARDS = (
+    CARD,
+    replace(
+        CARD,
+        name="hunyuanvideo-i2v",
+        hub_id="hunyuanvideo-community/HunyuanVideo-I2V",
+        about="HunyuanVideo image to video, 13B, 720p; its guidance is distilled",
+        pipeline="HunyuanVideoImageToVideoPipeline",
+    ),
+)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LTXVideo(ModelFamily):
@@ -17,6 +21,7 @@ class LTXVideo(ModelFamily):
 
     name = "LTX-Video"
     transformers = ("LTXVideoTransformer3DModel",)
+    processors = ("LTXVideoAttnProcessor",)
     history = True
     replicates_text = True
 
@@ -69,6 +74,8 @@ def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
     Args:
         coordinates: `[3, N]`: time, row and column of each token.
     """
+    import torch
+
     same_frame = coordinates[0] == coordinates[0, -1]
     same_row = same_frame & (coordinates[1] == coordinates[1, -1])
     size, width = _run_at_end(same_frame), _run_at_end(same_row)
@@ -84,3 +91,29 @@ def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
 def _run_at_end(values: torch.Tensor) -> int:
     """How many of the last values are true without a gap."""
     return int(values.flip(0).int().cumprod(0).sum())
+
+
+_KIND = PipelineKind(layers=(("num_layers", 28),), size_step=32, compression=(8, 32))
+PIPELINES = {"LTXPipeline": _KIND, "LTXImageToVideoPipeline": replace(_KIND, image="first")}
+_CARD = ModelCard(
+    name="ltx",
+    hub_id="Lightricks/LTX-Video",
+    about="LTX-Video text to video, 2B, 480 x 704 at 24 fps",
+    pipeline="LTXPipeline",
+    height=480,
+    width=704,
+    frames=161,
+    steps=50,
+    guidance=3.0,
+    fps=24,
+    negative_prompt="worst quality, inconsistent motion, blurry, jittery, distorted",
+)
+CARDS = (
+    _CARD,
+    replace(
+        _CARD,
+        name="ltx-i2v",
+        about="LTX-Video image to video, 2B, 480 x 704 at 24 fps (the same weights)",
+        pipeline="LTXImageToVideoPipeline",
+    ),
+)

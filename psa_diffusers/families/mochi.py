@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import (
@@ -19,6 +18,10 @@ from psa_diffusers.families.parts import (
     split_heads,
     text_only_mask,
 )
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Mochi(ModelFamily):
@@ -26,6 +29,7 @@ class Mochi(ModelFamily):
 
     name = "Mochi"
     transformers = ("MochiTransformer3DModel",)
+    processors = ("MochiAttnProcessor2_0",)
     text = "after"
     stock_traceable = False  # it gathers the real text tokens, whose number only the mask's content tells
 
@@ -70,3 +74,21 @@ class Mochi(ModelFamily):
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
+
+
+PIPELINES = {"MochiPipeline": PipelineKind(layers=(("num_layers", 48),), compression=(6, 8), tiled_vae=True)}
+CARDS = (
+    ModelCard(
+        name="mochi",
+        hub_id="genmo/mochi-1-preview",
+        about="Mochi 1 text to video, 10B, 480 x 848 at 30 fps",
+        pipeline="MochiPipeline",
+        height=480,
+        width=848,
+        frames=85,
+        steps=64,
+        guidance=4.5,
+        fps=30,
+        negative_prompt="",
+    ),
+)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def first_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -24,6 +27,8 @@ def normalise(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring channels of `[..., C]` by angles whose tables `[..., C / 2]` broadcast; keeps the dtype."""
+    import torch
+
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
@@ -44,7 +49,14 @@ def project_added(attn: torch.nn.Module, text: torch.Tensor) -> tuple[torch.Tens
 
 def join(video: tuple[torch.Tensor, ...], text: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of video tokens with those of text after them."""
-    return tuple(torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
+    return tuple(concatenate(*pair) for pair in zip(video, text, strict=True))
+
+
+def concatenate(*tensors: torch.Tensor) -> torch.Tensor:
+    """`[B, N, ...]` of several kinds of tokens, one after the other."""
+    import torch
+
+    return torch.cat(tensors, dim=1)
 
 
 def text_only_mask(call: AttentionCall) -> torch.Tensor | None:

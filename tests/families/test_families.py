@@ -9,7 +9,8 @@ from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_testing.tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.families import CASES, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
+from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_pipelines import tiny_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +71,10 @@ def test_the_layers_are_the_video_self_attentions(name, layers):
         assert psa.stats().layers == layers
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-i2v", "cogvideox-5b", "cogvideox-1.5"])
+BY_SET_ATTN_PROCESSOR = [name for name in ONE_EACH if TESTS_OF[name].has_set_attn_processor]
+
+
+@pytest.mark.parametrize("name", [*BY_SET_ATTN_PROCESSOR, "hunyuan-video-i2v", "cogvideox-1.5"])
 def test_set_attn_processor_is_enough(name):
     case, pipe = CASES[name], CASES[name].make()
     processor = PSAProcessor(pipe, preset=preset())
@@ -82,7 +86,7 @@ def test_set_attn_processor_is_enough(name):
         assert torch.equal(case.run(pipe), by_hand)
 
 
-@pytest.mark.parametrize("name", ["mochi", "framepack", "allegro"])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in BY_SET_ATTN_PROCESSOR])
 def test_models_without_set_attn_processor_are_patched_and_restored(name):
     pipe = CASES[name].make()
     assert not hasattr(pipe.transformer, "set_attn_processor")
@@ -138,5 +142,22 @@ def test_animate_and_framepack_make_every_segment_a_run():
 
 
 def test_every_family_is_tested():
-    families = {find_family(CASES[name].make().transformer) for name in ONE_EACH}
-    assert families == set(FAMILIES)
+    assert [tests.family for tests in TESTS] == list(FAMILIES)
+    transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
+    for name, transformer in transformers.items():
+        assert find_family(transformer) is TESTS_OF[name].family
+    known = sorted(name for family in FAMILIES for name in family.transformers)
+    assert sorted(type(transformer).__name__ for transformer in transformers.values()) == known
+
+
+def test_names_of_cases_are_their_own():
+    assert len(CASES) == sum(len(tests.cases) for tests in TESTS)
+    assert len(SAVED) == sum(len(tests.saved) for tests in TESTS)
+    assert len(PARALLEL) == sum(len(tests.parallel) for tests in TESTS)
+
+
+def test_families_that_can_be_split_have_cases_of_several_ranks():
+    transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
+    plans = {name: TESTS_OF[name].family.parallel_plan(transformer) for name, transformer in transformers.items()}
+    split = {TESTS_OF[name].family for name, plan in plans.items() if plan is not None}
+    assert split == {tests.family for tests in TESTS if tests.parallel}

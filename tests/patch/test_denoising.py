@@ -10,7 +10,7 @@ import torch
 from psa_diffusers.families.cogvideox import CogVideoX
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.step import DenoisingTracker, denoising_position
-from psa_testing.tiny_families.cogvideox import tiny_cogvideox_2b
+from psa_testing.families.cogvideox import tiny_cogvideox_2b
 from psa_testing.tiny_pipelines import run as run_small
 from psa_testing.tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v, tiny_wan_v2v
 

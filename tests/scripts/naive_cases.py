@@ -5,22 +5,19 @@ Not collected by default: the interpreter has to be switched on before triton is
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import bench_tiles
 import pytest
 import torch
+from operator_bench import naive, timing
+from operator_bench.workloads import Workload
+
+from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels.layout import make_layout
+from psa_kernels.pyramid.triton import build_pyramid
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import bench_tiles  # noqa: E402
-from operator_bench import naive, timing  # noqa: E402
-from operator_bench.workloads import Workload  # noqa: E402
-
-from psa_kernels import AttentionSpec, psa_attention, select_blocks  # noqa: E402
-from psa_kernels.layout import make_layout  # noqa: E402
-from psa_kernels.pyramid.triton import build_pyramid  # noqa: E402
 
 SPECS = {
     "three levels": {"block_key": 32, "thresholds": (0.2, 0.5, 1.0)},

@@ -8,20 +8,6 @@ import torch
 
 from psa_diffusers import Preset, load_preset
 
-# One case a family, for what does not depend on the pipeline.
-ONE_EACH = (
-    "hunyuan-video",
-    "cogvideox-5b",
-    "wan-vace",
-    "wan-animate",
-    "hunyuan-video-1.5",
-    "ltx",
-    "mochi",
-    "skyreels-v2",
-    "framepack",
-    "allegro",
-)
-
 
 def preset(**changes: Any) -> Preset:
     """psa-3 with blocks so small that 192 tokens leave something to choose."""
