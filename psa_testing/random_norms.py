@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+RANGES = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5)}
 
 
 def draw_norms(transformer: torch.nn.Module, seed: int = 0) -> None:
@@ -13,7 +14,7 @@ def draw_norms(transformer: torch.nn.Module, seed: int = 0) -> None:
     for module in transformer.modules():
         for name in NORMS:
             norm = getattr(module, name, None)
-            if getattr(norm, "weight", None) is not None:
-                norm.weight.data.uniform_(0.5, 1.5, generator=generator)
-            if getattr(norm, "bias", None) is not None:
-                norm.bias.data.uniform_(-0.5, 0.5, generator=generator)
+            for parameter, (low, high) in RANGES.items():
+                values = getattr(norm, parameter, None)
+                if values is not None:
+                    values.data.uniform_(low, high, generator=generator)

@@ -1,6 +1,6 @@
 """The model families: where queries, keys, values, positions and text are in their attention.
 
-A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder in alphabetical order.
+A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder.
 Beside the class the file says what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of
 its pipelines by name, and `CARDS`, the models that `--model` knows by a short name.
 
@@ -34,7 +34,12 @@ def _classes(module: ModuleType) -> list[type[ModelFamily]]:
 
 
 _WALKED = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-MODULES: tuple[ModuleType, ...] = tuple(module for module in _WALKED if _classes(module))
+MODULES: tuple[ModuleType, ...] = tuple(
+    sorted(
+        (module for module in _WALKED if _classes(module)),
+        key=lambda module: [(family.order, family.name) for family in _classes(module)],
+    )
+)
 FAMILIES: tuple[type[ModelFamily], ...] = tuple(family for module in MODULES for family in _classes(module))
 
 

@@ -18,21 +18,22 @@ class Allegro(ModelFamily):
     """AllegroTransformer3DModel. It has no `set_attn_processor`: `apply_psa` patches it."""
 
     name = "Allegro"
+    order = 90
     transformers = ("AllegroTransformer3DModel",)
     processors = ("AllegroAttnProcessor2_0",)
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         return first_attentions(transformer)
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, height, width = inputs["hidden_states"].shape[2:]
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
         return frames // patch_t, height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         if call.rotary_emb is not None:
@@ -40,7 +41,7 @@ class Allegro(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
 

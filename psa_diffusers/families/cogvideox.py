@@ -30,23 +30,25 @@ class CogVideoX(ModelFamily):
     """
 
     name = "CogVideoX"
+    order = 30
     transformers = ("CogVideoXTransformer3DModel",)
     processors = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
     text = "before"
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         return first_attentions(transformer)
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, _, height, width = inputs["hidden_states"].shape[1:]
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t or 1
         return -(-frames // patch_t), height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Fusing leaves the three projections in place and adds a copy; the copy knows no LoRA.
+        assert call.encoder_hidden_states is not None, "its attention is always joint"
         x = concatenate(call.encoder_hidden_states, call.hidden_states)
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
@@ -56,13 +58,12 @@ class CogVideoX(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(
-        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert text is not None, "its attention is always joint"
         return project_out(attn, video), project_out(attn, text)
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    def parallel_plan(transformer: Any) -> dict[str, Any]:
         tables = split(0, 2)
         return {
             "": {"image_rotary_emb": [tables, tables]},

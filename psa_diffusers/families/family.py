@@ -47,8 +47,11 @@ def is_of_diffusers(kind: type) -> bool:
 class ModelFamily(ABC):
     """One architecture; nothing is instantiated.
 
+    Transformers and attention modules are those of diffusers, whose attributes no base class names.
+
     Attributes:
         name: as users know it.
+        order: its place among the families wherever they are listed: small ones first, then by name.
         transformers: names of the diffusers classes that the family covers.
         processors: names of the diffusers classes whose attention `project` and `output` compute: all stock processors
             that a video self-attention of the family may have.
@@ -61,6 +64,7 @@ class ModelFamily(ABC):
     """
 
     name: ClassVar[str]
+    order: ClassVar[int] = 100
     transformers: ClassVar[tuple[str, ...]]
     processors: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
@@ -70,12 +74,12 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         """The video self-attention modules by name, first layer first."""
 
     @staticmethod
     @abstractmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         """Video tokens along frames, height and width, from the arguments of the transformer's forward by name.
 
         None where these do not tell: such a call is dense.
@@ -83,7 +87,7 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `[B, tokens, H, D]` of video and text, normalised and rotated.
 
         Text stands where `text` says, padding included. Modules are called, never their weights read: LoRA, casting,
@@ -92,7 +96,7 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> Any:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> Any:
         """What the family's own processor returns, from the attention output.
 
         Args:
@@ -127,7 +131,7 @@ class ModelFamily(ABC):
         return f"its processor {name} is not one that {cls.name} is known to compute ({', '.join(cls.processors)})"
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+    def parallel_plan(transformer: Any) -> dict[str, Any] | None:
         """Where context parallelism splits and joins the video tokens; text of joint attention stays on every rank.
 
         None if it cannot be; by default diffusers' own plan for the model, if it has one.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from psa_diffusers.checkpoints.card import ModelCard, Part
 from psa_diffusers.families.hunyuan_video import TEXT_TO_VIDEO, HunyuanVideo
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Framepack(HunyuanVideo):
@@ -20,12 +17,13 @@ class Framepack(HunyuanVideo):
     """
 
     name = "HunyuanVideo Framepack"
+    order = 80
     transformers = ("HunyuanVideoFramepackTransformer3DModel",)
     processors = HunyuanVideo.processors
     history = True
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> None:
+    def parallel_plan(transformer: Any) -> None:
         # Its rotary tables are joined from several, each of which a plan would split.
         return None
 

@@ -20,24 +20,25 @@ class HunyuanVideo(ModelFamily):
     """HunyuanVideoTransformer3DModel: text and image to video. The text's token refiner is left alone."""
 
     name = "HunyuanVideo"
+    order = 20
     transformers = ("HunyuanVideoTransformer3DModel",)
     processors = ("HunyuanVideoAttnProcessor2_0",)
     text = "after"
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         groups = ("transformer_blocks", "single_transformer_blocks")
         blocks = {name: getattr(transformer, name, ()) for name in groups}
         return {f"{name}.{index}": block.attn for name in groups for index, block in enumerate(blocks[name])}
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, height, width = inputs["hidden_states"].shape[2:]
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
         return frames // patch_t, height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         video, text = call.hidden_states, call.encoder_hidden_states
         query, key, value = split_heads(attn, attn.to_q(video), attn.to_k(video), attn.to_v(video))
         query = rotate_tokens(normalise(attn.norm_q, query), call.rotary_emb)
@@ -52,9 +53,7 @@ class HunyuanVideo(ModelFamily):
         return join((query, key, value), (text_query, text_key, text_value))
 
     @staticmethod
-    def output(
-        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # The last projection of a single-stream block is outside its attention.
         hidden = project_out(attn, video) if getattr(attn, "to_out", None) is not None else video.flatten(2)
         if text is not None:
@@ -77,7 +76,7 @@ class HunyuanVideo(ModelFamily):
         return mask[:, 0, 0, tokens:]
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+    def parallel_plan(transformer: Any) -> dict[str, Any] | None:
         if _treats_first_frame_apart(transformer):
             return None
         tables = split(0, 2, output=True)
@@ -88,7 +87,7 @@ class HunyuanVideo(ModelFamily):
         }
 
 
-def _treats_first_frame_apart(transformer: torch.nn.Module) -> bool:
+def _treats_first_frame_apart(transformer: Any) -> bool:
     """Whether blocks know the tokens of the first frame as the first ones, as in one kind of image to video."""
     return getattr(transformer.config, "image_condition_type", None) == "token_replace"
 

@@ -18,6 +18,7 @@ class HunyuanVideo15(HunyuanVideo):
     """HunyuanVideo15Transformer3DModel: text and image to video; the model sorts padding to the end itself."""
 
     name = "HunyuanVideo 1.5"
+    order = 40
     transformers = ("HunyuanVideo15Transformer3DModel",)
     processors = ("HunyuanVideo15AttnProcessor2_0",)
 

@@ -20,17 +20,18 @@ class LTXVideo(ModelFamily):
     """LTXVideoTransformer3DModel: text and image to video, and conditions, whose tokens precede those of the video."""
 
     name = "LTX-Video"
+    order = 50
     transformers = ("LTXVideoTransformer3DModel",)
     processors = ("LTXVideoAttnProcessor",)
     history = True
     replicates_text = True
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         return first_attentions(transformer)
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         # Pipelines with conditions, or for long videos, give coordinates instead of sizes.
         if inputs.get("video_coords") is not None:
             return _last_grid(inputs["video_coords"][0].cpu())
@@ -42,7 +43,7 @@ class LTXVideo(ModelFamily):
         return frames // patch_t, height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
         query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
         if call.rotary_emb is not None:
@@ -53,11 +54,11 @@ class LTXVideo(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    def parallel_plan(transformer: Any) -> dict[str, Any]:
         # diffusers' own plan splits the text too, and its mask, which the cross-attention then has no use for.
         tables = split(1, 3, output=True)
         return {

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
 
 if TYPE_CHECKING:
     import torch
 
+    Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-def first_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+
+def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
     """The `attn1` of each of a model's `transformer_blocks`, by name."""
     return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
 
 
-def split_heads(attn: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def split_heads(attn: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`[B, N, H * D]` to `[B, N, H, D]`, each."""
     return tuple(x.unflatten(-1, (attn.heads, -1)) for x in tensors)
 
@@ -41,15 +43,16 @@ def rotate_tokens(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | N
     return rotate_pairs(x, cos, sin)
 
 
-def project_added(attn: torch.nn.Module, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def project_added(attn: Any, text: torch.Tensor) -> Projections:
     """Queries, keys and values `[B, T, H, D]` of text that has projections and norms of its own."""
     query, key, value = split_heads(attn, attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
     return normalise(attn.norm_added_q, query), normalise(attn.norm_added_k, key), value
 
 
-def join(video: tuple[torch.Tensor, ...], text: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def join(video: Projections, text: Projections) -> Projections:
     """Queries, keys and values of video tokens with those of text after them."""
-    return tuple(concatenate(*pair) for pair in zip(video, text, strict=True))
+    query, key, value = (concatenate(*pair) for pair in zip(video, text, strict=True))
+    return query, key, value
 
 
 def concatenate(*tensors: torch.Tensor) -> torch.Tensor:
@@ -71,7 +74,7 @@ def text_only_mask(call: AttentionCall) -> torch.Tensor | None:
     return mask
 
 
-def project_out(attn: torch.nn.Module, attended: torch.Tensor) -> torch.Tensor:
+def project_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     """Hidden states `[B, N, C]` of the attention output `[B, N, H, D]`."""
     linear, dropout = attn.to_out
     return dropout(linear(attended.flatten(2)))

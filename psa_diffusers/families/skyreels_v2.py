@@ -18,6 +18,7 @@ class SkyReelsV2(Wan):
     """SkyReelsV2Transformer3DModel: text and image to video, and diffusion forcing, which is dense in causal blocks."""
 
     name = "SkyReels V2"
+    order = 70
     transformers = ("SkyReelsV2Transformer3DModel",)
     processors = ("SkyReelsV2AttnProcessor",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
@@ -19,11 +19,16 @@ class Wan(ModelFamily):
     """Text, image and video to video, VACE and Animate; Wan 2.2's two experts are two transformers."""
 
     name = "Wan 2.1 and 2.2"
-    transformers = ("WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel")
+    order = 10
+    transformers: ClassVar[tuple[str, ...]] = (
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+    )
     processors = ("WanAttnProcessor",)
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         # VACE's control blocks run first, but are named last: so a preset's layer numbers mean the same blocks as in
         # the model without them.
         groups = [name for name in ("blocks", "vace_blocks") if hasattr(transformer, name)]
@@ -33,7 +38,7 @@ class Wan(ModelFamily):
         return {name: block.attn1 for name, block in blocks}
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         sizes = inputs["hidden_states"].shape[2:]
         frames, height, width = (
             size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)
@@ -41,7 +46,7 @@ class Wan(ModelFamily):
         return frames, height, width
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
         if getattr(attn, "fused_projections", False):
             query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
@@ -56,7 +61,7 @@ class Wan(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
 

@@ -49,8 +49,7 @@ def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
 
 
 MODEL = "SkyReelsV2Transformer3DModel"
-_540P = (25, 34, 60)
-_T2V = {"latents": (1, 16, 25, 68, 120), "grid": _540P, "model": MODEL}
+_LATENTS, _540P = (1, 16, 25, 68, 120), (25, 34, 60)
 
 TESTS = FamilyTests(
     family=SkyReelsV2,
@@ -62,7 +61,7 @@ TESTS = FamilyTests(
     },
     networks={MODEL: Network(_inputs, wan.toy)},
     published=(
-        wan.published("Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", size="14B", **_T2V),
+        wan.published("Skywork/SkyReels-V2-T2V-14B-540P-Diffusers", _LATENTS, _540P, "14B", model=MODEL),
         wan.published(
             "Skywork/SkyReels-V2-T2V-14B-720P-Diffusers", (1, 16, 31, 90, 160), (31, 45, 80), "14B", model=MODEL
         ),
@@ -76,10 +75,12 @@ TESTS = FamilyTests(
         ),
         wan.published(
             "Skywork/SkyReels-V2-DF-1.3B-540P-Diffusers",
-            size="1.3B",
-            config={"inject_sample_info": True},
+            _LATENTS,
+            _540P,
+            "1.3B",
+            {"inject_sample_info": True},
+            model=MODEL,
             toy=True,
-            **_T2V,
         ),
     ),
 )
