@@ -73,7 +73,7 @@ def test_a_class_of_the_same_name_is_not_the_same():
 def test_other_models_are_refused_with_their_reason():
     with pytest.raises(UnsupportedModelError, match=r"no family in psa_diffusers\.families describes its attention"):
         find_family(torch.nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match=r"attends space and time apart.*; supported: Wan 2\.1 and 2\.2, Hun"):
+    with pytest.raises(UnsupportedModelError, match=r"space and time apart.*; supported: Wan 2\.1 and 2\.2, Hun"):
         find_family(made_of(diffusers.LatteTransformer3DModel))
 
 
