@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_testing.families import CASES, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
+from psa_testing.random_norms import NORMS
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_pipelines import tiny_image
 
@@ -178,6 +180,16 @@ def test_every_family_is_tested():
         assert find_family(transformer) is TESTS_OF[name].family
     known = sorted(name for family in FAMILIES for name in family.transformers)
     assert sorted(type(transformer).__name__ for transformer in transformers.values()) == known
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_norms_of_queries_and_keys_can_be_told_apart(name):
+    """So that the tests above would see one in another's place."""
+    transformer = CASES[name].make().transformer
+    for attn in TESTS_OF[name].family.self_attentions(transformer).values():
+        found = [getattr(attn, norm, None) for norm in NORMS]
+        weights = [norm.weight for norm in found if norm is not None]
+        assert all(not torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_names_of_cases_are_their_own():
