@@ -1,8 +1,8 @@
 """The model families: where queries, keys, values, positions and text are in their attention.
 
-A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder.
-Beside the class the file says what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of
-its pipelines by name, and `CARDS`, the models that `--model` knows by a short name.
+A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder. Beside the class it says
+what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of its pipelines by name, and
+`CARDS`, the models that `--model` knows by a short name.
 
 Family files import PyTorch and diffusers inside functions only: commands print their help and lists without them.
 """
@@ -33,13 +33,13 @@ def _classes(module: ModuleType) -> list[type[ModelFamily]]:
     return [kind for kind in kinds if issubclass(kind, ModelFamily) and kind is not ModelFamily]
 
 
+def _place(module: ModuleType) -> list[tuple[int, str]]:
+    """Where it is listed; a relative of another family has not its order."""
+    return [(vars(family).get("order", ModelFamily.order), family.name) for family in _classes(module)]
+
+
 _WALKED = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
-MODULES: tuple[ModuleType, ...] = tuple(
-    sorted(
-        (module for module in _WALKED if _classes(module)),
-        key=lambda module: [(family.order, family.name) for family in _classes(module)],
-    )
-)
+MODULES: tuple[ModuleType, ...] = tuple(sorted(filter(_classes, _WALKED), key=_place))
 FAMILIES: tuple[type[ModelFamily], ...] = tuple(family for module in MODULES for family in _classes(module))
 
 

@@ -43,6 +43,7 @@ TESTS = replace(
     masks_padding=True,
 )
 """
+# Some of the tests that every family must pass, of every file that has any.
 TESTS = [
     "tests/checkpoints/test_model_aliases.py::test_every_alias_passes_its_own_checks",
     "tests/families/test_families.py::test_a_mask_of_video_tokens_is_dense",
@@ -84,7 +85,7 @@ def test_two_files_are_a_family(checkout):
     found = subprocess.run([sys.executable, *collect], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     collected = {line.split("[")[0] for line in found.stdout.splitlines() if "[made-up" in line}
-    assert sorted(collected) == TESTS
+    assert set(TESTS) <= collected, set(TESTS) - collected
     code = "from psa_diffusers.checkpoints.listing import listing; print(listing())"
     listed = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
     assert "someone/made-up" in listed.stdout, listed.stderr
