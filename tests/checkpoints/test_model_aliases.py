@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.families import MODULES
+from psa_diffusers.families import FAMILIES, MODULES
 from psa_diffusers.runs.plan import Request, make_plan
 from psa_testing.families import PUBLISHED
 from psa_testing.tiny_pipelines import tiny_image
@@ -42,6 +43,15 @@ def test_every_alias_has_a_name_of_its_own():
     assert len(MODELS) == 1 + len(names) == 1 + len({*names, "demo"} - {"demo"})
     assert next(iter(MODELS)) == "demo"
     assert {card.pipeline for card in MODELS.values()} == set(PIPELINE_KINDS)
+
+
+def test_the_tables_in_the_docs_name_every_model():
+    root = Path(__file__).resolve().parents[2]
+    readme, docs = (root.joinpath(file).read_text(encoding="utf-8") for file in ("README.md", "docs/models.md"))
+    assert [name for name in MODELS if f"`{name}`" not in readme] == []
+    assert [name for name in MODELS if f"`{name}`" not in docs] == ["demo"]
+    assert [family.name for family in FAMILIES if f"| {family.name} |" not in docs] == []
+    assert [name for family in FAMILIES for name in family.transformers if f"`{name}`" not in docs] == []
 
 
 @pytest.mark.parametrize("name", [name for name, card in MODELS.items() if card.hub_id])
