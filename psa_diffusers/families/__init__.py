@@ -1,7 +1,7 @@
 """The model families: where queries, keys, values, positions and text are in their attention.
 
-A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder. Beside the class it says
-what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of its pipelines by name, and
+A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder. Beside the class it
+says what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of its pipelines by name, and
 `CARDS`, the models that `--model` knows by a short name.
 
 Family files import PyTorch and diffusers inside functions only: commands print their help and lists without them.
