@@ -21,9 +21,10 @@ that it stands for. If they move, those two calls no longer reach the dense phas
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:

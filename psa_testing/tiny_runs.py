@@ -14,7 +14,9 @@ STEPS, FRAMES, SIZE, LAYERS = 4, 5, 64, 2
 
 def carry_out(request: Request) -> dict[str, Any]:
     """What `psa-generate` does with the request; its summary."""
-    return generate.run(make_plan(request))
+    summary = generate.run(make_plan(request))
+    assert summary is not None, "only one of several processes has none"
+    return summary
 
 
 def contents(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from random_models import Machine, build, make_inputs, published_models
 
 from psa_diffusers import Preset, PSAProcessor
 from psa_diffusers.families import find_family
+from psa_testing.families import NETWORKS
 
 PADDING = 0.75
 # Relative L2 of attention that keeps everything. bfloat16 rounds by up to 0.4 %, and several times on the way.
@@ -41,24 +42,11 @@ class Seen:
         return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def one_block_each(model: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that leave one block of each kind."""
-    # The last block of Mochi is of another kind than those before.
-    changes: dict[str, Any] = {"num_layers": 2 if model.startswith("Mochi") else 1}
-    if "num_single_layers" in config:
-        changes["num_single_layers"] = 1
-    if "vace_layers" in config:
-        changes["vace_layers"] = [0]
-    if "inject_face_latents_blocks" in config:
-        changes["inject_face_latents_blocks"] = 1
-    return changes
-
-
 def check(checkpoint: str, machine: Machine, repeats: int) -> dict[str, Any]:
     """The row of one checkpoint; `failed` names what does not hold."""
     torch.manual_seed(0)
     published = published_models()[checkpoint]
-    transformer = build(checkpoint, machine, **one_block_each(published.model, published.config))
+    transformer = build(checkpoint, machine, **NETWORKS[published.model].one_block)
     inputs = make_inputs(checkpoint, transformer, machine, padding=PADDING)
     psa3, everything = scaled_preset(machine, 0.25), scaled_preset(machine, 1.0)
     with torch.no_grad():

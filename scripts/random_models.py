@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,9 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from model_inputs import noise_inputs
-from toy_models import toy_config, toy_latents, toy_sizes
 
-from psa_testing.published_models import PUBLISHED
+from psa_testing.families import NETWORKS, PUBLISHED
+from psa_testing.full_size import Noise, Published
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +22,7 @@ class Workload:
     """One forward of one transformer.
 
     Attributes:
-        checkpoint: whose configuration it is; a row of psa_testing/published_models.py.
+        checkpoint: whose configuration it is; one that psa_testing/families/ has.
         latents: shape of its hidden states.
         branches: forwards a denoising step: 2 with classifier-free guidance.
     """
@@ -74,8 +73,8 @@ def pick_machine(tiny: bool, command: str) -> Machine:
 
 
 @cache
-def published_models() -> dict[str, Any]:
-    """The table of the tests by checkpoint; it is the one place of these configurations."""
+def published_models() -> dict[str, Published]:
+    """The published transformers by checkpoint."""
     return {published.checkpoint: published for published in PUBLISHED}
 
 
@@ -86,9 +85,9 @@ def build(checkpoint: str, machine: Machine, **changes: Any) -> torch.nn.Module:
         changes: arguments of its class in place of the published ones.
     """
     published = published_models()[checkpoint]
-    config = toy_config(published.model, published.config) if machine.tiny else published.config
+    toy = NETWORKS[published.model].toy(published.config) if machine.tiny else {}
     with init_empty_weights(include_buffers=False):
-        transformer = getattr(diffusers, published.model)(**{**config, **changes}).eval()
+        transformer = getattr(diffusers, published.model)(**{**published.config, **toy, **changes}).eval()
     # As `from_pretrained` does.
     keep = set(transformer._keep_in_fp32_modules or ())
     for name, parameter in list(transformer.named_parameters()):
@@ -119,7 +118,8 @@ def make_inputs(
             real run depends on the prompt.
     """
     published = published_models()[checkpoint]
+    network, noise = NETWORKS[published.model], Noise(machine.dtype, machine.device, padding, machine.tiny)
     shape, sizes = latents or published.latents, published.inputs
     if machine.tiny:
-        shape, sizes = toy_latents(published.model, published.config, shape), toy_sizes(sizes)
-    return {**noise_inputs(transformer, shape, machine.dtype, machine.device, padding, machine.tiny), **sizes}
+        shape, sizes = network.toy_latents(replace(published, latents=shape)), network.toy_sizes
+    return {**network.noise_inputs(transformer.config, shape, noise), **sizes}

@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PINNED = ("diffusers", "transformers")
 SHOWN = ("torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "peft", "numpy")
 TESTS = [
-    *("test_processor", "test_experts", "test_fallbacks", "test_denoising", "test_families", "test_text"),
-    *("test_changed_pipelines", "test_compiled", "test_finite_guard", "test_beside_caches", "test_beside_others"),
+    *("test_processor", "test_experts", "test_fallbacks", "test_denoising", "test_families", "test_lookup"),
+    *("test_stock_processors", "test_text", "test_changed_pipelines"),
+    *("test_compiled", "test_finite_guard", "test_beside_caches", "test_beside_others"),
     *("test_pipelines", "test_generate", "test_run_folder", "test_pipeline_call", "test_demo"),
     *("test_parallel", "test_calibrate", "test_memory", "test_security"),
 ]

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "psa_diffusers" / "demo"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import train_demo  # noqa: E402
-from demo import autoencoder, denoiser, text  # noqa: E402
-from demo.captions import (  # noqa: E402
+import train_demo
+from demo import autoencoder, denoiser, text
+from demo.captions import (
     COLOURS,
     MOTIONS,
     SHAPES,
@@ -27,10 +22,13 @@ from demo.captions import (  # noqa: E402
     is_held_out,
     words,
 )
-from demo.checks import judge, sightings  # noqa: E402
-from demo.convolution import frame_convolutions  # noqa: E402
-from demo.scenes import position, sample_scenes  # noqa: E402
-from demo.videos import render  # noqa: E402
+from demo.checks import judge, sightings
+from demo.convolution import frame_convolutions
+from demo.scenes import position, sample_scenes
+from demo.videos import render
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "psa_diffusers" / "demo"
 
 
 def test_a_caption_says_what_the_scene_holds():

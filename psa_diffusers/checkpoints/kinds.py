@@ -1,97 +1,15 @@
-"""What the commands must know of a diffusers pipeline class before its weights load."""
+"""The pipeline classes of every family: those that `--model` takes, and those that only code can run."""
 
-from __future__ import annotations
+from psa_diffusers.families import MODULES
+from psa_diffusers.families.pipeline_kind import PipelineKind
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+__all__ = ["IN_CODE_ONLY", "PIPELINE_KINDS", "PipelineKind"]
 
-
-@dataclass(frozen=True)
-class PipelineKind:
-    """A pipeline class that `--model` takes.
-
-    Attributes:
-        image: what it does with an image: makes the video begin with it, may look at it, or nothing.
-        size_step: height and width must be multiples of it, whatever the configuration says: the pipeline checks it.
-        frame_rest: what the number of frames leaves over when divided by the frames of one latent.
-        any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
-        compression: pixels of one latent along time and along height and width, where the VAE's configuration has no
-            word for it.
-        patch: latents along height and width of one token, likewise.
-        layers: keys of the transformer's configuration that count or list its blocks, and how many by default.
-        tiled_vae: whether its card decodes in tiles; the VAE needs tens of GB otherwise.
-        exact_vae: class of the VAE, if it is loaded in float32 whatever the dtype of the rest.
-        guider: whether guidance is a component of the pipeline, and no argument; such a pipeline takes no callback.
-    """
-
-    image: Literal["none", "first", "reference"] = "none"
-    size_step: int = 16
-    frame_rest: int = 1
-    any_frames: bool = False
-    compression: tuple[int, int] = (4, 8)
-    patch: int = 2
-    layers: tuple[tuple[str, int], ...] = (("num_layers", 40),)
-    tiled_vae: bool = False
-    exact_vae: str | None = None
-    guider: bool = False
-
-    @property
-    def takes_image(self) -> bool:
-        return self.image != "none"
-
-    def layer_count(self, transformer: Mapping[str, Any]) -> int:
-        """Number of transformer blocks."""
-        values = (transformer.get(name, default) for name, default in self.layers)
-        return sum(len(value) if isinstance(value, list) else value for value in values)
-
-    def steps(self, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> tuple[int, int]:
-        """What a video's height and width are multiples of, and its frames but for `frame_rest`.
-
-        Args:
-            vae, transformer: their configurations.
-        """
-        temporal, spatial = self.compression
-        temporal = vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio")) or temporal
-        spatial = vae.get("scale_factor_spatial", vae.get("spatial_compression_ratio")) or spatial
-        patch = transformer.get("patch_size", self.patch)
-        if isinstance(patch, int):
-            # A patch of two latent frames costs nothing here: CogVideoX 1.5 fills up and cuts off.
-            patch = (1, patch, patch)
-        frames = 1 if self.any_frames else temporal * patch[0]
-        return math.lcm(self.size_step, spatial * patch[1], spatial * patch[2]), frames
-
-
-WAN = {"exact_vae": "AutoencoderKLWan"}
-HUNYUAN = {"layers": (("num_layers", 20), ("num_single_layers", 40)), "tiled_vae": True}
-COGVIDEOX = {"layers": (("num_layers", 30),), "tiled_vae": True}
-LTX = {"layers": (("num_layers", 28),), "size_step": 32, "compression": (8, 32)}
-
-PIPELINE_KINDS: dict[str, PipelineKind] = {
-    "WanPipeline": PipelineKind(**WAN),
-    "WanImageToVideoPipeline": PipelineKind(image="first", **WAN),
-    "WanVACEPipeline": PipelineKind(image="reference", layers=(("num_layers", 40), ("vace_layers", 8)), **WAN),
-    "HunyuanVideoPipeline": PipelineKind(**HUNYUAN),
-    "HunyuanVideoImageToVideoPipeline": PipelineKind(image="first", **HUNYUAN),
-    "HunyuanVideoFramepackPipeline": PipelineKind(image="first", frame_rest=0, any_frames=True, **HUNYUAN),
-    "HunyuanVideo15Pipeline": PipelineKind(
-        layers=(("num_layers", 54),), compression=(4, 16), patch=1, tiled_vae=True, guider=True
-    ),
-    "CogVideoXPipeline": PipelineKind(**COGVIDEOX),
-    "CogVideoXImageToVideoPipeline": PipelineKind(image="first", **COGVIDEOX),
-    "LTXPipeline": PipelineKind(**LTX),
-    "LTXImageToVideoPipeline": PipelineKind(image="first", **LTX),
-    "MochiPipeline": PipelineKind(layers=(("num_layers", 48),), compression=(6, 8), tiled_vae=True),
-    "SkyReelsV2Pipeline": PipelineKind(**WAN),
-    "SkyReelsV2ImageToVideoPipeline": PipelineKind(image="first", **WAN),
-    "AllegroPipeline": PipelineKind(
-        layers=(("num_layers", 32),), frame_rest=0, tiled_vae=True, exact_vae="AutoencoderKLAllegro"
-    ),
+_ALL: dict[str, PipelineKind] = {
+    name: kind for module in MODULES for name, kind in getattr(module, "PIPELINES", {}).items()
 }
+
+PIPELINE_KINDS = {name: kind for name, kind in _ALL.items() if kind.in_code_only is None}
 
 # Pipelines of supported models that the commands cannot run, and why.
-IN_CODE_ONLY = {
-    "WanAnimatePipeline": "it needs a video of a pose and one of a face, which this command has no options for; "
-    "patch it in Python with apply_psa(pipe)",
-}
+IN_CODE_ONLY = {name: kind.in_code_only for name, kind in _ALL.items() if kind.in_code_only is not None}

@@ -1,22 +1,24 @@
-"""The model families: where queries, keys, values, positions and text are in their attention."""
+"""The model families: where queries, keys, values, positions and text are in their attention.
+
+A family is a file of this folder with a subclass of `ModelFamily`, found by walking the folder. Beside the class it
+says what the commands know of its checkpoints, if they know any: `PIPELINES`, the classes of its pipelines by name, and
+`CARDS`, the models that `--model` knows by a short name.
+
+Family files import PyTorch and diffusers inside functions only: commands print their help and lists without them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import pkgutil
+from types import ModuleType
 
-from psa_diffusers.families.allegro import Allegro
-from psa_diffusers.families.cogvideox import CogVideoX
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.families.framepack import Framepack
-from psa_diffusers.families.hunyuan_video import HunyuanVideo
-from psa_diffusers.families.hunyuan_video15 import HunyuanVideo15
-from psa_diffusers.families.ltx import LTXVideo
-from psa_diffusers.families.mochi import Mochi
-from psa_diffusers.families.skyreels_v2 import SkyReelsV2
-from psa_diffusers.families.wan import Wan
+from psa_diffusers.families.lookup import UnsupportedModelError, family_of
 
 __all__ = [
     "FAMILIES",
+    "MODULES",
     "AttentionCall",
     "DenseOnlyError",
     "ModelFamily",
@@ -24,42 +26,29 @@ __all__ = [
     "find_family",
 ]
 
-FAMILIES: tuple[type[ModelFamily], ...] = (
-    Wan,
-    HunyuanVideo,
-    CogVideoX,
-    HunyuanVideo15,
-    LTXVideo,
-    Mochi,
-    SkyReelsV2,
-    Framepack,
-    Allegro,
-)
 
-# Video models of diffusers whose attention is not of the kind that can be made sparse here.
-REASONS = {
-    "SanaVideoTransformer3DModel": "its self-attention is linear already",
-    "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
-    "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
-    "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
-    "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
-}
+def _classes(module: ModuleType) -> list[type[ModelFamily]]:
+    """The families that a file defines, without those that it imports."""
+    kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
+    return [kind for kind in kinds if issubclass(kind, ModelFamily) and kind is not ModelFamily]
 
 
-class UnsupportedModelError(ValueError):
-    """The pipeline's transformer is of no family that Pyramid Sparse Attention is made for."""
+def _place(module: ModuleType) -> list[tuple[int, str]]:
+    """Where it is listed; a relative of another family has not its order."""
+    return [(vars(family).get("order", ModelFamily.order), family.name) for family in _classes(module)]
 
 
-def find_family(transformer: Any) -> type[ModelFamily]:
+_WALKED = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+MODULES: tuple[ModuleType, ...] = tuple(sorted(filter(_classes, _WALKED), key=_place))
+FAMILIES: tuple[type[ModelFamily], ...] = tuple(family for module in MODULES for family in _classes(module))
+
+
+def find_family(transformer: object) -> type[ModelFamily]:
     """The family of a transformer.
+
+    A subclass is what its base class is, as long as it has the base's forward: FSDP2's `fully_shard` makes such ones.
 
     Raises:
         UnsupportedModelError: names the transformer's class, why it is not supported, and what is.
     """
-    name = type(transformer).__name__
-    for family in FAMILIES:
-        if name in family.transformers:
-            return family
-    reason = REASONS.get(name, "no family in psa_diffusers.families describes its attention")
-    supported = ", ".join(family.name for family in FAMILIES)
-    raise UnsupportedModelError(f"{name} is not supported, because {reason}; supported: {supported}")
+    return family_of(type(transformer), FAMILIES)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import first_attentions, normalise, project_out, rotate_tokens, split_heads
+from psa_diffusers.families.parts import (
+    concatenate,
+    first_attentions,
+    normalise,
+    project_out,
+    rotate_tokens,
+    split_heads,
+)
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CogVideoX(ModelFamily):
@@ -19,43 +30,98 @@ class CogVideoX(ModelFamily):
     """
 
     name = "CogVideoX"
+    order = 30
     transformers = ("CogVideoXTransformer3DModel",)
+    processors = ("CogVideoXAttnProcessor2_0", "FusedCogVideoXAttnProcessor2_0")
     text = "before"
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         return first_attentions(transformer)
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, _, height, width = inputs["hidden_states"].shape[1:]
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t or 1
         return -(-frames // patch_t), height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Fusing leaves the three projections in place and adds a copy; the copy knows no LoRA.
-        x = torch.cat([call.encoder_hidden_states, call.hidden_states], dim=1)
+        assert call.encoder_hidden_states is not None, "its attention is always joint"
+        x = concatenate(call.encoder_hidden_states, call.hidden_states)
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
         if call.rotary_emb is not None:
             text = call.text_tokens
-            query, key = (
-                torch.cat([x[:, :text], rotate_tokens(x[:, text:], call.rotary_emb)], dim=1) for x in (query, key)
-            )
+            query, key = (concatenate(x[:, :text], rotate_tokens(x[:, text:], call.rotary_emb)) for x in (query, key))
         return query, key, value
 
     @staticmethod
-    def output(
-        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        assert text is not None, "its attention is always joint"
         return project_out(attn, video), project_out(attn, text)
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    def parallel_plan(transformer: Any) -> dict[str, Any]:
         tables = split(0, 2)
         return {
             "": {"image_rotary_emb": [tables, tables]},
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
+
+
+_KIND = PipelineKind(layers=(("num_layers", 30),), tiled_vae=True)
+PIPELINES = {
+    "CogVideoXPipeline": _KIND,
+    "CogVideoXImageToVideoPipeline": replace(_KIND, image="first"),
+}
+_CARD = ModelCard(
+    name="cogvideox-5b",
+    hub_id="zai-org/CogVideoX-5b",
+    about="CogVideoX text to video, 5B, 480 x 720 at 8 fps",
+    pipeline="CogVideoXPipeline",
+    height=480,
+    width=720,
+    frames=49,
+    steps=50,
+    guidance=6.0,
+    fps=8,
+    negative_prompt="",
+)
+_CARD_1_5 = replace(
+    _CARD,
+    name="cogvideox1.5-5b",
+    hub_id="zai-org/CogVideoX1.5-5B",
+    about="CogVideoX 1.5 text to video, 5B, 768 x 1360 at 16 fps",
+    height=768,
+    width=1360,
+    frames=81,
+    fps=16,
+)
+CARDS = (
+    replace(
+        _CARD,
+        name="cogvideox-2b",
+        hub_id="zai-org/CogVideoX-2b",
+        about="CogVideoX text to video, 2B, 480 x 720 at 8 fps",
+        dtype="float16",
+    ),
+    _CARD,
+    replace(
+        _CARD,
+        name="cogvideox-5b-i2v",
+        hub_id="zai-org/CogVideoX-5b-I2V",
+        about="CogVideoX image to video, 5B, 480 x 720 at 8 fps and no other size",
+        pipeline="CogVideoXImageToVideoPipeline",
+    ),
+    _CARD_1_5,
+    replace(
+        _CARD_1_5,
+        name="cogvideox1.5-5b-i2v",
+        hub_id="zai-org/CogVideoX1.5-5B-I2V",
+        about="CogVideoX 1.5 image to video, 5B, 768 x 1360 at 16 fps",
+        pipeline="CogVideoXImageToVideoPipeline",
+    ),
+)

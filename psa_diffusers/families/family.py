@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from psa_diffusers.diffusers_internals import own_plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DenseOnlyError(Exception):
@@ -38,12 +39,22 @@ class AttentionCall:
         return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
 
+def is_of_diffusers(kind: type) -> bool:
+    """Whether a class is one of diffusers itself."""
+    return kind.__module__.partition(".")[0] == "diffusers"
+
+
 class ModelFamily(ABC):
     """One architecture; nothing is instantiated.
 
+    Transformers and attention modules are those of diffusers, whose attributes no base class names.
+
     Attributes:
         name: as users know it.
+        order: its place among the families wherever they are listed: small ones first, then by name.
         transformers: names of the diffusers classes that the family covers.
+        processors: names of the diffusers classes whose attention `project` and `output` compute: all stock processors
+            that a video self-attention of the family may have.
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
@@ -53,7 +64,9 @@ class ModelFamily(ABC):
     """
 
     name: ClassVar[str]
+    order: ClassVar[int] = 100
     transformers: ClassVar[tuple[str, ...]]
+    processors: ClassVar[tuple[str, ...]]
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
@@ -61,12 +74,12 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         """The video self-attention modules by name, first layer first."""
 
     @staticmethod
     @abstractmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         """Video tokens along frames, height and width, from the arguments of the transformer's forward by name.
 
         None where these do not tell: such a call is dense.
@@ -74,7 +87,7 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values `[B, tokens, H, D]` of video and text, normalised and rotated.
 
         Text stands where `text` says, padding included. Modules are called, never their weights read: LoRA, casting,
@@ -83,7 +96,7 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> Any:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> Any:
         """What the family's own processor returns, from the attention output.
 
         Args:
@@ -104,14 +117,21 @@ class ModelFamily(ABC):
 
     @classmethod
     def why_not_imitated(cls, processor: Any) -> str | None:
-        return (
-            None
-            if type(processor).__module__.startswith("diffusers.")
-            else f"its processor {type(processor).__name__} is not known"
-        )
+        """Why a processor cannot be replaced by `project`, attention and `output`; None if they compute the same.
+
+        Only the stock classes themselves are known: a subclass may do anything.
+        """
+        kind = type(processor)
+        if kind.__name__ not in cls.processors:
+            name = kind.__name__
+        elif not is_of_diffusers(kind):
+            name = f"{kind.__name__} of {kind.__module__}"
+        else:
+            return None
+        return f"its processor {name} is not one that {cls.name} is known to compute ({', '.join(cls.processors)})"
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+    def parallel_plan(transformer: Any) -> dict[str, Any] | None:
         """Where context parallelism splits and joins the video tokens; text of joint attention stays on every rank.
 
         None if it cannot be; by default diffusers' own plan for the model, if it has one.

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class HunyuanVideo(ModelFamily):
     """HunyuanVideoTransformer3DModel: text and image to video. The text's token refiner is left alone."""
 
     name = "HunyuanVideo"
+    order = 20
     transformers = ("HunyuanVideoTransformer3DModel",)
+    processors = ("HunyuanVideoAttnProcessor2_0",)
     text = "after"
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         groups = ("transformer_blocks", "single_transformer_blocks")
         blocks = {name: getattr(transformer, name, ()) for name in groups}
         return {f"{name}.{index}": block.attn for name in groups for index, block in enumerate(blocks[name])}
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, height, width = inputs["hidden_states"].shape[2:]
         patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t
         return frames // patch_t, height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         video, text = call.hidden_states, call.encoder_hidden_states
         query, key, value = split_heads(attn, attn.to_q(video), attn.to_k(video), attn.to_v(video))
         query = rotate_tokens(normalise(attn.norm_q, query), call.rotary_emb)
@@ -47,9 +53,7 @@ class HunyuanVideo(ModelFamily):
         return join((query, key, value), (text_query, text_key, text_value))
 
     @staticmethod
-    def output(
-        attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         # The last projection of a single-stream block is outside its attention.
         hidden = project_out(attn, video) if getattr(attn, "to_out", None) is not None else video.flatten(2)
         if text is not None:
@@ -64,13 +68,15 @@ class HunyuanVideo(ModelFamily):
         mask = call.attention_mask
         if mask is None:
             return None
+        import torch
+
         batch, tokens = call.hidden_states.shape[:2]
         if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
         return mask[:, 0, 0, tokens:]
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any] | None:
+    def parallel_plan(transformer: Any) -> dict[str, Any] | None:
         if _treats_first_frame_apart(transformer):
             return None
         tables = split(0, 2, output=True)
@@ -81,6 +87,36 @@ class HunyuanVideo(ModelFamily):
         }
 
 
-def _treats_first_frame_apart(transformer: torch.nn.Module) -> bool:
+def _treats_first_frame_apart(transformer: Any) -> bool:
     """Whether blocks know the tokens of the first frame as the first ones, as in one kind of image to video."""
     return getattr(transformer.config, "image_condition_type", None) == "token_replace"
+
+
+TEXT_TO_VIDEO = PipelineKind(layers=(("num_layers", 20), ("num_single_layers", 40)), tiled_vae=True)
+PIPELINES = {
+    "HunyuanVideoPipeline": TEXT_TO_VIDEO,
+    "HunyuanVideoImageToVideoPipeline": replace(TEXT_TO_VIDEO, image="first"),
+}
+CARD = ModelCard(
+    name="hunyuanvideo",
+    hub_id="hunyuanvideo-community/HunyuanVideo",
+    about="HunyuanVideo text to video, 13B, 720p; its guidance is distilled",
+    pipeline="HunyuanVideoPipeline",
+    height=720,
+    width=1280,
+    frames=129,
+    steps=50,
+    guidance=6.0,
+    fps=24,
+    negative_prompt="",
+)
+CARDS = (
+    CARD,
+    replace(
+        CARD,
+        name="hunyuanvideo-i2v",
+        hub_id="hunyuanvideo-community/HunyuanVideo-I2V",
+        about="HunyuanVideo image to video, 13B, 720p; its guidance is distilled",
+        pipeline="HunyuanVideoImageToVideoPipeline",
+    ),
+)

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LTXVideo(ModelFamily):
     """LTXVideoTransformer3DModel: text and image to video, and conditions, whose tokens precede those of the video."""
 
     name = "LTX-Video"
+    order = 50
     transformers = ("LTXVideoTransformer3DModel",)
+    processors = ("LTXVideoAttnProcessor",)
     history = True
     replicates_text = True
 
     @staticmethod
-    def self_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
         return first_attentions(transformer)
 
     @staticmethod
-    def token_grid(transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         # Pipelines with conditions, or for long videos, give coordinates instead of sizes.
         if inputs.get("video_coords") is not None:
             return _last_grid(inputs["video_coords"][0].cpu())
@@ -37,7 +43,7 @@ class LTXVideo(ModelFamily):
         return frames // patch_t, height // patch, width // patch
 
     @staticmethod
-    def project(attn: torch.nn.Module, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
         query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
         if call.rotary_emb is not None:
@@ -48,11 +54,11 @@ class LTXVideo(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: torch.nn.Module, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
     @staticmethod
-    def parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
+    def parallel_plan(transformer: Any) -> dict[str, Any]:
         # diffusers' own plan splits the text too, and its mask, which the cross-attention then has no use for.
         tables = split(1, 3, output=True)
         return {
@@ -69,6 +75,8 @@ def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
     Args:
         coordinates: `[3, N]`: time, row and column of each token.
     """
+    import torch
+
     same_frame = coordinates[0] == coordinates[0, -1]
     same_row = same_frame & (coordinates[1] == coordinates[1, -1])
     size, width = _run_at_end(same_frame), _run_at_end(same_row)
@@ -84,3 +92,29 @@ def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
 def _run_at_end(values: torch.Tensor) -> int:
     """How many of the last values are true without a gap."""
     return int(values.flip(0).int().cumprod(0).sum())
+
+
+_KIND = PipelineKind(layers=(("num_layers", 28),), size_step=32, compression=(8, 32))
+PIPELINES = {"LTXPipeline": _KIND, "LTXImageToVideoPipeline": replace(_KIND, image="first")}
+_CARD = ModelCard(
+    name="ltx",
+    hub_id="Lightricks/LTX-Video",
+    about="LTX-Video text to video, 2B, 480 x 704 at 24 fps",
+    pipeline="LTXPipeline",
+    height=480,
+    width=704,
+    frames=161,
+    steps=50,
+    guidance=3.0,
+    fps=24,
+    negative_prompt="worst quality, inconsistent motion, blurry, jittery, distorted",
+)
+CARDS = (
+    _CARD,
+    replace(
+        _CARD,
+        name="ltx-i2v",
+        about="LTX-Video image to video, 2B, 480 x 704 at 24 fps (the same weights)",
+        pipeline="LTXImageToVideoPipeline",
+    ),
+)

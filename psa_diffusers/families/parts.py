@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
 
+if TYPE_CHECKING:
+    import torch
 
-def first_attentions(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
     """The `attn1` of each of a model's `transformer_blocks`, by name."""
     return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
 
 
-def split_heads(attn: torch.nn.Module, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def split_heads(attn: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """`[B, N, H * D]` to `[B, N, H, D]`, each."""
     return tuple(x.unflatten(-1, (attn.heads, -1)) for x in tensors)
 
@@ -24,6 +29,8 @@ def normalise(norm: torch.nn.Module | None, x: torch.Tensor) -> torch.Tensor:
 
 def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring channels of `[..., C]` by angles whose tables `[..., C / 2]` broadcast; keeps the dtype."""
+    import torch
+
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
@@ -36,15 +43,23 @@ def rotate_tokens(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | N
     return rotate_pairs(x, cos, sin)
 
 
-def project_added(attn: torch.nn.Module, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def project_added(attn: Any, text: torch.Tensor) -> Projections:
     """Queries, keys and values `[B, T, H, D]` of text that has projections and norms of its own."""
     query, key, value = split_heads(attn, attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text))
     return normalise(attn.norm_added_q, query), normalise(attn.norm_added_k, key), value
 
 
-def join(video: tuple[torch.Tensor, ...], text: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def join(video: Projections, text: Projections) -> Projections:
     """Queries, keys and values of video tokens with those of text after them."""
-    return tuple(torch.cat(pair, dim=1) for pair in zip(video, text, strict=True))
+    query, key, value = (concatenate(*pair) for pair in zip(video, text, strict=True))
+    return query, key, value
+
+
+def concatenate(*tensors: torch.Tensor) -> torch.Tensor:
+    """`[B, N, ...]` of several kinds of tokens, one after the other."""
+    import torch
+
+    return torch.cat(tensors, dim=1)
 
 
 def text_only_mask(call: AttentionCall) -> torch.Tensor | None:
@@ -59,7 +74,7 @@ def text_only_mask(call: AttentionCall) -> torch.Tensor | None:
     return mask
 
 
-def project_out(attn: torch.nn.Module, attended: torch.Tensor) -> torch.Tensor:
+def project_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     """Hidden states `[B, N, C]` of the attention output `[B, N, H, D]`."""
     linear, dropout = attn.to_out
     return dropout(linear(attended.flatten(2)))

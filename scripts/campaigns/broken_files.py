@@ -13,14 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from rounds import campaign, parser
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.presets import PresetError, load_preset
+from psa_diffusers.runs.prompts import read_prompts, slug
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
-
-from rounds import campaign, parser  # noqa: E402
-
-from psa_diffusers.errors import InputError  # noqa: E402
-from psa_diffusers.presets import PresetError, load_preset  # noqa: E402
-from psa_diffusers.runs.prompts import read_prompts, slug  # noqa: E402
 
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 PROMPTS = (

@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from forked_runs import check_equal, generate, prepare, videos
 from rounds import campaign, parser
 

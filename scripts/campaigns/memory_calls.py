@@ -10,14 +10,10 @@ Tensors get memory of their own, right before what is not theirs, instead of a p
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 

@@ -3,7 +3,7 @@
     python scripts/campaigns/operator_calls.py --rounds 10000
     python scripts/campaigns/operator_calls.py --rounds 10000 --device cuda
 
-On a CPU in float64 against the maths written down token by token (tests/operator/brute_force.py), and in a narrower
+On a CPU in float64 against the maths written down token by token (psa_testing/brute_force.py), and in a narrower
 dtype against the reference in float64 with the same lists. On a GPU every kernel that serves the call, like the latter.
 """
 
@@ -14,14 +14,12 @@ import sys
 from pathlib import Path
 
 import torch
+from rounds import campaign, parser
+
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_testing.brute_force import brute_force
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "operator"), str(Path(__file__).parent)]
-
-from brute_force import brute_force  # noqa: E402
-from rounds import campaign, parser  # noqa: E402
-
-from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks  # noqa: E402
 
 # Relative errors of a whole output; dense attention in these dtypes has about half of them.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,9 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import resolve_model
 from psa_diffusers.errors import InputError
+from psa_diffusers.families import FAMILIES, MODULES
 from psa_diffusers.runs.plan import Request, make_plan
-from psa_testing.published_models import PUBLISHED
+from psa_testing.families import PUBLISHED
 from psa_testing.tiny_pipelines import tiny_image
 
 
@@ -34,15 +36,22 @@ def hub(monkeypatch, tmp_path):
 
 
 CHECKPOINTS = {published.checkpoint: published for published in PUBLISHED}
-# What the configurations of their VAEs say of compression; LTX's and Mochi's say nothing.
-VAES = {
-    "Wan": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
-    "SkyReels": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
-    "HunyuanVideo15": {"spatial_compression_ratio": 16, "temporal_compression_ratio": 4},
-    "Hunyuan": {"spatial_compression_ratio": 8, "temporal_compression_ratio": 4},
-    "Allegro": {},
-    "CogVideoX": {"temporal_compression_ratio": 4},
-}
+
+
+def test_every_alias_has_a_name_of_its_own():
+    names = [card.name for module in MODULES for card in module.CARDS]
+    assert len(MODELS) == 1 + len(names) == 1 + len({*names, "demo"} - {"demo"})
+    assert next(iter(MODELS)) == "demo"
+    assert {card.pipeline for card in MODELS.values()} == set(PIPELINE_KINDS)
+
+
+def test_the_tables_in_the_docs_name_every_model():
+    root = Path(__file__).resolve().parents[2]
+    readme, docs = (root.joinpath(file).read_text(encoding="utf-8") for file in ("README.md", "docs/models.md"))
+    assert [name for name in MODELS if f"`{name}`" not in readme] == []
+    assert [name for name in MODELS if f"`{name}`" not in docs] == ["demo"]
+    assert [family.name for family in FAMILIES if f"| {family.name} |" not in docs] == []
+    assert [name for family in FAMILIES for name in family.transformers if f"`{name}`" not in docs] == []
 
 
 @pytest.mark.parametrize("name", [name for name, card in MODELS.items() if card.hub_id])
@@ -50,11 +59,8 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     """With the published configuration of its checkpoint, and the size whose token grid is known."""
     card, published = MODELS[name], CHECKPOINTS[MODELS[name].transformer[0]]
     hub[card.transformer[1]] = published.config
-    hub["vae/config.json"] = next((vae for kind, vae in VAES.items() if card.pipeline.startswith(kind)), {})
-    if "2.2" in name and "5b" in name:
-        hub["vae/config.json"] = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
-    two = name in ("wan2.2-14b", "wan2.2-i2v-14b")
-    hub["model_index.json"]["transformer_2"] = ["diffusers", "X"] if two else [None, None]
+    hub["vae/config.json"] = published.vae
+    hub["model_index.json"]["transformer_2"] = ["diffusers", "X"] if published.experts == 2 else [None, None]
     tiny_image(card.width, card.height).save(tmp_path / "image.png")
     image = str(tmp_path / "image.png") if PIPELINE_KINDS[card.pipeline].takes_image else None
     plan = make_plan(Request(prompts=("a cat",), model=name, image=image))
@@ -62,10 +68,10 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     assert (settings.source, settings.steps, settings.fps) == (card.hub_id, card.steps, card.fps)
     assert settings.negative_prompt == card.negative_prompt
     assert settings.negative_prompt.startswith("色调艳丽") == (name.startswith("wan"))
-    assert (model.num_layers, model.experts) == (published.layers, 1 + two)
+    assert (model.num_layers, model.experts) == (published.layers, published.experts)
     frames, height, width = published.grid
     assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
-    if name != "framepack":  # its grid is that of a section
+    if not model.kind.any_frames:  # else its grid is that of a section
         latents = -(-settings.frames // model.frame_step)
         assert -(-latents // published.config.get("patch_size_t", 1)) == frames
     if name == "wan2.2-14b":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +12,9 @@ from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_testing.tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.families import CASES, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
+from psa_testing.random_norms import NORMS
+from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_pipelines import tiny_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +75,10 @@ def test_the_layers_are_the_video_self_attentions(name, layers):
         assert psa.stats().layers == layers
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-i2v", "cogvideox-5b", "cogvideox-1.5"])
+BY_SET_ATTN_PROCESSOR = [name for name in ONE_EACH if TESTS_OF[name].has_set_attn_processor]
+
+
+@pytest.mark.parametrize("name", [*BY_SET_ATTN_PROCESSOR, "hunyuan-video-i2v", "cogvideox-1.5"])
 def test_set_attn_processor_is_enough(name):
     case, pipe = CASES[name], CASES[name].make()
     processor = PSAProcessor(pipe, preset=preset())
@@ -82,7 +90,7 @@ def test_set_attn_processor_is_enough(name):
         assert torch.equal(case.run(pipe), by_hand)
 
 
-@pytest.mark.parametrize("name", ["mochi", "framepack", "allegro"])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in BY_SET_ATTN_PROCESSOR])
 def test_models_without_set_attn_processor_are_patched_and_restored(name):
     pipe = CASES[name].make()
     assert not hasattr(pipe.transformer, "set_attn_processor")
@@ -115,6 +123,34 @@ def test_diffusion_forcing_in_causal_blocks_is_dense():
         case.run(pipe, **inputs)
 
 
+def give_a_mask(attn):
+    """Let an attention module be called with a mask that hides nothing; returns a hook."""
+    signature = inspect.signature(attn.forward)
+
+    def mask(module, args, kwargs):
+        call = signature.bind(*args, **kwargs)
+        hidden = call.arguments["hidden_states"]
+        call.arguments["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
+        return call.args, call.kwargs
+
+    return attn.register_forward_pre_hook(mask, with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if TESTS_OF[name].family.text == "none"])
+def test_a_mask_of_video_tokens_is_dense(name):
+    case, pipe = CASES[name], CASES[name].make()
+    family = find_family(pipe.transformer)
+    [layer, attn], *_ = family.self_attentions(pipe.transformer).items()
+    with apply_psa(pipe, SPARSE) as psa, give_a_mask(attn):
+        with pytest.warns(PSAFallbackWarning, match="given an attention mask|masks the attention between frames"):
+            case.run(pipe)
+        stats = psa.stats()
+        index = stats.layers.index(layer)
+        assert all(row[index] == 1 and min(row) < 0.5 for row in stats.density)
+    with apply_psa(pipe, SPARSE, strict=True), give_a_mask(attn), pytest.raises(PSAFallbackError, match="mask"):
+        case.run(pipe)
+
+
 def test_a_video_of_unknown_size_is_dense(monkeypatch):
     case, pipe = CASES["ltx"], CASES["ltx"].make()
     stock = case.run(pipe)
@@ -138,5 +174,32 @@ def test_animate_and_framepack_make_every_segment_a_run():
 
 
 def test_every_family_is_tested():
-    families = {find_family(CASES[name].make().transformer) for name in ONE_EACH}
-    assert families == set(FAMILIES)
+    assert len(TESTS) == len(FAMILIES) and {tests.family for tests in TESTS} == set(FAMILIES)
+    transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
+    for name, transformer in transformers.items():
+        assert find_family(transformer) is TESTS_OF[name].family
+    known = sorted(name for family in FAMILIES for name in family.transformers)
+    assert sorted(type(transformer).__name__ for transformer in transformers.values()) == known
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_norms_of_queries_and_keys_can_be_told_apart(name):
+    """So that the tests above would see one in another's place."""
+    transformer = CASES[name].make().transformer
+    for attn in TESTS_OF[name].family.self_attentions(transformer).values():
+        found = [getattr(attn, norm, None) for norm in NORMS]
+        weights = [norm.weight for norm in found if norm is not None]
+        assert all(not torch.equal(*pair) for pair in itertools.combinations(weights, 2))
+
+
+def test_names_of_cases_are_their_own():
+    assert len(CASES) == sum(len(tests.cases) for tests in TESTS)
+    assert len(SAVED) == sum(len(tests.saved) for tests in TESTS)
+    assert len(PARALLEL) == sum(len(tests.parallel) for tests in TESTS)
+
+
+def test_families_that_can_be_split_have_cases_of_several_ranks():
+    transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
+    plans = {name: TESTS_OF[name].family.parallel_plan(transformer) for name, transformer in transformers.items()}
+    split = {TESTS_OF[name].family for name, plan in plans.items() if plan is not None}
+    assert split == {tests.family for tests in TESTS if tests.parallel}

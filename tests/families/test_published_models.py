@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from psa_diffusers.families import FAMILIES, AttentionCall, find_family
-from psa_testing.published_models import PUBLISHED
+from psa_testing.families import NETWORKS, PUBLISHED
 
 
-@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.checkpoint.split("/")[1])
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
 def test_a_published_configuration(published):
     with torch.device("meta"):
         transformer = getattr(diffusers, published.model)(**published.config)
@@ -46,6 +46,7 @@ def test_hunyuan_video_1_5_chooses_these_sizes():
     assert {target: tuple(x // 16 for x in choose(9, 16, target)) for target in sizes} == sizes
 
 
-def test_every_transformer_of_every_family_has_a_published_row():
+def test_every_transformer_of_every_family_is_published_and_has_a_toy():
     known = {name for family in FAMILIES for name in family.transformers}
-    assert known == {published.model for published in PUBLISHED}
+    assert known == {published.model for published in PUBLISHED} == set(NETWORKS)
+    assert known == {published.model for published in PUBLISHED if published.toy}

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from brute_force import brute_force
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_testing.brute_force import brute_force
 
 EVERYTHING = {"levels": (1,), "thresholds": (1.0,)}
 # So that a block of 8 has more than one representative.

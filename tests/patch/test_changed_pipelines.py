@@ -11,12 +11,13 @@ import torch
 from psa_diffusers import apply_psa
 from psa_diffusers.families import find_family
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_testing.families import CASES, ONE_EACH, TESTS_OF
 from psa_testing.group_offload import offload_groups
-from psa_testing.tiny_families import CASES, EVERYTHING, ONE_EACH, SPARSE, WAN, assert_equal_to_rounding, preset
+from psa_testing.tiny_families import EVERYTHING, SPARSE, WAN, assert_equal_to_rounding, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EACH = {"wan": WAN, **{name: CASES[name] for name in ONE_EACH}}
+EACH = {name: CASES[name] for name in ONE_EACH}
 
 
 def layers_of(pipe):
@@ -39,9 +40,8 @@ def run_in_its_dtype(case, pipe):
             hook.remove()
 
 
-@pytest.mark.parametrize("name", [name for name in EACH if name != "allegro"])
+@pytest.mark.parametrize("name", [name for name in EACH if TESTS_OF[name].takes_lora])
 def test_lora(name):
-    """Allegro is not here: diffusers loads no LoRA into it."""
     case, pipe = EACH[name], EACH[name].make()
     stock = case.run(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_v_proj", "to_add_out"]
@@ -142,10 +142,10 @@ def test_cogvideox_fused_after_the_patch_is_noticed():
             case.run(pipe)
 
 
-@pytest.mark.parametrize("name", ["wan", "wan-vace", "skyreels-v2", "ltx", "hunyuan-video"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.fuses])
 def test_fused_projections(name):
     """Against stock that is fused too: in diffusers 0.36 VACE itself gives something else then."""
-    case, pipe = EACH[name], EACH[name].make()
+    case, pipe = CASES[name], CASES[name].make()
     fused = case.make()
     fused.transformer.fuse_qkv_projections()
     stock = case.run(fused)

@@ -14,10 +14,9 @@ from diffusers import ContextParallelConfig
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.context_parallel import share_of
 from psa_testing import parallel_ranks
-from psa_testing.parallel_ranks import TWO_PROMPTS, UNEVEN
+from psa_testing.families import PARALLEL
 from psa_testing.tiny_pipelines import tiny_transformer
 
-EVEN, ANY = {}, {"ulysses_anything": True}
 HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
 
 
@@ -25,7 +24,7 @@ HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
 def on_ranks(tmp_path, monkeypatch):
     """Runs a check of parallel_ranks.py in so many processes, which fork from one that has imported everything."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    multiprocessing.set_forkserver_preload(["parallel_ranks"])
+    multiprocessing.set_forkserver_preload(["psa_testing.parallel_ranks"])
 
     def run(ranks, check, *arguments):
         started = (ranks, str(tmp_path), check, arguments)
@@ -34,29 +33,15 @@ def on_ranks(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(
-    ("ranks", "name", "inputs", "first", "config"),
-    [
-        (2, "wan", {}, "parallelism", EVEN),
-        (4, "wan", {**UNEVEN, **TWO_PROMPTS}, "patch", ANY),
-        (2, "wan-two-experts", {}, "patch", EVEN),
-        (2, "hunyuan-video", TWO_PROMPTS, "parallelism", EVEN),
-        (4, "hunyuan-video", UNEVEN, "patch", ANY),
-        (2, "cogvideox-5b", UNEVEN, "patch", ANY),
-        (4, "cogvideox-5b", {}, "parallelism", EVEN),
-        (2, "cogvideox-2b", {}, "parallelism", EVEN),
-        (2, "hunyuan-video-1.5", {}, "patch", EVEN),
-        (2, "ltx", TWO_PROMPTS, "parallelism", EVEN),
-        (2, "ltx-i2v", {}, "patch", EVEN),
-        (2, "ltx-condition", {}, "parallelism", EVEN),
-        (2, "mochi", {**UNEVEN, **TWO_PROMPTS}, "patch", ANY),
-    ],
-    ids=lambda value: value if isinstance(value, str) else None,
-)
-def test_several_ranks_equal_one_process(on_ranks, ranks, name, inputs, first, config):
-    if config is ANY and not HAS_ANY:
+RUNS = [(name, ranks) for name, parallel in PARALLEL.items() for ranks in parallel.runs]
+
+
+@pytest.mark.parametrize(("name", "run"), RUNS, ids=[f"{name}-{run.count}-{run.first}" for name, run in RUNS])
+def test_several_ranks_equal_one_process(on_ranks, name, run):
+    if run.any_length and not HAS_ANY:
         pytest.skip("this diffusers has no ulysses_anything")
-    on_ranks(ranks, parallel_ranks.equals_one_process, name, inputs, first, {"ulysses_degree": ranks, **config})
+    config = {"ulysses_degree": run.count, **({"ulysses_anything": True} if run.any_length else {})}
+    on_ranks(run.count, parallel_ranks.equals_one_process, name, run.inputs, run.first, config)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])

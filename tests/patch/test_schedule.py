@@ -13,8 +13,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.schedule import Schedule, UnknownStepError
+from psa_testing.families.cogvideox import tiny_cogvideox_2b
 from psa_testing.tiny_families import preset
-from psa_testing.tiny_families.cogvideox import tiny_cogvideox_2b
 from psa_testing.tiny_pipelines import run as run_small
 from psa_testing.tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v, tiny_wan_v2v
 

@@ -7,8 +7,9 @@ import torch
 
 from psa_diffusers import apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_testing.families import CASES, ONE_EACH, TESTS_OF
 from psa_testing.spies import count_selections, spy_on_attention
-from psa_testing.tiny_families import CASES, ONE_EACH, SPARSE, preset
+from psa_testing.tiny_families import SPARSE, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,9 +39,9 @@ def test_a_text_token_counts(name):
             assert not torch.equal(case.run(pipe), plain)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "hunyuan-video-1.5", "mochi", "framepack", "ltx", "allegro"])
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if TESTS_OF[name].masks_padding])
 def test_padding_counts_for_nothing(name):
-    """CogVideoX, Wan and SkyReels are not here: these models have no text mask, and attend their padding."""
+    """CogVideoX, Wan and SkyReels have no text mask, and attend their padding."""
     case, pipe = CASES[name], CASES[name].make()
     with apply_psa(pipe, SPARSE, strict=True):
         for inputs in ({}, *(other for other in case.others if len(other.get("prompt", "")) == 2)):
@@ -75,23 +76,15 @@ def expected_attention(q, k, v, text, video, factor):
     return out
 
 
-TEXT_PLACES = {
-    # Where text stands among 192 video tokens, and how many of its tokens are real: one for each character of the
-    # prompt and one for its end; HunyuanVideo's padding is masked, CogVideoX's is not.
-    "hunyuan-video-distilled": ("after", 32, [6, 15]),
-    "mochi": ("after", 16, [1, 4, 6, 15]),
-    "cogvideox-5b": ("before", 16, [16] * 4),
-}
+JOINT = [name for name, case in CASES.items() if case.text is not None]
 
 
-@pytest.mark.parametrize("name", TEXT_PLACES)
+@pytest.mark.parametrize("name", JOINT)
 def test_text_is_exact_and_video_alone_is_pooled(name, monkeypatch):
     """Everything at level 4: blocks that mixed text and video, pooled text or padding would all show."""
-    place, tokens, lengths = TEXT_PLACES[name]
     case, pipe = CASES[name], CASES[name].make()
-    batch = {"prompt": ["a cat", "a dog, running"], "num_inference_steps": 2}
-    if name != "hunyuan-video-distilled":
-        batch["negative_prompt"] = ["", "bad"]
+    place, tokens, lengths = TESTS_OF[name].family.text, case.text.tokens, case.text.attended
+    batch = {"prompt": ["a cat", "a dog, running"], "num_inference_steps": 2, **case.text.inputs}
     calls = spy_on_attention(monkeypatch)
     with apply_psa(pipe, preset(dense_steps=0.0, thresholds=[0.0, 0.0, 1.0], order="raster"), strict=True):
         case.run(pipe, **batch)
@@ -152,7 +145,7 @@ def test_lists_of_samples_with_different_text_serve_later_steps(monkeypatch):
         assert torch.equal(case.run(pipe, **batch), first)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video-distilled", "mochi"])
+@pytest.mark.parametrize("name", [name for name in JOINT if TESTS_OF[name].masks_padding])
 def test_samples_with_different_text_are_what_each_is_alone(name):
     """Every sample has lists and text of its own, whatever else is in the batch."""
     case, pipe = CASES[name], CASES[name].make()

@@ -5,76 +5,36 @@ from __future__ import annotations
 import json
 
 import pytest
-from diffusers import HunyuanVideo15Pipeline
 
+from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.runs.generate import run
 from psa_diffusers.runs.plan import Request, make_plan
-from psa_testing.tiny_families.allegro import tiny_allegro
-from psa_testing.tiny_families.cogvideox import tiny_cogvideox_1_5
-from psa_testing.tiny_families.hunyuan_video import tiny_framepack, tiny_hunyuan_video
-from psa_testing.tiny_families.hunyuan_video15 import embeddings, tiny_hunyuan_video15
-from psa_testing.tiny_families.ltx import tiny_ltx_i2v
-from psa_testing.tiny_families.mochi import tiny_mochi
-from psa_testing.tiny_families.wan_relatives import tiny_wan_vace
-from psa_testing.tiny_pipelines import tiny_image, tiny_text_encoder, tiny_tokenizer
+from psa_testing.families import SAVED
+from psa_testing.tiny_pipelines import tiny_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def hunyuan_video15():
-    """A saved pipeline has text encoders; `stand_in_texts` does not call them."""
-    pipe = tiny_hunyuan_video15()
-    pipe.register_modules(
-        text_encoder=tiny_text_encoder(),
-        tokenizer=tiny_tokenizer(),
-        text_encoder_2=tiny_text_encoder(),
-        tokenizer_2=tiny_tokenizer(),
-    )
-    return pipe
-
-
-PIPELINES = {
-    # builder, height, frames
-    "hunyuan-video": (tiny_hunyuan_video, 64, 9),
-    "cogvideox-1.5": (tiny_cogvideox_1_5, 64, 17),
-    "ltx-i2v": (tiny_ltx_i2v, 32, 9),
-    "mochi": (tiny_mochi, 64, 13),
-    "wan-vace": (tiny_wan_vace, 64, 9),
-    "hunyuan-video-1.5": (hunyuan_video15, 32, 5),
-    "framepack-i2v": (tiny_framepack, 64, 9),
-    "allegro": (tiny_allegro, 64, 8),
-}
-
-
-@pytest.fixture
-def stand_in_texts(monkeypatch):
-    """Whatever HunyuanVideo 1.5 is asked, its text is the same: its text encoders have no tiny build."""
-
-    def encode_prompt(self, **arguments):
-        return tuple(embeddings(7)[f"prompt_embeds{part}"] for part in ("", "_mask", "_2", "_mask_2"))
-
-    monkeypatch.setattr(HunyuanVideo15Pipeline, "encode_prompt", encode_prompt)
-
-
-@pytest.mark.usefixtures("stand_in_texts")
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_saved_pipeline_runs(name, tmp_path):
-    build, size, frames = PIPELINES[name]
-    build().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_pipeline_runs(name, tmp_path, monkeypatch):
+    saved, pipe = SAVED[name], SAVED[name].build()
+    pipe.save_pretrained(tmp_path / "model")
+    for method, stand_in in saved.stand_ins.items():
+        monkeypatch.setattr(type(pipe), method, stand_in)
     (tmp_path / "small.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.7]\n")
-    tiny_image(size, size).save(tmp_path / "image.png")
+    tiny_image(saved.size, saved.size).save(tmp_path / "image.png")
     request = Request(
         prompts=("a cat",),
         model=str(tmp_path / "model"),
         preset=str(tmp_path / "small.yaml"),
         output=str(tmp_path / "out"),
-        image=str(tmp_path / "image.png") if name.endswith(("i2v", "vace")) else None,
+        image=str(tmp_path / "image.png") if PIPELINE_KINDS[type(pipe).__name__].takes_image else None,
         guidance=3.0,
         strict=True,
         steps=3,
-        height=size,
-        width=size,
-        frames=frames,
+        height=saved.size,
+        width=saved.size,
+        frames=saved.frames,
     )
     plan = make_plan(request)
     summary = run(plan)

@@ -16,7 +16,6 @@ FIELDS = {"workload", "method", "density", "compiled", "ms", "peak_gib"}
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     import bench_model
 
     def run(output, *arguments):

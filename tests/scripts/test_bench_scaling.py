@@ -7,15 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import bench_scaling
 import pytest
 import torch
 
+from psa_kernels import AttentionSpec, psa_attention, select_blocks
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import bench_scaling  # noqa: E402
-
-from psa_kernels import AttentionSpec, psa_attention, select_blocks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

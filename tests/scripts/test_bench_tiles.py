@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+from operator_bench.tiles_plot import plot, table
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from operator_bench.tiles_plot import plot, table  # noqa: E402
 
 
 def _row(method: str, pyramid: str, ms: float) -> dict:

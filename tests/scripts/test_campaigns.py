@@ -13,11 +13,6 @@ CAMPAIGNS = Path(__file__).parents[2] / "scripts" / "campaigns"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(CAMPAIGNS))
-
-
 @pytest.fixture
 def first_seed():
     seed = random.randrange(2**31)

@@ -6,42 +6,20 @@ import json
 import sys
 from pathlib import Path
 
+import block_checks
+import check_blocks
 import pytest
 import torch
+from random_models import Machine, build, make_inputs, pick_machine
 
-from psa_testing.published_models import PUBLISHED
+from psa_diffusers.families import find_family
+from psa_testing.families import NETWORKS, PUBLISHED, TESTS
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import block_checks  # noqa: E402
-import check_blocks  # noqa: E402
-from random_models import Machine, build, make_inputs, pick_machine  # noqa: E402
-
-from psa_diffusers.families import find_family  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# One of each class, and those whose inputs differ from the others of their class.
-NAMES = (
-    "Wan2.1-T2V-1.3B-Diffusers",
-    "Wan2.1-I2V-14B-720P-Diffusers",
-    "Wan2.2-TI2V-5B-Diffusers",
-    "Wan2.1-VACE-14B-diffusers",
-    "Wan2.2-Animate-14B-Diffusers",
-    "SkyReels-V2-DF-1.3B-540P-Diffusers",
-    "HunyuanVideo",
-    "HunyuanVideo-I2V-33ch",
-    "FramePackI2V_HY",
-    "HunyuanVideo-1.5-Diffusers-480p_t2v",
-    "CogVideoX-2b",
-    "CogVideoX-5b-I2V",
-    "CogVideoX1.5-5B-I2V",
-    "LTX-Video",
-    "mochi-1-preview",
-    "Allegro",
-)
-TWICE = {"HunyuanVideo", "HunyuanVideo-I2V-33ch", "FramePackI2V_HY", "Wan2.1-VACE-14B-diffusers", "mochi-1-preview"}
-PADDED = {*NAMES[6:10], *NAMES[13:]}
+NAMES = [published.name for published in PUBLISHED if published.toy]
+PADDED = {model for tests in TESTS if tests.masks_padding for model in tests.networks}
 
 
 @pytest.fixture
@@ -58,19 +36,16 @@ def run(monkeypatch, tmp_path):
 
 
 def test_a_toy_of_every_class(run, capsys):
-    assert {published.model for published in PUBLISHED} == {
-        published.model for published in PUBLISHED if published.checkpoint.split("/")[1] in NAMES
-    }
     status, rows = run("--only", *NAMES)
     printed = capsys.readouterr().out
     assert [row["name"] for row in rows] == list(NAMES) and status == 0, [row.get("error") for row in rows]
     assert json.loads(printed.splitlines()[-1])["rows"] == rows
     for row in rows:
         assert row["failed"] == [] and row["identical"] and row["finite"] and row["tokens"] == 192
-        assert len(row["attentions"]) == 1 + (row["name"] in TWICE)
+        assert len(row["attentions"]) == NETWORKS[row["model"]].kinds
         assert row["kept_error"] < 1e-5 and row["kept_output_error"] < 1e-5 and row["psa_error"] > 0.05
         assert 0.2 < row["density"] < 0.35 and row["implementation"] == "reference"
-        assert (row["padding_change"] == 0) == (row["text_change"] is not None) == (row["name"] in PADDED)
+        assert (row["padding_change"] == 0) == (row["text_change"] is not None) == (row["model"] in PADDED)
         assert f"| {row['name']} | 2 x {row['head_dim']} | 192 | identical |" in printed
 
 
@@ -131,18 +106,20 @@ def test_short_models_at_full_size(checkpoint):
     assert row["failed"] == [] and row["psa_ms"] > 0 and row["dense_peak_gib"] > 0
 
 
-@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.checkpoint.split("/")[1])
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
 def test_inputs_at_full_size_are_what_the_transformer_takes(published):
     """On the meta device, which has shapes alone."""
     machine = Machine("meta", torch.bfloat16, "eager", False)
-    changes = block_checks.one_block_each(published.model, published.config)
+    network = NETWORKS[published.model]
     with torch.device("meta"), torch.no_grad():
-        transformer = build(published.checkpoint, machine, **changes)
+        transformer = build(published.checkpoint, machine, **network.one_block)
         inputs = make_inputs(published.checkpoint, transformer, machine, padding=block_checks.PADDING)
         assert find_family(transformer).token_grid(transformer, inputs) == published.grid
-        # The others look into their masks.
-        if not published.model.startswith(("HunyuanVideoFramepack", "HunyuanVideo15", "Mochi")):
-            output = transformer(**inputs).sample
-            assert output.shape[2:] == published.latents[2:] or published.model.startswith("CogVideoX")
+        if not network.reads_masks:
+            output, latents = transformer(**inputs).sample, published.latents
+            if network.frames_first:
+                assert output.shape[1] == latents[1] and output.shape[3:] == latents[3:]
+            else:
+                assert output.shape[2:] == latents[2:]
     joint = find_family(transformer).text == "before"
     assert not joint or inputs["encoder_hidden_states"].shape[1] == published.text

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from operator_bench import peers, plot, tables, timing
+from operator_bench.workloads import WORKLOADS, Case, Workload
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from operator_bench import peers, plot, tables, timing  # noqa: E402
-from operator_bench.workloads import WORKLOADS, Case, Workload  # noqa: E402
 
 TOY = Workload("toy", heads=2, head_dim=64, grid=(10, 10, 10), text=24)
 

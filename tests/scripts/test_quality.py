@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import quality
 import torch
+from quality_lab import figures, store
+from quality_lab.experiments import EXPERIMENTS
+from quality_lab.prompts import prompts_for
+
+from psa_diffusers.calibrate.intervals import half_interval
+from psa_diffusers.errors import InputError
+from psa_diffusers.report.metrics import compare_frames
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import quality  # noqa: E402
-from quality_lab import figures, store  # noqa: E402
-from quality_lab.experiments import EXPERIMENTS  # noqa: E402
-from quality_lab.prompts import prompts_for  # noqa: E402
-
-from psa_diffusers.calibrate.intervals import half_interval  # noqa: E402
-from psa_diffusers.errors import InputError  # noqa: E402
-from psa_diffusers.report.metrics import compare_frames  # noqa: E402
 
 TINY = ["--prompts", "1", "--steps", "2", "--height", "64", "--width", "64", "--frames", "9"]
 

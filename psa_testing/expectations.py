@@ -6,21 +6,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers import Preset, load_preset
-
-# One case a family, for what does not depend on the pipeline.
-ONE_EACH = (
-    "hunyuan-video",
-    "cogvideox-5b",
-    "wan-vace",
-    "wan-animate",
-    "hunyuan-video-1.5",
-    "ltx",
-    "mochi",
-    "skyreels-v2",
-    "framepack",
-    "allegro",
-)
+from psa_diffusers.presets import Preset, load_preset
 
 
 def preset(**changes: Any) -> Preset:
