@@ -213,7 +213,7 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(psa_attention(q.requires_grad_(), k, v, SPECS["psa-3"]), expected)
 
 
-@pytest.mark.parametrize("entries", [1, 3000])
+@pytest.mark.parametrize("entries", [1, 600])
 @pytest.mark.parametrize("name", ["psa-3", "pooled-mean"])
 def test_importance_does_not_depend_on_the_size_of_a_task(name, entries, monkeypatch):
     q, k, _ = inputs(203)
