@@ -106,7 +106,7 @@ def test_what_never_changes_is_asked_once(on_a_gpu, monkeypatch):
 
 
 def test_stages_know_nothing_of_the_kernels_of_others():
-    """What they hand on are classes of `lists`, `pyramid.pooled` and `quantise.integers`; references may build on others."""
+    """What they hand on are the classes named here and in `lists`; only a reference may build on others."""
     package = Path(psa_kernels.__file__).parent
     stages = {"pyramid", "importance", "allocation", "quantise", "sparse"}
     files = [file for stage in stages for file in (package / stage).rglob("*.py") if file.name != "reference.py"]
