@@ -16,6 +16,8 @@ def unit_costs(spec: AttentionSpec) -> list[int]:
 
 def row_budget(spec: AttentionSpec, key_blocks: int) -> int:
     """What a row may cost, in the same units."""
+    if spec.density is None:
+        raise ValueError(f"rule={spec.rule!r}: only the rule 'budget' has a budget")
     unit = unit_costs(spec)[0] * spec.levels[0]
     # The product may fall short of the whole number that it is in exact arithmetic.
     return math.floor(spec.density * unit * key_blocks + 1e-6)

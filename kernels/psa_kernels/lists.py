@@ -109,8 +109,9 @@ class AttentionStats:
             return cls(ones, ones, torch.zeros(batch, heads, len(spec.levels), device=ones.device), implementation)
         shares = lists.counts.sum(2).float() / pairs
         # Plain numbers, one by one: a tensor of them would have to be copied to the device, and the copy waited for.
-        density = sum(shares[..., index] / level for index, level in enumerate(spec.levels))
-        coverage = shares.sum(-1)
+        density, coverage = shares[..., 0] / spec.levels[0], shares.sum(-1)
+        for index, level in enumerate(spec.levels[1:], start=1):
+            density = density + shares[..., index] / level
         if spec.rest == "mean":
             density = density + (1 - coverage) / spec.block_key
             coverage = torch.ones_like(coverage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 RULES = ("count", "mass", "budget")
 RESTS = ("skip", "mean")
@@ -150,7 +151,7 @@ class AttentionSpec:
                 raise ValueError(f"importance.{name}={stride}: expected a divisor of the block of {block} tokens")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -43,7 +43,7 @@ def run_tasks(tasks: Iterable[Task], worker: Callable[[Iterator[Task]], None], d
         future.result()
 
 
-class _Shared:
+class _Shared(Generic[Task]):
     """One iterator that several threads draw from."""
 
     def __init__(self, source: Iterator[Task]) -> None:

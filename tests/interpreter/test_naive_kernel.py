@@ -1,11 +1,6 @@
-"""The naive attention kernel and its benchmark, in Triton's interpreter: test_bench_tiles runs it.
-
-Not collected by default: the interpreter has to be switched on before triton is imported.
-"""
+"""The naive attention kernel and its benchmark, in Triton's interpreter."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import bench_tiles
 import pytest
@@ -17,7 +12,7 @@ from psa_kernels import AttentionSpec, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid.triton import build_pyramid
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SPECS = {
     "three levels": {"block_key": 32, "thresholds": (0.2, 0.5, 1.0)},

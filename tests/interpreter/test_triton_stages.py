@@ -118,9 +118,10 @@ def test_lists_are_those_of_the_reference_bit_for_bit(name, key_blocks):
     tied = (smooth * 8).round() + 0.5
     # Eighths add up exactly, so that shares of them meet thresholds exactly.
     uniform = torch.full((1, 1, 1, key_blocks), 0.125)
-    padded = torch.full((1, 1, 2, key_blocks + 16), 7.0)[..., :key_blocks].copy_(smooth)
+    together = torch.cat([smooth[:, :, :1], tied[:, :, :1], uniform], dim=2)
+    padded = torch.full((1, 1, 3, key_blocks + 16), 7.0)[..., :key_blocks].copy_(together)
     cap = torch.randint(0, len(spec.levels), (1, 1, key_blocks))
-    for importance, coarsest in ((smooth, cap), (tied, None), (uniform, None), (padded, None)):
+    for importance, coarsest in ((smooth, cap), (padded, None)):
         expected = reference_allocation.allocate(importance, coarsest, spec)
         found = triton_allocation.allocate(importance, None if coarsest is None else coarsest.int(), spec)
         assert found.ids.dtype == expected.ids.dtype and found.counts.dtype == expected.counts.dtype
@@ -128,14 +129,23 @@ def test_lists_are_those_of_the_reference_bit_for_bit(name, key_blocks):
         assert torch.equal(found.ids, expected.ids)
 
 
+def test_mass_that_float32_cannot_tell_from_the_threshold():
+    """Before the second block lies 1 of 2 + 2^-30: less than half, but in float32 just half."""
+    importance = torch.tensor([0.25, 1.0, 0.125, 2.0**-30, 0.5, 0.125])[None, None, None]
+    spec = AttentionSpec(rule="mass", levels=(1, 2), thresholds=(0.5, 1.0))
+    for allocate in (reference_allocation.allocate, triton_allocation.allocate):
+        lists = allocate(importance, None, spec)
+        assert lists.ids.tolist() == [[[[1, 4, 0, 2, 3, 5]]]] and lists.counts.tolist() == [[[[2, 4]]]]
+
+
 def attention_error(q, k, v, spec, **options):
     """Largest difference from the reference with the same lists; both halves of the operator at once must agree."""
-    lists = select_blocks(q, k, spec, implementation="triton", **options)
+    call = {"implementation": "triton", **options}
+    out, stats, lists = psa_attention(q, k, v, spec, return_stats=True, return_lists=True, **call)
     wide = (x.double() for x in (q, k, v))
     expected = psa_attention(*wide, spec, lists=lists, implementation="reference", **options)
-    out, stats = psa_attention(q, k, v, spec, lists=lists, implementation="triton", return_stats=True, **options)
     assert stats.implementation == "triton" and out.is_contiguous() and out.dtype == q.dtype
-    assert torch.equal(out, psa_attention(q, k, v, spec, implementation="triton", **options))
+    assert torch.equal(out, psa_attention(q, k, v, spec, lists=lists, **call))
     return (out.double() - expected).abs().max().item()
 
 
@@ -172,29 +182,29 @@ ATTENTIONS = {
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name):
     spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
-    tokens = 683 if spec.block_key == 256 else 203
-    assert attention_error(*inputs(tokens), spec) < 2e-5
+    tokens = (139, 683) if spec.block_key == 256 else (139,)
+    assert attention_error(*inputs(*tokens), spec) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["psa-3", "no exact level"])
 def test_sums_that_are_finished_late(name, monkeypatch):
     """As on GPUs of compute capability 9.0."""
     monkeypatch.setattr(triton_sparse, "LATE_SUM", (8,))
-    assert attention_error(*inputs(203), AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})) < 2e-5
+    assert attention_error(*inputs(139), AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["psa-3", "rest mean"])
 def test_attention_in_another_order(name):
     spec = AttentionSpec(**{"block_key": 32, **ATTENTIONS[name]})
-    assert attention_error(*inputs(203, heads=2), spec, permutation=torch.randperm(203)) < 2e-5
+    assert attention_error(*inputs(139, heads=2), spec, permutation=torch.randperm(139)) < 2e-5
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 0), (70, 9)])
 def test_text(before, after):
     spec = AttentionSpec(block_query=64, block_key=16, rest="mean")
     options = {"text_before": before, "text_after": after}
-    assert attention_error(*inputs(130 + before + after), spec, permutation=torch.randperm(130), **options) < 2e-5
-    assert attention_error(*inputs(65 + before + after, 90 + before + after), spec, **options) < 2e-5
+    assert attention_error(*inputs(75 + before + after), spec, permutation=torch.randperm(75), **options) < 2e-5
+    assert attention_error(*inputs(65 + before + after, 55 + before + after), spec, **options) < 2e-5
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 90), (90, 1)], ids=str)
@@ -204,30 +214,30 @@ def test_query_length_unlike_key_length(queries, keys):
 
 @pytest.mark.parametrize("head_dim", [40, 96])
 def test_head_dims_that_are_padded(head_dim):
-    assert attention_error(*inputs(150, head_dim=head_dim), AttentionSpec(block_query=64, block_key=16)) < 2e-5
+    assert attention_error(*inputs(75, head_dim=head_dim), AttentionSpec(block_query=64, block_key=16)) < 2e-5
 
 
 def test_float16():
-    assert attention_error(*inputs(203, dtype=torch.float16), AttentionSpec(block_key=32), scale=0.2) < 4e-3
+    assert attention_error(*inputs(139, dtype=torch.float16), AttentionSpec(block_key=32), scale=0.2) < 4e-3
 
 
 def test_negative_scale_and_none():
     for scale in (-0.4, 0.0):
-        assert attention_error(*inputs(150), AttentionSpec(block_query=64, block_key=16), scale=scale) < 2e-5
+        assert attention_error(*inputs(75), AttentionSpec(block_query=64, block_key=16), scale=scale) < 2e-5
 
 
 def test_log_sum_exp():
-    q, k, v = inputs(150)
-    permutation = torch.randperm(147)
-    layout = make_layout(150, 150, 1, 2, permutation)
+    q, k, v = inputs(75)
+    permutation = torch.randperm(72)
+    layout = make_layout(75, 75, 1, 2, permutation)
     spec = AttentionSpec(block_query=64, block_key=16, levels=(1,), thresholds=(1.0,))
     lists = select_blocks(q, k, spec, text_before=1, text_after=2, permutation=permutation, implementation="triton")
-    lse = torch.full((1, 1, 150), torch.nan)
+    lse = torch.full((1, 1, 75), torch.nan)
     pyramid = triton_pyramid.build_pyramid(k, v, layout, spec)
     triton_sparse.sparse_attention(q, pyramid, lists, layout, spec, 0.25, lse)
     expected = (0.25 * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).logsumexp(-1)
-    torch.testing.assert_close(lse[:, :, 1:148], expected[:, :, 1:148], rtol=1e-5, atol=1e-5)
-    assert lse[:, :, 0].isnan().all() and lse[:, :, 148:].isnan().all()
+    torch.testing.assert_close(lse[:, :, 1:73], expected[:, :, 1:73], rtol=1e-5, atol=1e-5)
+    assert lse[:, :, 0].isnan().all() and lse[:, :, 73:].isnan().all()
 
 
 def test_groups_of_heads_change_nothing(monkeypatch):
@@ -237,22 +247,23 @@ def test_groups_of_heads_change_nothing(monkeypatch):
         block_query=64, block_key=16, levels=(1, 4), thresholds=(0.3, 0.8), importance=Importance("pooled", "max", 8, 8)
     )
     options = {"text_before": 2, "permutation": torch.randperm(68), "implementation": "triton"}
-    lists = select_blocks(q, k, spec, **options)
-    whole, stats = psa_attention(q, k, v, spec, lists=lists, return_stats=True, **options)
+    asked = {"return_stats": True, "return_lists": True, **options}
+    whole, stats, lists = psa_attention(q, k, v, spec, **asked)
     launches, pool_tokens = [], triton_pyramid.pool_tokens
     monkeypatch.setattr(triton_pyramid, "pool_tokens", lambda x, *a: launches.append(x.shape[2]) or pool_tokens(x, *a))
     monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 1)
     monkeypatch.setattr(head_groups, "LARGEST_SHARE", 0)
     for kept in (None, lists):
-        parts, part_stats = psa_attention(q, k, v, spec, lists=kept, return_stats=True, **options)
+        parts, part_stats, part_lists = psa_attention(q, k, v, spec, lists=kept, **asked)
         assert torch.equal(parts, whole) and parts.is_contiguous()
+        assert torch.equal(part_lists.ids, lists.ids) and torch.equal(part_lists.counts, lists.counts)
         for name in ("density", "coverage", "level_shares"):
             assert torch.equal(getattr(part_stats, name), getattr(stats, name))
     assert launches == [1] * 8
 
 
 def test_wide_offsets_change_nothing(monkeypatch):
-    q, k, v = inputs(150)
+    q, k, v = inputs(75)
     spec = AttentionSpec(block_query=64, block_key=16)
     narrow = psa_attention(q, k, v, spec, implementation="triton")
     for module in (triton_pyramid, representatives, triton_sparse):
@@ -265,6 +276,6 @@ def test_wide_offsets_change_nothing(monkeypatch):
 )
 def test_values_that_are_not_finite(which, value, name):
     spec = not_finite.make_spec(name)
-    not_finite.check_output(which, value, spec, "triton", 1e-4, tokens=100)
+    not_finite.check_output(which, value, spec, "triton", 1e-4, tokens=80)
     if which == "k":
-        not_finite.check_lists(which, value, spec, "triton", tokens=100)
+        not_finite.check_lists(which, value, spec, "triton", tokens=80)

@@ -87,6 +87,6 @@ def check_lists(which, value, spec, implementation, **options):
     ids = lists.ids.long().sort(-1).values
     assert (ids >= 0).all() and (ids < lists.key_blocks).all() and (ids.diff(dim=-1) > 0).all()
     assert (lists.counts >= 0).all() and (lists.counts.sum(-1) <= lists.ids.shape[-1]).all()
-    out = psa_attention(*spoiled, spec, implementation=implementation)
+    out = psa_attention(*spoiled, spec, lists=lists, implementation=implementation)
     assert out.shape == spoiled[0].shape
     assert out[:, :, 1 - BAD_HEAD].isfinite().all()

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
 from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
 
+import psa_kernels
 from psa_kernels import AttentionSpec, psa_attention, select_blocks
-from psa_kernels.backends.choose import choose
+from psa_kernels.backends import triton
+from psa_kernels.backends.choose import SlowerKernelWarning, choose
 from psa_kernels.backends.hopper import Hopper
 from psa_kernels.backends.triton import Triton
 from psa_kernels.call import make_call
@@ -70,6 +75,46 @@ def test_a_choice_keeps_no_tensor_alive(precision, wanted, monkeypatch):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_a_kernel_that_pays_is_missed_and_one_that_does_not_is_not(on_a_gpu, recwarn):
+    pytest.importorskip("triton")
+    wide = on_a_gpu(AttentionSpec(block_query=64))
+    with pytest.warns(SlowerKernelWarning, match="the hopper kernel cannot be used, .*: block_query=64: expected 128"):
+        assert choose(wide, "auto").name == "triton"
+    with pytest.raises(RuntimeError, match="strict: the hopper kernel cannot be used: block_query=64"):
+        choose(wide, "auto", True)
+    recwarn.clear()
+    assert choose(on_a_gpu(AttentionSpec(block_query=64), tokens=1024), "auto", True).name == "triton"
+    assert choose(on_a_gpu(AttentionSpec(block_query=64), (8, 0)), "auto", True).name == "triton"
+    assert not recwarn.list
+    with pytest.warns(SlowerKernelWarning, match="the triton kernel cannot be used, .*: head_dim=512"):
+        assert choose(on_a_gpu(AttentionSpec(), (8, 0), head_dim=512), "auto").name == "reference"
+
+
+def test_what_never_changes_is_asked_once(on_a_gpu, monkeypatch):
+    pytest.importorskip("triton")
+    call = on_a_gpu(AttentionSpec())
+    assert choose(call).name == "hopper"
+
+    def asked(*_):
+        raise AssertionError("asked again")
+
+    for module, name in ((torch.cuda, "get_device_capability"), (triton, "find_spec"), (metadata, "version")):
+        monkeypatch.setattr(module, name, asked)
+    assert choose(call).name == "hopper"
+
+
+def test_stages_know_nothing_of_the_kernels_of_others():
+    """What they hand on are the classes named here and in `lists`; only a reference may build on others."""
+    package = Path(psa_kernels.__file__).parent
+    stages = {"pyramid", "importance", "allocation", "quantise", "sparse"}
+    files = [file for stage in stages for file in (package / stage).rglob("*.py") if file.name != "reference.py"]
+    assert len(files) > 20
+    for file in files:
+        stage = file.relative_to(package).parts[0]
+        for other, module in re.findall(r"from psa_kernels\.(\w+)\.(\w+) import", file.read_text()):
+            assert other in {stage} or (other, module) in {("pyramid", "pooled"), ("quantise", "integers")}, file
 
 
 def test_the_reference_needs_no_triton():

@@ -99,6 +99,11 @@ def test_a_budget_below_one_block_attends_the_most_important_one_alone(key_block
     assert torch.equal(level, expected)
 
 
+def test_a_budget_that_is_a_whole_number_is_spent_in_full():
+    """0.29 x 4 x 25 is 29, though in binary the product falls short of it."""
+    assert 0.29 * 4 * 25 < 29 and row_budget(budget_spec(0.29), 25) == 29
+
+
 def test_lists_have_room_for_what_a_row_can_pay():
     # 0.1 of 40 blocks pays 16 at a quarter of the price.
     spec = budget_spec(0.1)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, Importance, devices, psa_attention, select_blocks
-from psa_kernels.backends import choose as choosing
+from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.backends.choose import SlowerKernelWarning, choose
-from psa_kernels.call import Call
-from psa_kernels.layout import make_layout
 
 SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
 INT8 = replace(SPEC, precision="int8_qk")
@@ -135,32 +131,6 @@ def test_equal_keys_are_all_that_they_have_in_common():
     torch.testing.assert_close(out, v.mean(1, keepdim=True).expand_as(out))
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-    """Makes a call whose tensors say to `choose` that they are on a GPU."""
-
-    def forget():
-        for answer in (devices.capability, devices.is_hopper, choosing._warn_once):
-            answer.cache_clear()
-
-    def make(spec, capability=(9, 0), dtype=torch.bfloat16, tokens=65_536, heads=12, head_dim=128):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: capability)
-        monkeypatch.setattr(torch.version, "hip", None)
-        forget()
-        x = SimpleNamespace(
-            is_cuda=True,
-            device=torch.device("cuda"),
-            dtype=dtype,
-            shape=torch.Size((1, tokens, heads, head_dim)),
-            data_ptr=lambda: 0,
-            stride=lambda: (tokens * heads * head_dim, heads * head_dim, head_dim, 1),
-        )
-        return Call(x, x, x, make_layout(tokens, tokens, 0, 0, None), spec, 1.0)
-
-    yield make
-    forget()
-
-
 def test_hopper_multiplies_integers_where_it_pays(on_a_gpu, recwarn):
     pytest.importorskip("triton")
     spec = AttentionSpec(precision="int8_qk")
@@ -194,21 +164,6 @@ def test_others_compute_natively_and_say_so_once(capability, dtype, name, reason
         choose(call, "hopper")
     with pytest.raises(ValueError, match="implementation='triton': precision='int8_qk': expected 'native'"):
         choose(call, "triton")
-
-
-def test_a_kernel_that_pays_is_missed_and_one_that_does_not_is_not(on_a_gpu, recwarn):
-    pytest.importorskip("triton")
-    wide = on_a_gpu(AttentionSpec(block_query=64))
-    with pytest.warns(SlowerKernelWarning, match="the hopper kernel cannot be used, .*: block_query=64: expected 128"):
-        assert choose(wide, "auto").name == "triton"
-    with pytest.raises(RuntimeError, match="strict: the hopper kernel cannot be used: block_query=64"):
-        choose(wide, "auto", True)
-    recwarn.clear()
-    assert choose(on_a_gpu(AttentionSpec(block_query=64), tokens=1024), "auto", True).name == "triton"
-    assert choose(on_a_gpu(AttentionSpec(block_query=64), (8, 0)), "auto", True).name == "triton"
-    assert not recwarn.list
-    with pytest.warns(SlowerKernelWarning, match="the triton kernel cannot be used, .*: head_dim=512"):
-        assert choose(on_a_gpu(AttentionSpec(), (8, 0), head_dim=512), "auto").name == "reference"
 
 
 def test_integers_count_in_the_groups_of_heads(on_a_gpu):

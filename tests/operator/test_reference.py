@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+<<<<<<< HEAD
 from psa_testing.brute_force import brute_force
+=======
+from psa_kernels.allocation.reference import allocate
+from psa_kernels.importance import reference as importance_reference
+from psa_kernels.importance.reference import block_importance
+from psa_kernels.layout import make_layout
+>>>>>>> kernels
 
 EVERYTHING = {"levels": (1,), "thresholds": (1.0,)}
 # So that a block of 8 has more than one representative.
@@ -112,6 +119,13 @@ def test_batch_and_scale():
     check(*inputs(50, batch=3, heads=3), SPECS["psa-3"], scale=0.7)
 
 
+def test_text_queries_have_the_scale_of_the_call():
+    q, k, v = inputs(61)
+    check(q, k, v, SPECS["psa-3"], text_before=4, text_after=5, scale=0.7)
+    out = psa_attention(q, k, v, SPECS["psa-3"], text_before=30, text_after=31, scale=0.7)
+    torch.testing.assert_close(out, dense(q, k, v, scale=0.7))
+
+
 def test_only_text_or_only_text_keys():
     q, k, v = inputs(9)
     torch.testing.assert_close(psa_attention(q, k, v, SPECS["psa-3"], text_before=4, text_after=5), dense(q, k, v))
@@ -202,6 +216,46 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(psa_attention(q.requires_grad_(), k, v, SPECS["psa-3"]), expected)
 
 
+@pytest.mark.parametrize("entries", [1, 600])
+@pytest.mark.parametrize("name", ["psa-3", "pooled-mean"])
+def test_importance_does_not_depend_on_the_size_of_a_task(name, entries, monkeypatch):
+    q, k, _ = inputs(203)
+    layout = make_layout(203, 203, 2, 3, torch.randperm(198))
+    whole = block_importance(q, k, layout, SPECS[name], 0.3)
+    monkeypatch.setattr(importance_reference, "TASK_ENTRIES", entries)
+    assert whole.shape[2] == 13
+    torch.testing.assert_close(block_importance(q, k, layout, SPECS[name], 0.3), whole, rtol=1e-12, atol=1e-15)
+
+
+def test_blocks_without_any_mass_are_kept_where_the_last_threshold_keeps_all():
+    """Before each of them lies a share of 1, but none is skipped."""
+    spec = AttentionSpec(rule="mass", thresholds=(0.5, 0.7, 1.0))
+    lists = allocate(torch.tensor([1.0, 0.0, 0.0, 0.0])[None, None, None], None, spec)
+    assert lists.counts.tolist() == [[[[1, 0, 3]]]]
+
+
+@pytest.mark.parametrize("name", ["psa-3", "mass", "rest-mean", "similarity"])
+def test_lists_that_are_returned_are_those_of_select_blocks(name):
+    q, k, v = inputs(61)
+    options = {"text_after": 4, "permutation": torch.randperm(57)}
+    selected = select_blocks(q, k, SPECS[name], v=v, **options)
+    out, stats = psa_attention(q, k, v, SPECS[name], return_stats=True, **options)
+    for given in (None, selected):
+        asked = {"lists": given, "return_lists": True, **options}
+        whole, found, lists = psa_attention(q, k, v, SPECS[name], return_stats=True, **asked)
+        assert torch.equal(whole, out) and torch.equal(found.density, stats.density)
+        assert torch.equal(lists.ids, selected.ids) and torch.equal(lists.counts, selected.counts)
+        again, lists = psa_attention(q, k, v, SPECS[name], **asked)
+        assert torch.equal(again, out) and torch.equal(lists.ids, selected.ids)
+        assert given is None or lists is given
+
+
+def test_lists_of_a_call_without_video_are_empty():
+    q, k, v = inputs(30, 5)
+    _, lists = psa_attention(q, k, v, SPECS["psa-3"], text_after=5, return_lists=True)
+    assert lists.key_blocks == 0 and lists.ids.shape == (1, 2, 2, 0) and lists.counts.sum() == 0
+
+
 def test_lists_serve_another_step():
     spec = SPECS["mass"]
     q, k, v = inputs(61)
@@ -268,6 +322,7 @@ BAD_CALLS = {
     ),
     "two dtypes": (lambda q, k, v: (q, k.float(), v), {}, "k: expected torch.float64"),
     "heads": (lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]), {}, "do not fit"),
+    "grouped heads": (lambda q, k, v: (q, k[:, :, :1], v[:, :, :1]), {}, "q of 2 heads and k of 1 do not fit"),
     "values": (lambda q, k, v: (q, k, v[:, 1:]), {}, "do not fit"),
     "gradient": (lambda q, k, v: (q.clone().requires_grad_(), k, v), {}, "q: requires a gradient"),
     "text": (lambda q, k, v: (q, k, v), {"text_before": 60, "text_after": 5}, "cannot hold text_before=60"),

@@ -51,7 +51,7 @@ def upgrade_prices(
     centres, varied = value_spread(v, layout, spec)
     outputs, totals = mean_outputs(q, importance, centres)
     batch, heads, query_blocks, key_blocks = importance.shape
-    prices = empty_prices(len(spec.levels), *importance.shape, device=q.device)
+    prices = empty_prices(len(spec.levels), batch, heads, query_blocks, key_blocks, q.device)
     padded = energy.fractions.shape[-1]
     tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
     price_kernel[(batch * heads, *tiles)](

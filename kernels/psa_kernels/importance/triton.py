@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -70,10 +71,10 @@ def block_importance(
     return importance
 
 
-def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, columns: int) -> dict[str, int | None]:
+def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, columns: int) -> dict[str, Any]:
     """Tile sizes, pipeline stages, launch options, and programs for each multiprocessor."""
     width = padded_dim(head_dim) * element_size
-    tile = {"TILE_M": 128, "STAGES": 2, "programs": 1, "num_warps": 8, "maxnreg": None}
+    tile: dict[str, Any] = {"TILE_M": 128, "STAGES": 2, "programs": 1, "num_warps": 8, "maxnreg": None}
     if capability[0] == 9 and width <= 256:
         # Two programs fit, and one multiplies while the other computes exponentials. More rows spare reads of keys.
         tile |= {"programs": 2, "maxnreg": 128}

@@ -91,14 +91,15 @@ def pool_tokens(
     video = tokens - layout.text_before - layout.text_after
     rows = sum(block_count(video, factor) for factor in factors)
     means = torch.empty(batch, heads, rows, head_dim, dtype=x.dtype, device=x.device)
+    cap = similarity if similarity is not None and similarity.similarity is not None else None
     coarsest = None
-    if similarity is not None and similarity.similarity is not None:
-        blocks = block_count(video, similarity.block_key)
+    if cap is not None:
+        blocks = block_count(video, cap.block_key)
         coarsest = torch.empty(batch, heads, blocks, dtype=torch.int32, device=x.device)
     if not factors and coarsest is None:
         return means, None
 
-    block_key = similarity.block_key if coarsest is not None else 1
+    block_key = 1 if cap is None else cap.block_key
     # A program holds whole blocks, and enough groups to give 16 bytes of a token to each of its threads.
     largest = factors[-1] if factors else 1
     groups = max(16 if largest <= 16 else 8, block_key // largest)
@@ -106,8 +107,8 @@ def pool_tokens(
     pool_kernel[(triton.cdiv(video, groups * largest), batch * heads)](
         x, means, coarsest, permutation, *x.stride()[:3], heads, video, layout.text_before, rows,
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups,
-        CAP=coarsest is not None, BLOCK_KEY=block_key, LEVELS=similarity.levels if coarsest is not None else (),
-        THRESHOLDS=similarity.similarity if coarsest is not None else (), PERMUTED=permutation is not None,
+        CAP=cap is not None, BLOCK_KEY=block_key, LEVELS=() if cap is None else cap.levels,
+        THRESHOLDS=() if cap is None else cap.similarity, PERMUTED=permutation is not None,
         WIDE=needs_wide_offsets(x), num_warps=4,
     )  # fmt: skip
     return means, coarsest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -68,16 +69,16 @@ def key_means_and_largest(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor,
     """Mean rows `[B, H, D]` and largest entries less these `[B, H]`, float32, of tensors `[B, H, rows, D]`."""
     batch, heads, _, head_dim = finest[0].shape
     chunks = [triton.cdiv(rows.shape[2], CHUNK) for rows in finest]
-    options = {"dtype": torch.float32, "device": finest[0].device}
-    partial = torch.empty(batch * heads, 3, sum(chunks), head_dim, **options)
+    empty = partial(torch.empty, dtype=torch.float32, device=finest[0].device)
+    parts = empty(batch * heads, 3, sum(chunks), head_dim)
     for index, rows in enumerate(finest):
         statistics_kernel[(chunks[index], batch * heads)](
-            rows, partial, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
+            rows, parts, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
             HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=FEW_ROWS, num_warps=4,
         )  # fmt: skip
-    means, largest = torch.empty(batch, heads, head_dim, **options), torch.empty(batch, heads, **options)
+    means, largest = empty(batch, heads, head_dim), empty(batch, heads)
     summary_kernel[(batch * heads,)](
-        partial, means, largest, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
+        parts, means, largest, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
         ROWS=FEW_ROWS, num_warps=4,
     )  # fmt: skip
     return means, largest
