@@ -238,7 +238,7 @@ def test_each_expert_gets_its_own_preset(calibrate):
 def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
     pipe = tiny_wan(num_layers=2)
     base = Preset(block={"query": 32, "key": 16}, min_tokens=0, dense_steps=0.0)
-    compared = {"raster": base.model_copy(update={"order": "raster"}), "hilbert": base}
+    compared = {"raster": base.replace(order="raster"), "hilbert": base}
     plain = run_pipeline(pipe)
     processor = MeasuringProcessor(pipe, compared, {1})
     processor.install()
@@ -271,7 +271,7 @@ def test_the_order_that_suits_a_layer_is_found(monkeypatch):
         groups[block.attn1] = place
 
     base = Preset(block={"query": 32, "key": size}, min_tokens=0, dense_steps=0.0, thresholds=[0.1, 0.1, 0.15])
-    compared = {name: base.model_copy(update={"order": name}) for name in ("raster", "hilbert", "tiles")}
+    compared = {name: base.replace(order=name) for name in ("raster", "hilbert", "tiles")}
     processor = MeasuringProcessor(pipe, compared, {1})
     project = processor._family.project
 
