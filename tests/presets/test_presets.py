@@ -313,6 +313,17 @@ def test_a_preset_made_in_code_is_named_in_messages():
     assert message_of(lambda: changed.layer_specs(4)).startswith("preset 'mine': layers[0].match = '9'")
 
 
+def test_a_preset_is_checked_when_it_is_made_and_not_again(monkeypatch):
+    made, check = [], Preset.__init__
+    monkeypatch.setattr(Preset, "__init__", lambda self, /, **settings: made.append(1) or check(self, **settings))
+    preset = load_preset("example")
+    assert len(made) == 1
+    preset.layer_specs(30), preset.layer_orders(30), preset.dense_step_count(50)
+    assert load_preset(preset) is preset and pickle.loads(pickle.dumps(preset)) == preset and len(made) == 1
+    preset.replace(floor=0.1)
+    assert len(made) == 2
+
+
 def test_rules_that_do_other_things_are_not_equal():
     """The rule that says a default changes a layer; the one that leaves it out does not."""
     said, unsaid = (Preset(floor=0.5, layers=[{"match": 0, **rule}]) for rule in ({"floor": 0.0}, {}))
