@@ -12,7 +12,7 @@ from psa_diffusers.presets import Preset, load_preset
 def preset(**changes: Any) -> Preset:
     """psa-3 with blocks so small that 192 tokens leave something to choose."""
     small = {"min_tokens": 0, "block": {"query": 32, "key": 16}}
-    return load_preset("psa-3").model_copy(update={**small, **changes})
+    return load_preset("psa-3").replace(**{**small, **changes})
 
 
 EVERYTHING = preset(dense_steps=0.0, thresholds=[1.0, 1.0, 1.0])

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from results import publish
 
+from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, psa_attention
 
-# psa-3's allocation, and the same scaled to a density of 0.15.
-SPECS = {0.25: AttentionSpec(), 0.15: AttentionSpec(thresholds=(0.09, 0.15, 0.27))}
+SPECS = {
+    density: AttentionSpec(thresholds=load_preset("psa-3").at_density(density).thresholds) for density in (0.25, 0.15)
+}
 
 
 def seconds(call: Callable[[], object]) -> float:

@@ -129,7 +129,7 @@ def run(
         try:
             if is_sparse(method):
                 preset = scaled_preset(machine, density)
-                preset = preset.model_copy(update={"order": "raster"}) if method == RASTER else preset
+                preset = preset.replace(order="raster") if method == RASTER else preset
                 processor = PSAProcessor(pipe, preset, strict=True)
                 processor.install()
             if compiled:

@@ -83,7 +83,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     transformer = build(workload.checkpoint, machine)
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
     sparse = scaled_preset(machine, options.density)
-    methods = {"sdpa-cudnn": sparse.model_copy(update={"dense_steps": 1.0}), "psa": sparse}
+    methods = {"sdpa-cudnn": sparse.replace(dense_steps=1.0), "psa": sparse}
     alone: dict[str, torch.Tensor] = {}
     for gpus in sorted({1, dist.get_world_size()}):
         if gpus > 1:

@@ -35,6 +35,7 @@ from operator_bench.timing import measure, rows_of
 from operator_bench.workloads import Case, Workload
 from results import publish
 
+from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, BlockLists, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
 from psa_kernels.sparse.reference import sparse_attention
@@ -43,8 +44,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (8_192, 16_384, 32_768, 65_536, 131_072, 262_144, 480_000)
 HEADS, WIDE_HEADS, HEAD_DIM = 8, 40, 128
 TINY_LENGTHS, TINY_HEADS, TINY_WIDE_HEADS, TINY_HEAD_DIM = (512, 1_000), 2, 3, 16
-# psa-3's shares of blocks, and the same scaled; the sparsest comes first.
-THRESHOLDS = {0.05: (0.03, 0.05, 0.09), 0.15: (0.09, 0.15, 0.27), 0.25: (0.15, 0.25, 0.45)}
+# The sparsest comes first.
+THRESHOLDS = {density: load_preset("psa-3").at_density(density).thresholds for density in (0.05, 0.15, 0.25)}
 DENSE = ("sdpa-cudnn", "fa3")
 # Relative error of the compared rows; bf16 alone gives less than half of it.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}

@@ -29,6 +29,7 @@ from results import publish
 
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.token_order import token_permutation
+from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, Importance, psa_attention
 from psa_kernels.allocation.reference import allocate
 from psa_kernels.importance.reference import block_importance
@@ -52,7 +53,7 @@ PAPER = Importance("sampled", "max", 4, 4)
 # The mean over all pairs of tokens is the exact mass of a pair of blocks.
 EXACT = Importance("sampled", "mean", 1, 1)
 SHARES = (0.15, 0.25)
-THRESHOLDS = {0.25: (0.15, 0.25, 0.45), 0.15: (0.09, 0.15, 0.27)}
+THRESHOLDS = {density: load_preset("psa-3").at_density(density).thresholds for density in (0.25, 0.15)}
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, int, int]]
 

@@ -26,8 +26,6 @@ class OneStep:
 
 
 def scaled_preset(machine: Machine, density: float) -> Preset:
-    """psa-3, whose density is 0.25, with its shares scaled; at density 1 everything is kept in full."""
-    preset = load_preset("psa-3")
-    thresholds = [1.0] * 3 if density == 1 else [t * density / 0.25 for t in preset.thresholds]
+    """psa-3 at a density, with blocks that suit the machine; at density 1 everything is kept in full."""
     small = {"min_tokens": 0, "block": {"query": 32, "key": 16}} if machine.tiny else {}
-    return preset.model_copy(update={"thresholds": thresholds, **small})
+    return load_preset("psa-3").at_density(density).replace(**small)

@@ -12,8 +12,7 @@ import numpy as np
 from psa_diffusers.calibrate.choose import Layers, Solution, error, reach, solve
 from psa_diffusers.calibrate.measure import curves_of
 from psa_diffusers.calibrate.plan import Calibration, check
-from psa_diffusers.calibrate.preset_file import write
-from psa_diffusers.calibrate.preset_making import make_preset
+from psa_diffusers.calibrate.result import make_preset, write
 from psa_diffusers.calibrate.runner import Presets, Runs
 from psa_diffusers.calibrate.shapes import shapes_for
 from psa_diffusers.calibrate.store import Store
@@ -22,7 +21,6 @@ from psa_diffusers.calibrate.trials import Assignment, Candidate, Result, Trial,
 from psa_diffusers.calibrate.verify import is_met, verify
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs import stopping
-from psa_diffusers.runs.plan import Plan
 
 Curves = dict[str, Layers]  # by transformer, as the next
 Solutions = dict[str, Solution]
@@ -49,7 +47,7 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     plan, target = calibration.plan, calibration.target
     settings = {name: value for name, value in plan.settings.to_dict().items() if name not in UNIMPORTANT}
     store = Store(calibration.folder, {**settings, "batch": calibration.batch}, calibration.overwrite)
-    runs = Runs(plan, store, tell, calibration.batch)
+    runs = Runs(calibration, store, tell)
     tell(
         f"{len(plan.prompts)} prompts to measure on, {len(calibration.held_out)} to verify on; "
         f"measurements are kept in {calibration.folder}"
@@ -82,9 +80,8 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     }
 
 
-def measured_steps(plan: Plan, count: int) -> list[int]:
-    """Denoising steps, counted from 0, spread evenly over the sparse ones: the middle of each of `count` stretches."""
-    first, steps = plan.preset.dense_step_count(plan.settings.steps), plan.settings.steps
+def measured_steps(first: int, steps: int, count: int) -> list[int]:
+    """Steps, counted from 0, spread evenly over those from `first` on: the middle of each of `count` stretches."""
     places = first + (np.arange(count) + 0.5) * (steps - first) / count
     return sorted({int(place) for place in places})
 
@@ -92,9 +89,9 @@ def measured_steps(plan: Plan, count: int) -> list[int]:
 def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) -> Curves:
     """What each shape does in each layer, by transformer, without layers that the base preset keeps dense."""
     plan = calibration.plan
-    shapes = shapes_for(plan.preset, plan.model.num_layers)
+    shapes = shapes_for(calibration.base, plan.model.num_layers)
     tell(f"{len(shapes)} shapes of attention to compare: {'; '.join(shapes)}")
-    steps = measured_steps(plan, calibration.measured_steps)
+    steps = measured_steps(calibration.dense_steps, plan.settings.steps, calibration.measured_steps)
     figures = runs.measure(calibration.measured, shapes, steps)
     curves = {which: curves_of(figures, shapes, names) for which, names in runs.layers().items()}
     for which, each in curves.items():
@@ -183,8 +180,8 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped
         shares = [max(lowest, share) for share in TIMED]
         trials = [runs.sparse(first, presets_at(share), f"timing density {share:g}")[0] for share in shares]
         dense = runs.timed_dense(first)[0]
-        timed = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
-        dense_steps = plan.preset.dense_step_count(plan.settings.steps)
+        timed: dict[str, Any] = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
+        dense_steps = calibration.dense_steps
         density = density_for_speedup(target.value, plan.settings.steps, dense_steps, timed, lowest)
         pairs = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in timed["sparse"])
         tell(
@@ -201,7 +198,7 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped
 
     density, found = density_for_psnr(target.value, lowest, psnr_at)
     if max(psnr for _, psnr in found) < target.value:
-        tell(f"{target} was not reached with dense_steps {plan.preset.dense_steps:g}: try a base preset with more")
+        tell(f"{target} was not reached with dense_steps {calibration.base.dense_steps:g}: try a base preset with more")
     return density
 
 
@@ -226,7 +223,7 @@ def _error(curves: Curves, solutions: Solutions) -> float:
 
 def _presets(calibration: Calibration, runs: Runs, solutions: Solutions) -> Presets:
     """A preset for each transformer; the second is None where there is one."""
-    base = calibration.plan.preset
+    base = calibration.base
     source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]
     make = partial(make_preset, base, source=source)
     made = [

@@ -69,7 +69,8 @@ def error(layers: Layers, shapes: Shapes, density: float) -> float:
 
 def solve(layers: Layers, shapes: Shapes, density: float) -> Solution:
     """A scale for all layers of one shape, each shape at that density, or as near as it comes."""
-    scales, densities = {}, {}
+    scales: dict[int, float] = {}
+    densities: dict[int, float] = {}
     for shape in dict.fromkeys(shapes.values()):
         members = [layer for layer, its in shapes.items() if its == shape]
         grid, offered = _dial([layers[layer][shape] for layer in members])
@@ -93,7 +94,8 @@ def _dial(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     if all(curve.density_at(1.0) is not None for curve in curves):
         grid = np.geomspace(*KNOWN, BETWEEN)
         # Layers of one shape mostly have the same density: it is worked out once for each of them all the same.
-        return grid, np.mean([[curve.density_at(scale) for scale in grid] for curve in curves], axis=0)
+        known = np.array([[curve.density_at(scale) for scale in grid] for curve in curves], dtype=np.float64)
+        return grid, known.mean(axis=0)
     grid = np.geomspace(SCALES[0], SCALES[-1], BETWEEN)
     between = [np.exp(np.interp(np.log(grid), np.log(SCALES), np.log(curve.densities))) for curve in curves]
     return grid, np.mean(between, axis=0)

@@ -34,7 +34,7 @@ class MeasuringProcessor(PSAProcessor):
 
     def __init__(self, pipe: Any, shapes: Mapping[str, Preset], steps: set[int]) -> None:
         # Lists that are kept for later steps would be those of another shape.
-        alone = {name: each.model_copy(update={"refresh": 1, "share_guidance": False}) for name, each in shapes.items()}
+        alone = {name: each.replace(refresh=1, share_guidance=False) for name, each in shapes.items()}
         super().__init__(pipe, next(iter(alone.values())), strict=True)
         self._measured_steps = steps
         self._shaped: dict[str, dict[str, Layer]] = {}

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from psa_diffusers.calibrate.intervals import FEWEST
-from psa_diffusers.calibrate.preset_file import is_own
-from psa_diffusers.calibrate.runner import Video
+from psa_diffusers.calibrate.result import is_own
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
 from psa_diffusers.presets import Preset, PresetError
 from psa_diffusers.runs.plan import Plan
+
+
+class Video(NamedTuple):
+    """A prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,22 @@ class Calibration:
     output: Path
     overwrite: bool
     batch: int = 1
+
+    @property
+    def base(self) -> Preset:
+        """The base preset.
+
+        Raises:
+            InputError: there is none: the plan is dense.
+        """
+        if self.plan.preset is None:
+            raise InputError("--base-preset dense: has no shape to compare; give a sparse preset")
+        return self.plan.preset
+
+    @property
+    def dense_steps(self) -> int:
+        """How many denoising steps the base preset keeps dense."""
+        return self.base.dense_step_count(self.plan.settings.steps)
 
     @property
     def measured(self) -> list[Video]:
@@ -64,9 +87,7 @@ def check(calibration: Calibration) -> None:
     Raises:
         InputError: no sparse base preset or step, a name that no preset may have, or a file in the way.
     """
-    plan = calibration.plan
-    if plan.preset is None:
-        raise InputError("--base-preset dense: has no shape to compare; give a sparse preset")
+    plan, base = calibration.plan, calibration.base
     if calibration.batch > 1 and plan.image is not None:
         raise InputError(f"--batch {calibration.batch}: with --image videos are made one at a time")
     if calibration.output.suffix.lower() not in (".yaml", ".yml"):
@@ -78,10 +99,10 @@ def check(calibration: Calibration) -> None:
             raise InputError(f"--output {path}: {error.problem}") from error
         if path.exists() and not calibration.overwrite and not is_own(path):
             raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
-    if plan.preset.dense_step_count(plan.settings.steps) >= plan.settings.steps:
-        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
-    if not any(plan.preset.layer_specs(plan.model.num_layers)):
-        raise InputError(f"--base-preset {plan.preset.name}: keeps every layer dense")
+    if calibration.dense_steps >= plan.settings.steps:
+        raise InputError(f"--steps {plan.settings.steps}: with {base.name} all of them are dense")
+    if not any(base.layer_specs(plan.model.num_layers)):
+        raise InputError(f"--base-preset {base.name}: keeps every layer dense")
     if len(plan.prompts) < FEWEST:
         raise InputError(
             f"--prompts: {len(plan.prompts)} different prompts to measure on are too few to tell a gain from chance; "

@@ -5,39 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from psa_diffusers.calibrate.measure import Figures, MeasuringProcessor
+from psa_diffusers.calibrate.plan import Calibration, Video
 from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.presets import Preset
 from psa_diffusers.runs.pipeline_call import Generated, generate_videos
-from psa_diffusers.runs.plan import Plan
 
 Presets = tuple[Preset, Preset | None]
 
 
-class Video(NamedTuple):
-    """A prompt and the seed of its noise."""
-
-    prompt: str
-    seed: int
-
-
 class Runs:
-    """Runs of one plan, whose preset is the base preset; the pipeline loads with the first that is not kept yet.
+    """Runs of one calibration; the pipeline loads with the first that is not kept yet.
 
     Args:
         tell: called with one line before each run.
-        batch: how many videos are made at once.
     """
 
-    def __init__(self, plan: Plan, store: Store, tell: Callable[[str], None], batch: int = 1) -> None:
-        self._plan, self._store, self._tell, self._batch = plan, store, tell, batch
+    def __init__(self, calibration: Calibration, store: Store, tell: Callable[[str], None]) -> None:
+        self._plan, self._base, self._batch = calibration.plan, calibration.base, calibration.batch
+        self._store, self._tell = store, tell
         self._pipe: Any = None
         self._count = 0
 
@@ -85,7 +78,7 @@ class Runs:
         """
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
-            from psa_diffusers import apply_psa
+            from psa_diffusers.patch.apply import apply_psa
 
             references = [self._reference(video) for video in batch]
             with apply_psa(self._pipeline(), presets[0], preset_2=presets[1], strict=True) as psa:
@@ -122,7 +115,7 @@ class Runs:
 
     def _density(self, stats: RunStats) -> float:
         """Mean density of the layers that the base preset has sparse, at its sparse steps."""
-        counted = [spec is not None for spec in self._plan.preset.layer_specs(self._plan.model.num_layers)]
+        counted = [spec is not None for spec in self._base.layer_specs(self._plan.model.num_layers)]
         counted *= self._plan.model.experts
         values = [
             value

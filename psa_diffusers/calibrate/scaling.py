@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.presets.density import scaled_thresholds
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.allocation.reference import allocate
 
@@ -24,13 +25,12 @@ def scaled_spec(spec: AttentionSpec, scale: float) -> AttentionSpec:
 
 def scaled_settings(spec: AttentionSpec, scale: float) -> dict[str, Any]:
     """The scaled keys of a layer, as a preset has them."""
-    if spec.rule == "budget":
+    if spec.density is not None:
         # The mean tokens of `rest: mean` are paid in any case.
         least = 1 / spec.block_key if spec.rest == "mean" else LEAST
         return {"density": min(1.0, max(round(spec.density * scale, 4), least))}
-    *finer, last = (min(1.0, round(threshold * scale, 4)) for threshold in spec.thresholds)
-    floor = {"floor": min(1.0, round(spec.floor * scale, 4))} if spec.floor else {}
-    return {"thresholds": [*finer, max(last, LEAST)], **floor}
+    *finer, last, floor = scaled_thresholds([*spec.thresholds, spec.floor], scale, digits=4)
+    return {"thresholds": [*finer, max(last, LEAST)], **({"floor": floor} if spec.floor else {})}
 
 
 @lru_cache(maxsize=16384)

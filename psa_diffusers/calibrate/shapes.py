@@ -38,9 +38,7 @@ def shaped(base: Preset, shape: str) -> Preset:
     Raises:
         PresetError: something that the base preset says does not fit the shape.
     """
-    rules = [rule.model_dump(mode="json", exclude_unset=True) for rule in base.layers]
-    changes = [{"match": "0-", **SHAPES[shape]}] if SHAPES[shape] else []
-    return Preset(**{**base.model_dump(mode="json", exclude_unset=True), "layers": rules + changes})
+    return base.replace(layers=[*base.layers, {"match": "0-", **SHAPES[shape]}]) if SHAPES[shape] else base
 
 
 def shapes_for(base: Preset, num_layers: int) -> dict[str, Preset]:

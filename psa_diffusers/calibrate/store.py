@@ -57,12 +57,8 @@ class Store:
             )
         self._content["entries"] = entries
 
-    def has(self, *name: Any) -> bool:
-        """Whether something is kept under a name: any JSON values."""
-        return _digest(name) in self._content["entries"]
-
     def once(self, name: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
-        """What is kept under a name, or else what `measure` gives: JSON values, kept before this returns."""
+        """What is kept under a name, or else what `measure` gives, kept before this returns: both are JSON values."""
         digest = _digest(name)
         entries = self._content["entries"]
         if digest not in entries:

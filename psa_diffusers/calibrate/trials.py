@@ -90,13 +90,13 @@ def is_single(candidate: Candidate) -> bool:
 def gains(trial: Trial, other: Trial) -> list[float]:
     """PSNR of a trial's videos above that of another's in dB, where both have one."""
     pairs = zip(trial.psnrs, other.psnrs, strict=True)
-    return [psnr - against for psnr, against in pairs if None not in (psnr, against)]
+    return [psnr - against for psnr, against in pairs if psnr is not None and against is not None]
 
 
 def mean_psnr(values: Sequence[float | None]) -> float:
     """In dB, over the videos that differ from the dense ones; infinite if none does."""
-    values = [value for value in values if value is not None]
-    return float(np.mean(values)) if values else math.inf
+    differing = [value for value in values if value is not None]
+    return float(np.mean(differing)) if differing else math.inf
 
 
 def _better(trial: Trial, other: Trial) -> bool:

@@ -10,7 +10,6 @@ import numpy as np
 from psa_diffusers.calibrate.intervals import FEWEST, half_interval
 from psa_diffusers.calibrate.plan import Calibration
 from psa_diffusers.calibrate.runner import Presets, Runs
-from psa_diffusers.runs.plan import Plan
 
 
 def verify(
@@ -39,9 +38,7 @@ def verify(
         summary[name] = {
             "psnr": float(np.mean(values)) if values else None,
             "density": float(np.mean([row[name]["density"] for row in rows])),
-            "speedup": float(
-                np.mean([_speedup(calibration.plan, row["dense_step"], row[name]["step"]) for row in rows])
-            ),
+            "speedup": float(np.mean([_speedup(calibration, row["dense_step"], row[name]["step"]) for row in rows])),
         }
         shown = "equal" if summary[name]["psnr"] is None else f"{summary[name]['psnr']:.2f} dB"
         label = "calibrated" if name == "calibrated" else "the base preset at equal density"
@@ -74,9 +71,9 @@ def _verdict(gain: float, interval: float | None) -> str:
     )
 
 
-def _speedup(plan: Plan, dense_step: float, sparse_step: float | None) -> float:
+def _speedup(calibration: Calibration, dense_step: float, sparse_step: float | None) -> float:
     """Times as fast as dense that denoising is, from the median steps of two runs."""
-    steps, first = plan.settings.steps, plan.preset.dense_step_count(plan.settings.steps)
+    steps, first = calibration.plan.settings.steps, calibration.dense_steps
     sparse = dense_step if sparse_step is None else sparse_step
     return steps * dense_step / (first * dense_step + (steps - first) * sparse)
 

@@ -24,13 +24,13 @@ def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
 
     Args:
         preset: the name of a shipped preset; or a path: a `Path`, text that holds a path separator or ends in .yaml or
-            .yml, or the name of a file in the working directory; or a Preset, which is checked again.
+            .yml, or the name of a file in the working directory; or a Preset, which is returned.
 
     Raises:
         PresetError: one line that names the file, the key, its value and what is allowed.
     """
     if isinstance(preset, Preset):
-        return preset.validated()
+        return preset
     if isinstance(preset, os.PathLike):
         return _load_file(Path(preset))
     if not isinstance(preset, str):
@@ -46,7 +46,7 @@ def _load_file(path: Path) -> Preset:
     if not os.path.lexists(os.fspath(path).replace("\0", "")):
         raise PresetError(_not_found(path.stem, list_presets()), str(path))
     settings = read_mapping(path)
-    return Preset.from_place({"name": path.stem, **settings}, str(path))
+    return Preset.from_file({"name": path.stem, **settings}, str(path))
 
 
 def _looks_like_path(text: str) -> bool:

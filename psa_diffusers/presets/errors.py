@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -31,6 +32,15 @@ class PresetError(ValueError):
         return PresetError(self.problem, place)
 
 
+@contextmanager
+def told_at(place: str) -> Iterator[None]:
+    """Tell a PresetError from inside of this place."""
+    try:
+        yield
+    except PresetError as error:
+        raise error.at(place) from None
+
+
 def refusal(key: str, value: Any, reason: str, allowed: str) -> PresetError:
     """The error for one key whose value is refused."""
     return PresetError(f"{key} = {show(value)}: {reason}; allowed: {allowed}")
@@ -42,13 +52,13 @@ def first_mistake(error: ValidationError, model: type[BaseModel]) -> PresetError
     location, value = mistake["loc"], mistake["input"]
     key = one_line(dotted(location), limit=80)
     if mistake["type"] == "extra_forbidden":
-        known = list(_section_at(model, location[:-1]).model_fields)
+        known = list(_find(model, location[:-1])[0].model_fields)
         close = difflib.get_close_matches(str(location[-1]).lower(), known, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return refusal(key, value, f"unknown key{hint}", ", ".join(known))
     if mistake["type"] == "missing":
-        return PresetError(f"{key} is missing; allowed: {_allowed(model, location)}")
-    return refusal(key, value, _reason(mistake), _allowed(model, location))
+        return PresetError(f"{key} is missing; allowed: {_find(model, location)[1]}")
+    return refusal(key, value, _reason(mistake), _find(model, location)[1])
 
 
 def dotted(location: Iterable[str | int]) -> str:
@@ -91,32 +101,22 @@ def _kind(value: Any) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
-def _allowed(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
-    """The description of the innermost known field on the way to a location."""
+def _find(model: type[BaseModel], location: Iterable[str | int]) -> tuple[type[BaseModel], str]:
+    """The innermost section on the way to a location, and the description of the innermost known field."""
     allowed = ""
-    for index, part in enumerate(location):
-        section = _section_at(model, location[:index])
-        if section is None or (isinstance(part, str) and part not in section.model_fields):
-            break
-        if isinstance(part, str):
-            allowed = section.model_fields[part].description
-    return allowed
-
-
-def _section_at(model: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """The class of the section at a location, such as that of a rule at ("layers", 0); None for a plain value."""
     for part in location:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            sections = [kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)]
-            if not sections:
-                return None
-            model = sections[0]
-    return model
-
-
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+        if isinstance(part, int):  # a place in a list
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        allowed = field.description or ""
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return model, allowed
 
 
 class _Short(reprlib.Repr):

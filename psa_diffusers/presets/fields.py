@@ -81,56 +81,58 @@ AsTuple = BeforeValidator(_as_tuple)
 
 
 class Section(BaseModel):
-    """Base of every part: immutable, and an unknown key is an error."""
+    """Base of every part: immutable, and an unknown key is an error; a part that is given ready-made is checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
 
 
 class BlockSizes(Section):
     """Tokens per query block and per key block."""
 
-    query: Annotated[Integer, AfterValidator(_one_of(32, 64, 128, 256))] = Field(128, description="32, 64, 128 or 256")
+    query: Annotated[Integer, AfterValidator(_one_of(32, 64, 128, 256))] = Field(
+        default=128, description="32, 64, 128 or 256"
+    )
     key: Annotated[Integer, AfterValidator(_one_of(16, 32, 64, 128, 256))] = Field(
-        64, description="16, 32, 64, 128 or 256"
+        default=64, description="16, 32, 64, 128 or 256"
     )
 
 
 class ImportanceSettings(Section):
     """How the importance of a key block for a query block is estimated; a stride of 8 samples every eighth token."""
 
-    estimator: Literal["sampled", "pooled"] = Field("sampled", description="sampled or pooled")
-    statistic: Literal["max", "mean"] = Field("max", description="max or mean")
-    query_stride: Positive = Field(8, description="a positive integer that divides block.query")
-    key_stride: Positive = Field(8, description="a positive integer that divides block.key")
+    estimator: Literal["sampled", "pooled"] = Field(default="sampled", description="sampled or pooled")
+    statistic: Literal["max", "mean"] = Field(default="max", description="max or mean")
+    query_stride: Positive = Field(default=8, description="a positive integer that divides block.query")
+    key_stride: Positive = Field(default=8, description="a positive integer that divides block.key")
 
 
 class LayerSettings(Section):
     """What one layer's attention does: the part of a preset that rules for layers can change."""
 
-    block: BlockSizes = Field(BlockSizes(), description="a mapping of query and key")
+    block: BlockSizes = Field(default=BlockSizes(), description="a mapping of query and key")
     levels: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_increasing)] = Field(
-        (1, 2, 4), description="strictly increasing positive integers that each divide block.key"
+        default=(1, 2, 4), description="strictly increasing positive integers that each divide block.key"
     )
-    rule: Literal["count", "mass", "budget"] = Field("count", description="count, mass or budget")
+    rule: Literal["count", "mass", "budget"] = Field(default="count", description="count, mass or budget")
     thresholds: Annotated[tuple[Share, ...], AsTuple, AfterValidator(_cumulative)] = Field(
-        (0.15, 0.25, 0.45),
+        default=(0.15, 0.25, 0.45),
         description="one number from 0 to 1 per level, none smaller than the one before, the last above 0",
     )
     density: Annotated[Number, Field(gt=0, le=1)] | None = Field(
-        None, description="null, or with the rule budget a number above 0 and up to 1"
+        default=None, description="null, or with the rule budget a number above 0 and up to 1"
     )
-    floor: Share = Field(0.0, description="a number from 0 to 1")
+    floor: Share = Field(default=0.0, description="a number from 0 to 1")
     importance: ImportanceSettings = Field(
-        ImportanceSettings(), description="a mapping of estimator, statistic, query_stride and key_stride"
+        default=ImportanceSettings(), description="a mapping of estimator, statistic, query_stride and key_stride"
     )
     similarity: Annotated[tuple[Cosine, ...], AsTuple] | None = Field(
-        None, description="null, or one number from -1 to 1 per level after the first"
+        default=None, description="null, or one number from -1 to 1 per level after the first"
     )
-    rest: Literal["skip", "mean"] = Field("skip", description="skip or mean")
-    precision: Literal["native", "int8_qk"] = Field("native", description="native or int8_qk")
-    order: Literal["hilbert", "tiles", "raster"] = Field("hilbert", description="hilbert, tiles or raster")
+    rest: Literal["skip", "mean"] = Field(default="skip", description="skip or mean")
+    precision: Literal["native", "int8_qk"] = Field(default="native", description="native or int8_qk")
+    order: Literal["hilbert", "tiles", "raster"] = Field(default="hilbert", description="hilbert, tiles or raster")
     tile: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_three)] = Field(
-        (4, 4, 4), description="three positive integers (time, height, width)"
+        default=(4, 4, 4), description="three positive integers (time, height, width)"
     )
 
 
@@ -140,7 +142,16 @@ class LayerRule(LayerSettings):
     match: Annotated[str, BeforeValidator(_match_text)] = Field(
         description=f"a layer, a range or a list of them (3, 0-1, 30- or 0,5,7-9), numbers up to {MAX_LAYERS - 1}"
     )
-    dense: bool = Field(False, strict=True, description="true or false")
+    dense: bool = Field(default=False, strict=True, description="true or false")
+
+    # Pydantic would call two rules equal of which one says a default and the other leaves the key out.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerRule):
+            return NotImplemented
+        return self.model_dump(exclude_unset=True) == other.model_dump(exclude_unset=True)
+
+    def __hash__(self) -> int:
+        return hash(self.match)
 
     def covers(self, layer: int) -> bool:
         """Whether the rule applies to a layer."""

@@ -19,42 +19,45 @@ class TokenOrder(NamedTuple):
     tile: tuple[int, ...]
 
 
+Key = tuple[str, ...]
+
+
 class Conflict(NamedTuple):
     """Keys that do not fit together: the one to name first, then those that can be at fault as well."""
 
-    keys: tuple[tuple[str, ...], ...]
     reason: str
+    keys: tuple[Key, ...]
 
 
 def conflict(settings: LayerSettings) -> Conflict | None:
     """The first disagreement between valid values, or None."""
     levels, thresholds, similarity = settings.levels, settings.thresholds, settings.similarity
-    block, importance = settings.block, settings.importance
+    block, density = settings.block, settings.density
     for level in levels:
         if block.key % level:
-            return Conflict((("levels",), ("block", "key")), f"level {level} does not divide block.key = {block.key}")
-    budget = settings.rule == "budget"
-    if budget and settings.density is None:
-        return Conflict((("rule",), ("density",)), "the rule budget needs a density")
-    if budget and settings.rest == "mean" and settings.density * block.key < 1:
-        keys = (("density",), ("rest",), ("block", "key"))
-        return Conflict(keys, f"the mean tokens alone are 1 / {block.key} of dense attention")
-    if budget and (settings.floor or similarity is not None):
-        key = "floor" if settings.floor else "similarity"
-        return Conflict(((key,), ("rule",)), f"the rule budget takes no {key}")
-    if settings.density is not None and not budget:
-        return Conflict((("density",), ("rule",)), f"the rule {settings.rule} takes no density")
-    if len(thresholds) != len(levels) and not budget:
+            return Conflict(f"level {level} does not divide block.key = {block.key}", (("levels",), ("block", "key")))
+    if settings.rule == "budget":
+        if density is None:
+            return Conflict("the rule budget needs a density", (("rule",), ("density",)))
+        if settings.rest == "mean" and density * block.key < 1:
+            reason = f"the mean tokens alone are 1 / {block.key} of dense attention"
+            return Conflict(reason, (("density",), ("rest",), ("block", "key")))
+        if settings.floor or similarity is not None:
+            key = "floor" if settings.floor else "similarity"
+            return Conflict(f"the rule budget takes no {key}", ((key,), ("rule",)))
+    elif density is not None:
+        return Conflict(f"the rule {settings.rule} takes no density", (("density",), ("rule",)))
+    elif len(thresholds) != len(levels):
         reason = f"thresholds has length {len(thresholds)}, levels {list(levels)} needs {len(levels)}"
-        return Conflict((("thresholds",), ("levels",)), reason)
-    if similarity is not None and len(similarity) != len(levels) - 1:
+        return Conflict(reason, (("thresholds",), ("levels",)))
+    elif similarity is not None and len(similarity) != len(levels) - 1:
         reason = f"similarity has length {len(similarity)}, levels {list(levels)} needs {len(levels) - 1}"
-        return Conflict((("similarity",), ("levels",)), reason)
+        return Conflict(reason, (("similarity",), ("levels",)))
     for side in ("query", "key"):
-        stride, size = getattr(importance, f"{side}_stride"), getattr(block, side)
+        stride, size = getattr(settings.importance, f"{side}_stride"), getattr(block, side)
         if size % stride:
-            keys = (("importance", f"{side}_stride"), ("block", side))
-            return Conflict(keys, f"a stride of {stride} does not divide block.{side} = {size}")
+            reason = f"a stride of {stride} does not divide block.{side} = {size}"
+            return Conflict(reason, (("importance", f"{side}_stride"), ("block", side)))
     return None
 
 
@@ -64,22 +67,18 @@ def check_together(settings: LayerSettings, rules: Sequence[LayerRule], num_laye
     Raises:
         PresetError: keys that are each valid do not fit together; it names the last of them that was set.
     """
-    found = conflict(settings)
-    if found:
-        raise _told(found, found.keys[0], settings)
     layers = _borders(rules) if num_layers is None else range(num_layers)
-    for applying in {_applying(rules, layer): None for layer in layers}:
+    for applying in dict.fromkeys([(), *(_applying(rules, layer) for layer in layers)]):
         found = conflict(_merged(settings, [rules[index] for index in applying]))
         if found:
-            index, key = _culprit(found, rules, applying)
-            raise _told(found, key, rules[index], ("layers", index))
+            raise _told(found, settings, rules, applying)
 
 
-def check_layers_exist(rules: Sequence[LayerRule], num_layers: int) -> None:
-    """Check that every layer that a rule names is there.
+def check_layers(settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int) -> None:
+    """Check that every layer that a rule names is there, and what the settings become in each.
 
     Raises:
-        PresetError: one is not.
+        PresetError: a layer is not there, or as `check_together`.
     """
     for index, rule in enumerate(rules):
         for first, last in layer_ranges(rule.match):
@@ -87,6 +86,7 @@ def check_layers_exist(rules: Sequence[LayerRule], num_layers: int) -> None:
             if highest >= num_layers:
                 allowed = f"layers 0 to {num_layers - 1} (the model has {num_layers} layers)"
                 raise refusal(f"layers[{index}].match", rule.match, f"there is no layer {highest}", allowed)
+    check_together(settings, rules, num_layers)
 
 
 def attention_specs(
@@ -115,7 +115,7 @@ def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec 
         levels=merged.levels,
         rule=merged.rule,
         thresholds=merged.thresholds,
-        density=merged.density if merged.rule == "budget" else None,
+        density=merged.density,
         floor=merged.floor,
         similarity=merged.similarity,
         importance=Importance(**dict(merged.importance)),
@@ -149,20 +149,22 @@ def _borders(rules: Sequence[LayerRule]) -> list[int]:
     return sorted(layer for layer in borders if layer <= highest)
 
 
-def _culprit(found: Conflict, rules: Sequence[LayerRule], applying: Sequence[int]) -> tuple[int, tuple[str, ...]]:
-    """The last rule that set one of the keys, and which. There is one: without rules there was no conflict."""
-    return next(
-        (index, key)
+def _told(found: Conflict, settings: LayerSettings, rules: Sequence[LayerRule], applying: Sequence[int]) -> PresetError:
+    """The error that names the last rule that set one of the keys, and which; without one, the preset's first key."""
+    culprits = (
+        (("layers", index), rules[index], key)
         for index in reversed(applying)
         for key in found.keys
-        if key[0] in rules[index].model_fields_set
-        and all(name in getattr(rules[index], key[0]).model_fields_set for name in key[1:])
+        if _was_set(rules[index], key)
     )
-
-
-def _told(found: Conflict, key: tuple[str, ...], section: BaseModel, place: tuple[str | int, ...] = ()) -> PresetError:
-    value: Any = section
+    value: Any
+    place, value, key = next(culprits, ((), settings, found.keys[0]))
     for name in key:
         allowed = type(value).model_fields[name].description
         value = getattr(value, name)
     return refusal(dotted((*place, *key)), value, found.reason, allowed)
+
+
+def _was_set(section: BaseModel, key: Key) -> bool:
+    first, *inner = key
+    return first in section.model_fields_set and (not inner or _was_set(getattr(section, first), tuple(inner)))

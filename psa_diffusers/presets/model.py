@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
-from psa_diffusers.presets.errors import PresetError, first_mistake, show
+from psa_diffusers.presets.density import allocation_at
+from psa_diffusers.presets.errors import first_mistake, show, told_at
 from psa_diffusers.presets.fields import MAX_LAYERS, AsTuple, Integer, LayerRule, LayerSettings, Positive, Share
-from psa_diffusers.presets.layers import (
-    TokenOrder,
-    attention_specs,
-    check_layers_exist,
-    check_together,
-    token_orders,
-)
+from psa_diffusers.presets.layers import TokenOrder, attention_specs, check_layers, check_together, token_orders
 from psa_kernels import AttentionSpec
 
 # Videos are called <preset name>.mp4 and stand beside files of these names.
 RESERVED_NAMES = ("dense", "side-by-side")
+CHANGED = " (changed in code)"
 
 
 def _usable_name(name: str) -> str:
@@ -33,7 +30,7 @@ def _usable_name(name: str) -> str:
 
 
 class Preset(LayerSettings):
-    """All settings of a run, checked when made and, since `model_copy` does not check what it changes, at each use.
+    """All settings of a run, checked when made. It cannot be written; `replace` gives a changed one.
 
     A nested mapping (`block`, `importance`) that leaves out a key gets that key's default; in a rule of `layers` it
     keeps what the preset says.
@@ -43,20 +40,21 @@ class Preset(LayerSettings):
     """
 
     name: Annotated[str, Field(strict=True), AfterValidator(_usable_name)] = Field(
-        "custom",
+        default="custom",
         description="up to 64 letters, digits and . _ + -, a letter or digit first, not dense or side-by-side",
     )
-    source: Annotated[str, Field(strict=True, max_length=500)] = Field("", description="text of up to 500 characters")
-    dense_steps: Share = Field(0.25, description="a number from 0 to 1")
-    refresh: Positive = Field(1, description="a positive integer")
-    share_guidance: bool = Field(False, strict=True, description="true or false")
-    min_tokens: Integer = Field(2048, description="an integer, 0 or more")
+    source: Annotated[str, Field(strict=True, max_length=500)] = Field(
+        default="", description="text of up to 500 characters"
+    )
+    dense_steps: Share = Field(default=0.25, description="a number from 0 to 1")
+    refresh: Positive = Field(default=1, description="a positive integer")
+    share_guidance: bool = Field(default=False, strict=True, description="true or false")
+    min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
     layers: Annotated[tuple[LayerRule, ...], AsTuple, Field(max_length=200)] = Field(
-        (), description="a list of up to 200 mappings of match and the keys to change"
+        default=(), description="a list of up to 200 mappings of match and the keys to change"
     )
 
-    # The place that messages name and what was read there: a later change was not made in that place.
-    _origin: tuple[str, dict[str, Any]] | None = PrivateAttr(None)
+    _file: str = PrivateAttr("")  # where it was read, for messages; empty if it was made in code
 
     def __init__(self, /, **settings: Any) -> None:
         try:
@@ -72,50 +70,69 @@ class Preset(LayerSettings):
         return hash(tuple(self.__dict__.values()))
 
     @classmethod
-    def from_place(cls, settings: dict[str, Any], place: str) -> Preset:
-        """Make a preset of what was read at a place (a file), which error messages then name."""
-        try:
+    def from_file(cls, settings: Mapping[str, Any], file: str) -> Self:
+        """Make a preset of what was read in a file, which error messages then name."""
+        with told_at(file):
             preset = cls(**settings)
-        except PresetError as error:
-            raise error.at(place) from None
-        preset._origin = (place, dict(preset.__dict__))
+        preset._file = file
         return preset
 
-    def validated(self) -> Preset:
-        """The same preset checked anew; what `model_copy` was given as plain mappings and lists becomes typed.
+    def replace(self, /, **changes: Any) -> Self:
+        """This preset with other values for some keys, checked; each value is written as in YAML or is a checked one.
 
         Raises:
-            PresetError: a value is refused.
+            PresetError: a key is unknown, a value is refused, or keys do not fit together.
         """
-        try:
-            preset = Preset(**_given(self))
-        except PresetError as error:
-            raise error.at(self._place()) from None
-        preset._origin = self._origin
-        return preset
+        settings = {key: getattr(self, key) for key in self.model_fields_set} | changes
+        if self._file:
+            return self.from_file(settings, self._file.removesuffix(CHANGED) + CHANGED)
+        with told_at(self._place()):
+            return type(self)(**settings)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy as pydantic makes it; but what is changed is checked, as by `replace`."""
+        if update:
+            return self.replace(**{str(key): value for key, value in update.items()})
+        return super().model_copy(deep=deep)
+
+    def at_density(self, density: float) -> Self:
+        """This preset at another density: at the cost of its sparse layers as a share of that of dense attention.
+
+        With the rule `count`, thresholds and floor are multiplied by one factor and cut at 1. A call has the density up
+        to the rounding to whole blocks, and text tokens aside. With the rule `budget`, the key `density` is set.
+
+        Args:
+            density: above 0 and up to 1.
+
+        Raises:
+            PresetError: the density is out of reach; or it depends on the video (the rule `mass`, a `similarity`); or a
+                rule of `layers` gives some layers another one.
+        """
+        with told_at(self._place()):
+            changes = allocation_at(self, self.layers, density)
+        return self.replace(**changes)
 
     def dense_step_count(self, num_steps: int) -> int:
         """How many of a run's first steps stay dense: the share `dense_steps` of them, rounded up.
 
         Raises:
-            PresetError: the preset was changed to something invalid.
             ValueError: `num_steps` is negative.
         """
         steps = operator.index(num_steps)
         if steps < 0:
             raise ValueError(f"num_steps={num_steps!r}: expected 0 or more")
         # 0.07 * 100 is a little more than 7 in floating point and must not become 8.
-        return max(0, math.ceil(self.validated().dense_steps * steps - 1e-9))
+        return max(0, math.ceil(self.dense_steps * steps - 1e-9))
 
     def layer_specs(self, num_layers: int) -> tuple[AttentionSpec | None, ...]:
         """What each of a model's layers computes; None is a layer that stays dense.
 
         Raises:
-            PresetError: a value is refused, rules do not fit together, or one names a layer that the model lacks.
+            PresetError: rules do not fit together, or one names a layer that the model lacks.
             ValueError: `num_layers` is not from 1 to 1000.
         """
-        preset = self._checked_for(num_layers)
-        return attention_specs(preset, preset.layers, num_layers)
+        self._check_layers(num_layers)
+        return attention_specs(self, self.layers, num_layers)
 
     def layer_orders(self, num_layers: int) -> tuple[TokenOrder, ...]:
         """In which order each of a model's layers has its tokens.
@@ -123,34 +140,14 @@ class Preset(LayerSettings):
         Raises:
             PresetError, ValueError: as `layer_specs`.
         """
-        preset = self._checked_for(num_layers)
-        return token_orders(preset, preset.layers, num_layers)
+        self._check_layers(num_layers)
+        return token_orders(self, self.layers, num_layers)
 
-    def _checked_for(self, num_layers: int) -> Preset:
-        """This preset, checked anew, also against the number of layers."""
+    def _check_layers(self, num_layers: int) -> None:
         if not 1 <= operator.index(num_layers) <= MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers!r}: expected 1 to {MAX_LAYERS}")
-        preset = self.validated()
-        try:
-            check_layers_exist(preset.layers, num_layers)
-            check_together(preset, preset.layers, num_layers)
-        except PresetError as error:
-            raise error.at(self._place()) from None
-        return preset
+        with told_at(self._place()):
+            check_layers(self, self.layers, num_layers)
 
     def _place(self) -> str:
-        if self._origin is None:
-            return f"preset {show(self.name)}"
-        place, settings = self._origin
-        return place if self.__dict__ == settings else f"{place} (changed in code)"
-
-
-def _given(section: BaseModel) -> dict[str, Any]:
-    """What a model was given, as plain mappings and lists, whatever `model_copy` has put into it."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, BaseModel):
-            return _given(value)
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return {str(key): plain(value) for key, value in section.__dict__.items() if key in section.model_fields_set}
+        return self._file or f"preset {show(self.name)}"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from psa_diffusers.presets import load_preset
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -40,9 +42,9 @@ WORKLOADS = (
     Workload("hunyuanvideo-720p", 24, 128, (33, 45, 80), 256),
     Workload("cogvideox-5b", 48, 64, (13, 30, 45), 226),
 )
-LEVELS = (1, 2, 4)
-# Cumulative shares of key blocks, one a level. psa-3 has density 0.25; the others scale its shares.
-THRESHOLDS = {0.10: (0.06, 0.10, 0.18), 0.15: (0.09, 0.15, 0.27), 0.25: (0.15, 0.25, 0.45)}
+LEVELS = load_preset("psa-3").levels
+# Cumulative shares of key blocks, one a level.
+THRESHOLDS = {density: load_preset("psa-3").at_density(density).thresholds for density in (0.10, 0.15, 0.25)}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from itertools import product
 from typing import Any
 
 from demo.captions import BACKGROUNDS
-from quality_lab.settings import Setting, at_density, published, scaled, vary, vary_if_known
+from quality_lab.settings import Setting, at_density, published, vary, vary_if_known
 
-from psa_diffusers import Preset
+from psa_diffusers import Preset, load_preset
+from psa_diffusers.presets.density import scaled_thresholds
 
 DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5)
 COUNT_SCALES = (0.4, 0.6, 0.8, 1.0, 1.4)
@@ -54,14 +55,14 @@ def levels() -> Iterator[Setting]:
 def thresholds() -> Iterator[Setting]:
     first = "count x 1.0"
     for scale in sorted(COUNT_SCALES, key=lambda scale: scale != 1):
-        yield Setting(f"count x {scale}", vary("psa-3", thresholds=scaled(scale)), first, "count")
+        yield Setting(f"count x {scale}", vary("psa-3", thresholds=_count(scale)), first, "count")
     for scale in COUNT_SCALES:
-        if scaled(scale)[0] < FLOOR:  # a lower floor changes nothing
-            preset = vary("psa-3", thresholds=scaled(scale), floor=FLOOR)
+        if _count(scale)[0] < FLOOR:  # a lower floor changes nothing
+            preset = vary("psa-3", thresholds=_count(scale), floor=FLOOR)
             yield Setting(f"count x {scale}, floor {FLOOR}", preset, first, f"count, floor {FLOOR}")
     for floor, scale in product((0.0, FLOOR), MASS_SCALES):
         series = f"mass, floor {floor}" if floor else "mass"
-        preset = vary("psa-3", rule="mass", thresholds=scaled(scale, MASS_THRESHOLDS), floor=floor)
+        preset = vary("psa-3", rule="mass", thresholds=scaled_thresholds(MASS_THRESHOLDS, scale), floor=floor)
         yield Setting(series.replace("mass", f"mass x {scale}"), preset, first, series)
 
 
@@ -80,7 +81,7 @@ def similarity() -> Iterator[Setting]:
         first = f"{content}, no cap x 1.0"
         for cap, scale in ((None, 1.0), (SIMILARITY, 1.0), (None, 1.5), (SIMILARITY, 0.7)):
             word = "cap" if cap else "no cap"
-            preset = vary("psa-3", thresholds=scaled(scale), similarity=cap)
+            preset = vary("psa-3", thresholds=_count(scale), similarity=cap)
             yield Setting(f"{content}, {word} x {scale}", preset, first, f"{content}, {word}", content)
 
 
@@ -117,6 +118,10 @@ def rules() -> Iterator[Setting]:
     for (share, floor), (name, changes) in product(((0.25, 0.15), (0.15, 0.1)), RASTER.items()):
         preset = _mass(share, floor, **changes)
         yield Setting(f"mass, floor {floor}, {name}", preset, f"count {share}", f"mass, {name}")
+
+
+def _count(scale: float) -> tuple[float, ...]:
+    return scaled_thresholds(load_preset("psa-3").thresholds, scale)
 
 
 def _mass(share: float, floor: float, **changes: Any) -> Preset:

@@ -9,7 +9,6 @@ from psa_diffusers import Preset, PresetError, load_preset
 
 # The published rule of sampling, a quarter as dear to compute as that of strides 4 and 4.
 SAMPLED = {"estimator": "sampled", "statistic": "max", "query_stride": 8, "key_stride": 8}
-THRESHOLDS = (0.15, 0.25, 0.45)  # psa-3's, of density 0.25
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,9 @@ def published(base: str) -> Preset:
     return Preset(**{**load_preset(base).model_dump(exclude={"name", "source"}), "min_tokens": 0})
 
 
-def scaled(factor: float, thresholds: tuple[float, ...] = THRESHOLDS) -> list[float]:
-    """Thresholds times a factor, none above 1."""
-    return [min(1.0, round(threshold * factor, 6)) for threshold in thresholds]
-
-
-def at_density(density: float) -> list[float]:
-    """psa-3's thresholds, scaled to a density."""
-    return scaled(density / 0.25)
+def at_density(density: float) -> tuple[float, ...]:
+    """psa-3's thresholds at a density."""
+    return load_preset("psa-3").at_density(density).thresholds
 
 
 def vary_if_known(name: str, base: str, **changes: Any) -> Preset | None:

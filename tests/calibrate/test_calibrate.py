@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from psa_diffusers.calibrate.choose import layer_by_layer, ranked
 from psa_diffusers.calibrate.measure import MeasuringProcessor, curves_of
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_settings
 from psa_diffusers.calibrate.shapes import BASE
+from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.cli import calibrate as cli_calibrate
 from psa_diffusers.cli.generate import run_command
 from psa_diffusers.patch.token_order import token_permutation
@@ -226,6 +228,15 @@ def test_the_verdict_says_whether_it_can_tell():
     assert "hold out 4 or more" in verify._verdict(0.5, None)
 
 
+@pytest.mark.parametrize(
+    ("density", "met"), [(0.2, True), (0.209, True), (0.191, True), (0.211, False), (0.189, False), (0.29, False)]
+)
+def test_a_density_is_met_to_a_hundredth(density, met):
+    """Of the whole, not of the target."""
+    plan = SimpleNamespace(target=Target("density", 0.2))
+    assert verify.is_met(plan, {"calibrated": {"density": density}}) == met
+
+
 def test_each_expert_gets_its_own_preset(calibrate):
     code, summary, said = calibrate("--density", "0.4", "--measured-steps", "9", model="experts", base="early.yaml")
     assert code == 0 and "keeps the base preset" not in said
@@ -238,7 +249,7 @@ def test_each_expert_gets_its_own_preset(calibrate):
 def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
     pipe = tiny_wan(num_layers=2)
     base = Preset(block={"query": 32, "key": 16}, min_tokens=0, dense_steps=0.0)
-    compared = {"raster": base.model_copy(update={"order": "raster"}), "hilbert": base}
+    compared = {"raster": base.replace(order="raster"), "hilbert": base}
     plain = run_pipeline(pipe)
     processor = MeasuringProcessor(pipe, compared, {1})
     processor.install()
@@ -259,6 +270,27 @@ def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
     assert curve.density_at(SCALES[1]) == pytest.approx(stats.density[1][1], abs=1e-6)
 
 
+def measured(pipe, shapes, steps, **call):
+    processor = MeasuringProcessor(pipe, shapes, steps)
+    processor.install()
+    run_pipeline(pipe, **call)
+    figures = processor.figures()
+    processor.restore()
+    return figures
+
+
+def test_of_two_forwards_a_step_only_the_first_is_measured():
+    """At the first step the first forward is the same with and without guidance."""
+    pipe = tiny_wan(num_layers=2)
+    base = Preset(block={"query": 32, "key": 16}, min_tokens=0, dense_steps=0.0)
+    compared = {"hilbert": base, "mass": base.replace(rule="mass", thresholds=[0.2, 0.3, 0.4])}
+    alone = measured(pipe, compared, {0}, guidance_scale=1.0)
+    assert measured(pipe, compared, {0}, guidance_scale=6.0) == alone
+    assert {name: list(rows) for name, rows in alone.items()} == {name: [*compared] for name in alone}
+    # Measuring a later step as well makes a difference, so what is equal above is not so by chance.
+    assert measured(pipe, compared, {0, 1}, guidance_scale=6.0) != alone
+
+
 def test_the_order_that_suits_a_layer_is_found(monkeypatch):
     """Tokens attend to those of their run of 16: in raster order in the first layer, on the curve in the second."""
     pipe = tiny_wan(num_layers=2)
@@ -271,7 +303,7 @@ def test_the_order_that_suits_a_layer_is_found(monkeypatch):
         groups[block.attn1] = place
 
     base = Preset(block={"query": 32, "key": size}, min_tokens=0, dense_steps=0.0, thresholds=[0.1, 0.1, 0.15])
-    compared = {name: base.model_copy(update={"order": name}) for name in ("raster", "hilbert", "tiles")}
+    compared = {name: base.replace(order=name) for name in ("raster", "hilbert", "tiles")}
     processor = MeasuringProcessor(pipe, compared, {1})
     project = processor._family.project
 

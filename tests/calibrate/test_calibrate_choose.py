@@ -6,7 +6,8 @@ import pytest
 
 from psa_diffusers import Preset
 from psa_diffusers.calibrate.choose import Curve, everywhere, layer_by_layer, ranked, reach, solve
-from psa_diffusers.calibrate.preset_making import make_preset
+from psa_diffusers.calibrate.intervals import half_interval
+from psa_diffusers.calibrate.result import make_preset
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_settings, scaled_spec
 from psa_diffusers.calibrate.shapes import BASE, SHAPES, shaped, shapes_for
 from psa_diffusers.calibrate.targets import density_for_psnr, density_for_speedup, one_target
@@ -107,6 +108,18 @@ def test_a_density_by_count_is_known_and_others_are_not():
     assert known_density(scaled_spec(AttentionSpec(), 10.0), 20) == 1.0
     assert known_density(AttentionSpec(rule="mass"), 20) is None
     assert known_density(AttentionSpec(similarity=(0.7, 0.6)), 20) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "quantile"), [(4, 3.182446), (5, 2.776445), (8, 2.364624), (31, 2.042272), (121, 1.979930)]
+)
+def test_half_an_interval_is_students(count, quantile):
+    """Against the quantiles of the published tables."""
+    values = [(-1) ** index * 50.0 for index in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+    assert half_interval(values) == pytest.approx(quantile * deviation / math.sqrt(count), abs=7e-5)
+    assert half_interval(values[:3]) is None and half_interval([1.5] * count) == 0
 
 
 def solution(shapes: dict[int, str]):

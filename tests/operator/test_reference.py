@@ -10,14 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
-<<<<<<< HEAD
-from psa_testing.brute_force import brute_force
-=======
 from psa_kernels.allocation.reference import allocate
 from psa_kernels.importance import reference as importance_reference
 from psa_kernels.importance.reference import block_importance
 from psa_kernels.layout import make_layout
->>>>>>> kernels
+from psa_testing.brute_force import brute_force
 
 EVERYTHING = {"levels": (1,), "thresholds": (1.0,)}
 # So that a block of 8 has more than one representative.

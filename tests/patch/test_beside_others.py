@@ -151,7 +151,7 @@ def test_a_callback_that_switches_guidance_off_midway(changes):
 
     stock = WAN.run(pipe, callback_on_step_end=switch)
     assert not torch.equal(stock, WAN.run(pipe))
-    with apply_psa(pipe, EVERYTHING.model_copy(update=changes), strict=True):
+    with apply_psa(pipe, EVERYTHING.replace(**changes), strict=True):
         assert_equal_to_rounding(WAN.run(pipe, callback_on_step_end=switch), stock)
     with apply_psa(pipe, preset(**changes), strict=True) as psa:
         first = WAN.run(pipe, callback_on_step_end=switch)

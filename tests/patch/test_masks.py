@@ -42,7 +42,7 @@ def test_levels_undo_from_levels():
 
 def test_the_density_of_the_masks_is_that_of_the_statistics(pipe):
     # The negative prompt's lists differ, so only with shared lists are the statistics those of one branch.
-    masks, stats = record(pipe, PRESET.model_copy(update={"share_guidance": True}))
+    masks, stats = record(pipe, PRESET.replace(share_guidance=True))
     assert [mask.layer for mask in masks] == stats.layers
     for index, mask in enumerate(masks):
         assert (mask.step, mask.steps, mask.grid) == (2, 4, (3, 4, 4))

@@ -97,7 +97,7 @@ def test_sparse_runs_differ_repeat_and_are_undone(pipeline):
 def test_any_size_and_order_is_exact_when_everything_is_kept(size, order):
     pipe = tiny_wan()
     stock = run(pipe, **size)
-    with apply_psa(pipe, EVERYTHING.model_copy(update={"order": order, "tile": [2, 3, 3]})):
+    with apply_psa(pipe, EVERYTHING.replace(order=order, tile=[2, 3, 3])):
         torch.testing.assert_close(run(pipe, **size), stock, rtol=0, atol=2e-5)
 
 

@@ -299,6 +299,6 @@ VALUES = st.recursive(
 def test_any_value_in_code_is_taken_or_refused(key, value, in_rule):
     update = {"layers": [{"match": 0, key: value}]} if in_rule else {key: value}
     try:
-        load_preset("psa-3").model_copy(update=update).layer_specs(30)
+        load_preset("psa-3").replace(**update).layer_specs(30)
     except PresetError as error:
         assert str(error).isprintable() and "allowed: " in str(error)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from psa_diffusers.presets import Preset, list_presets, load_preset
+from psa_diffusers.presets.fields import LayerRule
 from psa_diffusers.presets.files import shipped_folder
 from psa_kernels import AttentionSpec, Importance
 from psa_testing.preset_checks import message_of, write_file
@@ -148,7 +149,8 @@ def specs_of(*rules, num_layers=12, **preset):
     ("match", "layers"),
     [
         *[(3, {3}), ("3", {3}), ("0-1", {0, 1}), ("10-", {10, 11}), ("0,5,7-9", {0, 5, 7, 8, 9})],
-        *[(" 1 - 2 , 4 ", {1, 2, 4}), ("0-", set(range(12))), ("11", {11}), ("11-", {11}), ("2,2,1-3", {1, 2, 3})],
+        *[("3-3", {3}), (" 1 - 2 , 4 ", {1, 2, 4})],
+        *[("0-", set(range(12))), ("11", {11}), ("11-", {11}), ("2,2,1-3", {1, 2, 3})],
     ],
 )
 def test_match_selects_layers(match, layers):
@@ -212,6 +214,14 @@ def test_rules_that_clash_on_one_layer_only_name_the_later_one():
     assert "layers[1].thresholds = [0.1, 0.2, 0.3]" in message and "[1, 2] needs 2" in message
 
 
+def test_rules_that_clash_behind_the_end_of_another_are_refused_without_a_number_of_layers():
+    """Layers 5 to 8, where only the first rule applies, lack levels for it."""
+    levels = {"levels": [1, 2]}
+    rules = [{"match": "0-9", "thresholds": [0.2, 0.4]}, {"match": "0-4", **levels}, {"match": 9, **levels}]
+    message = message_of(lambda: Preset(layers=rules))
+    assert "layers[0].thresholds = [0.2, 0.4]" in message and "[1, 2, 4] needs 3" in message
+
+
 @pytest.mark.parametrize("match", ["12", "12-", "3-12", "0,40", 999])
 def test_a_layer_that_the_model_lacks_is_an_error(write, match):
     path = write(f"layers:\n- {{match: 0, dense: true}}\n- {{match: '{match}', floor: 0.1}}")
@@ -230,19 +240,31 @@ def test_layer_specs_refuses_an_impossible_number_of_layers(count):
 # Changes in code
 
 
-def test_a_copy_takes_nested_mappings():
+def test_replace_takes_nested_mappings_and_ready_made_parts():
     changes = {
         "block": {"query": 64, "key": 64},
         "importance": {"statistic": "mean"},
         "layers": [{"match": 0, "dense": True}],
     }
-    copy = load_preset("psa-3").model_copy(update=changes)
-    dense, spec = copy.layer_specs(2)
+    changed = load_preset("psa-3").replace(**changes)
+    dense, spec = changed.layer_specs(2)
     assert dense is None and (spec.block_query, spec.importance.statistic) == (64, "mean")
-    checked = load_preset(copy)
-    assert checked.block.query == 64 and checked.layers[0].dense and checked.name == "psa-3"
-    inner = checked.model_copy(update={"block": checked.block.model_copy(update={"key": 32})})
-    assert inner.layer_specs(1) == (None,) and inner.validated().block.key == 32
+    assert changed.block.query == 64 and changed.layers[0].dense and changed.name == "psa-3"
+    assert load_preset(changed) is changed and changed == load_preset("psa-3").model_copy(update=changes)
+    inner = changed.replace(block=changed.block.model_copy(update={"key": 32}))
+    assert inner.layer_specs(1) == (None,) and inner.block.key == 32
+    rules = inner.replace(layers=[inner.layers[0], LayerRule(match=1, floor=0.5)], thresholds=(0.1, 0.1, 0.3))
+    assert [spec and (spec.floor, spec.thresholds) for spec in rules.layer_specs(2)] == [None, (0.5, (0.1, 0.1, 0.3))]
+
+
+def test_replace_leaves_the_preset_as_it_was():
+    preset = load_preset("example")
+    assert preset.replace(floor=0.5).floor == 0.5 and preset == load_preset("example")
+    assert preset.replace() == preset == preset.model_copy() and preset.model_copy() is not preset
+    assert preset.replace(floor=0.5).model_dump(exclude_unset=True) == {
+        **preset.model_dump(exclude_unset=True),
+        "floor": 0.5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -262,21 +284,49 @@ def test_a_copy_takes_nested_mappings():
     ],
     ids=str,
 )
-def test_a_bad_copy_is_refused_when_used(changes, expected):
+def test_a_bad_change_is_refused_at_once(changes, expected):
     shipped = load_preset("psa-3")
-    copy = shipped.model_copy(update=changes)
-    for use in (
-        copy.validated,
-        lambda: copy.layer_specs(4),
-        lambda: copy.dense_step_count(4),
-        lambda: load_preset(copy),
-    ):
-        message = message_of(use)
-        assert expected in message and "allowed: " in message
-        assert message.startswith(f"{shipped_folder() / 'psa-3.yaml'} (changed in code): ")
+    ways = [lambda preset: preset.model_copy(update=changes)]
+    if all(isinstance(key, str) for key in changes):
+        ways.append(lambda preset: preset.replace(**changes))
+    for change in ways:
+        for preset in (shipped, shipped.replace(refresh=2)):
+            message = message_of(lambda change=change, preset=preset: change(preset))
+            assert expected in message and "allowed: " in message
+            assert message.startswith(f"{shipped_folder() / 'psa-3.yaml'} (changed in code): ")
+
+
+def test_a_bad_part_is_refused_where_it_is_used():
+    """What pydantic copies or constructs without a check goes no further."""
+    preset = load_preset("example")
+    block = preset.block.model_copy(update={"key": 65})
+    assert "block.key = 65" in message_of(lambda: preset.replace(block=block))
+    rule = LayerRule.model_construct({"match", "floor"}, match="0", floor=2)
+    assert "layers[0].floor = 2" in message_of(lambda: Preset(layers=[rule]))
+    assert "layers[0].flor = 2" in message_of(lambda: Preset(layers=[rule.model_copy(update={"flor": 2, "floor": 0})]))
 
 
 def test_a_preset_made_in_code_is_named_in_messages():
     assert message_of(lambda: Preset(floor=2)).startswith("preset: floor = 2: out of range")
-    copy = Preset(name="mine").model_copy(update={"floor": 2})
-    assert message_of(copy.validated).startswith("preset 'mine': floor = 2")
+    assert message_of(lambda: Preset(name="mine").replace(floor=2)).startswith("preset 'mine': floor = 2")
+    changed = Preset(name="mine").replace(layers=[{"match": 9, "floor": 0.1}])
+    assert message_of(lambda: changed.layer_specs(4)).startswith("preset 'mine': layers[0].match = '9'")
+
+
+def test_a_preset_is_checked_when_it_is_made_and_not_again(monkeypatch):
+    made, check = [], Preset.__init__
+    monkeypatch.setattr(Preset, "__init__", lambda self, /, **settings: made.append(1) or check(self, **settings))
+    preset = load_preset("example")
+    assert len(made) == 1
+    preset.layer_specs(30), preset.layer_orders(30), preset.dense_step_count(50)
+    assert load_preset(preset) is preset and pickle.loads(pickle.dumps(preset)) == preset and len(made) == 1
+    preset.replace(floor=0.1)
+    assert len(made) == 2
+
+
+def test_rules_that_do_other_things_are_not_equal():
+    """The rule that says a default changes a layer; the one that leaves it out does not."""
+    said, unsaid = (Preset(floor=0.5, layers=[{"match": 0, **rule}]) for rule in ({"floor": 0.0}, {}))
+    assert said.layer_specs(1) != unsaid.layer_specs(1) and said != unsaid
+    assert said == Preset(floor=0.5, layers=[{"match": "0", "floor": 0.0}])
+    assert hash(said) == hash(Preset(floor=0.5, layers=[{"match": "0", "floor": 0.0}]))

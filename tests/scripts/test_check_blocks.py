@@ -86,7 +86,7 @@ def test_a_skipped_block_and_a_sparse_dense_phase_are_noticed(monkeypatch):
     scaled_preset = block_checks.scaled_preset
 
     def broken(machine, density):
-        return scaled_preset(machine, 0.25).model_copy(update={"dense_steps": 0.0})
+        return scaled_preset(machine, 0.25).replace(dense_steps=0.0)
 
     monkeypatch.setattr(block_checks, "scaled_preset", broken)
     assert failed("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == [

@@ -1,0 +1,77 @@
+"""What a calibration gives: a preset, and its YAML file, which is known again, so that no other is overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from psa_diffusers.calibrate.choose import Solution
+from psa_diffusers.calibrate.scaling import scaled_settings
+from psa_diffusers.calibrate.shapes import SHAPES, shaped
+from psa_diffusers.presets import Preset
+from psa_diffusers.report.video import whole_file
+
+HEADER = "# Made by psa-calibrate:"
+
+
+def make_preset(base: Preset, solution: Solution | None, num_layers: int, name: str, source: str) -> Preset:
+    """The base preset with what each layer of a solution is to do; without rules where all do the same.
+
+    Args:
+        solution: None leaves the base preset's settings.
+    """
+    preset = base.replace(name=name, source=source)
+    if solution is None:
+        return preset
+    # A solution has no layers that the base preset keeps dense.
+    specs = {
+        (shape, layer): spec
+        for shape in set(solution.shapes.values())
+        for layer, spec in enumerate(shaped(base, shape).layer_specs(num_layers))
+        if spec is not None
+    }
+    alike: dict[str, list[int]] = {}
+    for layer, shape in sorted(solution.shapes.items()):
+        changes = {**SHAPES[shape], **scaled_settings(specs[shape, layer], solution.scales[layer])}
+        alike.setdefault(json.dumps(changes), []).append(layer)
+    if len(alike) == 1 and not base.layers and len(solution.shapes) == num_layers:
+        return preset.replace(**_at_the_top(base, json.loads(next(iter(alike)))))
+    rules = [{"match": ",".join(map(str, layers)), **json.loads(changes)} for changes, layers in alike.items()]
+    return preset.replace(layers=[*base.layers, *rules])
+
+
+def write(path: Path, preset: Preset | None, note: str) -> None:
+    """Write a preset under a first line that says so; nothing where there is none."""
+    if preset is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = preset.model_dump(mode="json", exclude_unset=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    with whole_file(path) as partial:
+        # The digest tells a file that was edited since, which is not to be overwritten.
+        partial.write_text(f"{HEADER} {note} [{_digest(text)}]\n{text}", encoding="utf-8")
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is the result of an earlier calibration, as it was written."""
+    try:
+        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return first.startswith(HEADER) and first.endswith(f"[{_digest(rest)}]")
+
+
+def _at_the_top(base: Preset, changes: dict[str, Any]) -> dict[str, Any]:
+    """Outside of rules a mapping that leaves out a key would get that key's default, not the base preset's."""
+    return {
+        key: {**getattr(base, key).model_dump(mode="json"), **value} if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
