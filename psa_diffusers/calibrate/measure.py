@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,9 +14,12 @@ import torch
 from psa_diffusers.calibrate.choose import Curve
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_spec
 from psa_diffusers.families import AttentionCall
-from psa_diffusers.patch.graph_ops import Layer
+from psa_diffusers.patch.attend import QKV, Parts, TokenAttention
 from psa_diffusers.patch.processor import PSAProcessor
+from psa_diffusers.patch.run import Forward
+from psa_diffusers.patch.sites import Layer
 from psa_diffusers.presets import Preset
+from psa_kernels import AttentionStats
 
 LEAST_ERROR = 1e-12  # of what is exact, so that it has a logarithm
 
@@ -24,8 +27,8 @@ LEAST_ERROR = 1e-12  # of what is exact, so that it has a logarithm
 Figures = dict[str, dict[str, dict[str, list[float]]]]
 
 
-class MeasuringProcessor(PSAProcessor):
-    """Computes everything densely; at some steps it also measures, and never changes the video.
+class Measurement:
+    """Patches a pipeline, computes everything densely, and at some steps measures; it never changes the video.
 
     Args:
         shapes: the presets to compare, by name.
@@ -35,18 +38,25 @@ class MeasuringProcessor(PSAProcessor):
     def __init__(self, pipe: Any, shapes: Mapping[str, Preset], steps: set[int]) -> None:
         # Lists that are kept for later steps would be those of another shape.
         alone = {name: each.replace(refresh=1, share_guidance=False) for name, each in shapes.items()}
-        super().__init__(pipe, next(iter(alone.values())), strict=True)
-        self._measured_steps = steps
+        self.processor = PSAProcessor(pipe, next(iter(alone.values())), strict=True)
+        self.processor.compute_with(self._compute)
+        self._steps = steps
         self._shaped: dict[str, dict[str, Layer]] = {}
-        for which, reference in self._transformers.items():
-            prefix = f"{which}." if len(self._transformers) > 1 else ""
-            names = [prefix + name for name in self._family.self_attentions(reference())]
+        for layers in self.processor.layers.values():
             for shape, preset in alone.items():
-                rows = zip(names, preset.layer_specs(len(names)), preset.layer_orders(len(names)), strict=True)
-                for name, spec, order in rows:
-                    self._shaped.setdefault(name, {})[shape] = Layer(name, which, preset, spec, order)
+                rows = zip(layers, preset.layer_specs(len(layers)), preset.layer_orders(len(layers)), strict=True)
+                for layer, spec, order in rows:
+                    shaped = replace(layer, preset=preset, spec=spec, order=order, keeps_lists=False)
+                    self._shaped.setdefault(layer.name, {})[shape] = shaped
         self._found: dict[tuple[str, str], list[torch.Tensor]] = defaultdict(list)
         self._blocks: dict[tuple[str, str], int] = {}
+
+    def __enter__(self) -> Self:
+        self.processor.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.processor.restore()
 
     def figures(self) -> Figures:
         """Means over the measured calls: of the densities, and of the errors' logarithms."""
@@ -60,37 +70,31 @@ class MeasuringProcessor(PSAProcessor):
             }
         return figures
 
-    def _attend(
-        self, layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        at = self._tracker.current
-        head, tail = self._attention.dense(q, k, v, call)
-        self._recorder.add_dense(at.step, layer.name)
-        if at.branch == 0 and at.step in self._measured_steps:
-            video = math.prod(at.grid)
+    def _compute(
+        self, attention: TokenAttention, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
+    ) -> tuple[Parts, list[AttentionStats]]:
+        head, tail = attention.dense(qkv, call)
+        if forward.branch == 0 and forward.step in self._steps:
+            video = math.prod(forward.grid)
             for shape, shaped in self._shaped[layer.name].items():
+                if shaped.spec is None:
+                    continue
                 self._blocks[layer.name, shape] = -(-video // shaped.spec.block_key)
-                measured = [self._measure(shaped, scale, video, q, k, v, call, head) for scale in SCALES]
+                scaled = [replace(shaped, spec=scaled_spec(shaped.spec, scale)) for scale in SCALES]
+                measured = [_measure(attention, each, forward, qkv, call, head[:, -video:]) for each in scaled]
                 self._found[layer.name, shape].append(torch.stack(measured, dim=-1))
-        return head, tail
+        return (head, tail), []
 
-    def _measure(
-        self,
-        layer: Layer,
-        scale: float,
-        video: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        call: AttentionCall,
-        dense: torch.Tensor,
-    ) -> torch.Tensor:
-        """Density, and squared error of the video tokens relative to dense attention."""
-        scaled = replace(layer, spec=scaled_spec(layer.spec, scale))
-        sparse, _, stats = self._attention.sparse(scaled, self._tracker.current, q, k, v, call)
-        reference = dense[:, -video:].float()
-        error = (sparse[:, -video:].float() - reference).square().sum() / reference.square().sum().clamp_min(1e-20)
-        return torch.stack([torch.stack([figures.density.mean() for figures in stats]).mean(), error])
+
+def _measure(
+    attention: TokenAttention, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall, dense: torch.Tensor
+) -> torch.Tensor:
+    """Density, and squared error of the video tokens relative to dense attention."""
+    (sparse, _), stats = attention.sparse(layer, forward, qkv, call)
+    reference = dense.float()
+    error = (sparse[:, -dense.shape[1] :].float() - reference).square().sum()
+    density = torch.stack([figures.density.mean() for figures in stats]).mean()
+    return torch.stack([density, error / reference.square().sum().clamp_min(1e-20)])
 
 
 def curves_of(figures: list[Figures], shapes: Mapping[str, Preset], names: list[str]) -> dict[int, dict[str, Curve]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from psa_diffusers.calibrate.measure import Figures, MeasuringProcessor
+from psa_diffusers.calibrate.measure import Figures, Measurement
 from psa_diffusers.calibrate.plan import Calibration, Video
 from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
@@ -38,13 +38,9 @@ class Runs:
         """What each shape would do in each layer on the way to each dense video; means of those made at once."""
 
         def run(batch: Sequence[Video]) -> list[Figures]:
-            processor = MeasuringProcessor(self._pipeline(), shapes, set(steps))
-            processor.install()
-            try:
+            with Measurement(self._pipeline(), shapes, set(steps)) as measurement:
                 results = self._make(batch, "measuring")
-                figures = processor.figures()
-            finally:
-                processor.restore()
+            figures = measurement.figures()
             self._keep_references(batch, results)
             return [figures] * len(batch)
 

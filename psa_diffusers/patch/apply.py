@@ -56,8 +56,8 @@ def apply_psa(
         ...     video = pipe("a cat playing the piano").frames[0]
         >>> psa.stats().density_sparse
 
-    Arguments and errors are those of `PSAProcessor`; with `strict` also `PSAFallbackError`, where a layer that the preset
-    wants sparse has a processor of another's.
+    Arguments and errors are those of `PSAProcessor`; with `strict` also `PSAFallbackError`, where a layer that the
+    preset wants sparse has a processor of another's.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, strict=strict)
     processor.install()

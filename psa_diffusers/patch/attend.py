@@ -22,7 +22,7 @@ from psa_kernels import AttentionStats
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # Text that stands last, and the tokens before it.
 Parts = tuple[torch.Tensor, torch.Tensor]
-Compute = Callable[[Layer, Forward, QKV, AttentionCall], tuple[Parts, list[AttentionStats]]]
+Compute = Callable[["TokenAttention", Layer, Forward, QKV, AttentionCall], tuple[Parts, list[AttentionStats]]]
 
 
 class TokenAttention:
@@ -33,8 +33,8 @@ class TokenAttention:
 
     Attributes:
         guard: told of what is not finite.
-        compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it. A call without
-            statistics counts as a dense one.
+        compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it; it is given
+            this object, and without statistics the call counts as a dense one.
         mask_recorder: is given the block lists of sparse calls.
     """
 
@@ -97,10 +97,15 @@ class TokenAttention:
 
     def _sparse_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall) -> Parts:
         """Sparse attention, or dense attention in its place where it is looked at and not finite."""
-        parts, stats = (self.compute or self.sparse)(layer, forward, qkv, call)
+        if self.compute is None:
+            parts, stats = self.sparse(layer, forward, qkv, call)
+        else:
+            parts, stats = self.compute(self, layer, forward, qkv, call)
         if not forward.watch or forward.run.model_not_finite or all_finite(*parts):
-            for figures in stats or [None]:
+            for figures in stats:
                 forward.note(layer, figures)
+            if not stats:
+                forward.note(layer, None)
             return parts
         forward.run.lists.forget_step(forward.step)
         parts = self.dense(qkv, call)
@@ -115,6 +120,7 @@ class TokenAttention:
         self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call that `decide` lets be so, and its statistics."""
+        assert layer.spec is not None, "a layer without a spec is never routed here"
         query, grid, lists, kept = qkv[0], forward.grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
         place = Place(forward.step, forward.window, forward.branch)
@@ -130,9 +136,9 @@ class TokenAttention:
             strict=self._strict,
             return_lists=layer.keeps_lists or self.mask_recorder is not None,
         )  # fmt: skip
-        if layer.keeps_lists and kept is None:
+        if layer.keeps_lists and kept is None and used is not None:
             lists.keep(layer.name, place, fits, layer.preset, used)
-        if self.mask_recorder is not None:
+        if self.mask_recorder is not None and used is not None:
             self.mask_recorder.record(layer, forward, used)
         return (head, tail), stats
 
@@ -148,8 +154,8 @@ class TokenAttention:
             padding = call.text_tokens - lengths.pop()
         else:
             mask = self._dense_mask(call)
-        heads_first = (x[:, : x.shape[1] - padding].transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+        q, k, v = (x[:, : x.shape[1] - padding].transpose(1, 2) for x in qkv)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
         # Results of an operator behind a graph may share no memory.
         return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding)) if after else out[:, :0].clone()
 
@@ -159,11 +165,13 @@ class TokenAttention:
             text_mask = self._family.text_mask(call)
         except DenseOnlyError:
             return call.attention_mask
+        if text_mask is None:
+            return None
         return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
 
     def _real_text(self, call: AttentionCall) -> list[int]:
         """How many text tokens of each sample are no padding."""
         mask = self._family.text_mask(call)
-        if mask is None:
+        if mask is None or call.attention_mask is None:
             return [call.text_tokens] * len(call.hidden_states)
         return self._text_lengths.of(call.attention_mask, mask)

@@ -10,7 +10,6 @@ heads of the result are gathered. Every rank calls the collectives in the same o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +62,9 @@ class Ulysses:
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
 
-    def gather_tokens(self, tensors: Iterable[torch.Tensor], before: int, after: int) -> list[torch.Tensor]:
+    def gather_tokens(
+        self, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], before: int, after: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """From this rank's video tokens of all heads to all video tokens of this rank's heads.
 
         Args:
@@ -80,7 +81,8 @@ class Ulysses:
         begun = [self._begin_gathering(x, before, after) for x in tensors]
         for _, work in begun:
             work.wait()
-        return [joined.transpose(0, 1) for joined, _ in begun]
+        q, k, v = (joined.transpose(0, 1) for joined, _ in begun)
+        return q, k, v
 
     def _begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
         """Where the result will be, tokens first, and what to wait for."""

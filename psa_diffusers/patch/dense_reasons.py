@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from psa_diffusers.patch.sites import Site
+from psa_diffusers.patch.sites import LayerSite
 from psa_diffusers.patch.token_order import Grid
 
 
@@ -52,7 +52,7 @@ class Facts(NamedTuple):
         grid: None where the model was not told.
     """
 
-    site: Site
+    site: LayerSite
     processor: Any
     mine: Any
     left_out: bool

@@ -41,7 +41,7 @@ def attend(
     Args:
         q, k, v: `[B, N, H, D]`, of video and text.
         mask: the attention mask as the model made it.
-        site: `Site.number`.
+        site: `LayerSite.number`.
         text: number of text tokens, padding included.
         text_last: whether they are the last ones.
 

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
-from psa_diffusers.patch.sites import NotCopied, Site, publish, withdraw
+from psa_diffusers.patch.sites import LayerSite, NotCopied, Site, publish, withdraw
 
 if TYPE_CHECKING:
     from psa_diffusers.patch.processor import PSAProcessor
@@ -63,7 +64,7 @@ class Patch(NotCopied):
     def know(self, sites: Mapping[torch.nn.Module, Site]) -> None:
         """Take the transformer's attention modules."""
         self.sites.update(sites)
-        layers = [site.layer for site in sites.values() if site.layer is not None]
+        layers = [site.layer for site in sites.values() if isinstance(site, LayerSite)]
         routes = {layer.name: Route(False, None if layer.spec is None else UNHOOKED) for layer in layers}
         self.forward = self._outside = self._runs.outside(routes)
 
@@ -101,8 +102,13 @@ class Patch(NotCopied):
 
     def rivals(self) -> list[PSAProcessor]:
         """Other processors of this kind on the transformer."""
-        found = [attn.processor for attn in self.sites if isinstance(attn.processor, self._kind)]
-        return [processor for processor in found if processor is not self.processor()]
+        found: list[Any] = [attn.processor for attn in self.sites]
+        return [each for each in found if isinstance(each, self._kind) and each is not self.processor()]
+
+    def _owner(self) -> PSAProcessor:
+        owner = self.processor()
+        assert owner is not None, "a patch without its processor is detached before anything asks for it"
+        return owner
 
     def begin_late(self) -> None:
         """Begin the forward that is going on already: its first attention told that the processor was set."""
@@ -133,12 +139,12 @@ class Patch(NotCopied):
             forward = self._runs.enter(transformer, self.name, inputs)
         except UnknownStepError as error:
             forward, unknown = self._runs.outside({}), str(error)
-        run, mine, routes = forward.run, self.processor(), {}
+        run, mine, routes = forward.run, self._owner(), {}
         if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
             run.watch = True
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         for attn, site in self.sites.items():
-            if site.layer is None:
+            if not isinstance(site, LayerSite):
                 continue
             # A module that has its own processor back was taken out of the patch by somebody.
             wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
@@ -155,7 +161,7 @@ class Patch(NotCopied):
     def _note_unreached(self, forward: Forward) -> None:
         """Note the layers that never call the processor, for it is not in its place."""
         for attn, site in self.sites.items():
-            if site.layer is not None and attn.processor is not self.processor():
+            if isinstance(site, LayerSite) and attn.processor is not self.processor():
                 self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:
@@ -165,19 +171,19 @@ class Patch(NotCopied):
             if attn.processor is self.processor():
                 publish(attn, site)
                 self.sync_stock_settings(transformer, site)
-            if site.layer is not None:
+            if isinstance(site, LayerSite):
                 site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
         config = parallel_config(transformer)
-        if config is not None and site.layer is None and self._family.replicates_text:
+        if config is not None and not isinstance(site, LayerSite) and self._family.replicates_text:
             config = None
             if vars(site.original).get("_parallel_config", self) is not None:
                 # A copy, made once: self-attention may have the same object, and does share its heads.
                 site.original = copy.copy(site.original)
                 site.original._parallel_config = None
-        backend = self.processor()._attention_backend
+        backend = self._owner()._attention_backend
         for name, value in (("_attention_backend", backend), ("_parallel_config", config)):
             if value is not None and hasattr(site.original, name):
                 setattr(site.original, name, value)
@@ -205,7 +211,7 @@ class Patch(NotCopied):
 
 def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | None:
     """What a module was called with, if its call is going on, from the frame of torch's `__call__`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is transformer:
             return frame.f_locals["args"], frame.f_locals["kwargs"]
@@ -214,6 +220,6 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
 
 
 @functools.cache
-def _argument_names(transformer: type[torch.nn.Module]) -> tuple[str, ...]:
+def _argument_names(transformer: Any) -> tuple[str, ...]:
     """Names of what the forward of a class of transformers takes, in order."""
     return tuple(inspect.signature(transformer.forward).parameters)[1:]

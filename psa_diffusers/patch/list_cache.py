@@ -33,8 +33,8 @@ class ListCache:
     blocks take as much, 56 MB in all. Nothing is kept with `refresh` 1 and separate branches.
 
     Attributes:
-        one_step_only: whether lists serve only the step that they were made at. So it is in a run over windows, of which
-            the next step may have others in the same places.
+        one_step_only: whether lists serve only the step that they were made at. So it is in a run over windows: the
+            next step may have others in the same places.
     """
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
-from psa_diffusers.patch.sites import Layer, NotCopied, Site, site_of
+from psa_diffusers.patch.sites import Layer, LayerSite, NotCopied, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.presets import Preset, load_preset
 
@@ -48,6 +48,9 @@ class PSAProcessor(NotCopied):
         preset: name of a shipped preset, path of a YAML file, or a `Preset`.
         preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
         strict: raise instead of falling back to dense attention.
+
+    Attributes:
+        presets, layers: of each transformer, by its name in the pipeline.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
@@ -81,7 +84,8 @@ class PSAProcessor(NotCopied):
             name: self._layers(transformer, name, f"{name}." if len(transformers) > 1 else "")
             for name, transformer in transformers.items()
         }
-        self._runs = Runs(pipe, self.presets, [layer.name for each in layers.values() for layer in each.values()])
+        self.layers = {name: list(each.values()) for name, each in layers.items()}
+        self._runs = Runs(pipe, self.presets, [layer.name for each in self.layers.values() for layer in each])
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._patches = [self._patch(name, transformer, layers[name]) for name, transformer in transformers.items()]
 
@@ -128,7 +132,7 @@ class PSAProcessor(NotCopied):
         self._attention.mask_recorder = recorder
 
     def compute_with(self, compute: Compute | None) -> None:
-        """From now on, compute sparse layers with something else, such as what measures them; None ends it."""
+        """From now on, compute sparse layers with something else, as `TokenAttention.compute` says; None ends it."""
         self._attention.compute = compute
 
     def restore(self) -> None:
@@ -174,7 +178,7 @@ class PSAProcessor(NotCopied):
                 f"PSAProcessor was made for another pipeline and does not know this {type(attn).__name__}; "
                 "make one with PSAProcessor(pipe, ...)"
             )
-        if site.layer is not None:
+        if isinstance(site, LayerSite):
             positions = image_rotary_emb if rotary_emb is None else rotary_emb
             call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
             attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
@@ -186,7 +190,7 @@ class PSAProcessor(NotCopied):
         named = {name: value for name, value in named.items() if value is not None}
         return site.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
 
-    def _eagerly(self, attn: torch.nn.Module, site: Site, call: AttentionCall) -> Output | None:
+    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
@@ -201,17 +205,18 @@ class PSAProcessor(NotCopied):
             self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
             return None
         text, qkv = call.text_tokens, self._family.project(attn, call)
-        parts = self._attention.attend(forward, site.layer, qkv, call.attention_mask, text, route)
-        return self._output(attn, *parts, text)
+        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, text, route)
+        return self._output(attn, head, tail, text)
 
-    def _in_graph(self, attn: torch.nn.Module, site: Site, call: AttentionCall) -> Output | None:
+    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
         """The same inside a graph, where it was decided before the forward."""
         if not site.in_graph:
             graph_ops.note_dense(site.number)
             return None
         text, text_last = call.text_tokens, self._family.text == "after"
         q, k, v = self._family.project(attn, call)
-        return self._output(attn, *graph_ops.attend(q, k, v, call.attention_mask, site.number, text, text_last), text)
+        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, text, text_last)
+        return self._output(attn, head, tail, text)
 
     def _output(self, attn: torch.nn.Module, head: torch.Tensor, tail: torch.Tensor, text: int) -> Output:
         if self._family.text == "before":
@@ -261,14 +266,17 @@ class PSAProcessor(NotCopied):
         """The patch of a transformer, which knows all its attention modules and their processors."""
         patch = Patch(self, name, transformer, self._family, self._runs, self._attention)
         sites: dict[torch.nn.Module, Site] = {}
-        foreign: dict[str, list[Site]] = {}
+        foreign: dict[str, list[LayerSite]] = {}
         for attn in attention_modules(transformer):
             original = attn.processor
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
-            site = sites[attn] = Site(patch, original, layers.get(attn))
-            if site.layer is not None and (reason := self._family.why_not_imitated(original)):
-                foreign.setdefault(reason, []).append(site)
+            if attn not in layers:
+                sites[attn] = Site(patch, original)
+                continue
+            sites[attn] = layer = LayerSite(patch, original, layers[attn])
+            if (reason := self._family.why_not_imitated(original)) is not None:
+                foreign.setdefault(reason, []).append(layer)
         for reason, alike in foreign.items():
             more = f" and {len(alike) - 1} more layers" if len(alike) > 1 else ""
             for site in alike:
@@ -279,6 +287,6 @@ class PSAProcessor(NotCopied):
 
     def _tell_of_foreign_processors(self) -> None:
         for site in self._sites.values():
-            layer, reason = site.layer, site.not_imitated
-            if reason and layer is not None and layer.spec is not None and layer.preset.dense_steps < 1:
-                self._fallbacks.warn_or_raise(reason)
+            if isinstance(site, LayerSite) and site.not_imitated is not None:
+                if site.layer.spec is not None and site.layer.preset.dense_steps < 1:
+                    self._fallbacks.warn_or_raise(site.not_imitated)

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -143,7 +144,7 @@ def running_pipeline(transformer: torch.nn.Module) -> Any | None:
     The callers are looked through from the innermost one. A modular pipeline hands itself to its blocks by the name
     `components`.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         for name in ("self", "components"):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "psa_site"
 
 _numbers = itertools.count()
-_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[int, LayerSite] = weakref.WeakValueDictionary()
 
 
 class NotCopied:
@@ -49,20 +49,31 @@ class Layer:
 
 
 class Site(NotCopied):
-    """An attention module of a patched transformer.
+    """An attention module of a patched transformer, such as that to text.
 
     Attributes:
         patch: of the transformer.
         original: the processor that the module had before.
-        layer: the layer that it is; None for other attention, as that to text.
+    """
+
+    def __init__(self, patch: Patch, original: Any) -> None:
+        self.patch, self.original = patch, original
+
+
+class LayerSite(Site):
+    """The attention module of a layer.
+
+    Attributes:
+        layer: which one it is.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
         in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
             it calls `original`.
     """
 
-    def __init__(self, patch: Patch, original: Any, layer: Layer | None) -> None:
-        self.patch, self.original, self.layer = patch, original, layer
+    def __init__(self, patch: Patch, original: Any, layer: Layer) -> None:
+        super().__init__(patch, original)
+        self.layer = layer
         self.not_imitated: str | None = None
         self.in_graph = False
         number = next(_numbers)
@@ -71,8 +82,8 @@ class Site(NotCopied):
         _sites[number] = self
 
 
-def site_numbered(number: torch.Tensor) -> Site:
-    """The site that a `Site.number` names."""
+def site_numbered(number: torch.Tensor) -> LayerSite:
+    """The site that a `LayerSite.number` names."""
     return _sites[int(number)]
 
 

@@ -19,7 +19,7 @@ class RunStats:
     """Statistics of the last run of a patched pipeline.
 
     Attributes:
-        run: which run since the patch, counted from 1; 0 before the first. Two runs that differ in nothing else are equal.
+        run: which run since the patch, counted from 1; 0 before the first. No part of whether two of these are equal.
         steps: denoising steps of the run; 0 before the first run.
         dense_steps: how many of them, the first ones, are dense by the preset.
         layers: names of the self-attention layers, of all transformers.
@@ -30,8 +30,8 @@ class RunStats:
         density_run: mean of `density` over all steps and layers that ran.
         density_sparse, coverage_sparse: means over the layers and steps that were sparse; None if there were none.
         implementation: what computed the sparse calls; None if there were none.
-        fallbacks: why calls ran dense although the preset asked for sparse ones, and how many did; those that came after
-            the run and belong to none that is known are counted too.
+        fallbacks: why calls ran dense although the preset asked for sparse ones, and how many did; those after the run
+            that belong to none that is known are counted too.
         not_finite: layers whose sparse output held NaN or infinite values, and at which steps, counted from 0; it was
             computed again there, dense.
         model_not_finite: what was not finite with dense attention either, in one line; None if nothing was seen to be.

@@ -11,12 +11,13 @@ import torch
 from psa_diffusers import Preset, apply_psa, load_preset
 from psa_diffusers.calibrate import runner, shapes, verify
 from psa_diffusers.calibrate.choose import layer_by_layer, ranked
-from psa_diffusers.calibrate.measure import MeasuringProcessor, curves_of
+from psa_diffusers.calibrate.measure import Measurement, curves_of
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_settings
 from psa_diffusers.calibrate.shapes import BASE
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.cli import calibrate as cli_calibrate
 from psa_diffusers.cli.generate import run_command
+from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.token_order import token_permutation
 from psa_testing.tiny_pipelines import run as run_pipeline
 from psa_testing.tiny_pipelines import tiny_wan
@@ -251,11 +252,9 @@ def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
     base = Preset(block={"query": 32, "key": 16}, min_tokens=0, dense_steps=0.0)
     compared = {"raster": base.replace(order="raster"), "hilbert": base}
     plain = run_pipeline(pipe)
-    processor = MeasuringProcessor(pipe, compared, {1})
-    processor.install()
-    assert torch.allclose(run_pipeline(pipe), plain, atol=1e-4)
-    figures = processor.figures()
-    processor.restore()
+    with Measurement(pipe, compared, {1}) as measurement:
+        assert torch.allclose(run_pipeline(pipe), plain, atol=1e-4)
+    figures = measurement.figures()
     assert torch.equal(run_pipeline(pipe), plain)
     scaled = Preset(**{**base.model_dump(), **scaled_settings(base.layer_specs(1)[0], SCALES[1])})
     with apply_psa(pipe, scaled) as psa:
@@ -271,12 +270,9 @@ def test_measuring_changes_nothing_and_tells_what_a_sparse_run_would():
 
 
 def measured(pipe, shapes, steps, **call):
-    processor = MeasuringProcessor(pipe, shapes, steps)
-    processor.install()
-    run_pipeline(pipe, **call)
-    figures = processor.figures()
-    processor.restore()
-    return figures
+    with Measurement(pipe, shapes, steps) as measurement:
+        run_pipeline(pipe, **call)
+    return measurement.figures()
 
 
 def test_of_two_forwards_a_step_only_the_first_is_measured():
@@ -304,8 +300,7 @@ def test_the_order_that_suits_a_layer_is_found(monkeypatch):
 
     base = Preset(block={"query": 32, "key": size}, min_tokens=0, dense_steps=0.0, thresholds=[0.1, 0.1, 0.15])
     compared = {name: base.replace(order=name) for name in ("raster", "hilbert", "tiles")}
-    processor = MeasuringProcessor(pipe, compared, {1})
-    project = processor._family.project
+    project = Wan.project
 
     def constructed(attn, call):
         q, _, v = project(attn, call)
@@ -313,11 +308,10 @@ def test_the_order_that_suits_a_layer_is_found(monkeypatch):
         mine = (12 * codes)[groups[attn]][None, :, None].expand_as(q)
         return mine.contiguous(), mine.contiguous(), torch.randn(v.shape, generator=generator)
 
-    monkeypatch.setattr(processor._family, "project", staticmethod(constructed))
-    processor.install()
-    run_pipeline(pipe, height=128, width=128, num_frames=13)
-    curves = curves_of([processor.figures()], compared, processor.stats().layers)
-    processor.restore()
+    monkeypatch.setattr(Wan, "project", staticmethod(constructed))
+    with Measurement(pipe, compared, {1}) as measurement:
+        run_pipeline(pipe, height=128, width=128, num_frames=13)
+    curves = curves_of([measurement.figures()], compared, measurement.processor.stats().layers)
     assert layer_by_layer(curves, 0.12) == {0: "raster", 1: "hilbert"}
     assert ranked(curves, 0.12)[-1] == "tiles"
 
