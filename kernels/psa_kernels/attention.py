@@ -85,8 +85,8 @@ def psa_attention(
             if len(groups) == 1:
                 found = _attend(call, backend, lists, out)
             else:
-                given = None if lists is None else lists[:, heads]
-                found = _attend(call.of_heads(heads), backend, given, out[:, :, heads])
+                part, rows = call.of_heads(heads), out[:, :, heads]
+                found = _attend(part, backend, None if lists is None else lists[:, heads], rows)
             if return_stats:
                 stats.append(AttentionStats.from_lists(found, spec, backend.name))
             if return_lists:

@@ -28,6 +28,13 @@ def reason_to_skip() -> str | None:
     return None
 
 
+def pytest_configure(config):
+    """What numpy says of the arithmetic of kernels, and of the interpreter's own."""
+    if reason_to_skip() is None:
+        for ignored in ("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"):
+            config.addinivalue_line("filterwarnings", ignored)
+
+
 class Skipped(pytest.File):
     def collect(self):
         pytest.skip(reason_to_skip())
@@ -40,14 +47,15 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.fixture(autouse=True, scope="session")
 def quicker_interpreter():
-    """Spare the interpreter a quarter of these tests' time.
+    """Spare the interpreter a quarter of these tests' time, in which it finds out what it knows.
 
     It patches `triton.language` at each call of a function inside a kernel, looks at all names, and finds everything
-    patched. Once for each module a launch will do.
+    patched: once for each module a launch will do. And it makes a table of all types whenever it looks one up.
     """
     from triton.runtime import interpreter
 
     patched = set()
+    numbers = {}
 
     class Scope(interpreter._LangPatchScope):
         def restore(self):
@@ -62,6 +70,15 @@ def quicker_interpreter():
             scope._changes = patch(function)._changes
         return scope
 
+    def numpy_type(of, look_up=interpreter._get_np_dtype):
+        scalar = of.scalar
+        if scalar.is_ptr():
+            return look_up(scalar)
+        if scalar.name not in numbers:
+            numbers[scalar.name] = look_up(scalar)
+        return numbers[scalar.name]
+
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(interpreter, "_patch_lang", patch_once)
+        changed.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield

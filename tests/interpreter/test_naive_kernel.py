@@ -12,8 +12,6 @@ from psa_kernels import AttentionSpec, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid.triton import build_pyramid
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 SPECS = {
     "three levels": {"block_key": 32, "thresholds": (0.2, 0.5, 1.0)},
     "whole blocks": {"levels": (1,), "thresholds": (0.4,)},

@@ -17,8 +17,6 @@ from psa_kernels.allocation import prices, triton_budget, triton_statistics
 from psa_kernels.blocks import group_means
 from psa_kernels.layout import make_layout
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

@@ -17,8 +17,6 @@ from psa_kernels.pyramid import triton as pyramid
 from psa_kernels.quantise import reference, triton
 from psa_kernels.sparse import reference as reference_sparse
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):

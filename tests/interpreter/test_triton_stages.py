@@ -20,7 +20,6 @@ from psa_kernels.pyramid import reference as reference_pyramid
 from psa_kernels.pyramid import triton as triton_pyramid
 from psa_kernels.sparse import triton as triton_sparse
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 HEAD_DIM = 16
 
 
