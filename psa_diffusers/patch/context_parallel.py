@@ -172,7 +172,8 @@ def share_of(
             raise ValueError(f"context parallelism of {family.name} needs a pipeline's run with a known video size")
         return None, None
     degree = config.ulysses_degree
-    heads = next(iter(family.self_attentions(transformer).values())).heads
+    first: Any = next(iter(family.self_attentions(transformer).values()))
+    heads = first.heads
     uneven = getattr(config, "ulysses_anything", None)  # diffusers 0.36 does not have it
     for what, count in (("video tokens", math.prod(grid)), ("heads", heads)):
         if (count % degree and not uneven) or count < degree:

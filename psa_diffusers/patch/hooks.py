@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,7 @@ class Patch(NotCopied):
     ) -> None:
         self.name, self.attention, self.attached = name, attention, False
         self._family, self._runs = family, runs
-        self._kind = next(kind for kind in type(processor).__mro__ if kind.__name__ == "PSAProcessor")
+        self._kind: Any = next(kind for kind in type(processor).__mro__ if kind.__name__ == "PSAProcessor")
         self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -220,6 +220,6 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
 
 
 @functools.cache
-def _argument_names(transformer: Any) -> tuple[str, ...]:
+def _argument_names(transformer: Hashable) -> tuple[str, ...]:
     """Names of what the forward of a class of transformers takes, in order."""
     return tuple(inspect.signature(transformer.forward).parameters)[1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class MaskRecorder:
         self._layers = tuple(layers)
         self._step, self._head, self._point = step, head, point
         self._run = 0
-        self._kept: dict[str, tuple[Layer, int, int, Grid, int, BlockLists]] = {}
+        self._kept: dict[str, tuple[BlockMask, BlockLists]] = {}
 
     def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
         """Keep the lists of a call if they are wanted; never waits for the device."""
@@ -95,26 +95,21 @@ class MaskRecorder:
         first = forward.branch == forward.window == 0
         if not first or layer.name not in self._layers or forward.step != self._wanted_step(layer, run.steps):
             return
+        assert layer.spec is not None, "a sparse layer has one"
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
         row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, forward.grid)
         rows = slice(None) if self._point is None else slice(row, row + 1)
         part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
-        self._kept[layer.name] = (layer, forward.step, run.steps, forward.grid, row, part)
+        mask = BlockMask(
+            layer.name, forward.step, run.steps, forward.grid, layer.preset, layer.spec, layer.order, self._head or 0,
+            row, levels=np.empty(0),
+        )  # fmt: skip
+        self._kept[layer.name] = mask, part
 
     def masks(self) -> list[BlockMask]:
         """What was kept, in the order of `layers`; waits for the device."""
-        found = []
-        for name in self._layers:
-            if name in self._kept:
-                layer, step, steps, grid, row, lists = self._kept[name]
-                levels = lists.levels()[0].cpu().numpy()
-                found.append(
-                    BlockMask(
-                        name, step, steps, grid, layer.preset, layer.spec, layer.order, self._head or 0, row,
-                        levels,
-                    )
-                )  # fmt: skip
-        return found
+        kept = [self._kept[name] for name in self._layers if name in self._kept]
+        return [replace(mask, levels=lists.levels()[0].cpu().numpy()) for mask, lists in kept]
 
     def _wanted_step(self, layer: Layer, steps: int) -> int:
         return middle_sparse_step(layer.preset, steps) if self._step is None else self._step

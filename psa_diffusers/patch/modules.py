@@ -38,7 +38,7 @@ def attention_modules(transformer: torch.nn.Module) -> Iterator[torch.nn.Module]
     return (module for module in transformer.modules() if getattr(module, "processor", None) is not None)
 
 
-def set_processor(attn: torch.nn.Module, processor: Any) -> None:
+def set_processor(attn: Any, processor: Any) -> None:
     """Set the processor of one attention module; Mochi's has no method for it."""
     if hasattr(attn, "set_processor"):
         attn.set_processor(processor)

@@ -287,6 +287,7 @@ class PSAProcessor(NotCopied):
 
     def _tell_of_foreign_processors(self) -> None:
         for site in self._sites.values():
-            if isinstance(site, LayerSite) and site.not_imitated is not None:
-                if site.layer.spec is not None and site.layer.preset.dense_steps < 1:
-                    self._fallbacks.warn_or_raise(site.not_imitated)
+            if not isinstance(site, LayerSite) or site.not_imitated is None:
+                continue
+            if site.layer.spec is not None and site.layer.preset.dense_steps < 1:
+                self._fallbacks.warn_or_raise(site.not_imitated)

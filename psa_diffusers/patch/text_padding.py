@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def attend_real_text(
         statistics of each computation; and the lists, None if they are not wanted.
     """
     first = q.shape[1] - after
-    settings = {"text_before": before, "permutation": permutation, "strict": strict}
+    settings: dict[str, Any] = {"text_before": before, "permutation": permutation, "strict": strict}
     if lengths is None or len(set(lengths)) == 1:
         length = after if lengths is None else lengths[0]
         if length < after:
@@ -93,7 +94,9 @@ def attend_real_text(
     for sample, length in enumerate(lengths):
         part = slice(sample, sample + 1)
         out, stats = psa_attention(
-            *(x[part, : first + length] for x in (q, k, v)),
+            q[part, : first + length],
+            k[part, : first + length],
+            v[part, : first + length],
             spec,
             text_after=length,
             lists=lists[part],
