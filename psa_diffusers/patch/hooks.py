@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
-from psa_diffusers.patch.sites import LayerSite, NotCopied, Site, publish, withdraw
+from psa_diffusers.patch.sites import LayerSite, NotPickled, Site, publish, withdraw
 
 if TYPE_CHECKING:
     from psa_diffusers.patch.processor import PSAProcessor
@@ -33,7 +33,7 @@ UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its ho
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 
 
-class Patch(NotCopied):
+class Patch(NotPickled):
     """What a processor is to one transformer. A transformer has one patch at a time: a newcomer evicts it.
 
     Attributes:
@@ -60,6 +60,12 @@ class Patch(NotCopied):
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.forward = self._outside = runs.outside({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        """That of the hooks that a copy of the transformer takes along, which do nothing."""
+        idle = object.__new__(Patch)
+        idle.attached = False
+        return idle
 
     def know(self, sites: Mapping[torch.nn.Module, Site]) -> None:
         """Take the transformer's attention modules."""
@@ -122,12 +128,15 @@ class Patch(NotCopied):
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, which comes before anything else touches the inputs."""
+        if not self.attached:  # a copy's
+            return
         if self.processor() is None:  # taken off by hand, and forgotten
             self.detach()
         elif not self.holds() and (rivals := self.rivals()):
             rivals[0].arrive(transformer, args, kwargs)
         else:
-            inputs = {**dict(zip(_argument_names(type(transformer)), args, strict=False)), **kwargs}
+            kind: Any = type(transformer)
+            inputs = {**dict(zip(_argument_names(kind), args, strict=False)), **kwargs}
             self.forward = self._decide(transformer, inputs)
             self._inform_modules(transformer)
 
@@ -191,6 +200,8 @@ class Patch(NotCopied):
     @torch.compiler.disable
     def _end(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook: gives the output of the forward that was computed again, or None to keep the first one."""
+        if not self.attached:
+            return None
         forward, guard, again = self.forward, self.attention.guard, None
         try:
             spoiled = guard.is_spoiled(forward, output)
@@ -220,6 +231,6 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
 
 
 @functools.cache
-def _argument_names(transformer: Hashable) -> tuple[str, ...]:
+def _argument_names(transformer: Any) -> tuple[str, ...]:
     """Names of what the forward of a class of transformers takes, in order."""
     return tuple(inspect.signature(transformer.forward).parameters)[1:]

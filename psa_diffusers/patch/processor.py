@@ -15,13 +15,14 @@ from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.attend import Compute, TokenAttention
+from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_processor
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
-from psa_diffusers.patch.sites import Layer, LayerSite, NotCopied, Site, site_of
+from psa_diffusers.patch.sites import Layer, LayerSite, NotPickled, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.presets import Preset, load_preset
 
@@ -30,7 +31,7 @@ __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
-class PSAProcessor(NotCopied):
+class PSAProcessor(NotPickled):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
@@ -121,7 +122,7 @@ class PSAProcessor(NotCopied):
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""
-        return self._runs.stats(watched=any(patch.attached for patch in self._patches))
+        return self._runs.stats({patch.name: patch.transformer() for patch in self._patches if patch.attached})
 
     def is_set(self) -> bool:
         """Whether any attention module of the pipeline has this processor."""
@@ -184,11 +185,12 @@ class PSAProcessor(NotCopied):
             attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
             if attended is not None:
                 return attended
-        # Stock processors take different arguments: pass on only those that were given.
-        positional = () if rotary_emb is None else (rotary_emb,)
-        named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
-        named = {name: value for name, value in named.items() if value is not None}
-        return site.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
+        return site.call_original(
+            attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, temb, image_rotary_emb
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CopiedProcessor:
+        return copied_processor(self._sites, memo)
 
     def _eagerly(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
@@ -268,11 +270,11 @@ class PSAProcessor(NotCopied):
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}
         for attn in attention_modules(transformer):
-            original = attn.processor
+            original = own_processor(attn)
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
             if attn not in layers:
-                sites[attn] = Site(patch, original)
+                sites[attn] = Site(original)
                 continue
             sites[attn] = layer = LayerSite(patch, original, layers[attn])
             if (reason := self._family.why_not_imitated(original)) is not None:

@@ -16,8 +16,8 @@ from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_diffusers.presets import Preset
 
 MISSED = (
-    "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch: its transformer was "
-    "replaced, or patched by another processor"
+    "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch, for its transformer "
+    "was replaced; patch it again"
 )
 
 
@@ -77,14 +77,14 @@ class Runs:
         finally:
             self._schedule.told = before
 
-    def stats(self, watched: bool) -> RunStats:
+    def stats(self, patched: Mapping[str, Any]) -> RunStats:
         """Sum up the last run; waits for the device.
 
         Args:
-            watched: whether the patch is still in its place; else the last run is the last one that it saw.
+            patched: the transformers that still have the patch, by name.
         """
         self._count_strays()
-        missed = self._schedule.missed_since(self._run.pipe_timesteps) if watched else None
+        missed = self._schedule.missed_since(self._run.pipe_timesteps, patched)
         if missed is None:
             return summed_up(self._run, self._layers, self._stray_reasons)
         return summed_up(Run(self._run.number, missed), self._layers, Counter(), MISSED.format(steps=missed))

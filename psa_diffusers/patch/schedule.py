@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -63,14 +63,18 @@ class Schedule:
         """The timesteps of the patched pipeline's scheduler now."""
         return _timesteps(self._patched_scheduler())
 
-    def missed_since(self, timesteps: torch.Tensor | None) -> int | None:
-        """How many steps the patched pipeline's scheduler was set to and stepped through since it had these timesteps.
+    def missed_since(self, timesteps: torch.Tensor | None, patched: Mapping[str, Any]) -> int | None:
+        """How many steps a run had that the patched pipeline made without the patched transformers; None without one.
 
-        None if it was not. Some pipelines set it once more at the end of a run, for the next, so it must have stepped.
+        Args:
+            timesteps: what its scheduler had when the last run began that came to the patch.
+            patched: the transformers by name.
         """
-        now = self.patched_timesteps()
-        stepped = getattr(self._patched_scheduler(), "step_index", None) is not None
-        return len(now) if now is not None and now is not timesteps and stepped else None
+        pipe, now = self._pipe(), self.patched_timesteps()
+        if now is None or now is timesteps or getattr(self._patched_scheduler(), "step_index", None) is None:
+            return None
+        replaced = any(unwrapped(getattr(pipe, name, None)) is not module for name, module in patched.items())
+        return len(now) if pipe is not None and replaced else None
 
     def position(self, transformer: torch.nn.Module, timestep: torch.Tensor | None, step: int) -> Position:
         """Where a forward stands.

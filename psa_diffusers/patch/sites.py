@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ _numbers = itertools.count()
 _sites: weakref.WeakValueDictionary[int, LayerSite] = weakref.WeakValueDictionary()
 
 
-class NotCopied:
-    """What belongs to one transformer and its hooks; a copy would silently share the original's runs."""
+class NotPickled:
+    """What belongs to one transformer and its hooks in this process."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            "a transformer patched with PSAProcessor cannot be copied or pickled; call restore() first, copy it, and "
-            "patch the copy with a PSAProcessor of its own"
+            "a transformer patched with PSAProcessor cannot be pickled; call restore() first, and patch what is loaded "
+            "with a PSAProcessor of its own"
         )
 
 
@@ -48,22 +49,42 @@ class Layer:
     keeps_lists: bool
 
 
-class Site(NotCopied):
-    """An attention module of a patched transformer, such as that to text.
+class Site(NotPickled):
+    """An attention module of a patched transformer, such as that to text, or of a copy of one.
 
     Attributes:
-        patch: of the transformer.
         original: the processor that the module had before.
     """
 
-    def __init__(self, patch: Patch, original: Any) -> None:
-        self.patch, self.original = patch, original
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """That of a copy of the module, which is not patched."""
+        return Site(copy.deepcopy(self.original, memo))
+
+    def call_original(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        rotary_emb: Any,
+        temb: torch.Tensor | None,
+        image_rotary_emb: Any,
+    ) -> Any:
+        """What the module's own processor gives; these take different arguments, so only those given are passed on."""
+        positional = () if rotary_emb is None else (rotary_emb,)
+        named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
+        named = {name: value for name, value in named.items() if value is not None}
+        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
 
 
 class LayerSite(Site):
     """The attention module of a layer.
 
     Attributes:
+        patch: of the transformer.
         layer: which one it is.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
@@ -72,8 +93,8 @@ class LayerSite(Site):
     """
 
     def __init__(self, patch: Patch, original: Any, layer: Layer) -> None:
-        super().__init__(patch, original)
-        self.layer = layer
+        super().__init__(original)
+        self.patch, self.layer = patch, layer
         self.not_imitated: str | None = None
         self.in_graph = False
         number = next(_numbers)

@@ -16,6 +16,7 @@ from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.sites import ATTRIBUTE
 from psa_testing.tiny_families import CASES, preset
+from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from psa_testing.tiny_pipelines import tiny_transformer, tiny_wan
 from psa_testing.wan_latents import run
 
@@ -126,37 +127,77 @@ def test_set_attn_processor_on_what_is_compiled(compiled):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("state", ["set", "applied", "run"])
-def test_copies_are_refused_in_one_line(state):
-    pipe = tiny_wan()
+@pytest.mark.parametrize("state", ["set", "applied", "run", "cogvideox-5b", "mochi"])
+def test_copies_are_not_patched(state, monkeypatch):
+    """As those of quantisers, averages of weights, and `copy.deepcopy` are made."""
+    case = CASES.get(state, Case(tiny_wan, {**GUIDED, **SMALL_TEXT}))
+    pipe = case.make()
+    stock = case.run(pipe)
+    psa = PSAProcessor(pipe, preset(), strict=True)
     if state == "set":
-        pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset()))
+        pipe.transformer.set_attn_processor(psa)
     else:
-        psa = apply_psa(pipe, preset())
+        psa.install()
     if state == "run":
+        case.run(pipe)
+    twin, whole = copy.deepcopy(pipe.transformer), copy.deepcopy(pipe)
+    expected = case.run(pipe)
+    stats = psa.stats()
+    assert not torch.equal(expected, stock) and stats.density_sparse < 0.5
+    other = type(pipe)(**{**pipe.components, "transformer": twin})
+    other.set_progress_bar_config(disable=True)
+    for each in (other, whole):
+        with pytest.warns(PSAFallbackWarning, match="this transformer is a copy of a patched one") as caught:
+            assert torch.equal(case.run(each), stock)
+            assert torch.equal(case.run(each), stock)
+        assert len([w for w in caught if w.category is PSAFallbackWarning]) == 1
+    assert psa.stats().density == stats.density
+    with apply_psa(whole, preset(), strict=True) as patched, warnings.catch_warnings():
+        warnings.simplefilter("error", PSAFallbackWarning)
+        assert torch.equal(case.run(whole), expected)
+        assert patched.stats().density_sparse == stats.density_sparse
+        assert torch.equal(case.run(pipe), expected), "the original goes on as before"
+    psa.restore()
+    assert torch.equal(case.run(pipe), stock)
+
+
+def test_a_quantised_copy_runs():
+    pipe = tiny_wan(num_layers=2)
+    with apply_psa(pipe, preset()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pipe.transformer = torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Embedding})
+        with pytest.warns(PSAFallbackWarning, match="this transformer is a copy of a patched one"):
+            run(pipe)
+    with apply_psa(pipe, preset(), strict=True) as psa:
         run(pipe)
-    refusal = r"^a transformer patched with PSAProcessor cannot be copied or pickled; call restore\(\) first[^\n]*$"
-    for copying in (
-        lambda: copy.deepcopy(pipe.transformer),
-        lambda: copy.deepcopy(pipe),
+        assert psa.stats().density_sparse < 0.5
+
+
+@pytest.mark.parametrize("state", ["set", "applied"])
+def test_pickling_is_refused_in_one_line(state):
+    pipe = tiny_wan(num_layers=2)
+    psa = PSAProcessor(pipe, preset())
+    if state == "set":
+        pipe.transformer.set_attn_processor(psa)
+    else:
+        psa.install()
+    refusal = r"^a transformer patched with PSAProcessor cannot be pickled; call restore\(\) first[^\n]*$"
+    for pickling in (
         lambda: pickle.dumps(pipe.transformer),
         lambda: torch.save(pipe.transformer, io.BytesIO()),
-        lambda: torch.ao.quantization.quantize_dynamic(pipe.transformer, {torch.nn.Linear}),
-        lambda: copy.copy(pipe.transformer.blocks[0].attn1.processor),
+        lambda: copy.copy(psa),
     ):
-        with warnings.catch_warnings(), pytest.raises(TypeError, match=refusal):
-            warnings.simplefilter("ignore")
-            copying()
-    assert set(pipe.transformer.state_dict()) == set(tiny_wan().transformer.state_dict())
-    if state != "set":
-        psa.restore()
-        stock = run(pipe)
-        twin = copy.deepcopy(pipe.transformer)
-        pipe.transformer = pickle.loads(pickle.dumps(twin))
-        assert torch.equal(run(pipe), stock)
-        with apply_psa(pipe, preset(), strict=True) as psa:
-            run(pipe)
-            assert psa.stats().density_sparse < 0.5
+        with pytest.raises(TypeError, match=refusal):
+            pickling()
+    assert set(pipe.transformer.state_dict()) == set(tiny_wan(num_layers=2).transformer.state_dict())
+    psa.restore()
+    stock = run(pipe)
+    pipe.transformer = pickle.loads(pickle.dumps(pipe.transformer))
+    assert torch.equal(run(pipe), stock)
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        run(pipe)
+        assert psa.stats().density_sparse < 0.5
 
 
 def test_one_transformer_by_two_names():

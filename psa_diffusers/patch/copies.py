@@ -1,0 +1,66 @@
+"""A copy of a patched transformer is not patched: its modules have their own processors, in copy."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_diffusers.patch.sites import ATTRIBUTE, NotPickled, Site, publish, site_of
+
+COPIED = (
+    "attention is dense: this transformer is a copy of a patched one, and not patched itself; set a PSAProcessor of "
+    "its own, PSAProcessor(pipe, ...)"
+)
+
+
+class CopiedProcessor(NotPickled):
+    """Stands where the original transformer has its PSAProcessor, and calls each module's own processor."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __call__(
+        self,
+        attn: torch.nn.Module,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: Any = None,
+        temb: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """As the module's own processor, with the arguments of `PSAProcessor.__call__`."""
+        if not self._told and not torch.compiler.is_compiling():
+            self._told = True
+            warnings.warn(COPIED, PSAFallbackWarning, stacklevel=2)
+        site: Any = site_of(attn)
+        return site.call_original(
+            attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, temb, image_rotary_emb
+        )
+
+
+def copied_processor(sites: Mapping[torch.nn.Module, Site], memo: dict[int, Any]) -> CopiedProcessor:
+    """The processor of a copy that is being made, whose modules take their sites along.
+
+    Args:
+        sites: of the modules that are copied.
+        memo: of `copy.deepcopy`: what was copied so far, by the identity of the original.
+    """
+    for attn, site in sites.items():
+        if id(attn) in memo:  # its attributes are being copied just now, and may not be added to
+            vars(memo[id(attn)])[ATTRIBUTE] = copy.deepcopy(site, memo)
+        else:
+            publish(attn, site)
+    return CopiedProcessor()
+
+
+def own_processor(attn: torch.nn.Module) -> Any:
+    """What attends in a module, past what stands there in a copy."""
+    found: Any = attn.processor
+    site = site_of(attn)
+    return site.original if isinstance(found, CopiedProcessor) and site is not None else found
