@@ -10,6 +10,7 @@ that keeps everything is compared with the dense block. Prints a table; writes J
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -123,7 +124,7 @@ def run(
     """
     if method == "fa3" and not all_text_is_real(inputs):
         raise ValueError("fa3 takes no mask, but some of the text is padding")
-    pipe = OneStep(transformer)
+    pipe = OneStep(transformer, inputs)
     processor = None
     with nullcontext() if is_sparse(method) else DENSE[method](), torch.no_grad():
         try:
@@ -175,30 +176,29 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     class ReachedError(Exception):
         pass
 
-    def stop(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        raise ReachedError(args, kwargs)
+    def run_alone(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        module.forward(*args, **kwargs)
+        raise ReachedError
 
     attn = next(iter(find_family(transformer).self_attentions(transformer).values()))
     block = next(module for module in transformer.modules() if attn in module.children())
-    pipe = OneStep(transformer)
+    pipe = OneStep(transformer, inputs)
     processor = PSAProcessor(pipe, scaled_preset(machine, 1.0), strict=True)
     outputs: list[torch.Tensor] = []
-    hook = attn.register_forward_hook(lambda module, args, result: outputs.append(first(result).float()))
+    hooks = [
+        attn.register_forward_hook(lambda module, args, result: outputs.append(first(result).float())),
+        block.register_forward_pre_hook(run_alone, with_kwargs=True),
+    ]
     try:
         with torch.no_grad():
-            stopper = block.register_forward_pre_hook(stop, with_kwargs=True)
-            try:
-                transformer(**inputs)
-            except ReachedError as reached:
-                args, kwargs = reached.args
-            finally:
-                stopper.remove()
-            block(*args, **kwargs)
-            processor.install()
-            block(*args, **kwargs)
+            for patch in (lambda: None, processor.install):
+                patch()
+                with contextlib.suppress(ReachedError):
+                    transformer(**inputs)
         density = processor.stats().density_sparse
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         processor.restore()
     if density != 1:
         raise RuntimeError(f"the density of a block that keeps everything is {density}, not 1")

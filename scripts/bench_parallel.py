@@ -105,7 +105,7 @@ def run(
     transformer: torch.nn.Module, inputs: dict[str, Any], preset: Preset, repeats: int, machine: Machine
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The result of a forward on this rank, and figures of all ranks."""
-    pipe = OneStep(transformer)  # the processor does not keep it
+    pipe = OneStep(transformer, inputs)  # the processor does not keep it
     processor = PSAProcessor(pipe, preset, strict=True)
     processor.install()
 

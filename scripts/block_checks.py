@@ -52,16 +52,16 @@ def check(checkpoint: str, machine: Machine, repeats: int) -> dict[str, Any]:
     with torch.no_grad():
         row = _shape(transformer, inputs)
         dense = observe(transformer, inputs)
-        with patched(transformer, psa3, step=0) as processor:
+        with patched(transformer, inputs, psa3, step=0) as processor:
             row["identical"] = observe(transformer, inputs).equals(dense)
             phase_is_dense = processor.stats().density_run == 1 and not processor.stats().fallbacks
-        with patched(transformer, everything) as processor:
+        with patched(transformer, inputs, everything) as processor:
             kept = observe(transformer, inputs)
             row["kept_density"] = processor.stats().density_sparse
         row["kept_error"] = kept.attention_error(dense)
         row["kept_output_error"] = relative_error(kept.output, dense.output)
         del kept
-        with patched(transformer, psa3) as processor:
+        with patched(transformer, inputs, psa3) as processor:
             sparse = observe(transformer, inputs)
             row["finite"] = dense.finite() and sparse.finite()
             row["psa_error"] = sparse.attention_error(dense)
@@ -98,9 +98,11 @@ def failures(row: dict[str, Any], phase_is_dense: bool, tolerance: float) -> lis
 
 
 @contextmanager
-def patched(transformer: torch.nn.Module, preset: Preset, **where: Any) -> Iterator[PSAProcessor]:
+def patched(
+    transformer: torch.nn.Module, inputs: dict[str, Any], preset: Preset, **where: Any
+) -> Iterator[PSAProcessor]:
     """The transformer with PSA, at a step of the run."""
-    pipe = OneStep(transformer, **where)  # the processor does not keep it
+    pipe = OneStep(transformer, inputs, **where)  # the processor does not keep it
     processor = PSAProcessor(pipe, preset)
     processor.install()
     try:

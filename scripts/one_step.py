@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from random_models import Machine
@@ -17,12 +18,15 @@ class OneStep:
 
     Args:
         transformer: the model.
+        inputs: what its forward is given, by name, among it the step's timestep.
         step: of `STEPS`, counted from 0; by default the last one, which presets make sparse.
     """
 
-    def __init__(self, transformer: torch.nn.Module, step: int = STEPS - 1) -> None:
+    def __init__(self, transformer: torch.nn.Module, inputs: dict[str, Any], step: int = STEPS - 1) -> None:
         self.transformer = transformer
-        self.scheduler = SimpleNamespace(timesteps=torch.linspace(1000, 20, STEPS), step_index=step)
+        timesteps = torch.linspace(1000, 20, STEPS)
+        timesteps[step] = float(inputs["timestep"].float().max())
+        self.scheduler = SimpleNamespace(timesteps=timesteps, begin_index=0, step_index=step)
 
 
 def scaled_preset(machine: Machine, density: float) -> Preset:

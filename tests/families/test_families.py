@@ -166,11 +166,11 @@ def test_animate_and_framepack_make_every_segment_a_run():
     with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
         case.run(pipe, **frames)
     stats = psa.stats()
-    assert psa.processor._recorder.run == 2 and (stats.steps, stats.dense_steps) == (3, 2)
+    assert psa.stats().run == 2 and (stats.steps, stats.dense_steps) == (3, 2)
     case, pipe = CASES["framepack"], CASES["framepack"].make()
     with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
         case.run(pipe, num_frames=18)
-    assert psa.processor._recorder.run == 2 and psa.stats().dense_steps == 2
+    assert psa.stats().run == 2 and psa.stats().dense_steps == 2
 
 
 def test_every_family_is_tested():

@@ -10,8 +10,8 @@ import torch
 from diffusers import WanPipeline
 
 from psa_diffusers import PSAProcessor, apply_psa
-from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_testing.spies import spoil_sparse
 from psa_testing.tiny_families import CASES, EVERYTHING, WAN, assert_equal_to_rounding, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,17 +22,6 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def spoil(monkeypatch, layer, step):
-    """Makes the sparse attention of one layer at one step not finite."""
-    sparse = TokenAttention.sparse
-
-    def spoiled(self, found, at, *arguments):
-        head, tail, stats = sparse(self, found, at, *arguments)
-        return (head * float("nan") if (found.name, at.step) == (layer, step) else head), tail, stats
-
-    monkeypatch.setattr(TokenAttention, "sparse", spoiled)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -50,7 +39,7 @@ def test_the_whole_transformer_compiled(how, monkeypatch):
         assert psa.stats() == stats
         if how == "torch.compile()":  # the same from here on
             return
-        spoil(monkeypatch, "blocks.1", 2)
+        spoil_sparse(monkeypatch, layers=("blocks.1",), steps=(2,))
         with pytest.warns(PSAFallbackWarning, match="blocks.1 at step 3 of 4: its sparse output held values that are"):
             assert WAN.run(pipe).isfinite().all()
         assert psa.stats().not_finite == {"blocks.1": [2]}

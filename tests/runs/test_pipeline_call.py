@@ -2,6 +2,7 @@
 
 import torch
 
+from psa_testing.spies import spoil_sparse
 from psa_testing.tiny_runs import FRAMES, LAYERS, STEPS, carry_out, edit_pipeline
 
 
@@ -28,15 +29,7 @@ def test_latents_that_are_not_finite_are_reported(ask, monkeypatch):
 
 
 def test_sparse_attention_that_is_not_finite_is_reported(ask, monkeypatch, tmp_path, recwarn):
-    from psa_diffusers.patch.attend import TokenAttention
-
-    sparse = TokenAttention.sparse
-
-    def spoiled(self, layer, at, *arguments):
-        head, tail, stats = sparse(self, layer, at, *arguments)
-        return (head * float("nan") if layer.name == "blocks.1" and at.step > 1 else head), tail, stats
-
-    monkeypatch.setattr(TokenAttention, "sparse", spoiled)
+    spoil_sparse(monkeypatch, layers=("blocks.1",), steps=(2, 3))
     summary = carry_out(ask("a cat"))
     told = summary["prompts"][0]["warnings"]
     assert "small: blocks.1: sparse attention was not finite at step 3, 4; dense there" in told
