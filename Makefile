@@ -15,9 +15,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
 
+# One process a core, each with one thread: tiny models gain nothing from threads.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"
@@ -27,6 +28,7 @@ test-beside: $(VENV)/beside/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # torch comes first: any package that needs it would otherwise bring in the newest build with all of CUDA.
 $(VENV)/ready: pyproject.toml

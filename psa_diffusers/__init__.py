@@ -5,6 +5,22 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not follow `__getattr__`
+    from psa_diffusers.families import UnsupportedModelError as UnsupportedModelError
+    from psa_diffusers.patch.apply import PSAHandle as PSAHandle
+    from psa_diffusers.patch.apply import apply_psa as apply_psa
+    from psa_diffusers.patch.context_parallel import context_parallel_plan as context_parallel_plan
+    from psa_diffusers.patch.dense_reasons import PSAFallbackError as PSAFallbackError
+    from psa_diffusers.patch.dense_reasons import PSAFallbackWarning as PSAFallbackWarning
+    from psa_diffusers.patch.processor import PSAProcessor as PSAProcessor
+    from psa_diffusers.patch.stats import RunStats as RunStats
+    from psa_diffusers.patch.token_order import token_permutation as token_permutation
+    from psa_diffusers.presets import Preset as Preset
+    from psa_diffusers.presets import PresetError as PresetError
+    from psa_diffusers.presets import list_presets as list_presets
+    from psa_diffusers.presets import load_preset as load_preset
 
 __version__ = "0.1.0"
 
@@ -33,7 +49,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -9,7 +9,7 @@ from psa_kernels.spec import AttentionSpec
 
 
 def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec) -> BlockLists:
-    """Give every pair of blocks a level (DESIGN: stages 3 and 4).
+    """Give every pair of blocks a level.
 
     Args:
         importance: non-negative `[B, H, query blocks, key blocks]`.

@@ -20,7 +20,7 @@ TASK_ENTRIES = 1 << 20
 def block_importance(
     q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float
 ) -> torch.Tensor:
-    """Importance S of every pair of video blocks (DESIGN: stage 2).
+    """Importance S of every pair of video blocks.
 
     Representatives of the queries (one of every `query_stride` neighbours) attend representatives of the keys; the
     softmax runs over all key representatives. S_ij is the largest, or the mean, probability over the representatives of

@@ -30,7 +30,7 @@ READ = 16384
 def block_importance(
     q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float
 ) -> torch.Tensor:
-    """Importance S of every pair of video blocks (DESIGN: stage 2).
+    """Importance S of every pair of video blocks.
 
     Args:
         q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, all queries and keys, in the order of the model.

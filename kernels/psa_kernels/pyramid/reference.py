@@ -51,7 +51,7 @@ def pyramid_rows(layout: TokenLayout, spec: AttentionSpec, like: torch.Tensor) -
 
 
 def build_pyramid(tokens: torch.Tensor, rows: PyramidRows, out: torch.Tensor) -> None:
-    """Pool the keys, or the values, of one head inside their blocks (DESIGN: stage 1).
+    """Pool the keys, or the values, of one head inside their blocks.
 
     Args:
         tokens: `[N, D]`, all tokens, in the order of the model.
@@ -69,7 +69,7 @@ def build_pyramid(tokens: torch.Tensor, rows: PyramidRows, out: torch.Tensor) ->
 
 
 def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> torch.Tensor | None:
-    """Index of the coarsest level each key block may have (DESIGN: stage 4), or None without a similarity cap.
+    """Index of the coarsest level each key block may have, or None without a similarity cap.
 
     It is the last level whose similarity, the mean cosine between keys that stand one pooling factor apart inside the
     block, exceeds its threshold; the first level needs none. Where a block is not longer than the factor, its first and

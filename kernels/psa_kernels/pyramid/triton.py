@@ -30,7 +30,7 @@ def build_pyramid(
     similarity: bool = False,
     gathered: bool = False,
 ) -> TritonPyramid:
-    """Pool keys and values `[B, N, H, D]` inside their blocks (DESIGN: stage 1).
+    """Pool keys and values `[B, N, H, D]` inside their blocks.
 
     Args:
         similarity, gathered: as in `pool_keys`.

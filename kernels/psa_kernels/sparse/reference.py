@@ -33,7 +33,7 @@ def sparse_attention(
     scale: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
+    """Let the video queries attend the listed blocks at their levels, and all text.
 
     The logit of a row that stands for `count` tokens is q.k * scale + ln(count). With the precision `int8_qk` q and k
     are what `quantise.reference` makes of them, but for a head of which a key is not finite. Heads are done one after

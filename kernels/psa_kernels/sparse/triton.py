@@ -40,7 +40,7 @@ def sparse_attention(
     lse: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Let the video queries attend the listed blocks at their levels, and all text (DESIGN: stage 5).
+    """Let the video queries attend the listed blocks at their levels, and all text.
 
     Args:
         q: `[B, Nq, H, D]`, all queries, in the order of the model.
