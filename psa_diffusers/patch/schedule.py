@@ -90,15 +90,11 @@ class Schedule:
         if self.told is not None:
             return Position(self.told, _find(self.told, given, "those that psa.run was told", step), 0)
         pipe = running_pipeline(transformer)
-        if pipe is not None:
-            timesteps = _timesteps(pipe.scheduler)
-            if timesteps is None:
-                raise UnknownStepError(f"{UNKNOWN}the scheduler of {type(pipe).__name__} has no timesteps{TOLD}")
+        if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
             return self._position(pipe.scheduler, timesteps, first, timestep, given)
         scheduler = self._patched_scheduler()
-        timesteps = _timesteps(scheduler)
-        if timesteps is None or not _is_set(scheduler, timesteps):
+        if (timesteps := _timesteps(scheduler)) is None or not _is_set(scheduler, timesteps):
             raise UnknownStepError(
                 f"{UNKNOWN}no pipeline runs, and nobody has set the timesteps of the patched one's scheduler{TOLD}"
             )
@@ -143,7 +139,7 @@ class Schedule:
 
 
 def running_pipeline(transformer: torch.nn.Module) -> Any | None:
-    """The pipeline, or whatever else has both a scheduler and this transformer, whose method is being called.
+    """The pipeline, or whatever else has both a scheduler with timesteps and this transformer, that is being called.
 
     The callers are looked through from the innermost one. A modular pipeline hands itself to its blocks by the name
     `components`.
@@ -161,7 +157,7 @@ def running_pipeline(transformer: torch.nn.Module) -> Any | None:
 
 
 def _runs(owner: Any, transformer: torch.nn.Module) -> bool:
-    if isinstance(owner, torch.nn.Module) or getattr(owner, "scheduler", None) is None:
+    if isinstance(owner, torch.nn.Module) or _timesteps(getattr(owner, "scheduler", None)) is None:
         return False
     return any(unwrapped(getattr(owner, name, None)) is transformer for name in TRANSFORMERS)
 

@@ -6,6 +6,7 @@ import gc
 import warnings
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanVideoToVideoPipeline
@@ -14,7 +15,7 @@ from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.schedule import Schedule, UnknownStepError
 from psa_testing.families.cogvideox import tiny_cogvideox_2b
-from psa_testing.tiny_families import preset
+from psa_testing.tiny_families import EVERYTHING, preset
 from psa_testing.tiny_pipelines import run as run_small
 from psa_testing.tiny_pipelines import tiny_image, tiny_wan, tiny_wan_expanded, tiny_wan_i2v, tiny_wan_v2v
 
@@ -225,6 +226,61 @@ def test_a_scheduler_that_nobody_has_set_has_no_steps():
         with pytest.warns(PSAFallbackWarning, match="nobody has set the timesteps of the patched one's scheduler"):
             loop(pipe, torch.tensor([500.0]))
         assert (psa.stats().steps, psa.stats().density) == (0, [])
+
+
+class Loop:
+    """A pipeline of somebody's own."""
+
+    def __init__(self, pipe, scheduler):
+        self.pipe, self.transformer, self.scheduler = pipe, pipe.transformer, scheduler
+
+    def __call__(self, steps):
+        self.scheduler.set_timesteps(steps)
+        return loop(self.pipe, self.scheduler.timesteps, self.scheduler.step)
+
+
+class Trainer(Loop):
+    """What has a scheduler of the learning rate."""
+
+    def __call__(self, steps):
+        self.pipe.scheduler.set_timesteps(steps)
+        return loop(self.pipe, self.pipe.scheduler.timesteps, self.pipe.scheduler.step)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "scheduler"), [(Loop, FlowMatchEulerDiscreteScheduler(shift=9.0)), (Trainer, SimpleNamespace(step=None))]
+)
+def test_a_pipeline_of_somebody_s_own(kind, scheduler):
+    pipe = tiny_wan(num_layers=2)
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        run(pipe)
+        kind(pipe, scheduler)(8)
+        assert dense_and_sparse(psa) == (2, 6) and psa.stats().steps == 8
+
+
+@torch.no_grad()
+def test_a_modular_pipeline():
+    """Its blocks are handed it, and no method of its own runs the loop."""
+    if not hasattr(diffusers, "WanBlocks"):
+        pytest.skip("this diffusers has no modular Wan pipeline")
+    parts = tiny_wan(num_layers=2).components
+    pipe = diffusers.WanBlocks().init_pipeline()
+    pipe.update_components(**{name: parts[name] for name in pipe.components if parts.get(name) is not None})
+
+    def call(steps):
+        size = {"height": 64, "width": 64, "num_frames": 9, "max_sequence_length": 16, "output": "latents"}
+        seed = torch.Generator().manual_seed(0)
+        return pipe(prompt="a", negative_prompt="b", num_inference_steps=steps, generator=seed, **size)
+
+    stock = call(8)
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        for steps, expected in ((8, (2, 6)), (4, (1, 3))):
+            call(steps)
+            assert dense_and_sparse(psa) == expected and psa.stats().steps == steps
+    with apply_psa(pipe, EVERYTHING, strict=True):
+        torch.testing.assert_close(call(8), stock, rtol=0, atol=2e-5)
+    assert torch.equal(call(8), stock)
 
 
 def stepping(timesteps, num_timesteps=3, **scheduler):
