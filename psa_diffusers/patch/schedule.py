@@ -71,21 +71,22 @@ class Schedule:
             patched: the transformers by name.
         """
         pipe, now = self._pipe(), self.patched_timesteps()
-        if now is None or now is timesteps or getattr(self._patched_scheduler(), "step_index", None) is None:
+        if pipe is None or now is None or now is timesteps:
             return None
         replaced = any(unwrapped(getattr(pipe, name, None)) is not module for name, module in patched.items())
-        return len(now) if pipe is not None and replaced else None
+        return len(now) if replaced else None
 
-    def position(self, transformer: torch.nn.Module, timestep: torch.Tensor | None, step: int) -> Position:
+    def position(self, transformer: torch.nn.Module, timestep: Any, step: int) -> Position:
         """Where a forward stands.
 
         Args:
-            timestep: what the transformer was given, of any shape.
+            timestep: what the transformer was given, a number or a tensor of any shape.
             step: place of the last forward among the run's timesteps, for timesteps that come twice.
 
         Raises:
             UnknownStepError: the run does not tell.
         """
+        timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
         if self.told is not None:
             return Position(self.told, _find(self.told, given, "those that psa.run was told", step), 0)
@@ -183,7 +184,7 @@ def _is_near(timesteps: torch.Tensor, index: int, given: float) -> bool:
 
 def _largest(timestep: torch.Tensor) -> float | None:
     """The timestep that is meant: that of the largest entry, because image conditions have timestep 0."""
-    value = float(torch.as_tensor(timestep).float().max())
+    value = float(timestep.float().max())
     return value if math.isfinite(value) else None
 
 

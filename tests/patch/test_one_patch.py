@@ -242,6 +242,17 @@ def test_stats_are_of_the_pipeline_s_last_run():
     assert psa.stats() == finished  # after restore() it is of the last run that was patched
 
 
+def test_a_scheduler_without_a_step_index_tells_as_well():
+    case = CASES["cogvideox-2b"]
+    pipe, other = case.make(), case.make()
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        case.run(pipe)
+        assert psa.stats().missed is None and psa.stats().density_sparse < 0.6
+        pipe.transformer = other.transformer
+        case.run(pipe)
+        assert psa.stats().missed is not None and psa.stats().density_sparse is None
+
+
 @pytest.mark.parametrize("call", ["forward", "__call__"])
 def test_a_bare_forward_adds_nothing_to_a_finished_run(call):
     pipe = tiny_wan(num_layers=2)

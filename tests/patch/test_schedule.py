@@ -305,6 +305,7 @@ def test_schedulers_without_a_step_index_are_read_from_the_timestep():
     assert pipe.position(torch.tensor([500.0])) == (0, 3)
     assert pipe.position(torch.tensor(251.3, dtype=torch.bfloat16)) == (1, 3)
     assert pipe.position(torch.tensor([[0.0, 0.0, 10.0]])) == (2, 3)
+    assert pipe.position(250) == (1, 3)
     # The largest entry is meant: image conditions have timestep 0.
     assert pipe.position(torch.tensor([[0.0, 0.0, 500.0]])) == (0, 3)
 
