@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from psa_diffusers.files import whole_file
 from psa_diffusers.presets import Preset
-from psa_diffusers.report.video import whole_file
 
 HEADER = "# Made by psa-calibrate:"
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from psa_diffusers.cli.generate import note, prepare_process, print_json, run_command
 from psa_diffusers.cli.options import (
     Device,
     Dtype,
@@ -20,6 +19,7 @@ from psa_diffusers.cli.options import (
     Steps,
     Width,
 )
+from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
 
 CALIBRATE_HELP = """Make a preset for your model: find the order and blocks that suit it, meet a target, verify it.
 
@@ -34,7 +34,7 @@ the same command continues where it was stopped, and another target of the same 
 last line on stdout is one JSON document.
 """
 
-calibrate_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+calibrate_app = new_app()
 
 
 @calibrate_app.command(help=CALIBRATE_HELP, no_args_is_help=True)
@@ -70,7 +70,7 @@ def _calibrate(
     offload: Offload = "none",
     image: FirstFrame = None,
 ) -> None:
-    prepare_process()
+    prepare_libraries()
     from psa_diffusers.calibrate.calibration import calibrate
     from psa_diffusers.calibrate.plan import Calibration
     from psa_diffusers.calibrate.prompts import split_prompts
