@@ -39,7 +39,7 @@ calibrate_app = new_app()
 
 @calibrate_app.command(help=CALIBRATE_HELP, no_args_is_help=True)
 def _calibrate(
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="One prompt a line ('#' comments).")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="One prompt a line ('#' comments); - is stdin.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The YAML file to write.")],
     target_psnr: Annotated[float | None, typer.Option(help="Target: dB against the dense videos.")] = None,
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
@@ -87,6 +87,7 @@ def _calibrate(
         plan = make_plan(
             Request(
                 prompts=measured,
+                literal=True,
                 model=model,
                 preset=base_preset,
                 seed=seed,

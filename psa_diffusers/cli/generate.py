@@ -44,6 +44,9 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
 
+What names a file or looks like it (prompts.txt, day/one) must be a text file or a pipe with one prompt a line;
+.csv, .json and other data is refused.
+
 Each prompt gets a folder with its videos and figures; report.html shows them all. The same command,
 run again, continues where it stopped. The last line on stdout is one JSON document.
 """
@@ -63,7 +66,9 @@ def _show_list(wanted: bool) -> None:
 def _generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT|FILE", help="Prompts, or files with one prompt a line ('#' comments)."),
+        typer.Argument(
+            metavar="PROMPT|FILE", help="Prompts, or text files or pipes with one a line ('#' comments); - is stdin."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
     preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",

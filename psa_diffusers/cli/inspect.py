@@ -36,7 +36,10 @@ inspect_app = new_app()
 
 @inspect_app.command(help=INSPECT_HELP, no_args_is_help=True)
 def _inspect(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a file that holds one.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a text file or pipe that holds one; - is stdin."),
+    ],
     model: ModelName = "demo",
     preset: Annotated[str, typer.Option(help="Name (see psa-generate --list) or path of a YAML file.")] = "psa-3",
     layer: Annotated[
