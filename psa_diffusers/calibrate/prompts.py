@@ -1,9 +1,7 @@
 """Which prompts to measure on, and which to verify on."""
 
-from pathlib import Path
-
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs.prompts import read_prompts
+from psa_diffusers.runs.prompts import read_prompt_file
 
 
 def split_prompts(
@@ -34,6 +32,4 @@ def split_prompts(
 
 
 def _unique(file: str, option: str) -> tuple[str, ...]:
-    if not Path(file).is_file():
-        raise InputError(f"{option} {file}: no such file")
-    return tuple(dict.fromkeys(read_prompts((file,))))
+    return tuple(dict.fromkeys(read_prompt_file(file, option)))

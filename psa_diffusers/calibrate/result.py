@@ -12,8 +12,8 @@ import yaml
 from psa_diffusers.calibrate.choose import Solution
 from psa_diffusers.calibrate.scaling import scaled_settings
 from psa_diffusers.calibrate.shapes import SHAPES, shaped
+from psa_diffusers.files import whole_file
 from psa_diffusers.presets import Preset
-from psa_diffusers.report.video import whole_file
 
 HEADER = "# Made by psa-calibrate:"
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.report.video import to_uint8, whole_file
-from psa_diffusers.runs.folder import write_json
+from psa_diffusers.files import whole_file, write_json
+from psa_diffusers.report.video import to_uint8
 
 FORMAT = 4
 MEASUREMENTS = "measurements.json"

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from psa_diffusers.cli.generate import note, prepare_process, print_json, run_command
 from psa_diffusers.cli.options import (
     Device,
     Dtype,
@@ -20,6 +19,7 @@ from psa_diffusers.cli.options import (
     Steps,
     Width,
 )
+from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
 
 CALIBRATE_HELP = """Make a preset for your model: find the order and blocks that suit it, meet a target, verify it.
 
@@ -34,12 +34,12 @@ the same command continues where it was stopped, and another target of the same 
 last line on stdout is one JSON document.
 """
 
-calibrate_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+calibrate_app = new_app()
 
 
 @calibrate_app.command(help=CALIBRATE_HELP, no_args_is_help=True)
 def _calibrate(
-    prompts: Annotated[str, typer.Option(metavar="FILE", help="One prompt a line ('#' comments).")],
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="One prompt a line ('#' comments); - is stdin.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The YAML file to write.")],
     target_psnr: Annotated[float | None, typer.Option(help="Target: dB against the dense videos.")] = None,
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
@@ -70,7 +70,7 @@ def _calibrate(
     offload: Offload = "none",
     image: FirstFrame = None,
 ) -> None:
-    prepare_process()
+    prepare_libraries()
     from psa_diffusers.calibrate.calibration import calibrate
     from psa_diffusers.calibrate.plan import Calibration
     from psa_diffusers.calibrate.prompts import split_prompts
@@ -87,6 +87,7 @@ def _calibrate(
         plan = make_plan(
             Request(
                 prompts=measured,
+                literal=True,
                 model=model,
                 preset=base_preset,
                 seed=seed,

@@ -1,11 +1,7 @@
-"""The commands `psa-generate` and `psa-compare`. What is heavy is imported inside, so that --help answers at once."""
+"""The command `psa-generate`. What is heavy is imported inside, so that --help answers at once."""
 
-import errno
-import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,17 +15,22 @@ from psa_diffusers.cli.options import (
     NegativePrompt,
     Offload,
     Steps,
+    Version,
     Width,
 )
-from psa_diffusers.errors import InputError
-from psa_diffusers.runs.stopping import listen
-
-BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-OUT_OF_MEMORY = (
-    "out of GPU memory; try --offload model or group, fewer --frames, or a smaller --height and --width; "
-    "finished prompts are kept"
+from psa_diffusers.cli.shell import (
+    FAILURE,
+    INTERRUPTED,
+    new_app,
+    note,
+    prepare_libraries,
+    print_json,
+    run_command,
 )
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+from psa_diffusers.errors import InputError
+
+if TYPE_CHECKING:
+    from psa_diffusers.runs.plan import Plan
 
 GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare them with dense attention.
 
@@ -43,29 +44,14 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
 
+What names a file or looks like it (prompts.txt, day/one) must be a text file or a pipe with one prompt a line;
+.csv, .json and other data is refused.
+
 Each prompt gets a folder with its videos and figures; report.html shows them all. The same command,
 run again, continues where it stopped. The last line on stdout is one JSON document.
 """
 
-COMPARE_HELP = """Compare two videos of one size and length: side by side, filmstrip, PSNR and SSIM, in one report.html.
-
-[bold]Example[/bold]
-
-  psa-compare dense.mp4 psa-3.mp4 --output comparison
-
-The first video is the reference. The last line on stdout is one JSON document.
-"""
-
-generate_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-compare_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from psa_diffusers.environment import versions
-
-        typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
-        raise typer.Exit
+generate_app = new_app()
 
 
 def _show_list(wanted: bool) -> None:
@@ -80,7 +66,9 @@ def _show_list(wanted: bool) -> None:
 def _generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT|FILE", help="Prompts, or files with one prompt a line ('#' comments)."),
+        typer.Argument(
+            metavar="PROMPT|FILE", help="Prompts, or text files or pipes with one a line ('#' comments); - is stdin."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
     preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",
@@ -123,11 +111,9 @@ def _generate(
     show_list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_show_list, help="Show every model and preset.")
     ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
-    ] = False,
+    version: Version = False,
 ) -> None:
-    prepare_process()
+    prepare_libraries()
     from psa_diffusers.runs.plan import Request, make_plan
 
     plan = make_plan(
@@ -156,6 +142,11 @@ def _generate(
             vbench=vbench,
         )
     )
+    _carry_out(plan, num_processes)
+
+
+def _carry_out(plan: "Plan", num_processes: int) -> None:
+    """Runs the plan in this process, or in several; tells what was made and what is missing."""
     from psa_diffusers.runs.generate import Interrupted, run
     from psa_diffusers.runs.processes import check_devices, run_shared
     from psa_diffusers.runs.rank import launched_place
@@ -169,12 +160,9 @@ def _generate(
     try:
         summary = run_shared(plan, num_processes) if num_processes > 1 else run(plan, place)
     except Interrupted as stop:
-        if not place.reports:
-            raise typer.Exit(INTERRUPTED) from None
-        missing = f"{stop.summary['missing']} of {len(plan.prompts)} prompts missing"
-        again = "run the same command again" + (" without --overwrite" if overwrite else "")
-        note(f"psa-generate: interrupted, {missing}; {again} to continue in {plan.output}")
-        print_json({**stop.summary, "status": "interrupted"})
+        if place.reports:
+            note(f"psa-generate: interrupted, {_how_to_go_on(plan, stop.summary, 'continue in ' + str(plan.output))}")
+            print_json({**stop.summary, "status": "interrupted"})
         raise typer.Exit(INTERRUPTED) from None
     if summary is None:
         return
@@ -184,74 +172,13 @@ def _generate(
     note(f"report: {summary['report']}")
     print_json(summary)
     if summary["missing"]:
-        again = "run the same command again" + (" without --overwrite" if overwrite else "")
-        note(f"psa-generate: {summary['missing']} of {len(plan.prompts)} prompts missing; {again} to make them")
+        note(f"psa-generate: {_how_to_go_on(plan, summary, 'make them')}")
         raise typer.Exit(FAILURE)
 
 
-@compare_app.command(help=COMPARE_HELP, no_args_is_help=True)
-def _compare(
-    reference: Annotated[str, typer.Argument(metavar="A.mp4", help="The reference, such as the dense video.")],
-    other: Annotated[str, typer.Argument(metavar="B.mp4", help="The video to hold against it.")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
-    ] = False,
-) -> None:
-    from psa_diffusers.report.compare import compare_files
-
-    summary = compare_files(reference, other, output, overwrite)
-    note(f"report: {summary['report']}")
-    print_json(summary)
-
-
-def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; what is wrong with the input becomes one line on stderr."""
-    command: Callable[..., Any] = typer.main.get_command(app)
-    try:
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        code = command(args=given, prog_name=name, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except typer.Exit as stop:
-        return stop.exit_code
-    except InputError as error:
-        return _fail(name, str(error), BAD_INPUT)
-    except (typer.Abort, KeyboardInterrupt):
-        return _fail(name, "interrupted", INTERRUPTED)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # what typer says of the arguments
-            return _fail(name, error.format_message() or "nothing given; the help says what is needed", BAD_INPUT)
-        kind = type(error).__name__  # by name: the classes live in what is only imported when needed
-        if kind == "OutOfMemoryError":
-            return _fail(name, OUT_OF_MEMORY, FAILURE)
-        if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
-            return _fail(name, str(error), FAILURE)
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-            return _fail(name, f"cannot write: {error}; finished prompts are kept, run the same command again", FAILURE)
-        import traceback
-
-        traceback.print_exc()
-        return _fail(name, f"{kind}: {error}", FAILURE)
-
-
-def generate() -> None:
-    """Entry point of `psa-generate`."""
-    sys.exit(run_command("psa-generate", generate_app))
-
-
-def compare() -> None:
-    """Entry point of `psa-compare`."""
-    sys.exit(run_command("psa-compare", compare_app))
-
-
-def prepare_process() -> None:
-    """Listen to requests to stop, and set what must be set before transformers and diffusers are imported."""
-    listen()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+def _how_to_go_on(plan: "Plan", summary: dict[str, Any], purpose: str) -> str:
+    again = "run the same command again" + (" without --overwrite" if plan.overwrite else "")
+    return f"{summary['missing']} of {len(plan.prompts)} prompts missing; {again} to {purpose}"
 
 
 def _figures(entry: dict[str, Any]) -> str:
@@ -261,16 +188,6 @@ def _figures(entry: dict[str, Any]) -> str:
     return f"{entry['folder']}: {', '.join(parts)}"
 
 
-def _fail(name: str, message: str, code: int) -> int:
-    note(f"{name}: error: {' '.join(message.split())}")
-    return code
-
-
-def note(message: str) -> None:
-    """Say something to whoever watches, on stderr."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def print_json(content: Any) -> None:
-    """The last line on stdout."""
-    print(json.dumps(content, ensure_ascii=False), flush=True)
+def generate() -> None:
+    """Entry point of `psa-generate`."""
+    sys.exit(run_command("psa-generate", generate_app))

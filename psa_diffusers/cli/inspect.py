@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from psa_diffusers.cli.generate import note, prepare_process, print_json, run_command
 from psa_diffusers.cli.options import (
     Device,
     Dtype,
@@ -20,6 +19,7 @@ from psa_diffusers.cli.options import (
     Steps,
     Width,
 )
+from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
 
 INSPECT_HELP = """Draw which key blocks each query block reads, and how finely: one layer, one head, one denoising step.
 
@@ -31,12 +31,15 @@ The run ends after that step. Needs matplotlib: pip install 'psa-diffusers\\[plo
 is one JSON document with density and coverage.
 """
 
-inspect_app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+inspect_app = new_app()
 
 
 @inspect_app.command(help=INSPECT_HELP, no_args_is_help=True)
 def _inspect(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a file that holds one.")],
+    prompt: Annotated[
+        str,
+        typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a text file or pipe that holds one; - is stdin."),
+    ],
     model: ModelName = "demo",
     preset: Annotated[str, typer.Option(help="Name (see psa-generate --list) or path of a YAML file.")] = "psa-3",
     layer: Annotated[
@@ -60,7 +63,7 @@ def _inspect(
     offload: Offload = "none",
     image: FirstFrame = None,
 ) -> None:
-    prepare_process()
+    prepare_libraries()
     from psa_diffusers.errors import InputError
     from psa_diffusers.runs.plan import Request, make_plan
 

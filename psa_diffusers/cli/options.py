@@ -4,6 +4,15 @@ from typing import Annotated
 
 import typer
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from psa_diffusers.environment import versions
+
+        typer.echo(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
 ModelName = Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")]
@@ -22,3 +31,4 @@ Offload = Annotated[
     typer.Option(help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE),
 ]
 FirstFrame = Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")]
+Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")]

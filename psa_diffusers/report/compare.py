@@ -9,11 +9,11 @@ import numpy as np
 
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, write_json
 from psa_diffusers.report.html import write_report
 from psa_diffusers.report.metrics import compare_frames, frame_faults
 from psa_diffusers.report.panels import Label, filmstrip, side_by_side, write_image
 from psa_diffusers.report.video import Clip, read_video, write_video
-from psa_diffusers.runs.folder import PROMPT_FILE, REPORT_FILE, write_json
 
 SIDE_BY_SIDE = "side-by-side.mp4"
 FILMSTRIP = "filmstrip.png"

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from psa_diffusers.files import REPORT_FILE, whole_file
 from psa_diffusers.report.svg import data_uri, line_plot, map_gradient, value_map
-from psa_diffusers.report.video import whole_file
-from psa_diffusers.runs.folder import REPORT_FILE
 
 # Beyond this a browser gets slow; the report then shows the strip and links to the file.
 MAX_VIDEO_BYTES = 100 * 2**20
@@ -26,7 +25,7 @@ def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) 
     environment = Environment(
         loader=PackageLoader("psa_diffusers.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["svg"] = Markup  # figures.py escapes what it puts in
+    environment.filters["svg"] = Markup  # svg.py escapes what it puts in
     first = reports[0]
     budget = MAX_VIDEO_BYTES
     sections = []

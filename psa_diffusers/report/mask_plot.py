@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import whole_file
 from psa_diffusers.patch.masks import BlockMask
-from psa_diffusers.report.video import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

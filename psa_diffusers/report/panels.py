@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from psa_diffusers.report.video import evenly, to_uint8, whole_file
+from psa_diffusers.files import whole_file
+from psa_diffusers.report.video import evenly, to_uint8
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont

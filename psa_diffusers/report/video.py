@@ -4,15 +4,13 @@ Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
 """
 
 import errno
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import whole_file
 
 MAX_BYTES_READ = 6 * 2**30
 # Tagged as BT.709, so that players turn the picture into the colours that went in.
@@ -33,19 +31,6 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     if frames.dtype == np.uint8:
         return frames
     return (np.nan_to_num(frames, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` (same ending); renames it when all went well, removes it when not."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -13,19 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.report.video import whole_file
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, write_json
 from psa_diffusers.runs.prompts import slug
 from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
-
-RUN_FILE = "run.json"
-REPORT_FILE = "report.html"
-PROMPT_FILE = "report.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class RunFolder:

@@ -8,13 +8,14 @@ from typing import Any
 
 from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline
 from psa_diffusers.environment import hardware, versions
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, write_json
 from psa_diffusers.report.compare import write_comparison
 from psa_diffusers.report.html import write_report
 from psa_diffusers.report.overlay import attention_overlay
 from psa_diffusers.report.panels import Label, write_image
 from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import stopping
-from psa_diffusers.runs.folder import PROMPT_FILE, REPORT_FILE, RunFolder, write_json
+from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.runs.plan import DENSE, Plan

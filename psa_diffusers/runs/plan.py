@@ -9,7 +9,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import Model, resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs.prompts import read_prompts, slug
+from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.vbench import check_names
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ OFFLOADS = ("none", "model", "group")
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options as given; None means the model's own default."""
+    """The command's options as given; None means the model's own default.
+
+    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone.
+    """
 
     prompts: tuple[str, ...]
     model: str = "demo"
@@ -48,6 +51,7 @@ class Request:
     overwrite: bool = False
     strict: bool = False
     vbench: bool = False
+    literal: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def make_plan(request: Request) -> Plan:
     Raises:
         InputError: the first thing that is wrong, in one line.
     """
-    prompts = read_prompts(request.prompts)
+    prompts = request.prompts if request.literal else read_prompts(request.prompts)
     _one_of("--dtype", request.dtype, DTYPES)
     _one_of("--offload", request.offload, OFFLOADS)
     if request.compare and request.preset == DENSE:
@@ -143,6 +147,7 @@ def make_plan(request: Request) -> Plan:
         _fits_model("--preset-2", preset_2, model)
     image, digest = _load_image(request.image, model)
     height, width = _size(request, model, image)
+    negative = request.negative_prompt
     settings = Settings(
         model=request.model,
         source="bundled" if model.name in MODELS and card.hub_id is None else model.source,
@@ -161,7 +166,7 @@ def make_plan(request: Request) -> Plan:
         width=width,
         frames=_frames(_given(request.frames, card.frames), model),
         fps=_in_range("--fps", _given(request.fps, card.fps), 1, 240),
-        negative_prompt=_given(request.negative_prompt, card.negative_prompt),
+        negative_prompt=card.negative_prompt if negative is None else only_words("--negative-prompt", negative),
         dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
         offload=request.offload,

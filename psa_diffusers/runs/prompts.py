@@ -1,30 +1,95 @@
-"""Prompts from the command line and from files, and the names of the folders they get."""
+"""Prompts from the command line, files, pipes and stdin, and the names of the folders they get."""
 
+import errno
+import os
 import re
+import stat
+import sys
 import unicodedata
 from pathlib import Path
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.runs.rank import launched_place
 
 SLUG_LENGTH = 48
+STDIN = "-"
+MOST_BYTES = 64 * 2**20  # of a file of prompts; a pipe need not end
+# Their lines are not prompts: headers, quotes, keys, brackets.
+DATA_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".md", ".xml", ".html")
+ENDINGS = (".txt", *DATA_ENDINGS)
+ACCEPTED = "give a text file with one prompt a line ('#' starts a comment), a pipe, or - for stdin"
+IN_A_FILE = "if these are the words of a prompt, put them in a file or pipe them to -"
 
 
 def read_prompts(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Prompts in order: an argument that is a file gives one a line (blank lines and `#` comments skipped)."""
+    """Prompts in order; an argument is words, or it names what has one prompt a line.
+
+    `-` is stdin. What exists as a file or a pipe is read, and so must be what looks like a path: an argument with a
+    separator and without spaces, or with an ending as files have it. Lines end at line feeds; blank ones and those that
+    start with `#` are left out.
+
+    Raises:
+        InputError: the first argument that is neither, in one line.
+    """
     prompts: list[str] = []
     for argument in arguments:
-        path = _as_file(argument)
-        if path is not None:
-            prompts += _lines(path)
-        elif argument.strip().endswith(".txt") and " " not in argument.strip():
-            raise InputError(f"prompt file {argument}: no such file")
-        elif not argument.strip():
+        if not argument.strip():
             raise InputError("a prompt is empty; give some words, or a file with one prompt a line")
+        elif argument == STDIN or names_a_file(argument):
+            prompts += read_prompt_file(argument)
         else:
-            prompts.append(argument.strip())
+            prompts.append(_decoded("prompt", argument).strip())
     if not prompts:
         raise InputError('no prompt given; try psa-generate "a red circle moving right"')
     return tuple(prompts)
+
+
+def read_prompt_file(name: str, what: str = "prompt file") -> list[str]:
+    """The prompts of a file, a pipe, or with `-` of stdin.
+
+    Args:
+        what: what the error calls it, such as the option that named it.
+
+    Raises:
+        InputError: there is no such file, or it is not text with a prompt in it.
+    """
+    shown = f"{what} {_printable(name)}"
+    prompts = _prompts(_stdin(shown) if name == STDIN else _content(name, shown), shown)
+    if not prompts:
+        raise InputError(f"{shown}: no prompt in it; write one a line ('#' starts a comment)")
+    return prompts
+
+
+def names_a_file(argument: str) -> bool:
+    """Whether an argument is a file's name rather than words: it exists, or looks like a path."""
+    text = argument.strip()
+    looks = text.lower().endswith(ENDINGS)
+    if not re.search(r"\s", text):
+        # An ending starts with a letter: "3.5" has none, and neither has "U.S.A.".
+        looks = looks or "/" in text or "\\" in text or re.search(r"\w\.[a-zA-Z]\w{0,7}$", text) is not None
+    try:
+        return looks or os.path.lexists(_path(argument))
+    except (OSError, ValueError):  # a null byte
+        return looks
+
+
+def only_words(option: str, text: str) -> str:
+    """The text of an option that reads no files.
+
+    Raises:
+        InputError: it names a file, or holds bytes that are not UTF-8.
+    """
+    word = text.strip()
+    named = word.lower().endswith(ENDINGS) and not re.search(r"\s", word)
+    if word == STDIN or named or (os.path.exists(_path(word)) and not os.path.isdir(_path(word))):
+        raise InputError(f"{option} {_printable(text)}: takes words, and no file of them")
+    return _decoded(option, text)
+
+
+def _decoded(what: str, text: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InputError(f"{what} {_printable(text)}: not UTF-8 text")
+    return text
 
 
 def slug(text: str, length: int = SLUG_LENGTH) -> str:
@@ -35,21 +100,62 @@ def slug(text: str, length: int = SLUG_LENGTH) -> str:
     return re.sub(r"-+", "-", words)[:length].strip("-.") or "prompt"
 
 
-def _as_file(argument: str) -> Path | None:
-    try:
-        return Path(argument) if Path(argument).is_file() else None
-    except (OSError, ValueError):  # longer than a file name may be, or a null byte: a prompt then
-        return None
+def _path(name: str) -> Path:
+    return Path(os.path.expanduser(name) if name == "~" or name.startswith("~/") else name)
 
 
-def _lines(path: Path) -> list[str]:
+def _printable(text: str) -> str:
+    shown = text if len(text) <= 200 else text[:197] + "..."
+    return shown.encode("utf-8", "backslashreplace").decode()
+
+
+def _content(name: str, shown: str) -> bytes:
+    path = _path(name)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        kind = os.stat(path).st_mode
+        if stat.S_ISDIR(kind):
+            raise InputError(f"{shown}: is a folder; {ACCEPTED}")
+        if not (stat.S_ISREG(kind) or stat.S_ISFIFO(kind)):
+            raise InputError(f"{shown}: is a device or a terminal; {ACCEPTED}")
+        if stat.S_ISREG(kind) and path.suffix.lower() in DATA_ENDINGS:
+            raise InputError(f"{shown}: {path.suffix} files are not read; {ACCEPTED}")
+        if stat.S_ISFIFO(kind):
+            _alone(shown)
+        with open(path, "rb") as file:
+            return file.read(MOST_BYTES + 1)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # a null byte is a ValueError
+        if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{shown}: no such file; {IN_A_FILE}") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"{shown}: cannot be read ({reason})") from error
+
+
+def _stdin(shown: str) -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(f"{shown}: stdin is a terminal or closed; pipe prompts to it, one a line")
+    _alone(shown)
+    try:
+        return sys.stdin.buffer.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown}: stdin cannot be read ({type(error).__name__})") from error
+
+
+def _alone(shown: str) -> None:
+    ranks = launched_place().ranks
+    if ranks > 1:
+        raise InputError(f"{shown}: {ranks} processes were launched and cannot all read one pipe; give a file")
+
+
+def _prompts(content: bytes, shown: str) -> list[str]:
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{shown}: more than {MOST_BYTES // 2**20} MiB; {ACCEPTED}")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"prompt file {path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"prompt file {path}: cannot be read ({error.strerror})") from error
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise InputError(f"prompt file {path}: no prompt in it; write one a line ('#' starts a comment)")
-    return prompts
+        raise InputError(f"{shown}: not UTF-8 text (byte {error.start})") from error
+    if "\0" in text:
+        raise InputError(f"{shown}: not text (null byte)")
+    lines = [line.strip() for line in text.split("\n")]
+    return [line for line in lines if line and not line.startswith("#")]

@@ -14,12 +14,19 @@ from types import FrameType
 _requested = threading.Event()
 
 
-def listen() -> None:
-    """Take SIGINT and SIGTERM as requests to stop; earlier requests are forgotten."""
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Take SIGINT and SIGTERM as requests to stop, until it is left; other requests are forgotten."""
     _requested.clear()
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _request)
+        before = {number: signal.signal(number, _request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
+        _requested.clear()
 
 
 def check() -> None:

@@ -19,7 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from psa_diffusers.cli.generate import generate_app, run_command  # noqa: E402
+from psa_diffusers.cli.generate import generate_app  # noqa: E402
+from psa_diffusers.cli.shell import run_command  # noqa: E402
 from psa_diffusers.report.video import read_video  # noqa: E402
 from psa_testing.tiny_pipelines import tiny_wan  # noqa: E402
 

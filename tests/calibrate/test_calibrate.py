@@ -16,7 +16,7 @@ from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_settin
 from psa_diffusers.calibrate.shapes import BASE
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.cli import calibrate as cli_calibrate
-from psa_diffusers.cli.generate import run_command
+from psa_diffusers.cli.shell import run_command
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.token_order import token_permutation
 from psa_testing.tiny_pipelines import run as run_pipeline

@@ -1,4 +1,4 @@
-"""The two commands as a user meets them: help, lists, one-line errors, exit codes, one JSON document."""
+"""The commands as a user meets them: help, lists, one-line errors, exit codes, one JSON document."""
 
 import contextlib
 import json
@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.cli import generate as cli
+from psa_diffusers.cli.generate import generate_app
+from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import generate
@@ -47,11 +49,11 @@ def model(tmp_path_factory) -> str:
 
 
 def psa_generate(*arguments: str) -> int:
-    return cli.run_command("psa-generate", cli.generate_app, arguments)
+    return run_command("psa-generate", generate_app, arguments)
 
 
 def in_a_process(*arguments: str, cwd: Path, function: str = "generate") -> subprocess.CompletedProcess:
-    program = f"import sys; from psa_diffusers.cli.generate import {function}; sys.argv[0] = 'psa'; {function}()"
+    program = f"import sys; from psa_diffusers.cli.{function} import {function}; sys.argv[0] = 'psa'; {function}()"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -64,18 +66,19 @@ def in_a_process(*arguments: str, cwd: Path, function: str = "generate") -> subp
 
 
 def test_help_names_every_option_and_no_other():
-    result = CliRunner().invoke(cli.generate_app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    result = CliRunner().invoke(generate_app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0
     for option in OPTIONS:
         assert f"{option} " in result.output
     assert "Examples" in result.output
-    parameters = cli.typer.main.get_command(cli.generate_app).params
+    parameters = typer.main.get_command(generate_app).params
     assert {name for parameter in parameters for name in parameter.opts} - {"prompts", "-o"} == OPTIONS
 
 
 def test_help_imports_nothing_heavy(tmp_path):
     program = (
-        "import sys; from psa_diffusers.cli.generate import generate_app, run_command\n"
+        "import sys; from psa_diffusers.cli.generate import generate_app\n"
+        "from psa_diffusers.cli.shell import run_command\n"
         "run_command('psa-generate', generate_app, ['--help'])\n"
         "sys.exit(' '.join({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)) or None)"
     )
@@ -186,15 +189,18 @@ def test_psa_compare(tmp_path):
     assert again.stderr.startswith("psa-compare: error: --output out: side-by-side.mp4 is already there")
 
 
-@pytest.fixture
-def handlers_kept():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def handlers() -> list:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.mark.usefixtures("handlers_kept")
+def test_a_command_leaves_the_process_its_signal_handlers(monkeypatch):
+    before, during = handlers(), []
+    monkeypatch.setattr("psa_diffusers.checkpoints.listing.listing", lambda: during.extend(handlers()) or "")
+    assert psa_generate("--list") == 0
+    assert handlers() == before
+    assert len(during) == 2 and not set(during) & set(before)
+
+
 def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_path, monkeypatch, capsys):
     """An exception that a signal's handler raises inside a callback is ignored by Python."""
     load = generate.load_pipeline
@@ -217,7 +223,6 @@ def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 
-@pytest.mark.usefixtures("handlers_kept")
 def test_a_stop_that_became_another_error_is_still_a_stop(model, tmp_path, monkeypatch, capsys):
     """What a signal's handler raises while weights are read comes out as an error about their file."""
     stops = [True, False]

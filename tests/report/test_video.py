@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import whole_file
 from psa_diffusers.report.panels import GAP, LEAST_PANEL_WIDTH, Label, bar_height, filmstrip, side_by_side, write_image
-from psa_diffusers.report.video import evenly, read_video, to_uint8, whole_file, write_animation, write_video
+from psa_diffusers.report.video import evenly, read_video, to_uint8, write_animation, write_video
 
 LABELS = (Label("dense", ("71.3 s",)), Label("psa-3", ("58.0 s", "density 0.44")))
 

@@ -127,7 +127,7 @@ def test_each_expert_may_have_its_own_preset(ask, saved, tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (("a cat", "yes/no"), "the prompt 'yes/no' holds a character that no file name can"),
+        (("a cat", "a yes/no sign"), "the prompt 'a yes/no sign' holds a character that no file name can"),
         (("a cat " * 50,), "makes a file name of 305 bytes; at most 255"),
         (("a cat", "a cat"), "the prompt 'a cat' is given twice; use --samples"),
     ],

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from psa_diffusers.cli.generate import generate_app, run_command
+from psa_diffusers.cli.generate import generate_app
+from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs import generate
 from psa_diffusers.runs.folder_lock import locked

@@ -1,0 +1,88 @@
+"""What all commands do towards the shell: exit codes, one line for bad input, one JSON document, requests to stop."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from psa_diffusers.errors import InputError
+from psa_diffusers.runs import stopping
+
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+OUT_OF_MEMORY = (
+    "out of GPU memory; try --offload model or group, fewer --frames, or a smaller --height and --width; "
+    "finished prompts are kept"
+)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def new_app() -> typer.Typer:
+    """An app for one command."""
+    return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; what is wrong with the input becomes one line on stderr."""
+    with stopping.listening():
+        try:
+            command: Callable[..., Any] = typer.main.get_command(app)
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            code = command(args=given, prog_name=name, standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except typer.Exit as stop:
+            return stop.exit_code
+        except (typer.Abort, KeyboardInterrupt):
+            return _fail(name, "interrupted", INTERRUPTED)
+        except Exception as error:
+            return _tell(name, error)
+
+
+def _tell(name: str, error: Exception) -> int:
+    """One line about an error, after a traceback if it is none that was foreseen; the exit code."""
+    if isinstance(error, InputError):
+        return _fail(name, str(error), BAD_INPUT)
+    if hasattr(error, "format_message"):  # what typer says of the arguments
+        return _fail(name, error.format_message() or "nothing given; the help says what is needed", BAD_INPUT)
+    kind = type(error).__name__  # by name: the classes live in what is only imported when needed
+    if kind == "OutOfMemoryError":
+        return _fail(name, OUT_OF_MEMORY, FAILURE)
+    if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
+        return _fail(name, str(error), FAILURE)
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return _fail(name, f"cannot write: {error}; finished prompts are kept, run the same command again", FAILURE)
+    import traceback
+
+    traceback.print_exception(error)
+    return _fail(name, f"{kind}: {error}", FAILURE)
+
+
+def _fail(name: str, message: str, code: int) -> int:
+    note(f"{name}: error: {' '.join(message.split())}")
+    return code
+
+
+def prepare_libraries() -> None:
+    """Set what must be set before transformers and diffusers are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def note(message: str) -> None:
+    """Say something to whoever watches, on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(content: Any) -> None:
+    """The last line on stdout; letters that its encoding lacks are escaped, as JSON allows."""
+    text = json.dumps(content, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(content)
+    print(text, flush=True)
