@@ -23,7 +23,7 @@ from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
-from psa_diffusers.patch.sites import LayerSite, NotPickled, Site, publish, withdraw
+from psa_diffusers.patch.sites import LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
 
 if TYPE_CHECKING:
     from psa_diffusers.patch.processor import PSAProcessor
@@ -55,7 +55,6 @@ class Patch(NotPickled):
     ) -> None:
         self.name, self.attention, self.attached = name, attention, False
         self._family, self._runs = family, runs
-        self._kind: Any = next(kind for kind in type(processor).__mro__ if kind.__name__ == "PSAProcessor")
         self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -106,10 +105,10 @@ class Patch(NotPickled):
         """Whether any module of its transformer has the processor."""
         return any(attn.processor is self.processor() for attn in self.sites)
 
-    def rivals(self) -> list[PSAProcessor]:
+    def rivals(self) -> list[Any]:
         """Other processors of this kind on the transformer."""
         found: list[Any] = [attn.processor for attn in self.sites]
-        return [each for each in found if isinstance(each, self._kind) and each is not self.processor()]
+        return [each for each in found if isinstance(each, PatchingProcessor) and each is not self.processor()]
 
     def _owner(self) -> PSAProcessor:
         owner = self.processor()

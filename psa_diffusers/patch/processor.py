@@ -22,7 +22,7 @@ from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
-from psa_diffusers.patch.sites import Layer, LayerSite, NotPickled, Site, site_of
+from psa_diffusers.patch.sites import Layer, LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.presets import Preset, load_preset
 
@@ -31,7 +31,7 @@ __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
-class PSAProcessor(NotPickled):
+class PSAProcessor(PatchingProcessor):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
@@ -75,7 +75,7 @@ class PSAProcessor(NotPickled):
         if preset_2 is not None and "transformer_2" not in transformers:
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
         self.strict = strict
-        self.presets = {name: load_preset(preset) for name in transformers}
+        self.presets = dict.fromkeys(transformers, load_preset(preset))
         if preset_2 is not None:
             self.presets["transformer_2"] = load_preset(preset_2)
         self._family = find_family(next(iter(transformers.values())))

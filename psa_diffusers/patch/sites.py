@@ -32,6 +32,10 @@ class NotPickled:
         )
 
 
+class PatchingProcessor(NotPickled):
+    """What PSAProcessor is to those that it imports."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One video self-attention.
