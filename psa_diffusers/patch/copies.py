@@ -39,9 +39,8 @@ class CopiedProcessor(NotPickled):
             self._told = True
             warnings.warn(COPIED, PSAFallbackWarning, stacklevel=2)
         site: Any = site_of(attn)
-        return site.call_original(
-            attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, temb, image_rotary_emb
-        )
+        others = {"temb": temb, "image_rotary_emb": image_rotary_emb}
+        return site.call_original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **others)
 
 
 def copied_processor(sites: Mapping[torch.nn.Module, Site], memo: dict[int, Any]) -> CopiedProcessor:

@@ -185,9 +185,8 @@ class PSAProcessor(PatchingProcessor):
             attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
             if attended is not None:
                 return attended
-        return site.call_original(
-            attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, temb, image_rotary_emb
-        )
+        others = {"temb": temb, "image_rotary_emb": image_rotary_emb}
+        return site.call_original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **others)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedProcessor:
         return copied_processor(self._sites, memo)

@@ -67,21 +67,11 @@ class Site(NotPickled):
         """That of a copy of the module, which is not patched."""
         return Site(copy.deepcopy(self.original, memo))
 
-    def call_original(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        rotary_emb: Any,
-        temb: torch.Tensor | None,
-        image_rotary_emb: Any,
-    ) -> Any:
+    def call_original(self, attn: Any, video: Any, text: Any, mask: Any, rotary_emb: Any, **named: Any) -> Any:
         """What the module's own processor gives; these take different arguments, so only those given are passed on."""
         positional = () if rotary_emb is None else (rotary_emb,)
-        named = {"temb": temb, "image_rotary_emb": image_rotary_emb}
         named = {name: value for name, value in named.items() if value is not None}
-        return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, *positional, **named)
+        return self.original(attn, video, text, mask, *positional, **named)
 
 
 class LayerSite(Site):
