@@ -2,19 +2,26 @@
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
+from psa_diffusers.checkpoints.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
+from psa_diffusers.checkpoints.components import check_values, listed_parts, load_component, one_line
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 from psa_diffusers.errors import InputError
 
+if TYPE_CHECKING:
+    import torch
+
+# The second two where the pipeline has a place for them.
+NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 
 
@@ -86,30 +93,18 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
         flow_shift: replaces the scheduler's; None keeps it.
 
     Raises:
-        InputError: files are missing, or are not safetensors.
+        InputError: files are missing or damaged, are not safetensors, or do not belong together.
     """
     import torch
 
-    diffusers = importlib.import_module("diffusers")
     _quiet_unless_terminal()
-    pipeline_class = getattr(diffusers, model.card.pipeline)
     with warnings.catch_warnings():
         # The new name is `dtype`, which the oldest diffusers that this package supports does not know.
         warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
         try:
-            parts = {}
-            if model.kind.exact_vae is not None:
-                vae_class = getattr(diffusers, model.kind.exact_vae)
-                parts["vae"] = vae_class.from_pretrained(
-                    model.source, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
-                )
-            for part in model.card.parts:
-                parts[part.name] = _load_part(part, getattr(torch, dtype))
-            pipe = pipeline_class.from_pretrained(
-                model.source, **parts, torch_dtype=getattr(torch, dtype), use_safetensors=True
-            )
-        except OSError as error:  # files that are missing, or not in the cache while offline
-            raise InputError(f"--model {model.name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+            pipe = _load_whole(model, getattr(torch, dtype))
+        except InputError as error:
+            raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if model.kind.tiled_vae:
@@ -123,12 +118,35 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
     return pipe
 
 
-def _load_part(part: Part, dtype: Any) -> Any:
+def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
+    """The pipeline, of which every component is whole."""
+    import diffusers
     import torch
 
-    kind = getattr(importlib.import_module(part.library), part.type)
-    weights = {"torch_dtype": dtype, "use_safetensors": True} if issubclass(kind, torch.nn.Module) else {}
-    return kind.from_pretrained(part.repository, subfolder=part.subfolder, **weights)
+    pipeline_class = getattr(diffusers, model.card.pipeline, None)
+    if pipeline_class is None:
+        raise InputError(f"diffusers {diffusers.__version__} has no {model.card.pipeline}")
+    replaced = {part.name: part for part in model.card.parts}
+    index = _read_json(model.source, "model_index.json")
+    listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
+    parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class.__init__).parameters
+    absent = [name for name in NEEDED if name in takes and name not in parts]
+    if absent:
+        raise InputError(f"model_index.json has no {absent[0]}")
+    components = {}
+    for name, part in parts.items():
+        exact = name == "vae" and part.type == model.kind.exact_vae
+        components[name] = load_component(part, torch.float32 if exact else dtype)
+    try:
+        pipe = pipeline_class.from_pretrained(model.source, **components, torch_dtype=dtype, use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as in load_component
+        raise InputError(one_line(error)) from error
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            check_values(name, component)
+    return pipe
 
 
 def current_flow_shift(pipe: Any) -> float | None:
@@ -154,21 +172,29 @@ def _quiet_unless_terminal() -> None:
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
     vae = _read_json(source, "vae/config.json")
     repository, file = card.transformer
-    transformer = _read_json(repository if card.parts else source, file)
+    transformer = _read_json(repository if card.parts and repository else source, file)
     kind = PIPELINE_KINDS[card.pipeline]
-    size_step, frame_step = kind.steps(vae, transformer)
+    heads = transformer.get("num_attention_heads")
+    try:
+        size_step, frame_step = kind.steps(vae, transformer)
+        layers = kind.layer_count(transformer)
+    except (TypeError, ValueError, LookupError) as error:
+        raise InputError(f"--model {name}: vae/config.json or {file} is damaged: {error}") from error
+    for what, value in (("layers", layers), ("heads", 1 if heads is None else heads), ("size", size_step * frame_step)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"--model {name}: vae/config.json or {file} is damaged: number of {what} is {value!r}")
     # Positions that were learned: CogVideoX 5B's image-to-video model.
-    fixed = transformer.get("use_learned_positional_embeddings", False)
+    second, fixed = index.get("transformer_2"), transformer.get("use_learned_positional_embeddings", False)
     return Model(
         name=name,
         source=source,
         card=card,
         size_step=size_step,
         frame_step=frame_step,
-        num_layers=kind.layer_count(transformer),
-        num_heads=transformer.get("num_attention_heads"),
+        num_layers=layers,
+        num_heads=heads,
         fixed_size=(card.height, card.width) if fixed else None,
-        experts=1 if index.get("transformer_2", (None, None))[1] is None else 2,
+        experts=2 if isinstance(second, list) and second[-1:] != [None] else 1,
     )
 
 
@@ -193,10 +219,9 @@ def _card_for(source: str, pipeline: str) -> ModelCard:
     for card in cards:
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
             return card
-    unknown = {"name": source, "hub_id": None, "about": "", "negative_prompt": "", "flow_shift": None, "parts": ()}
-    if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
-        return ModelCard(**unknown, pipeline=pipeline)
-    return replace(cards[0], **unknown)
+    plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
+    nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
+    return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", flow_shift=None, parts=())
 
 
 def _unknown(name: str) -> str:
@@ -212,7 +237,7 @@ def _read_json(source: str, file: str) -> dict[str, Any]:
     path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--model {source}: cannot read {file} ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise InputError(f"--model {source}: {file} is not a JSON object")
