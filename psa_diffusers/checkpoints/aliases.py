@@ -1,7 +1,7 @@
 """The models that `--model` knows by a short name: where they are and how their cards say to run them."""
 
-from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.families import MODULES
+from psa_diffusers.families.card import ModelCard
 
 DEMO = ModelCard(
     name="demo",

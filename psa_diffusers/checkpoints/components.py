@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.checkpoints.card import Part
 from psa_diffusers.errors import InputError
+from psa_diffusers.families.card import Part
 
 if TYPE_CHECKING:
     import torch

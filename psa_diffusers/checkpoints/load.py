@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
 from psa_diffusers.checkpoints.components import check_values, listed_parts, load_component, one_line
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 from psa_diffusers.errors import InputError
+from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
 
 if TYPE_CHECKING:
     import torch

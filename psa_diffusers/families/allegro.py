@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.checkpoints.card import ModelCard
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import (
     concatenate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from psa_diffusers.checkpoints.card import ModelCard, Part
+from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.hunyuan_video import TEXT_TO_VIDEO, HunyuanVideo
 
 

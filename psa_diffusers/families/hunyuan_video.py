@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.checkpoints.card import ModelCard
 from psa_diffusers.diffusers_internals import gather, split
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind

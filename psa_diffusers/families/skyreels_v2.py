@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from psa_diffusers.checkpoints.card import ModelCard
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
 from psa_diffusers.families.pipeline_kind import PipelineKind
 from psa_diffusers.families.wan import Wan

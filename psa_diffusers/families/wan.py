@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from psa_diffusers.checkpoints.card import ModelCard
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import project_out, rotate_pairs, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,6 @@ from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
 from psa_diffusers.patch.sites import LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
-
-if TYPE_CHECKING:
-    from psa_diffusers.patch.processor import PSAProcessor
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
 
@@ -46,7 +43,7 @@ class Patch(NotPickled):
 
     def __init__(
         self,
-        processor: PSAProcessor,
+        processor: PatchingProcessor,
         name: str,
         transformer: torch.nn.Module,
         family: type[ModelFamily],
@@ -105,12 +102,12 @@ class Patch(NotPickled):
         """Whether any module of its transformer has the processor."""
         return any(attn.processor is self.processor() for attn in self.sites)
 
-    def rivals(self) -> list[Any]:
+    def rivals(self) -> list[PatchingProcessor]:
         """Other processors of this kind on the transformer."""
         found: list[Any] = [attn.processor for attn in self.sites]
         return [each for each in found if isinstance(each, PatchingProcessor) and each is not self.processor()]
 
-    def _owner(self) -> PSAProcessor:
+    def _owner(self) -> PatchingProcessor:
         owner = self.processor()
         assert owner is not None, "a patch without its processor is detached before anything asks for it"
         return owner

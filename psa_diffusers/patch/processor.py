@@ -59,10 +59,6 @@ class PSAProcessor(PatchingProcessor):
         ValueError: `preset_2` is given, but the pipeline has one transformer.
     """
 
-    # Written by diffusers' set_attention_backend and enable_parallelism, where a processor has them.
-    _attention_backend = None
-    _parallel_config = None
-
     def __init__(
         self,
         pipe: Any,
@@ -125,7 +121,7 @@ class PSAProcessor(PatchingProcessor):
         return self._runs.stats({patch.name: patch.transformer() for patch in self._patches if patch.attached})
 
     def is_set(self) -> bool:
-        """Whether any attention module of the pipeline has this processor."""
+        """As `PatchingProcessor.is_set`."""
         return any(patch.holds() for patch in self._patches)
 
     def record_masks(self, recorder: MaskRecorder | None) -> None:
@@ -225,7 +221,7 @@ class PSAProcessor(PatchingProcessor):
         return self._family.output(attn, head, tail if text else None)
 
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Take over a transformer on which this processor was set, from the patch whose hook noticed it."""
+        """As `PatchingProcessor.arrive`."""
         for patch in self._attach():
             if patch.transformer() is transformer:
                 patch.begin(transformer, args, kwargs)

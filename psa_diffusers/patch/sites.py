@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec
-
-if TYPE_CHECKING:
-    from psa_diffusers.patch.hooks import Patch
 
 ATTRIBUTE = "psa_site"
 
@@ -32,8 +30,20 @@ class NotPickled:
         )
 
 
-class PatchingProcessor(NotPickled):
+class PatchingProcessor(NotPickled, ABC):
     """What PSAProcessor is to those that it imports."""
+
+    # Written by diffusers' set_attention_backend and enable_parallelism, where a processor has them.
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    @abstractmethod
+    def is_set(self) -> bool:
+        """Whether any attention module of the pipeline has this processor."""
+
+    @abstractmethod
+    def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take over a transformer on which this processor was set, from the patch whose hook noticed it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class LayerSite(Site):
     """The attention module of a layer.
 
     Attributes:
-        patch: of the transformer.
+        patch: the `Patch` of its transformer.
         layer: which one it is.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
@@ -86,7 +96,7 @@ class LayerSite(Site):
             it calls `original`.
     """
 
-    def __init__(self, patch: Patch, original: Any, layer: Layer) -> None:
+    def __init__(self, patch: Any, original: Any, layer: Layer) -> None:
         super().__init__(original)
         self.patch, self.layer = patch, layer
         self.not_imitated: str | None = None

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.card import IMAGE_TO_VIDEO, Part
 from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline, resolve_model
 from psa_diffusers.errors import InputError
+from psa_diffusers.families.card import IMAGE_TO_VIDEO, Part
 
 
 def test_a_local_folder_tells_its_own_limits(saved):

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILY = """
-from psa_diffusers.checkpoints.card import ModelCard
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.pipeline_kind import PipelineKind
 from psa_diffusers.families.wan import Wan
 
