@@ -50,17 +50,19 @@ def _measure(command: str, reference: np.ndarray, other: np.ndarray) -> dict[str
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{2 * height}", "-r", "25", "-i", "-"]
     graph = FILTER.format(yuv=YUV, threads=os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        with subprocess.Popen(
+        with subprocess.Popen[bytes](
             [command, "-hide_banner", "-loglevel", "error", *source, "-lavfi", graph, "-f", "null", "-"],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
+            pipe = process.stdin
+            assert pipe is not None, "it was asked for"
             for pair in zip(reference, other, strict=True):
                 for frame in pair:
-                    process.stdin.write(np.ascontiguousarray(frame))
-            process.stdin.close()
+                    pipe.write(np.ascontiguousarray(frame).data)
+            pipe.close()
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, command)
         log = json.loads(Path(folder, LOG).read_text(encoding="utf-8"))

@@ -107,7 +107,7 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
         results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
     if plan.preset is not None:
         results[name] = generate_sparse(pipe, plan, prompt, seed)
-    report = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
+    report: dict[str, Any] = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
     report["sample"] = plan.sample(index)
     report["runs"] = {key: _as_json(result) for key, result in results.items()}
     report["videos"] = {key: f"{key}.mp4" for key in results}

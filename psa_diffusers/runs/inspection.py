@@ -51,6 +51,7 @@ def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False)
     from psa_diffusers import apply_psa
     from psa_diffusers.patch.masks import MaskRecorder
 
+    assert plan.preset is not None, "a dense plan was refused"
     with apply_psa(pipe, plan.preset, strict=True) as psa:
         layer = psa.stats().layers[index]
         recorder = MaskRecorder([layer], step=step, head=place.head)

@@ -140,6 +140,7 @@ def generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
 def _patched(pipe: Any, plan: Plan) -> "PSAHandle":
     from psa_diffusers import apply_psa
 
+    assert plan.preset is not None, "a dense run patches nothing"
     return apply_psa(pipe, plan.preset, preset_2=plan.preset_2, strict=plan.settings.strict)
 
 
