@@ -33,7 +33,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.launch = launch or uuid.uuid4().hex
-        self.contents = {"format": 1, "settings": settings, "prompts": list(prompts)}
+        self.contents: dict[str, Any] = {"format": 1, "settings": settings, "prompts": list(prompts)}
         self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
         self._replaces = False
 
