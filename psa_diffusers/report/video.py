@@ -15,10 +15,8 @@ from psa_diffusers.files import whole_file
 
 MAX_BYTES_READ = 6 * 2**30
 # Tagged as BT.709, so that players turn the picture into the colours that went in.
-COLOUR = (
-    *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"),
-    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"),
-)
+COLOUR: tuple[str, ...] = ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int")
+COLOUR += ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
         pixels = np.pad(pixels, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
     options = ["-crf", "16", "-preset", "medium", "-movflags", "+faststart", *COLOUR]
     with whole_file(path) as partial:
-        opened: Any = imageio.get_writer(  # imageio's types know no plugin
+        with imageio.get_writer(
             partial,
             format="FFMPEG",
             fps=fps,
@@ -60,8 +58,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             pixelformat="yuv420p",
             output_params=options,
             ffmpeg_log_level="error",
-        )
-        with opened as writer:
+        ) as opened:
+            writer: Any = opened
             for frame in pixels:
                 try:
                     writer.append_data(frame)
@@ -94,8 +92,8 @@ def read_video(path: Path) -> Clip:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        opened: Any = imageio.get_reader(path, format="FFMPEG")
-        with opened as reader:
+        with imageio.get_reader(path, format="FFMPEG") as opened:
+            reader: Any = opened
             about = reader.get_meta_data()
             width, height = about["size"]
             room = MAX_BYTES_READ // (width * height * 3)

@@ -50,19 +50,18 @@ def _measure(command: str, reference: np.ndarray, other: np.ndarray) -> dict[str
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{2 * height}", "-r", "25", "-i", "-"]
     graph = FILTER.format(yuv=YUV, threads=os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        with subprocess.Popen[bytes](
+        with subprocess.Popen(
             [command, "-hide_banner", "-loglevel", "error", *source, "-lavfi", graph, "-f", "null", "-"],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
-            pipe = process.stdin
-            assert pipe is not None, "it was asked for"
+            assert process.stdin is not None  # as it was asked for
             for pair in zip(reference, other, strict=True):
                 for frame in pair:
-                    pipe.write(np.ascontiguousarray(frame).data)
-            pipe.close()
+                    process.stdin.write(np.ascontiguousarray(frame).data)
+            process.stdin.close()
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, command)
         log = json.loads(Path(folder, LOG).read_text(encoding="utf-8"))
