@@ -7,12 +7,10 @@ from pathlib import Path
 
 from psa_diffusers.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-LOCK_FILE = ".lock"
+# Who tries to lock a file empties it, so the owner's number stands in another.
+LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
+# The library does not count a lock on a file that its last owner removed meanwhile, and tries again until then.
+SECONDS, BETWEEN = 0.2, 0.02
 
 
 @contextmanager
@@ -22,35 +20,24 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    descriptor = _hold(folder / LOCK_FILE, folder)
+    from filelock import FileLock, Timeout
+
+    path, owner = folder / LOCK_FILE, folder / OWNER_FILE
+    lock = FileLock(path)
     try:
+        lock.acquire(timeout=SECONDS, poll_interval=BETWEEN)
+    except Timeout:
+        known = owner.read_text() if owner.is_file() else "unknown"
+        raise InputError(
+            f"--output {folder}: another run (process {known}) is writing there; wait for it, or choose another"
+        ) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        yield
+        return
+    try:
+        owner.write_text(str(os.getpid()))
         yield
     finally:
-        if descriptor is not None:
-            (folder / LOCK_FILE).unlink(missing_ok=True)
-            os.close(descriptor)
-
-
-def _hold(path: Path, folder: Path) -> int | None:
-    """An open, locked file; None where the system or the file system has no locks."""
-    if fcntl is None:
-        return None
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last owner may have removed the file between the two calls: that lock would keep nobody out.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
-                return descriptor
-        except BlockingIOError:
-            owner = os.read(descriptor, 20).decode(errors="replace") or "unknown"
-            os.close(descriptor)
-            raise InputError(
-                f"--output {folder}: another run (process {owner}) is writing there; wait for it, or choose another"
-            ) from None
-        except OSError:
-            os.close(descriptor)
-            return None
-        os.close(descriptor)
+        owner.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        lock.release()

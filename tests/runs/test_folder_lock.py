@@ -9,7 +9,7 @@ import time
 import pytest
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs.folder_lock import LOCK_FILE, locked
+from psa_diffusers.runs.folder_lock import LOCK_FILE, OWNER_FILE, locked
 
 HOLD = "import sys, time; from pathlib import Path; from psa_diffusers.runs.folder_lock import locked\n"
 HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -41,7 +41,7 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with locked(tmp_path):
-        assert (tmp_path / LOCK_FILE).read_text() == str(os.getpid())
+        assert (tmp_path / OWNER_FILE).read_text() == str(os.getpid())
     assert not list(tmp_path.iterdir())
 
 
@@ -67,4 +67,26 @@ def test_a_lock_file_that_was_removed_meanwhile_is_not_taken_for_the_lock(tmp_pa
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
     with locked(tmp_path):
-        assert len(calls) == 2 and (tmp_path / LOCK_FILE).exists()
+        assert len(calls) >= 2 and (tmp_path / LOCK_FILE).exists()
+        with pytest.raises(InputError, match="another run"), locked(tmp_path):
+            pass
+
+
+def test_a_lock_file_that_another_process_made_anew_meanwhile_is_its_lock(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its last owner ends and a next one takes the folder."""
+    import fcntl
+
+    flock, held = fcntl.flock, []
+
+    def taken_first(descriptor, how):
+        if not held:
+            (tmp_path / LOCK_FILE).unlink()
+            held.append(os.open(tmp_path / LOCK_FILE, os.O_RDWR | os.O_CREAT))
+            flock(held[0], fcntl.LOCK_EX)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", taken_first)
+    with pytest.raises(InputError, match="another run"), locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK_FILE).exists()
+    os.close(held[0])
