@@ -36,6 +36,11 @@ def test_ssim_of_flat_frames_is_its_luminance_term():
     assert compare_frames(first, second)["ssim"]["mean"] == pytest.approx(expected, abs=1e-4)
 
 
+def test_frames_of_exactly_the_window_have_an_ssim(frames):
+    assert compare_frames(frames[:, :11, :11], frames[:, :11, :11])["ssim"]["mean"] == pytest.approx(1)
+    assert compare_frames(frames[:, :10], frames[:, :10])["ssim"]["mean"] is None
+
+
 def test_ssim_falls_with_noise_and_is_one_for_equal_frames(frames):
     noise = np.random.default_rng(1).normal(0, 1, frames.shape).astype(np.float32)
     values = [compare_frames(frames, frames + level * noise)["ssim"]["mean"] for level in (0.0, 0.02, 0.1)]

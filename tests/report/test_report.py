@@ -87,6 +87,15 @@ def test_the_figures_are_there(tmp_path):
     assert "still missing" not in html
 
 
+def test_a_headline_is_the_mean_of_what_is_known(tmp_path):
+    """A prompt whose frames are all equal has no finite PSNR, which is not one of 0 dB."""
+    reports = [a_report(tmp_path), a_report(tmp_path, "a dog", "0001-a-dog")]
+    reports[0]["comparison"]["psnr"]["mean"] = 30.0
+    reports[1]["comparison"]["psnr"]["mean"] = None
+    page = write_report(tmp_path, reports).read_text(encoding="utf-8")
+    assert "30.0 dB" in page and "15.0 dB" not in page
+
+
 def test_the_picture_of_the_attention_is_inside(tmp_path):
     report = a_report(tmp_path)
     assert "Where one block of queries looks" not in write_report(tmp_path, [report]).read_text(encoding="utf-8")

@@ -7,7 +7,9 @@ import pytest
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import read_video
+from psa_diffusers.runs import generate, pipeline_call
 from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.step_clock import StepClock
 from psa_testing.tiny_pipelines import tiny_image
 from psa_testing.tiny_runs import FRAMES, LAYERS, SIZE, STEPS, carry_out, contents
 
@@ -46,6 +48,31 @@ def test_the_report_of_a_prompt_is_complete_and_consistent(ask, tmp_path):
     assert report["settings"]["preset_rules"]["thresholds"] == [0.3, 0.5, 0.7]
     assert report["seed"] == 3 and {"torch", "diffusers"} <= set(report["versions"])
     assert report["load_seconds"] > 0 and report["hardware"]["device"] == "cpu"
+
+
+def test_a_speedup_is_dense_time_over_sparse_time(ask, tmp_path, monkeypatch):
+    seconds = StepClock.seconds
+
+    def told(clock):
+        step, total = (2.0, 30.0) if "small" in running else (7.0, 50.0)
+        steps = [step] * STEPS
+        return {**seconds(clock), "total": total, "denoise": STEPS * step, "per_step": steps, "median_step": step}
+
+    running: list[str] = []
+    video = pipeline_call.generate_video
+
+    def generate_video(pipe, plan, prompt, name, *rest):
+        running[:] = [name]
+        return video(pipe, plan, prompt, name, *rest)
+
+    for module in (generate, pipeline_call):
+        monkeypatch.setattr(module, "generate_video", generate_video)
+    monkeypatch.setattr(StepClock, "seconds", told)
+    summary = carry_out(ask("a cat", compare=True))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    speedup = report["comparison"]["speedup"]
+    assert speedup == {"total": pytest.approx(5 / 3), "denoise": pytest.approx(3.5), "sparse_step": pytest.approx(3.5)}
+    assert summary["prompts"][0]["speedup"] == pytest.approx(5 / 3)
 
 
 def test_dense_and_sparse_share_the_seed_and_the_pipeline_is_given_back(ask, tmp_path):

@@ -1,5 +1,6 @@
 """The folder of a run: how a run that was stopped goes on, and whose files it leaves alone."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,34 @@ def test_a_run_that_fails_midway_keeps_the_finished_prompts(error, said, ask, tm
     assert f"psa-generate: error: {said}" in told and "finished prompts are kept" in told and "Traceback" not in told
     assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
     assert carry_out(request)["made"] == 1
+
+
+def test_a_folder_without_its_report_is_not_done(ask, tmp_path):
+    carry_out(ask())
+    (tmp_path / "out" / "0001-a-dog" / "report.json").unlink()
+    (tmp_path / "out" / "0001-a-dog" / "small.mp4").unlink()
+    for path in (tmp_path / "out" / "0001-a-dog").iterdir():
+        path.unlink()
+    summary = carry_out(ask())
+    assert (summary["status"], summary["made"], summary["kept"]) == ("complete", 1, 1)
+    assert (tmp_path / "out" / "0001-a-dog" / "small.mp4").is_file()
+
+
+def test_a_run_that_finished_before_the_lock_was_had_is_seen(ask, tmp_path, monkeypatch):
+    """Between the first look at the folder and the lock on it, another run finishes there."""
+    real, other = generate.locked, replace(ask("a fox", preset="dense"), seed=9)
+
+    @contextlib.contextmanager
+    def late(folder):
+        monkeypatch.setattr(generate, "locked", real)
+        carry_out(other)
+        with real(folder):
+            yield
+
+    monkeypatch.setattr(generate, "locked", late)
+    with pytest.raises(InputError, match="holds another run"):
+        carry_out(ask("a cat"))
+    assert contents(tmp_path / "out") == ["0000-a-fox", "report.html", "run.json"]
 
 
 def test_a_folder_in_which_another_run_writes_is_refused(ask, tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +61,13 @@ def watched_work(plan, place: Place) -> None:
     workers.work(plan, place)
 
 
+def late_work(plan, place: Place) -> None:
+    """As `workers.work`, but the second process begins when the first has made something."""
+    while place.rank == 1 and not list(plan.output.glob("0*/report.json")):
+        time.sleep(0.05)
+    workers.work(plan, place)
+
+
 def folders(plan) -> list[str]:
     return sorted(path.name for path in plan.output.iterdir() if path.is_dir())
 
@@ -78,6 +88,45 @@ def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, log, ca
     generate.run(alone)
     for name in folders(plan):
         assert (plan.output / name / "dense.mp4").read_bytes() == (alone.output / name / "dense.mp4").read_bytes()
+
+
+def test_overwrite_replaces_an_older_run_once(plan):
+    """A process that overwrote too would throw away what the others have made."""
+    generate.run(replace(plan, prompts=("a cow", *PROMPTS[1:])))
+    before = {name: (plan.output / name / "dense.mp4").stat().st_mtime_ns for name in folders(plan)}
+    summary = run_shared(replace(plan, overwrite=True), 2, late_work)
+    assert (summary["status"], summary["made"], summary["kept"]) == ("complete", 5, 0)
+    assert [entry["prompt"] for entry in summary["prompts"]] == list(PROMPTS)
+    assert not [name for name in folders(plan) if name.endswith("cow")]
+    for name in folders(plan):
+        assert (plan.output / name / "dense.mp4").stat().st_mtime_ns != before.get(name)
+
+
+def test_the_first_of_launched_processes_waits_for_the_others(plan):
+    """The second is at a prompt still when the first has nothing left to make."""
+    two = replace(plan, prompts=PROMPTS[:2])
+    folder = RunFolder(two.output, two.settings.to_dict(), two.prompts, "together")
+    folder.check(overwrite=False)
+    folder.begin()
+    alone = replace(two, output=two.output.with_name("alone"))
+    generate.run(alone)
+    begun, summaries = threading.Event(), []
+
+    def second():
+        with folder.claim(1) as mine, folder.writing(1) as path:
+            assert mine
+            begun.set()
+            while not (two.output / folder.names[0]).is_dir():
+                time.sleep(0.05)
+            time.sleep(1)
+            shutil.copytree(alone.output / folder.names[1], path, dirs_exist_ok=True)
+
+    other = threading.Thread(target=second)
+    other.start()
+    begun.wait()
+    summaries.append(generate.run(two, Place(0, 2, 0, "together")))
+    other.join()
+    assert (summaries[0]["status"], summaries[0]["missing"]) == ("complete", 0)
 
 
 def test_a_prompt_is_claimed_once(plan):
