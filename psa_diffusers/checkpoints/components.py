@@ -34,7 +34,7 @@ def listed_parts(index: Mapping[str, Any], pipeline_class: type, source: str) ->
         InputError: an entry is malformed, or names a class or a library that is not there.
     """
     parts = []
-    for name in inspect.signature(pipeline_class.__init__).parameters:
+    for name in inspect.signature(pipeline_class).parameters:
         entry = index.get(name)
         if not isinstance(entry, list) or entry == [None, None]:
             continue  # a setting of the pipeline, or a component that this model does not have

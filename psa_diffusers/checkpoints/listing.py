@@ -1,5 +1,7 @@
 """What `--list` shows: the models by alias with their hub ids, and the presets."""
 
+from collections.abc import Sequence
+
 from psa_diffusers.checkpoints.aliases import MODELS
 
 
@@ -13,7 +15,7 @@ def listing() -> str:
     return "\n".join(["Models (--model)", *_table(models), "", "Presets (--preset)", *_table(presets)])
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=False)] for row in rows]
     return ["  " + "  ".join([*cells, row[-1]]) for cells, row in zip(padded, rows, strict=True)]

@@ -129,7 +129,7 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
     replaced = {part.name: part for part in model.card.parts}
     index = _read_json(model.source, "model_index.json")
     listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
-    parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class.__init__).parameters
+    parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
     absent = [name for name in NEEDED if name in takes and name not in parts]
     if absent:
         raise InputError(f"model_index.json has no {absent[0]}")

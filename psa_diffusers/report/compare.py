@@ -114,7 +114,8 @@ def _write_all(folder: Path, paths: tuple[Path, Path], names: tuple[str, str], c
 def _names(paths: tuple[Path, Path]) -> tuple[str, str]:
     if paths[0].stem != paths[1].stem:
         return paths[0].stem, paths[1].stem
-    return tuple(f"{path.resolve().parent.name}/{path.stem}" for path in paths)
+    first, second = (f"{path.resolve().parent.name}/{path.stem}" for path in paths)
+    return first, second
 
 
 def _must_match(paths: tuple[Path, Path], clips: tuple[Clip, Clip]) -> None:

@@ -111,7 +111,7 @@ def label_bar(label: Label, width: int, height: int) -> np.ndarray:
 
 
 @lru_cache
-def font(size: int) -> "ImageFont.FreeTypeFont":
+def font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     """Pillow's own font at a size in pixels."""
     from PIL import ImageFont
 

@@ -55,8 +55,8 @@ def line_plot(
         for run in _unbroken(values):
             points = [f"{x_of(index):.1f},{y_of(value):.1f}" for index, value in run]
             if len(points) == 1:
-                x, y = points[0].split(",")
-                parts.append(f'<circle class="dot-{number}" cx="{x}" cy="{y}" r="3"/>')
+                centre_x, centre_y = points[0].split(",")
+                parts.append(f'<circle class="dot-{number}" cx="{centre_x}" cy="{centre_y}" r="3"/>')
             else:
                 parts.append(f'<polyline class="line-{number}" points="{" ".join(points)}"/>')
     parts.append(_text(PLOT_WIDTH - RIGHT, PLOT_HEIGHT - 4, x_label, "end"))

@@ -6,6 +6,7 @@ Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
 import errno
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from psa_diffusers.files import whole_file
 
 MAX_BYTES_READ = 6 * 2**30
 # Tagged as BT.709, so that players turn the picture into the colours that went in.
-COLOUR = ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int")
+COLOUR: tuple[str, ...] = ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int")
 COLOUR += ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
 
 
@@ -57,7 +58,8 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
             pixelformat="yuv420p",
             output_params=options,
             ffmpeg_log_level="error",
-        ) as writer:
+        ) as opened:
+            writer: Any = opened
             for frame in pixels:
                 try:
                     writer.append_data(frame)
@@ -90,7 +92,8 @@ def read_video(path: Path) -> Clip:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
+        with imageio.get_reader(path, format="FFMPEG") as opened:
+            reader: Any = opened
             about = reader.get_meta_data()
             width, height = about["size"]
             room = MAX_BYTES_READ // (width * height * 3)

@@ -57,9 +57,10 @@ def _measure(command: str, reference: np.ndarray, other: np.ndarray) -> dict[str
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         ) as process:
+            assert process.stdin is not None  # as it was asked for
             for pair in zip(reference, other, strict=True):
                 for frame in pair:
-                    process.stdin.write(np.ascontiguousarray(frame))
+                    process.stdin.write(np.ascontiguousarray(frame).data)
             process.stdin.close()
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, command)

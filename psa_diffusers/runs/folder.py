@@ -33,7 +33,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.launch = launch or uuid.uuid4().hex
-        self.contents = {"format": 1, "settings": settings, "prompts": list(prompts)}
+        self.contents: dict[str, Any] = {"format": 1, "settings": settings, "prompts": list(prompts)}
         self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
         self._replaces = False
 
@@ -128,6 +128,18 @@ class RunFolder:
         folder = Path(tempfile.gettempdir(), f"psa-generate-{hashlib.sha256(owner.encode()).hexdigest()[:24]}")
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def refusal(self, said: str | None = None) -> str | None:
+        """What one of the processes that were started together says is wrong with the input; the last one's counts."""
+        file = self._lock_folder() / f"{self.launch}.refused"
+        if said is not None:
+            file.write_text(said, encoding="utf-8")
+            return said
+        if not file.is_file():
+            return None
+        said = file.read_text(encoding="utf-8")
+        file.unlink()
+        return said
 
     def withdraw(self) -> None:
         """Undoes `check`'s making of the folder if nothing was put there."""

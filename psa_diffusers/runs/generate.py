@@ -106,8 +106,8 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
     if plan.preset is None or plan.settings.compare:
         results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
     if plan.preset is not None:
-        results[name] = generate_sparse(pipe, plan, prompt, seed)
-    report = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
+        results[name] = generate_sparse(pipe, plan, plan.preset, prompt, seed)
+    report: dict[str, Any] = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
     report["sample"] = plan.sample(index)
     report["runs"] = {key: _as_json(result) for key, result in results.items()}
     report["videos"] = {key: f"{key}.mp4" for key in results}

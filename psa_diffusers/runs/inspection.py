@@ -3,7 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.errors import InputError
@@ -11,6 +11,9 @@ from psa_diffusers.report.mask_plot import coverage, level_names, require_matplo
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_call import generate_video
 from psa_diffusers.runs.plan import Plan
+
+if TYPE_CHECKING:
+    from psa_diffusers.presets import Preset
 
 
 class _EnoughSeen(Exception):
@@ -39,7 +42,7 @@ def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False)
         PSAFallbackError: attention would be dense there, for the reason that it says.
     """
     require_matplotlib()
-    index, step = _check(plan, place, output, overwrite)
+    preset, index, step = _check(plan, place, output, overwrite)
     settings = plan.settings
     pipe = load_pipeline(
         plan.model,
@@ -48,10 +51,10 @@ def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False)
         offload=settings.offload,
         flow_shift=settings.flow_shift,
     )
-    from psa_diffusers import apply_psa
+    from psa_diffusers.patch.apply import apply_psa
     from psa_diffusers.patch.masks import MaskRecorder
 
-    with apply_psa(pipe, plan.preset, strict=True) as psa:
+    with apply_psa(pipe, preset, strict=True) as psa:
         layer = psa.stats().layers[index]
         recorder = MaskRecorder([layer], step=step, head=place.head)
         psa.processor.record_masks(recorder)
@@ -85,8 +88,8 @@ def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False)
     }
 
 
-def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> tuple[int, int]:
-    """The layer and the step, both counted from 0."""
+def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> "tuple[Preset, int, int]":
+    """The preset, and the layer and the step, both counted from 0."""
     from psa_diffusers.patch.masks import middle_sparse_step
 
     if plan.preset is None:
@@ -115,4 +118,4 @@ def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> tuple[int
             f"--step {step + 1}: the sparse steps of this run are {dense + 1} to {steps} "
             f"(the first {dense} of {steps} are dense with {plan.preset.name})"
         )
-    return index, step
+    return plan.preset, index, step

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from psa_diffusers.patch.apply import PSAHandle
     from psa_diffusers.patch.masks import BlockMask, MaskRecorder
     from psa_diffusers.patch.processor import PSAProcessor
+    from psa_diffusers.presets import Preset
 
 MIDDLE = (0.5, 0.5, 0.5)
 
@@ -106,11 +107,11 @@ def generate_videos(
     return [Generated(video, seconds, latents + frame_faults(video), peak_memory_gib=memory) for video in videos]
 
 
-def generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
+def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: int) -> Generated:
     """Runs the pipeline once with the plan's preset, and adds what was attended, and what was not as asked for."""
     from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 
-    with warnings.catch_warnings(), _patched(pipe, plan) as psa:
+    with warnings.catch_warnings(), _patched(pipe, plan, preset) as psa:
         # Both are told below, with the number of calls.
         warnings.simplefilter("ignore", PSAFallbackWarning)
         warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
@@ -137,10 +138,10 @@ def generate_sparse(pipe: Any, plan: Plan, prompt: str, seed: int) -> Generated:
     return result
 
 
-def _patched(pipe: Any, plan: Plan) -> "PSAHandle":
-    from psa_diffusers import apply_psa
+def _patched(pipe: Any, plan: Plan, preset: "Preset") -> "PSAHandle":
+    from psa_diffusers.patch.apply import apply_psa
 
-    return apply_psa(pipe, plan.preset, preset_2=plan.preset_2, strict=plan.settings.strict)
+    return apply_psa(pipe, preset, preset_2=plan.preset_2, strict=plan.settings.strict)
 
 
 def _watch(processor: "PSAProcessor") -> "MaskRecorder":

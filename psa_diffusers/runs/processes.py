@@ -18,6 +18,8 @@ from psa_diffusers.runs.generate import Interrupted, finish, run
 from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.rank import Place
 
+REFUSED = 2  # exit code of a process that was given what it cannot do
+
 
 def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
     """Refuses what several processes cannot do.
@@ -41,11 +43,18 @@ def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> 
 
 
 def work(plan: Plan, place: Place) -> None:
-    """What one process does: its part of the prompts. Errors are told on stderr by the exit code and the message."""
+    """What one process does: its part of the prompts. What is wrong with the input is left for the parent to tell."""
     try:
         run(plan, place)
     except Interrupted:
         sys.exit(130)
+    except InputError as error:
+        _folder(plan, place.launch).refusal(str(error))
+        sys.exit(REFUSED)
+
+
+def _folder(plan: Plan, launch: str | None) -> RunFolder:
+    return RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, launch)
 
 
 def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None] = work) -> dict[str, Any]:
@@ -59,7 +68,7 @@ def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None]
         Interrupted: likewise.
     """
     check_devices(plan, processes)
-    folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, uuid.uuid4().hex)
+    folder = _folder(plan, uuid.uuid4().hex)
     folder.check(plan.overwrite)
     try:
         with locked(folder.path):
@@ -91,6 +100,10 @@ def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[
             worker.terminate()
             worker.join()
         raise Interrupted(finish(plan, folder, todo)) from None
+    refusal = folder.refusal()
+    if refusal is not None:
+        finish(plan, folder, todo)
+        raise InputError(refusal)
     for place, worker in zip(places, workers, strict=True):
         if worker.exitcode:
             print(f"warning: process {place.rank} ended with exit code {worker.exitcode}", file=sys.stderr)
