@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 FA3_MODULE = "fa3_fwd_interface"
 # Calls on fewer tokens are left alone: attention among text tokens.
-LEAST_TOKENS = 2048
+MIN_TOKENS = 2048
 
 
 def prefer_cudnn() -> AbstractContextManager:
@@ -50,7 +50,7 @@ def flash_attention_3() -> Iterator[None]:
     def replacement(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if query.shape == key.shape and query.shape[2] >= LEAST_TOKENS:
+        if query.shape == key.shape and query.shape[2] >= MIN_TOKENS:
             return fa3(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
         return original(query, key, value, *args, **kwargs)
 

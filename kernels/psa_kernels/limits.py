@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 # A row of the lists has to fit into the registers of one program.
-MOST_KEY_BLOCKS = 16384
+MAX_KEY_BLOCKS = 16384
 # Key representatives of a block that fit one tile of the importance.
-MOST_BLOCK_SAMPLES = 128
+MAX_BLOCK_SAMPLES = 128
 # The kernel for Hopper has an argument for every level of keys, and of values; its smallest copy has that many rows.
-MOST_HOPPER_LEVELS = 5
-LEAST_HOPPER_ROWS = 8
+MAX_HOPPER_LEVELS = 5
+MIN_HOPPER_ROWS = 8

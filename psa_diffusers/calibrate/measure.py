@@ -21,7 +21,7 @@ from psa_diffusers.patch.sites import Layer
 from psa_diffusers.presets import Preset
 from psa_kernels import AttentionStats
 
-LEAST_ERROR = 1e-12  # of what is exact, so that it has a logarithm
+MIN_ERROR = 1e-12  # of what is exact, so that it has a logarithm
 
 # Of each layer and shape one list a scale under `densities` and `errors`, and under `blocks` the number of key blocks.
 Figures = dict[str, dict[str, dict[str, list[float]]]]
@@ -65,7 +65,7 @@ class Measurement:
             densities, errors = torch.stack(calls).double().cpu().unbind(1)
             figures.setdefault(name, {})[shape] = {
                 "densities": densities.mean(0).tolist(),
-                "errors": errors.clamp_min(LEAST_ERROR).log().mean(0).exp().tolist(),
+                "errors": errors.clamp_min(MIN_ERROR).log().mean(0).exp().tolist(),
                 "blocks": [self._blocks[name, shape]],
             }
         return figures

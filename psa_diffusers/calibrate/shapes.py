@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "floor": 0.15,
     },
 }
-LEAST_ROWS = 8  # of a key block at its coarsest level: fewer leave the tiles of the kernels half empty
+MIN_ROWS = 8  # of a key block at its coarsest level: fewer leave the tiles of the kernels half empty
 
 
 def shaped(base: Preset, shape: str) -> Preset:
@@ -64,4 +64,4 @@ def _orders(preset: Preset, num_layers: int) -> tuple:
 
 
 def _narrow(spec: Any) -> bool:
-    return spec is not None and spec.block_key // max(spec.levels) < LEAST_ROWS
+    return spec is not None and spec.block_key // max(spec.levels) < MIN_ROWS

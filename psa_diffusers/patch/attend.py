@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.patch.dense_reasons import Fallbacks
-from psa_diffusers.patch.finite_guard import REASON, FiniteGuard, all_finite
-from psa_diffusers.patch.list_cache import Place
+from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FiniteGuard, all_finite
+from psa_diffusers.patch.list_cache import Moment
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import Forward, Route
 from psa_diffusers.patch.sites import Layer
@@ -109,11 +109,11 @@ class TokenAttention:
             return parts
         forward.run.lists.forget_step(forward.step)
         parts = self.dense(qkv, call)
-        forward.note(layer, None, REASON)
+        forward.note(layer, None, COMPUTED_AGAIN)
         if all_finite(*parts):
-            self.guard.blame_sparse(forward, layer.name)
+            self.guard.record_sparse_not_finite(forward, layer.name)
         else:
-            self.guard.blame_model(forward, f"the attention of {layer.name}")
+            self.guard.report_model_not_finite(forward, f"the attention of {layer.name}")
         return parts
 
     def sparse(
@@ -123,10 +123,10 @@ class TokenAttention:
         assert layer.spec is not None, "a layer without a spec is never routed here"
         query, grid, lists, kept = qkv[0], forward.grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
-        place = Place(forward.step, forward.window, forward.branch)
+        moment = Moment(forward.step, forward.window, forward.branch)
         fits = (query.shape[0], query.shape[2:], query.device, grid)
         if layer.keeps_lists:
-            kept = lists.find(layer.name, place, fits, layer.preset)
+            kept = lists.find(layer.name, moment, fits, layer.preset)
         head, tail, stats, used = attend_real_text(
             *qkv, layer.spec, kept,
             before=query.shape[1] - math.prod(grid) - after,
@@ -137,7 +137,7 @@ class TokenAttention:
             return_lists=layer.keeps_lists or self.mask_recorder is not None,
         )  # fmt: skip
         if layer.keeps_lists and kept is None and used is not None:
-            lists.keep(layer.name, place, fits, layer.preset, used)
+            lists.keep(layer.name, moment, fits, layer.preset, used)
         if self.mask_recorder is not None and used is not None:
             self.mask_recorder.record(layer, forward, used)
         return (head, tail), stats

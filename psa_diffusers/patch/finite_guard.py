@@ -20,7 +20,7 @@ import torch
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.run import Forward
 
-REASON = "its sparse output held values that are not finite, so that it was computed again"
+COMPUTED_AGAIN = "its sparse output held values that are not finite, so that it was computed again"
 
 
 class FiniteGuard:
@@ -35,7 +35,7 @@ class FiniteGuard:
             return False
         return not is_finite(output)
 
-    def blame_sparse(self, forward: Forward, layer: str) -> None:
+    def record_sparse_not_finite(self, forward: Forward, layer: str) -> None:
         """Note that a sparse attention was not finite where dense attention is."""
         run = forward.run
         first = layer not in run.not_finite
@@ -43,9 +43,9 @@ class FiniteGuard:
         if forward.step not in steps:
             steps.append(forward.step)
         if first:
-            self._fallbacks.warn_or_raise(f"{layer} at step {forward.step + 1} of {run.steps}: {REASON}")
+            self._fallbacks.warn_or_raise(f"{layer} at step {forward.step + 1} of {run.steps}: {COMPUTED_AGAIN}")
 
-    def blame_model(self, forward: Forward, place: str) -> None:
+    def report_model_not_finite(self, forward: Forward, place: str) -> None:
         """Note that dense attention is not finite either; nothing is computed again in the rest of the run."""
         run = forward.run
         run.watch = False

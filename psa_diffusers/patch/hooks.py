@@ -120,7 +120,7 @@ class Patch(NotPickled):
             # A hook that is set during a forward may not be called at its end.
             self.forward = replace(self.forward, watch=True)
 
-    # Compiled into a graph of the whole transformer, it would be run from what it saw the first time.
+    # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook, which comes before anything else touches the inputs."""
@@ -210,7 +210,7 @@ class Patch(NotPickled):
                 again = transformer.forward(*args, **kwargs)
                 spoiled = not forward.run.model_not_finite and not is_finite(again)
             if spoiled:
-                guard.blame_model(forward, "the transformer's output")
+                guard.report_model_not_finite(forward, "the transformer's output")
         finally:
             self.forward = self._outside
         return again

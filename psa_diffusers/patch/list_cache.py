@@ -10,7 +10,7 @@ from psa_diffusers.presets import Preset
 from psa_kernels import BlockLists
 
 
-class Place(NamedTuple):
+class Moment(NamedTuple):
     """Where in a run lists are made or wanted: step, window of a long video, guidance branch, each counted from 0."""
 
     step: int
@@ -41,7 +41,7 @@ class ListCache:
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self.one_step_only = False
 
-    def find(self, layer: str, place: Place, call: Hashable, preset: Preset) -> BlockLists | None:
+    def find(self, layer: str, moment: Moment, call: Hashable, preset: Preset) -> BlockLists | None:
         """Lists that may serve this layer here, or None.
 
         Args:
@@ -49,25 +49,25 @@ class ListCache:
             call: whatever must be equal for lists to fit: shapes, grid, device.
             preset: says for how many steps lists serve, and whether guidance branches share them.
         """
-        entry = self._entries.get(_key(layer, place, preset))
+        entry = self._entries.get(_key(layer, moment, preset))
         if entry is None or entry.call != call:
             return None
-        age = place.step - entry.step
+        age = moment.step - entry.step
         return entry.lists if 0 <= age < (1 if self.one_step_only else preset.refresh) else None
 
-    def keep(self, layer: str, place: Place, call: Hashable, preset: Preset, lists: BlockLists) -> None:
+    def keep(self, layer: str, moment: Moment, call: Hashable, preset: Preset, lists: BlockLists) -> None:
         """Keep lists that were just made, if a later call can use them."""
         if self.one_step_only and not preset.share_guidance:
             return
-        self._entries[_key(layer, place, preset)] = _Entry(place.step, call, lists)
+        self._entries[_key(layer, moment, preset)] = _Entry(moment.step, call, lists)
 
     def forget_step(self, step: int) -> None:
         """Drop the lists that were made at this step: what they were made from was not finite."""
         self._entries = {key: entry for key, entry in self._entries.items() if entry.step != step}
 
 
-def _key(layer: str, place: Place, preset: Preset) -> tuple[str, int, int]:
-    return layer, place.window, 0 if preset.share_guidance else place.branch
+def _key(layer: str, moment: Moment, preset: Preset) -> tuple[str, int, int]:
+    return layer, moment.window, 0 if preset.share_guidance else moment.branch
 
 
 def keeps_lists(preset: Preset) -> bool:

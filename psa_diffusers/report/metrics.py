@@ -14,7 +14,7 @@ import numpy as np
 
 from psa_diffusers.report.vmaf import vmaf
 
-LEAST_SIDE = 11  # the SSIM window
+MIN_SIDE = 11  # the SSIM window
 BLACK = 2 / 255
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
@@ -85,7 +85,7 @@ def _frame_figures(reference: np.ndarray, other: np.ndarray) -> tuple[float | No
         return None, None, False
     same = bool(np.array_equal(first, second))
     psnr = None if same else float(peak_signal_noise_ratio(first, second, data_range=1.0))
-    if min(first.shape[:2]) < LEAST_SIDE:
+    if min(first.shape[:2]) < MIN_SIDE:
         return psnr, None, same
     ssim = structural_similarity(
         first, second, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False

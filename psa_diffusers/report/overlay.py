@@ -11,7 +11,7 @@ from psa_diffusers.report.panels import (
     BACKGROUND,
     FACT_COLOUR,
     GAP,
-    LEAST_PANEL_WIDTH,
+    MIN_PANEL_WIDTH,
     Label,
     bar_height,
     font,
@@ -47,7 +47,7 @@ def attention_overlay(frames: np.ndarray, masks: Sequence[BlockMask]) -> Image.I
     height, width = frames.shape[1:3]
     cell = (CELL_WIDTH, max(1, round(height * CELL_WIDTH / width)))
     total = len(times) * (cell[0] + GAP) - GAP
-    bar = bar_height(LEAST_PANEL_WIDTH)
+    bar = bar_height(MIN_PANEL_WIDTH)
     picture = Image.new("RGB", (total, len(masks) * (bar + cell[1] + GAP) + bar), BACKGROUND)
     for number, mask in enumerate(masks):
         y = number * (bar + cell[1] + GAP)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BACKGROUND = (20, 22, 26)
 NAME_COLOUR = (245, 246, 248)
 FACT_COLOUR = (168, 175, 186)
-LEAST_PANEL_WIDTH = 384
+MIN_PANEL_WIDTH = 384
 GAP = 4
 STRIP_FRAMES = 6
 STRIP_FRAME_WIDTH = 256
@@ -38,11 +38,11 @@ def side_by_side(left: np.ndarray, right: np.ndarray, labels: tuple[Label, Label
 
     Returns:
         uint8 [frames, height * scale + bar, 2 * width * scale + GAP, 3], both sides even. Panels narrower than
-        `LEAST_PANEL_WIDTH` are enlarged by a whole number (`scale`), so that the labels can be read.
+        `MIN_PANEL_WIDTH` are enlarged by a whole number (`scale`), so that the labels can be read.
     """
     _same_shape(left, right)
     count, height, width, _ = left.shape
-    scale = max(1, -(-LEAST_PANEL_WIDTH // width))
+    scale = max(1, -(-MIN_PANEL_WIDTH // width))
     panel_height, panel_width = height * scale, width * scale
     bar = bar_height(panel_width)
     total_width = 2 * panel_width + GAP
@@ -69,7 +69,7 @@ def filmstrip(top: np.ndarray, bottom: np.ndarray, labels: tuple[Label, Label]) 
     cell_width = min(STRIP_FRAME_WIDTH, max(width, STRIP_FRAME_WIDTH // 2))
     cell_height = max(1, round(height * cell_width / width))
     strip_width = len(numbers) * (cell_width + GAP) - GAP
-    bar = bar_height(LEAST_PANEL_WIDTH)
+    bar = bar_height(MIN_PANEL_WIDTH)
     strip = Image.new("RGB", (strip_width, 2 * (bar + cell_height) + GAP), BACKGROUND)
     for row, (video, label) in enumerate(((top, labels[0]), (bottom, labels[1]))):
         y = row * (bar + cell_height + GAP)

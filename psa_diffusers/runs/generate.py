@@ -48,7 +48,7 @@ def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
     folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, place.launch)
     folder.check(plan.overwrite)
     try:
-        # Processes that were started together hold single prompts, and who started them the folder.
+        # Workers lock single prompts, their parent the folder.
         with locked(folder.path) if place is ALONE else contextlib.nullcontext():
             folder.check(plan.overwrite)  # another process may have worked there until now
             return _run(plan, folder, place)

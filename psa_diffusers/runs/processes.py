@@ -94,7 +94,7 @@ def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[
             for worker in workers:
                 worker.join()
     except KeyboardInterrupt:
-        # A terminal interrupts all of them; one that was not has nothing to clean up that the next run does not.
+        # Ctrl-C reaches all children; the next run cleans up after any that it did not.
         for worker in workers:
             worker.join(timeout=10)
             worker.terminate()

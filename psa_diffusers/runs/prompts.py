@@ -13,7 +13,7 @@ from psa_diffusers.runs.rank import launched_place
 
 SLUG_LENGTH = 48
 STDIN = "-"
-MOST_BYTES = 64 * 2**20  # of a file of prompts; a pipe need not end
+MAX_BYTES = 64 * 2**20  # of a file of prompts; a pipe need not end
 # Their lines are not prompts: headers, quotes, keys, brackets.
 DATA_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".md", ".xml", ".html")
 ENDINGS = (".txt", *DATA_ENDINGS)
@@ -122,7 +122,7 @@ def _content(name: str, shown: str) -> bytes:
         if stat.S_ISFIFO(kind):
             _alone(shown)
         with open(path, "rb") as file:
-            return file.read(MOST_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except InputError:
         raise
     except (OSError, ValueError) as error:  # a null byte is a ValueError
@@ -137,7 +137,7 @@ def _stdin(shown: str) -> bytes:
         raise InputError(f"{shown}: stdin is a terminal or closed; pipe prompts to it, one a line")
     _alone(shown)
     try:
-        return sys.stdin.buffer.read(MOST_BYTES + 1)
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{shown}: stdin cannot be read ({type(error).__name__})") from error
 
@@ -149,8 +149,8 @@ def _alone(shown: str) -> None:
 
 
 def _prompts(content: bytes, shown: str) -> list[str]:
-    if len(content) > MOST_BYTES:
-        raise InputError(f"{shown}: more than {MOST_BYTES // 2**20} MiB; {ACCEPTED}")
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{shown}: more than {MAX_BYTES // 2**20} MiB; {ACCEPTED}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

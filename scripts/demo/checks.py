@@ -12,9 +12,9 @@ import torch
 from demo.captions import COLOURS, Scene
 from demo.videos import PALETTE, rgb
 
-VIVID_CHROMA, LEAST_LIGHTNESS = 0.09, 0.43  # dim backgrounds have chroma too, but are darker than any object
-LEAST_AREA = 0.004  # of the frame: fewer pixels of a colour are no object
-LEAST_TRAVEL = 0.15  # of the side
+VIVID_CHROMA, MIN_LIGHTNESS = 0.09, 0.43  # dim backgrounds have chroma too, but are darker than any object
+MIN_AREA = 0.004  # of the frame: fewer pixels of a colour are no object
+MIN_TRAVEL = 0.15  # of the side
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def sightings(video: torch.Tensor) -> list[Sighting]:
     for index, colour in enumerate(COLOURS):
         mask = (labels == index).float()
         area = mask.mean(dim=(1, 2))
-        if area.mean() >= LEAST_AREA:
+        if area.mean() >= MIN_AREA:
             found.append(Sighting(colour, area.mean().item(), _motion(mask, area)))
     return sorted(found, key=lambda sighting: -sighting.area)
 
@@ -78,20 +78,20 @@ def _colour_labels(pixels: torch.Tensor) -> torch.Tensor:
         hue = torch.hypot(a * stretch - palette_a / size, b * stretch - palette_b / size)
         distances.append(hue + 0.3 * (lightness - palette_lightness).abs())
     nearest = torch.stack(distances).argmin(0)
-    return nearest.masked_fill((chroma < VIVID_CHROMA) | (lightness < LEAST_LIGHTNESS), -1)
+    return nearest.masked_fill((chroma < VIVID_CHROMA) | (lightness < MIN_LIGHTNESS), -1)
 
 
 def _motion(mask: torch.Tensor, area: torch.Tensor) -> str | None:
     """The motion word that the path of a mask [frames, height, width] and its share of each frame [frames] fit."""
     frames, height, width = mask.shape
-    if frames < 5 or (area < LEAST_AREA / 4).any():
+    if frames < 5 or (area < MIN_AREA / 4).any():
         return None
     y = (mask.sum(2) @ torch.arange(height, device=mask.device, dtype=mask.dtype)) / mask.sum(dim=(1, 2)) / height
     x = (mask.sum(1) @ torch.arange(width, device=mask.device, dtype=mask.dtype)) / mask.sum(dim=(1, 2)) / width
     end = max(1, frames // 8)
     net_x, net_y = ((path[-end:].mean() - path[:end].mean()).item() for path in (x, y))
     range_x, range_y = ((path.max() - path.min()).item() for path in (x, y))
-    if max(abs(net_x), abs(net_y)) >= LEAST_TRAVEL and max(range_x, range_y) <= 1.3 * math.hypot(net_x, net_y):
+    if max(abs(net_x), abs(net_y)) >= MIN_TRAVEL and max(range_x, range_y) <= 1.3 * math.hypot(net_x, net_y):
         if abs(net_x) >= 2 * abs(net_y):
             return "moving right" if net_x > 0 else "moving left"
         if abs(net_y) >= 2 * abs(net_x):

@@ -11,12 +11,12 @@ import torch
 
 from psa_diffusers.calibrate.intervals import half_interval
 
-LEAST_ERROR = 1e-10  # of a frame, so that one equal to its reference counts as 100 dB
+MIN_ERROR = 1e-10  # of a frame, so that one equal to its reference counts as 100 dB
 
 
 def psnr(reference: torch.Tensor, video: torch.Tensor) -> list[float]:
     """Mean over frames of each video's PSNR in dB; both `[videos, frames, 3, height, width]` in 0..1."""
-    error = (reference - video).square().mean((2, 3, 4)).double().clamp_min(LEAST_ERROR)
+    error = (reference - video).square().mean((2, 3, 4)).double().clamp_min(MIN_ERROR)
     return [round(value, 4) for value in (-10 * error.log10()).mean(1).tolist()]
 
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from psa_kernels.backends.hopper import GLUON_VERSIONS  # noqa: E402
-from psa_kernels.limits import MOST_HOPPER_LEVELS  # noqa: E402
+from psa_kernels.limits import MAX_HOPPER_LEVELS  # noqa: E402
 from psa_kernels.sparse.hopper.kernel import attention_kernel  # noqa: E402
 from psa_kernels.sparse.hopper.launch import pipeline  # noqa: E402
 from psa_kernels.sparse.hopper.tiles import panel_columns, tile_layout  # noqa: E402
@@ -55,7 +55,7 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants, int8=False):
     boxes = {f"{x}_{i}": block_key // factor for x in "kv" for i, factor in enumerate(levels)}
     if constants["TEXT"]:
         boxes |= {f"{x}_text_{side}": block_key for x in "kv" for side in ("before", "after")}
-    absent = [f"{x}_{i}" for x in "kv" for i in [*range(MOST_HOPPER_LEVELS), "text_before", "text_after"]]
+    absent = [f"{x}_{i}" for x in "kv" for i in [*range(MAX_HOPPER_LEVELS), "text_before", "text_after"]]
     constants |= {name: None for name in absent if name not in boxes}
     if not int8:
         constants["factors_ptr"] = None

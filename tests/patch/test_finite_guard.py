@@ -61,7 +61,7 @@ def test_the_layer_is_dense_at_that_step_and_nothing_else_changes(value, changes
     assert len([entry for entry in caught if entry.category is PSAFallbackWarning]) == 1
     stats = psa.stats()
     assert stats.not_finite == {LAYER: [STEP]} and stats.model_not_finite is None
-    assert stats.fallbacks == {finite_guard.REASON: 2}  # both guidance branches
+    assert stats.fallbacks == {finite_guard.COMPUTED_AGAIN: 2}  # both guidance branches
     dense = [(i, layer) for i, row in enumerate(stats.density) for layer, x in enumerate(row) if x == 1]
     assert dense == [*((0, layer) for layer in range(4)), (2, 2)]
 

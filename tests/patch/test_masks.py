@@ -9,7 +9,7 @@ from psa_diffusers.patch.masks import BlockMask, MaskRecorder, query_block_at
 from psa_diffusers.patch.token_order import token_permutation
 from psa_diffusers.presets import TokenOrder
 from psa_diffusers.report.overlay import CELL_WIDTH, GAP, QUERY_COLOUR, RAMP, attention_overlay, frame_of
-from psa_diffusers.report.panels import LEAST_PANEL_WIDTH, bar_height
+from psa_diffusers.report.panels import MIN_PANEL_WIDTH, bar_height
 from psa_kernels import AttentionSpec, BlockLists, Importance
 from psa_testing.tiny_pipelines import run, tiny_wan
 
@@ -103,7 +103,7 @@ def test_the_overlay_shows_levels_where_their_tokens_are():
     mask = BlockMask("blocks.0", 1, 4, (1, 2, 4), preset, spec, order, 0, 1, np.array([[[3, 0]]]))
     white = np.ones((1, 32, 64, 3), np.float32)
     picture = np.asarray(attention_overlay(white, [mask])).astype(int)
-    bar, height = bar_height(LEAST_PANEL_WIDTH), CELL_WIDTH // 2
+    bar, height = bar_height(MIN_PANEL_WIDTH), CELL_WIDTH // 2
     assert picture.shape == (2 * bar + height + GAP, CELL_WIDTH, 3)
     middle = picture[bar + height // 2]
     assert np.ptp(middle[CELL_WIDTH // 4]) == 0  # skipped: the grey frame alone

@@ -7,7 +7,7 @@ import pytest
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.compare import OUTPUTS, compare_files
-from psa_diffusers.report.panels import GAP, LEAST_PANEL_WIDTH, bar_height
+from psa_diffusers.report.panels import GAP, MIN_PANEL_WIDTH, bar_height
 from psa_diffusers.report.video import read_video, write_video
 
 
@@ -34,7 +34,7 @@ def test_all_files_are_written_and_agree(clips, tmp_path):
     assert summary["psnr"] == pytest.approx(expected, abs=1e-3)
     assert report["comparison"]["psnr"]["mean"] == summary["psnr"]
     joined = read_video(tmp_path / "out" / "side-by-side.mp4")
-    assert joined.frames.shape == (9, LEAST_PANEL_WIDTH + bar_height(LEAST_PANEL_WIDTH), 2 * LEAST_PANEL_WIDTH + GAP, 3)
+    assert joined.frames.shape == (9, MIN_PANEL_WIDTH + bar_height(MIN_PANEL_WIDTH), 2 * MIN_PANEL_WIDTH + GAP, 3)
     assert joined.fps == 8
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.files import whole_file
-from psa_diffusers.report.panels import GAP, LEAST_PANEL_WIDTH, Label, bar_height, filmstrip, side_by_side, write_image
+from psa_diffusers.report.panels import GAP, MIN_PANEL_WIDTH, Label, bar_height, filmstrip, side_by_side, write_image
 from psa_diffusers.report.video import evenly, read_video, to_uint8, write_animation, write_video
 
 LABELS = (Label("dense", ("71.3 s",)), Label("psa-3", ("58.0 s", "density 0.44")))
@@ -76,7 +76,7 @@ def test_values_that_are_not_finite_become_black():
 def test_side_by_side_keeps_every_frame_and_has_the_promised_size(height, width):
     left, right = grey_levels(6, height, width), 1 - grey_levels(6, height, width)
     joined = side_by_side(left, right, LABELS)
-    scale = max(1, -(-LEAST_PANEL_WIDTH // width))
+    scale = max(1, -(-MIN_PANEL_WIDTH // width))
     bar = bar_height(width * scale)
     expected = (height * scale + bar, 2 * width * scale + GAP)
     assert joined.shape == (6, *(side + side % 2 for side in expected), 3)
@@ -87,12 +87,12 @@ def test_side_by_side_keeps_every_frame_and_has_the_promised_size(height, width)
 
 
 def test_labels_are_drawn_and_do_not_leave_their_panel():
-    black = np.zeros((2, 64, LEAST_PANEL_WIDTH, 3), np.float32)
+    black = np.zeros((2, 64, MIN_PANEL_WIDTH, 3), np.float32)
     bare = side_by_side(black, black, (Label(""), Label("")))
     left_only = side_by_side(black, black, (Label("a name that is far too long for its panel " * 3), Label("")))
     different = (bare != left_only).any(axis=(0, 1, 3))
-    assert different[:LEAST_PANEL_WIDTH].any()
-    assert not different[LEAST_PANEL_WIDTH:].any()
+    assert different[:MIN_PANEL_WIDTH].any()
+    assert not different[MIN_PANEL_WIDTH:].any()
 
 
 def test_two_videos_of_different_shape_are_refused():

@@ -132,7 +132,7 @@ def test_what_is_no_text_is_refused(tmp_path, monkeypatch):
     assert refused("caf\udce9 au lait") == r"prompt caf\udce9 au lait: not UTF-8 text"
     assert refused("caf\udce9.txt").startswith(r"prompt file caf\udce9.txt: no such file")
     with open(tmp_path / "huge", "wb") as file:
-        file.truncate(prompts.MOST_BYTES + 1)
+        file.truncate(prompts.MAX_BYTES + 1)
     assert refused("huge").startswith("prompt file huge: more than 64 MiB")
 
 

@@ -112,7 +112,7 @@ def test_flash_attention_3_takes_the_joint_attention_only(bench, monkeypatch, co
 
     monkeypatch.setitem(sys.modules, "fake_fa3", SimpleNamespace(flash_attn_func=flash_attn_func))
     monkeypatch.setattr(dense_attention, "FA3_MODULE", "fake_fa3")
-    monkeypatch.setattr(dense_attention, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(dense_attention, "MIN_TOKENS", 100)
     workload, machine = WORKLOADS["hunyuanvideo-720p"], pick_machine(True, "test")
     torch.manual_seed(0)
     transformer = build(workload.checkpoint, machine)

@@ -9,14 +9,14 @@ import torch
 from psa_kernels.backends.triton import Triton, triton_version
 from psa_kernels.call import Call
 from psa_kernels.devices import is_hopper
-from psa_kernels.limits import LEAST_HOPPER_ROWS, MOST_HOPPER_LEVELS
+from psa_kernels.limits import MAX_HOPPER_LEVELS, MIN_HOPPER_ROWS
 from psa_kernels.lists import BlockLists
 
 # Gluon changes from one release of Triton to the next.
 GLUON_VERSIONS = ("3.6.",)
 # Floating point operations of dense attention below which the kernel, whose launch takes the host half a millisecond
 # longer, spares the GPU less than that.
-LEAST_HOPPER_WORK = 1e12
+MIN_HOPPER_WORK = 1e12
 
 
 class Hopper(Triton):
@@ -25,7 +25,7 @@ class Hopper(Triton):
     name = implementation = "hopper"
 
     def pays(self, call: Call) -> bool:
-        return is_hopper(call.q.device) and call.dense_work >= LEAST_HOPPER_WORK
+        return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
 
     def why_not(self, call: Call) -> str | None:
         return super().why_not(call) or self._why_not_beside_triton(call)
@@ -44,9 +44,9 @@ class Hopper(Triton):
             return f"block_query={spec.block_query}: expected 128"
         if spec.block_key not in (32, 64, 128):
             return f"block_key={spec.block_key}: expected 32, 64 or 128"
-        if spec.block_key // spec.levels[-1] < LEAST_HOPPER_ROWS or len(spec.levels) > MOST_HOPPER_LEVELS:
+        if spec.block_key // spec.levels[-1] < MIN_HOPPER_ROWS or len(spec.levels) > MAX_HOPPER_LEVELS:
             return (
-                f"levels={list(spec.levels)}: expected at most {MOST_HOPPER_LEVELS}, and at least {LEAST_HOPPER_ROWS} "
+                f"levels={list(spec.levels)}: expected at most {MAX_HOPPER_LEVELS}, and at least {MIN_HOPPER_ROWS} "
                 f"rows of each of the {spec.block_key} keys"
             )
         if spec.rest != "skip":

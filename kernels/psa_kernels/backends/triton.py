@@ -15,7 +15,7 @@ import torch
 from psa_kernels.backends.base import Backend
 from psa_kernels.call import Call
 from psa_kernels.devices import capability
-from psa_kernels.limits import MOST_BLOCK_SAMPLES, MOST_KEY_BLOCKS
+from psa_kernels.limits import MAX_BLOCK_SAMPLES, MAX_KEY_BLOCKS
 from psa_kernels.lists import BlockLists
 
 
@@ -43,13 +43,13 @@ class Triton(Backend):
             return f"block_query={spec.block_query}: expected 64 or 128"
         if spec.block_key not in (16, 32, 64, 128, 256):
             return f"block_key={spec.block_key}: expected 16, 32, 64, 128 or 256"
-        if spec.block_key // spec.importance.key_stride > MOST_BLOCK_SAMPLES:
+        if spec.block_key // spec.importance.key_stride > MAX_BLOCK_SAMPLES:
             return (
                 f"block_key={spec.block_key} with importance.key_stride={spec.importance.key_stride}: expected at most "
-                f"{MOST_BLOCK_SAMPLES} samples a key block"
+                f"{MAX_BLOCK_SAMPLES} samples a key block"
             )
-        if call.key_blocks > MOST_KEY_BLOCKS:
-            return f"{call.key_blocks} key blocks: expected at most {MOST_KEY_BLOCKS}"
+        if call.key_blocks > MAX_KEY_BLOCKS:
+            return f"{call.key_blocks} key blocks: expected at most {MAX_KEY_BLOCKS}"
         if permutation is not None and permutation.device != q.device:
             return f"permutation on {permutation.device}: expected {q.device}"
         return None

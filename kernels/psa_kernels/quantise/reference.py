@@ -14,7 +14,7 @@ import torch
 
 LARGEST_INTEGER = 127
 # Entries that are all below this become zero. It keeps reciprocals within float32.
-LEAST_ENTRY = 2.0**-100
+MIN_ENTRY = 2.0**-100
 
 
 def key_mean_and_largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,12 +27,12 @@ def key_mean_and_largest(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         The mean row `[D]`, and the largest entry less the mean `[]`, not finite if an entry is not.
     """
     mean = rows.mean(0)
-    return mean, (rows - mean).abs().amax().clamp(min=LEAST_ENTRY)
+    return mean, (rows - mean).abs().amax().clamp(min=MIN_ENTRY)
 
 
 def largest_of_queries(queries: torch.Tensor) -> torch.Tensor:
     """The largest entry of each query `[Q, D]`: `[Q, 1]`, not finite if one of its entries is not."""
-    return queries.abs().amax(1, keepdim=True).clamp(min=LEAST_ENTRY)
+    return queries.abs().amax(1, keepdim=True).clamp(min=MIN_ENTRY)
 
 
 def to_integers(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

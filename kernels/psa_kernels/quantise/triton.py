@@ -18,9 +18,9 @@ from psa_kernels.quantise.integers import Integers
 from psa_kernels.spec import AttentionSpec
 
 LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
-LEAST_ENTRY = tl.constexpr(reference.LEAST_ENTRY)
+MIN_ENTRY = tl.constexpr(reference.MIN_ENTRY)
 # Factors of rows are divided by where tiles are mixed. Below this all logits are 0.
-LEAST_FACTOR = tl.constexpr(2.0**-100)
+MIN_FACTOR = tl.constexpr(2.0**-100)
 # Added and taken away again, it rounds what is much smaller to an integer: floats of this size are integers.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
 # Rows whose sums, smallest and largest entries one program finds; and rows at a time there, and elsewhere.
@@ -160,7 +160,7 @@ def summary_kernel(partial_ptr, means_ptr, largest_ptr, chunks, rows, HEAD_DIM: 
 def checked(largest, entries, AXIS: tl.constexpr):
     """The largest of some entries, but not too small; NaN if one of `entries` is not finite."""
     # Anything times 0 is 0, but infinity and NaN, which a maximum may pass over.
-    return tl.maximum(largest, LEAST_ENTRY) + tl.sum(entries * 0.0, AXIS)
+    return tl.maximum(largest, MIN_ENTRY) + tl.sum(entries * 0.0, AXIS)
 
 
 @triton.jit
@@ -210,4 +210,4 @@ def queries_kernel(
     tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
     factor = largest * (1.0 / LARGEST_INTEGER) * (tl.load(key_largest_ptr + head) * (1.0 / LARGEST_INTEGER) * scale)
     # Not a maximum, which might drop a NaN.
-    tl.store(factors_ptr + place, tl.where(factor < LEAST_FACTOR, LEAST_FACTOR, factor), mask=real)
+    tl.store(factors_ptr + place, tl.where(factor < MIN_FACTOR, MIN_FACTOR, factor), mask=real)

@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
 from psa_kernels.sparse.hopper.plan import plan_tiles, run_ends
-from psa_kernels.sparse.hopper.step import MOST_LOOKS, report_nearly_done, wait_for_others
+from psa_kernels.sparse.hopper.step import MAX_LOOKS, report_nearly_done, wait_for_others
 from psa_kernels.sparse.hopper.tiles import (
     TILE_M,
     TILE_N,
@@ -39,7 +39,7 @@ def fetch_queries(
     layout: gl.constexpr = gl.BlockedLayout([1, UNIT], [32 // CHUNKS, CHUNKS], [1, 1], [1, 0])
     dims = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
     place = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    patience = gl.to_tensor(MOST_LOOKS)
+    patience = gl.to_tensor(MAX_LOOKS)
     done = gl.to_tensor(0)
     item = announce_item(schedule, done)
     while item < items:

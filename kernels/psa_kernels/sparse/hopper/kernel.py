@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from psa_kernels.sparse.hopper.fetch import fetch_queries, fetch_rows
-from psa_kernels.sparse.hopper.plan import MOST_MIXED, PLAN
+from psa_kernels.sparse.hopper.plan import MAX_MIXED, PLAN
 from psa_kernels.sparse.hopper.softmax import per_row, row_sums, with_biases
 from psa_kernels.sparse.hopper.tiles import (
     TICKETS,
@@ -76,7 +76,7 @@ def attention_kernel(
     v_tiles = gl.allocate_shared_memory(value_type, [STAGES, TILE_N, HEAD_DIM], value_layout)
     number_shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     plans = gl.allocate_shared_memory(gl.int32, [QUERY_SLOTS * PLAN, 1], number_shared)
-    biases = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * MOST_MIXED, TILE_N], number_shared)
+    biases = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * MAX_MIXED, TILE_N], number_shared)
     factors = biases  # anything, as nobody reads it
     if factors_ptr is not None:
         factors = gl.allocate_shared_memory(gl.float32, [QUERY_SLOTS * 2, TILE_M // 2], number_shared)
@@ -187,7 +187,7 @@ def consume(
         slot, phase = in_ring(done, QUERY_SLOTS)
         mbarrier.wait(q_full.index(slot), phase)
         plan = slot * PLAN
-        column_biases = slot * MOST_MIXED
+        column_biases = slot * MAX_MIXED
         tiles = read_number(plans, plan, 4)
         mixed = read_number(plans, plan + 1, 4)
         bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)

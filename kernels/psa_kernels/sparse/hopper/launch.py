@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.layout import TokenLayout
-from psa_kernels.limits import MOST_HOPPER_LEVELS
+from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.quantise.integers import Integers
@@ -79,7 +79,7 @@ def sparse_attention(
     programs = min(items, multiprocessors(q.device))
     attention_kernel[(programs,)](*arguments, **options)
     if integers is not None and lse is not None:
-        # What all logits of a query lack as the mean of the keys was taken away; the kernel below needs no such thing.
+        # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
         video = slice(layout.text_before, layout.text_before + layout.video_queries)
         lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), integers.key_means) * scale
     if not online:
@@ -106,7 +106,7 @@ def _descriptors(views: list[torch.Tensor | None], spec: AttentionSpec) -> list[
     """Where the boxes of text and of every level come from; each ends where its rows end, so that zeros follow."""
     heights = [spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels)]
     boxes = [None if rows is None else _boxes(rows, height) for rows, height in zip(views, heights, strict=True)]
-    return boxes + [None] * (MOST_HOPPER_LEVELS - len(spec.levels))
+    return boxes + [None] * (MAX_HOPPER_LEVELS - len(spec.levels))
 
 
 def _boxes(rows: torch.Tensor, height: int) -> TensorDescriptor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from psa_kernels.limits import MOST_HOPPER_LEVELS
+from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.sparse.hopper.tiles import TILE_N, divide, log2_of, write_number
 
 # Where one of the levels or of the 2 texts ends, or the groups of full size of the ragged last block.
-MOST_MIXED = gl.constexpr(MOST_HOPPER_LEVELS + 3)
+MAX_MIXED = gl.constexpr(MAX_HOPPER_LEVELS + 3)
 # How many tiles a list has; then, for each mixed tile and past the last: its index, and the bias of the tiles before.
-PLAN = gl.constexpr(1 + 2 * (MOST_HOPPER_LEVELS + 3 + 1))
+PLAN = gl.constexpr(1 + 2 * (MAX_HOPPER_LEVELS + 3 + 1))
 NEVER = gl.constexpr(2147483647)
 
 
@@ -69,7 +69,7 @@ def plan_tiles(
     mixed, bias = next_mixed_tile(0, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
     write_number(plans, entry + 1, mixed)
     write_number(plans, entry + 2, bias.to(gl.int32, bitcast=True))
-    at = slot * MOST_MIXED
+    at = slot * MAX_MIXED
     while mixed < tiles:
         first = mixed * TILE_N
         mixed, bias = next_mixed_tile(mixed + 1, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)

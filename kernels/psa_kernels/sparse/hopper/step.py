@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 STRAGGLERS = gl.constexpr(4)
 # Looks at the counter before a program gives up for the rest of the launch; some milliseconds. Where something else
 # holds a multiprocessor, its program may not have begun.
-MOST_LOOKS = gl.constexpr(1 << 14)
+MAX_LOOKS = gl.constexpr(1 << 14)
 
 
 @gluon.jit
