@@ -139,12 +139,12 @@ def test_integers_make_the_attention_of_the_reference(name):
             out = (logits * math.log(2)).softmax(-1) @ torch.cat([values[part] for part in attended])
             error = (out - expected[0, query_tokens, h]).norm() / expected[0, query_tokens, h].norm()
             # An entry in the middle of two integers may be rounded otherwise, which shows in what its token weighs.
-            exact = torch.empty(len(rows.log_count), k.shape[3], dtype=torch.float64)
-            reference_pyramid.build_pyramid(k[0, :, h].double(), rows, out=exact)
-            finest = torch.cat([exact[slice(*rows.first_row[:2])], exact[rows.first_row[-1] :]])
+            pooled = torch.empty(len(rows.log_count), k.shape[3])
+            reference_pyramid.build_pyramid(k[0, :, h], rows, out=pooled)
+            finest = torch.cat([pooled[slice(*rows.first_row[:2])], pooled[rows.first_row[-1] :]])
             mean, largest = reference.key_mean_and_largest(finest)
-            mine = reference.to_integers(torch.cat([exact[part] for part in attended]) - mean, largest)
-            of_queries = q[0, query_tokens, h].double()
+            mine = reference.to_integers(torch.cat([pooled[part] for part in attended]) - mean, largest)
+            of_queries = q[0, query_tokens, h]
             theirs = reference.to_integers(of_queries, reference.largest_of_queries(of_queries))
             differences = torch.cat([(keys - mine).abs(), (queries - theirs).abs()])
             others = int((differences > 0).sum())
