@@ -14,6 +14,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 
 from psa_diffusers.families import find_family
+from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import context_parallel_plan
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.processor import PSAProcessor
@@ -110,6 +111,46 @@ def compiled_blocks(ranks: int, name: str) -> None:
     assert_equal_to_rounding(case.run(pipe), eager)
     assert processor.stats() == stats
     assert stats.density_sparse is not None and stats.density_sparse < 0.5
+
+
+def a_spoiled_layer(ranks: int, name: str) -> None:
+    """Each rank looks at each attention from the start, so that no rank computes a forward twice while others wait."""
+    case, pipe = MODELS[name], MODELS[name].make()
+    layer = list(find_family(pipe.transformer).self_attentions(pipe.transformer))[1]
+    forwards: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+    model: Any = type(pipe.transformer)
+    attention: Any = TokenAttention
+    forward, sparse = model.forward, attention.sparse
+    computed: list[int] = []
+
+    def counted(self: Any, *arguments: Any, **settings: Any) -> Any:
+        computed.append(1)
+        return forward(self, *arguments, **settings)
+
+    def spoiled(self: TokenAttention, which: Any, at: Any, *arguments: Any) -> Any:
+        (head, tail), stats = sparse(self, which, at, *arguments)
+        return (head * float("nan") if (which.name, at.step) == (layer, 2) else head, tail), stats
+
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        model.forward, attention.sparse = counted, spoiled
+        try:
+            for shared in (False, True):
+                if shared:
+                    enable(pipe, ulysses_degree=ranks)
+                computed.clear()
+                forwards.clear()
+                processor = patch(pipe, preset(dense_steps=0.5))
+                found.append(case.run(pipe))
+                assert processor.stats().not_finite == {layer: [2]}
+                assert len(computed) - len(forwards) == (0 if shared else 1)
+                processor.restore()
+        finally:
+            model.forward, attention.sparse = forward, sparse
+    assert found[1].isfinite().all()
+    assert_equal_to_rounding(found[1], found[0])
 
 
 def ring_is_dense(ranks: int) -> None:

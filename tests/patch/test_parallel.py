@@ -45,6 +45,11 @@ def test_several_ranks_equal_one_process(on_ranks, name, run):
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
+def test_a_spoiled_layer_is_that_of_one_process(on_ranks, name):
+    on_ranks(2, parallel_ranks.a_spoiled_layer, name)
+
+
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
 def test_compiled_blocks(on_ranks, name):
     on_ranks(2, parallel_ranks.compiled_blocks, name)
 
