@@ -78,8 +78,10 @@ def psa_attention(
         if lists is not None:
             lists = call.check_lists(lists)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
-        groups = head_groups(q.shape[2], head_bytes, out.nbytes)
+        groups = [slice(None)]
+        if backend.has_pyramid:
+            head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
+            groups = head_groups(q.shape[2], head_bytes, out.nbytes)
         used, stats = [], []
         for heads in groups:
             if len(groups) == 1:
@@ -106,7 +108,7 @@ def psa_attention(
 
 def _attend(call: Call, backend: Backend, lists: BlockLists | None, out: torch.Tensor) -> BlockLists:
     """All stages for a group of heads: fill the rows of video queries of `out`, and return the lists that were used."""
-    keys = backend.pool_keys(call, lists is None)
+    keys = backend.pool_keys(call, lists is None) if backend.has_pyramid else None
     if lists is None:
         lists = backend.select(call, keys)
     backend.attend(call, keys, lists, out)

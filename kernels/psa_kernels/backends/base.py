@@ -20,12 +20,14 @@ class Backend(ABC):
             each for precisions of its own.
         precisions: those of the spec that it computes. What computes natively may stand in for another.
         devices: types of device on which `auto` looks at it.
+        has_pyramid: whether it pools the keys of all heads before it attends; else `attend` pools head by head.
     """
 
     name: str
     implementation: str
     precisions: tuple[str, ...] = ("native",)
     devices: tuple[str, ...] = ("cuda",)
+    has_pyramid: bool = True
 
     def pays(self, call: Call) -> bool:
         """Whether `auto` should take it on this GPU for this much work; where not, it passes on without a word."""
@@ -36,12 +38,12 @@ class Backend(ABC):
         """The reason why it cannot serve a call, in one line, or None. Asked at every call, so it has to be cheap."""
 
     def pyramid_rows(self, call: Call) -> int:
-        """Rows that the pyramid of one head has, its keys and its values each; 0 if `attend` pools head by head."""
-        return 0
+        """Rows that the pyramid of one head has, its keys and its values each."""
+        raise NotImplementedError(f"{self.name} says that it has a pyramid, but not of how many rows")
 
     def pool_keys(self, call: Call, selects: bool) -> Any:
         """The pyramid of keys, whatever that is here; `selects` says whether `select` will be given it."""
-        return None
+        raise NotImplementedError(f"{self.name} says that it has a pyramid, but pools no keys")
 
     @abstractmethod
     def select(self, call: Call, keys: Any) -> BlockLists:

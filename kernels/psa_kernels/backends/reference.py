@@ -21,6 +21,7 @@ class Reference(Backend):
 
     name = implementation = "reference"
     precisions = PRECISIONS
+    has_pyramid = False
 
     def why_not(self, call: Call) -> str | None:
         return None
