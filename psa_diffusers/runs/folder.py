@@ -154,6 +154,8 @@ class RunFolder:
         partial.mkdir()
         try:
             yield partial
+            # One without its report counts as missing, and would be in the way.
+            shutil.rmtree(self.path / self.names[index], ignore_errors=True)
             os.replace(partial, self.path / self.names[index])
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

@@ -84,13 +84,15 @@ def test_a_run_that_fails_midway_keeps_the_finished_prompts(error, said, ask, tm
 
 def test_a_folder_without_its_report_is_not_done(ask, tmp_path):
     carry_out(ask())
-    (tmp_path / "out" / "0001-a-dog" / "report.json").unlink()
-    (tmp_path / "out" / "0001-a-dog" / "small.mp4").unlink()
-    for path in (tmp_path / "out" / "0001-a-dog").iterdir():
-        path.unlink()
+    folder = tmp_path / "out" / "0001-a-dog"
+    before = sorted(path.name for path in folder.iterdir())
+    (folder / "report.json").unlink()
     summary = carry_out(ask())
     assert (summary["status"], summary["made"], summary["kept"]) == ("complete", 1, 1)
-    assert (tmp_path / "out" / "0001-a-dog" / "small.mp4").is_file()
+    assert sorted(path.name for path in folder.iterdir()) == before
+    for path in folder.iterdir():
+        path.unlink()
+    assert carry_out(ask())["made"] == 1 and (folder / "small.mp4").is_file()
 
 
 def test_a_run_that_finished_before_the_lock_was_had_is_seen(ask, tmp_path, monkeypatch):
