@@ -23,6 +23,9 @@ FLOORS = (
     ("errors", "environment", "files", "diffusers_internals"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+OURS = ("psa_diffusers", "psa_kernels")
+FOREIGN = ("diffusers", "transformers", "psa_diffusers")  # to the operator
+MAX_LINES = 400
 DOOR = "psa_diffusers"  # its __init__ names what users import, and imports it when it is asked for
 
 
@@ -30,7 +33,7 @@ def modules() -> dict[str, Path]:
     """Every module of the two packages, by its dotted name."""
     found = {}
     for base in (ROOT, ROOT / "kernels"):
-        for package in ("psa_diffusers", "psa_kernels"):
+        for package in OURS:
             for path in sorted((base / package).rglob("*.py")):
                 name = ".".join(path.relative_to(base).with_suffix("").parts)
                 found[name.removesuffix(".__init__")] = path
@@ -53,8 +56,8 @@ def room(module: str) -> str:
     return package if package == "psa_kernels" else rest.split(".")[0]
 
 
-def imported(source: str, module: str, is_package: bool) -> list[tuple[str, int]]:
-    """The modules of the two packages that a module imports, anywhere in it, with the line."""
+def imported(source: str, module: str, is_package: bool, packages: tuple[str, ...] = OURS) -> list[tuple[str, int]]:
+    """The modules of some packages that a module imports, anywhere in it, with the line."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -71,7 +74,7 @@ def imported(source: str, module: str, is_package: bool) -> list[tuple[str, int]
                     found += [(HOMES[alias.name], node.lineno)] if alias.name in HOMES else []
                 else:
                     found.append((whole if whole in MODULES else base, node.lineno))
-    return [(name, line) for name, line in found if name.split(".")[0] in ("psa_diffusers", "psa_kernels")]
+    return [(name, line) for name, line in found if name.split(".")[0] in packages]
 
 
 HOMES = homes()
@@ -109,6 +112,22 @@ def test_no_two_modules_import_each_other():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_the_operator_needs_nothing_of_diffusers():
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for name, path in MODULES.items()
+        if room(name) == "psa_kernels"
+        for target, line in imported(path.read_text(encoding="utf-8"), name, path.name == "__init__.py", FOREIGN)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_files_can_be_read_in_one_sitting():
+    lines = {path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    long = [f"{path}: {count} lines, at most {MAX_LINES}" for path, count in lines.items() if count > MAX_LINES]
+    assert not long, "\n".join(long)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ SECONDS, BETWEEN = 0.2, 0.02
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process; the system lets go of it when the process ends, however it ends.
+    """Hold a folder for this process; the system lets go of it when the process ends, however it ends.
+
+    Where the file system has no locks, nothing is held.
 
     Raises:
         InputError: another process holds it.
@@ -27,17 +29,27 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=SECONDS, poll_interval=BETWEEN)
     except Timeout:
-        known = owner.read_text() if owner.is_file() else "unknown"
         raise InputError(
-            f"--output {folder}: another run (process {known}) is writing there; wait for it, or choose another"
+            f"--output {folder}: another run (process {_named(owner)}) is writing there; wait for it, or choose another"
         ) from None
-    except (NotImplementedError, OSError):  # a file system without locks
-        yield
-        return
+    except (NotImplementedError, OSError):
+        held = False
+    else:
+        held = True
     try:
-        owner.write_text(str(os.getpid()))
+        if held:
+            owner.write_text(str(os.getpid()), encoding="ascii")
         yield
     finally:
-        owner.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-        lock.release()
+        if held:
+            # Removed before the lock is: later they may be another run's.
+            owner.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            lock.release()
+
+
+def _named(owner: Path) -> str:
+    try:
+        return owner.read_text(encoding="ascii", errors="replace")[:20] or "unknown"
+    except OSError:  # it has the lock and has not written its number yet, or is just ending
+        return "unknown"

@@ -1,5 +1,6 @@
 """One run at a time in an output folder."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,3 +91,23 @@ def test_a_lock_file_that_another_process_made_anew_meanwhile_is_its_lock(tmp_pa
         pass
     assert (tmp_path / LOCK_FILE).exists()
     os.close(held[0])
+
+
+def test_a_process_that_has_not_written_its_number_yet_is_unknown(tmp_path, holder):
+    (tmp_path / OWNER_FILE).unlink()
+    with pytest.raises(InputError, match=r"another run \(process unknown\) is writing there"), locked(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_holds_nothing(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(descriptor, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path), locked(tmp_path):
+        assert not (tmp_path / OWNER_FILE).exists()
+    with pytest.raises(ZeroDivisionError) as caught, locked(tmp_path):
+        raise ZeroDivisionError
+    assert caught.value.__context__ is None  # it is not told as what came of the missing lock

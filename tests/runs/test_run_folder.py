@@ -9,9 +9,10 @@ import torch
 from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs import generate
+from psa_diffusers.runs import generate, processes
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.generate import Interrupted
+from psa_diffusers.runs.plan import make_plan
 from psa_testing.tiny_runs import FRAMES, SIZE, STEPS, carry_out, contents, edit_pipeline
 
 
@@ -95,20 +96,21 @@ def test_a_folder_without_its_report_is_not_done(ask, tmp_path):
     assert carry_out(ask())["made"] == 1 and (folder / "small.mp4").is_file()
 
 
-def test_a_run_that_finished_before_the_lock_was_had_is_seen(ask, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", [generate, processes], ids=["alone", "several processes"])
+def test_a_run_that_finished_before_the_lock_was_had_is_seen(module, ask, tmp_path, monkeypatch):
     """Between the first look at the folder and the lock on it, another run finishes there."""
     real, other = generate.locked, replace(ask("a fox", preset="dense"), seed=9)
 
     @contextlib.contextmanager
     def late(folder):
-        monkeypatch.setattr(generate, "locked", real)
+        monkeypatch.setattr(module, "locked", real)
         carry_out(other)
         with real(folder):
             yield
 
-    monkeypatch.setattr(generate, "locked", late)
+    monkeypatch.setattr(module, "locked", late)
     with pytest.raises(InputError, match="holds another run"):
-        carry_out(ask("a cat"))
+        carry_out(ask("a cat")) if module is generate else processes.run_shared(make_plan(ask("a cat", "a dog")), 2)
     assert contents(tmp_path / "out") == ["0000-a-fox", "report.html", "run.json"]
 
 

@@ -61,10 +61,17 @@ def watched_work(plan, place: Place) -> None:
     workers.work(plan, place)
 
 
+def wait_for_the_first(plan) -> None:
+    end = time.monotonic() + 60
+    while not list(plan.output.glob("0*/report.json")):
+        assert time.monotonic() < end, "no prompt is done"
+        time.sleep(0.05)
+
+
 def late_work(plan, place: Place) -> None:
     """As `workers.work`, but the second process begins when the first has made something."""
-    while place.rank == 1 and not list(plan.output.glob("0*/report.json")):
-        time.sleep(0.05)
+    if place.rank == 1:
+        wait_for_the_first(plan)
     workers.work(plan, place)
 
 
@@ -116,16 +123,15 @@ def test_the_first_of_launched_processes_waits_for_the_others(plan):
         with folder.claim(1) as mine, folder.writing(1) as path:
             assert mine
             begun.set()
-            while not (two.output / folder.names[0]).is_dir():
-                time.sleep(0.05)
+            wait_for_the_first(two)
             time.sleep(1)
             shutil.copytree(alone.output / folder.names[1], path, dirs_exist_ok=True)
 
     other = threading.Thread(target=second)
     other.start()
-    begun.wait()
+    assert begun.wait(60)
     summaries.append(generate.run(two, Place(0, 2, 0, "together")))
-    other.join()
+    other.join(60)
     assert (summaries[0]["status"], summaries[0]["missing"]) == ("complete", 0)
 
 
