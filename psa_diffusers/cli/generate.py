@@ -146,7 +146,7 @@ def _generate(
 
 
 def _carry_out(plan: "Plan", num_processes: int) -> None:
-    """Runs the plan in this process, or in several; tells what was made and what is missing."""
+    """Run the plan in this process, or in several; tell what was made and what is missing."""
     from psa_diffusers.runs.generate import Interrupted, run
     from psa_diffusers.runs.processes import check_devices, run_shared
     from psa_diffusers.runs.rank import launched_place

@@ -87,9 +87,9 @@ def _inspect(
             image=image,
         )
     )
-    from psa_diffusers.runs.inspection import Place, inspect_run
+    from psa_diffusers.runs.inspection import MaskPlace, inspect_run
 
-    summary = inspect_run(plan, Place(layer, head, step), Path(output), overwrite)
+    summary = inspect_run(plan, MaskPlace(layer, head, step), Path(output), overwrite)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in summary["shares"].items())
     note(f"{summary['layer']}, head {head}, step {summary['step']} of {summary['steps']}: {shares}")
     note(f"density {summary['density']:.3f}, coverage {summary['coverage']:.3f}; picture: {summary['output']}")

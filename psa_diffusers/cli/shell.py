@@ -26,7 +26,7 @@ def new_app() -> typer.Typer:
 
 
 def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code; what is wrong with the input becomes one line on stderr."""
+    """Run a command and return its exit code; what is wrong with the input becomes one line on stderr."""
     with stopping.listening():
         try:
             command: Callable[..., Any] = typer.main.get_command(app)

@@ -23,7 +23,7 @@ OUTPUTS = (SIDE_BY_SIDE, FILMSTRIP, PROMPT_FILE, REPORT_FILE)
 def write_comparison(
     path: Path, reference: np.ndarray, other: np.ndarray, labels: tuple[Label, Label], fps: float
 ) -> dict[str, Any]:
-    """Writes side-by-side.mp4 and filmstrip.png into `path`.
+    """Write side-by-side.mp4 and filmstrip.png into `path`.
 
     Args:
         reference, other: [frames, height, width, 3], uint8 or float in [0, 1]; the reference stands left and above.
@@ -38,7 +38,7 @@ def write_comparison(
 
 
 def compare_files(first: str, second: str, output: str | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Compares two video files, the first being the reference; returns the summary.
+    """Compare two video files, the first being the reference; return the summary.
 
     Raises:
         InputError: a file cannot be read, the videos differ in size or length, or results are already there.

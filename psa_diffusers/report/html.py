@@ -13,7 +13,7 @@ ABSENT = "\u2013"
 
 
 def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) -> Path:
-    """Writes `folder/report.html`.
+    """Write `folder/report.html`.
 
     Args:
         reports: what the prompts' report.json hold, each with its folder's name below `folder` under "folder".

@@ -19,7 +19,7 @@ SKIPPED = (0.965, 0.965, 0.955)
 
 
 def require_matplotlib() -> None:
-    """Raises InputError, which says what to install, where matplotlib is missing."""
+    """Raise InputError, which says what to install, where matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -27,7 +27,7 @@ def require_matplotlib() -> None:
 
 
 def write_mask_plot(path: Path, mask: BlockMask, prompt: str) -> None:
-    """Writes the mask of one head as a PNG, whole or not at all."""
+    """Write the mask of one head as a PNG, whole or not at all."""
     with whole_file(path) as partial:
         mask_figure(mask, prompt).savefig(partial, format="png")
 

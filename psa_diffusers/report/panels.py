@@ -31,7 +31,7 @@ class Label:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, labels: tuple[Label, Label]) -> np.ndarray:
-    """Joins two videos of one size and length, frame by frame, under a line of labels.
+    """Join two videos of one size and length, frame by frame, under a line of labels.
 
     Args:
         left, right: [frames, height, width, 3].
@@ -81,7 +81,7 @@ def filmstrip(top: np.ndarray, bottom: np.ndarray, labels: tuple[Label, Label]) 
 
 
 def write_image(path: Path, image: "Image.Image") -> None:
-    """Writes a PNG, whole or not at all."""
+    """Write a PNG, whole or not at all."""
     with whole_file(path) as partial:
         image.save(partial, optimize=True)
 

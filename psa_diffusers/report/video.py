@@ -35,7 +35,7 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column.
+    """Write an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column.
 
     Raises:
         OSError: it could not be written in full.
@@ -81,7 +81,7 @@ def _check_length(partial: Path, frames: int, path: Path) -> None:
 
 
 def read_video(path: Path) -> Clip:
-    """Decodes a whole video.
+    """Decode a whole video.
 
     Raises:
         InputError: it is missing, is not a video, or would not fit in memory.
@@ -112,7 +112,7 @@ def read_video(path: Path) -> Clip:
 
 
 def write_animation(path: Path, frames: np.ndarray, fps: float, width: int | None = None, quality: int = 75) -> None:
-    """Writes an endless animated WebP (or GIF, by the ending), for pages that play no mp4; `width` scales it."""
+    """Write an endless animated WebP (or GIF, by the ending), for pages that play no mp4; `width` scales it."""
     from PIL import Image
 
     images = [Image.fromarray(frame) for frame in to_uint8(frames)]

@@ -53,7 +53,7 @@ class RunFolder:
         return [{**_read_json(self.path / name / PROMPT_FILE), "folder": name} for name in names]
 
     def check(self, overwrite: bool) -> None:
-        """Refuses a folder that holds another run's results, or that cannot be written to.
+        """Refuse a folder that holds another run's results, or that cannot be written to.
 
         Raises:
             InputError: the settings or prompts there differ, or files of the same names are in the way.
@@ -78,7 +78,7 @@ class RunFolder:
             raise InputError(f"--output {self.path}: cannot be written to ({error.strerror})") from error
 
     def begin(self) -> None:
-        """Marks the folder as this run's; with --overwrite, removes what an earlier run of this tool left there."""
+        """Mark the folder as this run's; with --overwrite, remove what an earlier run of this tool left there."""
         if self._replaces:
             self._remove_old()
             self._replaces = False
@@ -108,7 +108,7 @@ class RunFolder:
 
     @contextmanager
     def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Holds a prompt's lock; false if another process has it and is not waited for."""
+        """Hold a prompt's lock; false if another process has it and is not waited for."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._lock_folder() / f"{name}.lock")
@@ -142,13 +142,13 @@ class RunFolder:
         return said
 
     def withdraw(self) -> None:
-        """Undoes `check`'s making of the folder if nothing was put there."""
+        """Remove the folder that `check` made if nothing was put there."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
     @contextmanager
     def writing(self, index: int) -> Iterator[Path]:
-        """Gives a hidden folder for a prompt's files; it gets its name if all went well and is removed if not."""
+        """Give a hidden folder for a prompt's files; name it if all went well, remove it if not."""
         partial = self.path / f".{self.names[index]}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
-    """Makes what is missing in the plan's folder and the report of all that is there; returns the summary.
+    """Make what is missing in the plan's folder and the report of all that is there; return the summary.
 
     Of several processes each makes what no other has begun; the first one waits for the others and makes the report,
     if it is not left to the process that started them. The others return None.
@@ -153,7 +153,7 @@ def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
 
 
 def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
-    """Writes the report of what is finished and sums it up; `todo` is what was missing before."""
+    """Write the report of what is finished and sum it up; `todo` is what was missing before."""
     reports = folder.finished()
     missing = len(plan.prompts) - len(reports)
     made = len(set(todo) - set(folder.missing()))

@@ -21,7 +21,7 @@ class _EnoughSeen(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class MaskPlace:
     """Which attention to look at. `layer` and `head` count from 0, `step` from 1; None stands for the middle one.
 
     `layer` counts through both transformers where there are two.
@@ -33,8 +33,8 @@ class Place:
 
 
 @stopping.carried_out()
-def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Runs the pipeline up to the step and draws its mask; returns the summary.
+def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Run the pipeline up to the step and draw its mask; return the summary.
 
     Raises:
         InputError: the plan is dense or has several prompts, there is no such layer, head or step, it is dense by the
@@ -88,7 +88,7 @@ def inspect_run(plan: Plan, place: Place, output: Path, overwrite: bool = False)
     }
 
 
-def _check(plan: Plan, place: Place, output: Path, overwrite: bool) -> "tuple[Preset, int, int]":
+def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tuple[Preset, int, int]":
     """The preset, and the layer and the step, both counted from 0."""
     from psa_diffusers.patch.masks import middle_sparse_step
 

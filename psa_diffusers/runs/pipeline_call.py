@@ -47,7 +47,7 @@ class Generated:
 def generate_video(
     pipe: Any, plan: Plan, prompt: str, name: str, seed: int, after_step: Callable[[int], None] | None = None
 ) -> Generated:
-    """Runs the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
+    """Run the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
 
     Args:
         name: what the progress bar calls the run.
@@ -108,7 +108,7 @@ def generate_videos(
 
 
 def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: int) -> Generated:
-    """Runs the pipeline once with the plan's preset, and adds what was attended, and what was not as asked for."""
+    """Run the pipeline once with a preset; add what was attended, and what was not as asked for."""
     from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 
     with warnings.catch_warnings(), _patched(pipe, plan, preset) as psa:

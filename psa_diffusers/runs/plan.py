@@ -121,7 +121,7 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Checks a request and fills in the model's defaults; loads no weights.
+    """Check a request and fill in the model's defaults; load no weights.
 
     Raises:
         InputError: the first thing that is wrong, in one line.
@@ -275,7 +275,7 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
 
 
 def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
-    """Scales to cover the video's size and crops what hangs over, so that nothing is squeezed."""
+    """Scale to cover the video's size and crop what hangs over, so that nothing is squeezed."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

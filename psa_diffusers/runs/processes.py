@@ -22,7 +22,7 @@ REFUSED = 2  # exit code of a process that was given what it cannot do
 
 
 def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
-    """Refuses what several processes cannot do.
+    """Refuse what several processes cannot do.
 
     Args:
         overwrite_alone: whether nobody is there to remove an older run before the processes start.
@@ -112,7 +112,7 @@ def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[
 
 @contextmanager
 def _ending_with_this_process(workers: list[Any]) -> Iterator[None]:
-    """Passes a request to terminate on to the workers."""
+    """Pass a request to terminate on to the workers."""
 
     def terminate(number: int, frame: Any) -> None:
         for worker in workers:

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass
 class StepClock:
-    """Times a pipeline run: start, first transformer call, end of every step, end. GPUs are waited for."""
+    """The times of a pipeline run: start, first transformer call, end of every step, end. GPUs are waited for."""
 
     device: str
     finite: bool = True
@@ -22,7 +22,7 @@ class StepClock:
 
     @contextmanager
     def watching(self, pipe: Any) -> Iterator[None]:
-        """Starts the clock, and stops it on leaving."""
+        """Start the clock, and stop it on leaving."""
         import torch
 
         from psa_diffusers.patch.modules import find_transformers
@@ -47,7 +47,7 @@ class StepClock:
 
     @contextmanager
     def following_scheduler(self, pipe: Any, done: Callable[..., Any]) -> Iterator[None]:
-        """Calls `done` as pipelines call `callback_on_step_end`, for those that take none; changes nothing."""
+        """Call `done` as pipelines call `callback_on_step_end`, for those that take none."""
         scheduler, original = pipe.scheduler, pipe.scheduler.step
 
         def step(*arguments: Any, **settings: Any) -> Any:

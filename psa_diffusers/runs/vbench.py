@@ -21,7 +21,7 @@ def file_name(prompt: str, sample: int) -> str:
 
 
 def check_names(prompts: Sequence[str], samples: int) -> None:
-    """Refuses prompts that cannot be file names, or that would share one.
+    """Refuse prompts that cannot be file names, or that would share one.
 
     Raises:
         InputError: the first such prompt.
@@ -42,7 +42,7 @@ def check_names(prompts: Sequence[str], samples: int) -> None:
 
 
 def lay_out(folder: Path, reports: Sequence[dict[str, Any]]) -> Path:
-    """Links (or where links cannot be, copies) all finished videos to `folder/vbench/<run>/{prompt}-{index}.mp4`.
+    """Link (or copy, where links cannot be) all finished videos to `folder/vbench/<run>/{prompt}-{index}.mp4`.
 
     Args:
         reports: what the prompts' report.json hold, each with its folder's name below `folder` under "folder".
