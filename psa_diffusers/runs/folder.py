@@ -86,7 +86,9 @@ class RunFolder:
             with self._locked(leftover.name[1:].removesuffix(".partial")) as free:
                 if free:
                     shutil.rmtree(leftover, ignore_errors=True)
-        write_json(self.path / RUN_FILE, self.contents)
+        # Processes that begin at once would rename each other's half-written file.
+        with self._locked(RUN_FILE, wait=True):
+            write_json(self.path / RUN_FILE, self.contents)
 
     @contextmanager
     def claim(self, index: int) -> Iterator[bool]:

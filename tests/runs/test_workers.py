@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,22 @@ def test_the_first_of_launched_processes_waits_for_the_others(plan):
     summaries.append(generate.run(two, Place(0, 2, 0, "together")))
     other.join(60)
     assert (summaries[0]["status"], summaries[0]["missing"]) == ("complete", 0)
+
+
+def test_processes_may_begin_at_once(tmp_path):
+    """Each writes run.json, by way of a file of one name."""
+    folders = [RunFolder(tmp_path, {"seed": 0}, PROMPTS, "together") for _ in range(4)]
+    starting = threading.Barrier(len(folders), timeout=10)
+
+    def begin(folder: RunFolder) -> None:
+        for _ in range(10):
+            starting.wait()
+            folder.begin()
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        list(pool.map(begin, folders))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "run.json").read_text()) == folders[0].contents
 
 
 def test_a_prompt_is_claimed_once(plan):
