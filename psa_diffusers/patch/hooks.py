@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config
-from psa_diffusers.families import ModelFamily
+from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
 from psa_diffusers.patch.dense_reasons import Facts, dense_reason
@@ -137,11 +137,17 @@ class Patch(NotPickled):
             self._inform_modules(transformer)
 
     def _decide(self, transformer: torch.nn.Module, inputs: Mapping[str, Any]) -> Forward:
-        grid = self._family.token_grid(transformer, inputs)
+        grid, refused = None, None
+        try:
+            grid = self._family.token_grid(transformer, inputs)
+        except DenseOnlyError as error:
+            refused = str(error)
         share, unshared = share_of(transformer, self._family, grid)
         unknown = None
         try:
-            forward = self._runs.enter(transformer, self.name, inputs)
+            forward = self._runs.enter(
+                transformer, self.name, self._family.timestep(inputs), inputs.get("hidden_states")
+            )
         except UnknownStepError as error:
             forward, unknown = self._runs.outside({}), str(error)
         run, mine, routes = forward.run, self._owner(), {}
@@ -155,7 +161,7 @@ class Patch(NotPickled):
             wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
             if unknown is None:
                 wanted = wanted and forward.step >= run.dense_steps[self.name]
-            facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, grid)
+            facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
             reason = dense_reason(facts) if wanted else None
             routes[site.layer.name] = Route(wanted and reason is None, reason)
         watch = run.watch and not run.model_not_finite

@@ -14,6 +14,7 @@ import torch
 from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
+from psa_diffusers.patch.arguments import with_names
 from psa_diffusers.patch.attend import Compute, TokenAttention
 from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_processor
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
@@ -151,21 +152,9 @@ class PSAProcessor(PatchingProcessor):
                 stacklevel=2,
             )
 
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: Any = None,
-        temb: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Output:
-        """The attention of one module; arguments and result are those of the diffusers processors.
-
-        All arguments have names, because diffusers passes on only those that it finds in the signature. Some models
-        give their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
-        """
+    @with_names
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Output:
+        """The attention of one module; arguments and result are those of the diffusers processor that it had."""
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.arrive_in_graph()
@@ -176,49 +165,52 @@ class PSAProcessor(PatchingProcessor):
                 "make one with PSAProcessor(pipe, ...)"
             )
         if isinstance(site, LayerSite):
-            positions = image_rotary_emb if rotary_emb is None else rotary_emb
-            call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
-            attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
-            if attended is not None:
+            attend = self._in_graph if compiling else self._eagerly
+            if (attended := attend(attn, site, args, kwargs)) is not None:
                 return attended
-        others = {"temb": temb, "image_rotary_emb": image_rotary_emb}
-        return site.call_original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **others)
+        return site.call_original(attn, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedProcessor:
         return copied_processor(self._sites, memo)
 
-    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
+    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
         forward, route = site.patch.forward, None
-        if forward.share is None:
+        # Where ranks share the forward they have to go the same way, so it was decided before.
+        ours = forward.routes[site.layer.name].sparse if forward.share is None else site.in_graph
+        call = self._family.call(site.by_name(args, kwargs)) if ours else None
+        if ours and call is None:
+            return None
+        if call is not None and forward.share is None:
             route = self._attention.decide(forward, site.layer, call)
             ours = route.sparse
-        else:
-            # Other ranks have to go the same way, so it was decided before the forward.
-            ours = site.in_graph
-        if not ours:
+        if call is None or not ours:
             self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
             return None
-        text, qkv = call.text_tokens, self._family.project(attn, call)
-        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, text, route)
-        return self._output(attn, head, tail, text)
+        qkv = self._family.project(attn, call)
+        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, call.text_tokens, route)
+        return self._output(attn, call, head, tail)
 
-    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
+    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The same inside a graph, where it was decided before the forward."""
         if not site.in_graph:
             graph_ops.note_dense(site.number)
             return None
-        text, text_last = call.text_tokens, self._family.text == "after"
+        call = self._family.call(site.by_name(args, kwargs))
+        if call is None:
+            return None
+        text_last = self._family.text == "after"
         q, k, v = self._family.project(attn, call)
-        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, text, text_last)
-        return self._output(attn, head, tail, text)
+        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, call.text_tokens, text_last)
+        return self._output(attn, call, head, tail)
 
-    def _output(self, attn: torch.nn.Module, head: torch.Tensor, tail: torch.Tensor, text: int) -> Output:
+    def _output(self, attn: torch.nn.Module, call: AttentionCall, head: torch.Tensor, tail: torch.Tensor) -> Output:
+        text = call.text_tokens
         if self._family.text == "before":
-            return self._family.output(attn, head[:, text:], head[:, :text])
-        return self._family.output(attn, head, tail if text else None)
+            return self._family.output(attn, call, head[:, text:], head[:, :text])
+        return self._family.output(attn, call, head, tail if text else None)
 
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """As `PatchingProcessor.arrive`."""

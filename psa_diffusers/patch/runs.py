@@ -38,17 +38,18 @@ class Runs:
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
 
-    def enter(self, transformer: torch.nn.Module, name: str, inputs: Mapping[str, Any]) -> Forward:
+    def enter(self, transformer: torch.nn.Module, name: str, timestep: Any, latents: torch.Tensor | None) -> Forward:
         """Begin a forward of a transformer, of which all layers' routes are to be decided.
 
         Args:
-            inputs: the arguments of its forward by name.
+            timestep: what the transformer was given, a number or a tensor of any shape, on the scheduler's scale.
+            latents: what it is to denoise.
 
         Raises:
             UnknownStepError: the denoising step cannot be known.
         """
         run = self._run
-        at = self._schedule.position(transformer, inputs.get("timestep"), run.first + run.step)
+        at = self._schedule.position(transformer, timestep, run.first + run.step)
         # Every run sets its timesteps anew, so another tensor is another run, also where both runs have one step only.
         same = run.timesteps is at.timesteps
         if not same or at.index < run.first + run.step:
@@ -57,8 +58,7 @@ class Runs:
                 first = min(first, run.first)
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
-        latents = inputs.get("hidden_states") if self._keeps_lists[name] else None
-        window, branch = run.enter(step, name, latents)
+        window, branch = run.enter(step, name, latents if self._keeps_lists[name] else None)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
