@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from psa_diffusers.families import FAMILIES
@@ -29,7 +29,7 @@ def with_names(call: Call) -> Call:
 
 def argument_names(processor: Any) -> tuple[str, ...] | None:
     """Names of what a processor takes after the attention module, in order; None if it takes any."""
-    kind: Hashable = type(processor)
+    kind: Any = type(processor)
     return _names_of(kind)
 
 
