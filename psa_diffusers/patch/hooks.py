@@ -149,7 +149,7 @@ class Patch(NotPickled):
         run, mine, routes = forward.run, self._owner(), {}
         if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
             run.watch = True
-        layers = self._layers.under(forward.step_rules)
+        layers = self._layers.at(forward.step, run.steps)
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         for attn, site in self.sites.items():
             if not isinstance(site, LayerSite):

@@ -83,7 +83,7 @@ class PSAProcessor(PatchingProcessor):
             for name, transformer in transformers.items()
         }
         layers = {name: StepLayers(self.presets[name], list(each.values())) for name, each in modules.items()}
-        self.layers = {name: list(each.under(()).values()) for name, each in layers.items()}
+        self.layers = {name: list(each.plain.values()) for name, each in layers.items()}
         self._runs = Runs(pipe, self.presets, [layer.name for each in self.layers.values() for layer in each])
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._patches = [
@@ -272,7 +272,7 @@ class PSAProcessor(PatchingProcessor):
             if attn not in modules:
                 sites[attn] = Site(original)
                 continue
-            sites[attn] = layer = LayerSite(patch, original, layers.under(())[modules[attn]])
+            sites[attn] = layer = LayerSite(patch, original, layers.plain[modules[attn]])
             if (reason := self._family.why_not_imitated(original)) is not None:
                 foreign.setdefault(reason, []).append(layer)
         for reason, alike in foreign.items():

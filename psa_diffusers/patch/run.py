@@ -122,7 +122,6 @@ class Forward:
     Attributes:
         run: which it belongs to.
         step: of the run, counted from 0.
-        step_rules: which of the preset's rules for steps apply.
         branch: 0 for the first forward of this transformer in this step and window, 1 for the second (guidance), ...
         window: 0 but where a step's forwards have different inputs, as windows of a long video have.
         grid: video tokens along frames, height and width; `NO_GRID` where the model was not told.
@@ -141,7 +140,6 @@ class Forward:
     share: Ulysses | None = None
     watch: bool = False
     notes: list[Note] = field(default_factory=list)
-    step_rules: tuple[int, ...] = ()
 
     def note(self, layer: Layer, stats: AttentionStats | None, reason: str | None = None) -> None:
         """Note one attention call of a layer; `stats` is None if it was dense."""

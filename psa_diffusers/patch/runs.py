@@ -63,8 +63,7 @@ class Runs:
         step = at.index - run.first
         latents = inputs.get("hidden_states") if self._keeps_lists[name] else None
         window, branch = run.enter(step, name, latents)
-        rules = self._presets[name].step_rules_at(step, run.steps)
-        forward = Forward(run, step, {}, branch, window, step_rules=rules)
+        forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
 

@@ -12,6 +12,9 @@ from psa_diffusers.presets import Preset
 class StepLayers:
     """The layers of one transformer, made once for all steps at which the same rules apply.
 
+    Attributes:
+        plain: the layers by name, in order, where no rule for steps applies.
+
     Args:
         names: of all its layers, in order.
 
@@ -22,10 +25,13 @@ class StepLayers:
     def __init__(self, preset: Preset, names: Sequence[str]) -> None:
         self._preset, self._names = preset, tuple(names)
         self._made: dict[tuple[int, ...], dict[str, Layer]] = {}
-        self.under(())
+        self.plain = self._under(())
 
-    def under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
-        """The layers by name, in order, where these of the preset's rules for steps apply."""
+    def at(self, step: int, num_steps: int) -> Mapping[str, Layer]:
+        """The layers by name, in order, at a step of a run; of a run that is not known there are no steps."""
+        return self._under(self._preset.step_rules_at(step, num_steps)) if num_steps else self.plain
+
+    def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
         if step_rules not in self._made:
             preset, count = self._preset, len(self._names)
             rows = zip(
