@@ -87,6 +87,24 @@ def test_what_the_preset_leaves_dense_is_bit_identical_and_noted():
     assert all(site_of(block.attn1) is None and site_of(block.attn2) is None for block in pipe.transformer.blocks)
 
 
+def test_rules_for_steps_change_what_a_graph_computes():
+    """The operators behind the graph ask what the layer computes at the step; dense and sparse layers take turns."""
+    pipe = WAN.make()
+    rules = [
+        {"match": "0-50%", "order": "raster", "thresholds": [0.1, 0.1, 0.1]},
+        {"match": 2, "dense": True},
+        {"match": 3, "dense": False},
+    ]
+    chosen = preset(dense_steps=0, dense_last=0.0, steps=rules, layers=[{"match": 1, "dense": True}])
+    with apply_psa(pipe, chosen, strict=True) as psa:
+        eager, stats = WAN.run(pipe), psa.stats()
+        counter = compile_blocks(pipe)
+        assert_equal_to_rounding(WAN.run(pipe), eager)
+        assert psa.stats() == stats and stats.dense_at == [2]
+        assert [row[1] == 1 for row in stats.density] == [True, True, True, False]
+    assert counter.frame_count == 2
+
+
 def test_a_mask_that_is_not_of_padding_runs_dense():
     """Only the call shows it, when the block's graph for sparse layers is already chosen."""
     case, pipe = CASES["skyreels-v2-forcing"], CASES["skyreels-v2-forcing"].make()
