@@ -26,12 +26,13 @@ def hub(monkeypatch, tmp_path):
         "transformer/config.json": {"patch_size": [1, 2, 2], "num_layers": 40},
     }
 
-    def fetch(repository, file):
+    def fetch(repository, file, revision):
         path = tmp_path / file.replace("/", "-")
         path.write_text(json.dumps(files[file]))
         return path
 
     monkeypatch.setattr(pipelines, "_from_hub", fetch)
+    monkeypatch.setattr(pipelines, "is_installed", lambda package: True)
     return files
 
 
