@@ -228,7 +228,7 @@ def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelC
     cards = [card for card in MODELS.values() if card.pipeline == pipeline]
     for card in cards:
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
-            return replace(card, revision=revision)
+            return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
     plain_settings: dict[str, Any] = {"negative_prompt": "", "flow_shift": None, "parts": (), "revision": revision}

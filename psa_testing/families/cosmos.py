@@ -317,7 +317,7 @@ TESTS = FamilyTests(
     networks={"CosmosTransformer3DModel": Network(_inputs, _toy)},
     published=(
         _published1("nvidia/Cosmos-1.0-Diffusion-7B-Text2World", "7B", 16, toy=True),
-        _published1("nvidia/Cosmos-1.0-Diffusion-7B-Video2World", "7B", 17),
+        _published1("nvidia/Cosmos-1.0-Diffusion-7B-Video2World", "7B", 17, toy=True),
         _published1("nvidia/Cosmos-1.0-Diffusion-14B-Text2World", "14B", 16),
         _published1("nvidia/Cosmos-1.0-Diffusion-14B-Video2World", "14B", 17),
         _published("nvidia/Cosmos-Predict2-2B-Video2World", "2B", (1.0, 3.0, 3.0), toy=True),
