@@ -292,15 +292,15 @@ TESTS = FamilyTests(
     family=Cosmos,
     cases={
         "cosmos": Case(tiny_cosmos, _RUN, (*SIZES, {**TWO_PROMPTS, "num_videos_per_prompt": 2}), one_each=True),
-        "cosmos-i2v": Case(tiny_cosmos_i2v, _WITH_IMAGE, (_VIDEO, {"height": 96, "guidance_scale": 1.0})),
-        "cosmos2": Case(tiny_cosmos2, _WITH_IMAGE, (_VIDEO, {"width": 96, "guidance_scale": 1.0})),
+        "cosmos-i2v": Case(tiny_cosmos_i2v, _WITH_IMAGE, (_VIDEO, {**TWO_PROMPTS, "height": 96})),
+        "cosmos2": Case(tiny_cosmos2, _WITH_IMAGE, (_VIDEO, {**TWO_PROMPTS, "width": 96})),
         "cosmos2-t2i": Case(
             tiny_cosmos2_t2i,
             {**_RUN, "num_frames": None, "height": 256, "width": 256},
             ({"width": 192}, {**TWO_PROMPTS, "num_images_per_prompt": 2, "height": 128}),
             call=_image,
         ),
-        "cosmos2.5": Case(tiny_cosmos25, _RUN, (*SIZES, TWO_PROMPTS, {"image": IMAGE}, _VIDEO)),
+        "cosmos2.5": Case(tiny_cosmos25, _RUN, (SIZES[1], {**TWO_PROMPTS, "image": IMAGE}, _VIDEO)),
         "cosmos2.5-transfer": Case(
             tiny_cosmos25_transfer,
             {
@@ -311,7 +311,7 @@ TESTS = FamilyTests(
                 "width": 96,
                 "num_inference_steps": 3,
             },
-            ({"width": 64, "guidance_scale": 1.0},),
+            ({**TWO_PROMPTS, "width": 64},),
         ),
     },
     networks={"CosmosTransformer3DModel": Network(_inputs, _toy)},
