@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
+import diffusers
 import pytest
 import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from psa_diffusers import apply_psa
-from psa_diffusers.families.cosmos import Cosmos
+from psa_diffusers.families.cosmos import CARDS, Cosmos
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_testing.families import CASES
 from psa_testing.tiny_families import preset
@@ -18,6 +20,17 @@ from psa_testing.tiny_pipelines import tiny_image
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["cosmos", "cosmos-i2v", "cosmos2", "cosmos2-t2i", "cosmos2.5", "cosmos2.5-transfer"]
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_cards_are_the_defaults_of_their_pipelines(card):
+    pipeline = getattr(diffusers, card.pipeline)
+    defaults = {name: each.default for name, each in inspect.signature(pipeline.__call__).parameters.items()}
+    mine = (card.height, card.width, card.frames, card.steps, card.guidance)
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    assert mine == tuple(defaults[name] for name in names)
+    assert card.fps == defaults.get("fps", 16)  # Cosmos 2.5's is not an argument
+    assert card.negative_prompt == inspect.getmodule(pipeline).DEFAULT_NEGATIVE_PROMPT
 
 
 def rows(stats):
