@@ -38,7 +38,7 @@ class PSAProcessor(PatchingProcessor):
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
     phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
     joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
-    HunyuanVideo Framepack) are patched by `apply_psa`.
+    Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
@@ -85,7 +85,8 @@ class PSAProcessor(PatchingProcessor):
         }
         layers = {name: StepLayers(self.presets[name], list(each.values())) for name, each in modules.items()}
         self.layers = {name: list(each.plain.values()) for name, each in layers.items()}
-        self._runs = Runs(pipe, self.presets, [layer.name for each in self.layers.values() for layer in each])
+        names = [layer.name for each in self.layers.values() for layer in each]
+        self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._patches = [
             self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()

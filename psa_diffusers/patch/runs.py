@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,10 +31,17 @@ class Runs:
         pipe: the pipeline that was patched; is not kept alive.
         presets: by the name of the transformer.
         layers: names of all layers.
+        expected: what a transformer is given at each step of a scheduler, `[steps]`.
     """
 
-    def __init__(self, pipe: Any, presets: Mapping[str, Preset], layers: Sequence[str]) -> None:
-        self._schedule = Schedule(pipe)
+    def __init__(
+        self,
+        pipe: Any,
+        presets: Mapping[str, Preset],
+        layers: Sequence[str],
+        expected: Callable[[Any], torch.Tensor],
+    ) -> None:
+        self._schedule = Schedule(pipe, expected)
         self._presets, self._layers = presets, layers
         self._keeps_lists = {name: keeps_lists(preset) for name, preset in presets.items()}
         self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
@@ -46,7 +53,7 @@ class Runs:
         """Begin a forward of a transformer, of which all layers' routes are to be decided.
 
         Args:
-            timestep: what the transformer was given, a number or a tensor of any shape, on the scheduler's scale.
+            timestep: what the transformer was given, a number or a tensor of any shape, as `expected` has it.
             latents: what it is to denoise.
 
         Raises:

@@ -98,7 +98,7 @@ def generate_videos(
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
-        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
+        arguments["image" if kind.begins_with_image else "reference_images"] = plan.image
     title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
