@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outliers import rotary, with_outliers
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.backends.choose import SlowerKernelWarning, choose
@@ -124,32 +125,6 @@ def test_what_all_keys_share_costs_no_accuracy():
     far = k + 40 * torch.randn(k.shape[2:])
     errors = [relative_error(psa_attention(q, x, v, INT8), psa_attention(q, x, v, SPEC)) for x in (k, far)]
     assert errors[1] < 1.1 * errors[0]
-
-
-def with_outliers(q, k, kind, channels, factor):
-    """Keys of which some channels are `factor` times as large, and queries with which logits vary as they did before.
-
-    Kinds: the queries' channels are as large as they were (`alone`), by the root of the factor smaller (`shared`) or by
-    all of it (`undone`, which leaves the logits as they were).
-    """
-    scales = torch.ones(k.shape[-1], dtype=k.dtype)
-    scales[channels] = factor
-    many, less = k * scales, {"alone": 1, "shared": scales.sqrt(), "undone": scales}[kind]
-
-    def spread(q, k):
-        return torch.einsum("bnhd,bmhd->bhnm", q, k - k.mean(1, keepdim=True)).square().mean().sqrt()
-
-    return q / less * (spread(q, k) / spread(q / less, many)), many
-
-
-def rotary(x):
-    """Rotate pairs of channels, the first half of them all, by angles that grow along the tokens."""
-    turned = x.shape[-1] // 2
-    angles = torch.arange(x.shape[1], dtype=x.dtype)[:, None] * 100.0 ** -torch.arange(0, 1, 2 / turned, dtype=x.dtype)
-    first, second = x[..., :turned].unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    pairs = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-    return torch.cat([pairs.flatten(-2), x[..., turned:]], -1)
 
 
 @pytest.mark.parametrize("factor", [20, 50])
