@@ -145,6 +145,22 @@ def test_channels_of_keys_that_are_much_larger_cost_no_accuracy(channels, kind, 
     assert errors[1] <= 1.5 * errors[0]
 
 
+@pytest.mark.parametrize("factor", [20, 50])
+def test_nor_do_they_where_the_logits_grow_with_them(factor):
+    """Random tokens, queries as they were: a rotation alone makes errors up to 3 times as large."""
+    q, k, v = torch.randn(3, 1, 1024, 1, 128, dtype=torch.float64)
+    spec = AttentionSpec(thresholds=(0.3, 0.6, 1.0))
+    errors = []
+    for channels in ([], [3], [8, 9, 10, 11]):
+        larger = k.clone()
+        larger[..., channels] *= factor
+        lists = select_blocks(q, larger, spec)
+        both = spec, replace(spec, precision="int8_qk")
+        native, int8 = (psa_attention(q, larger, v, which, lists=lists) for which in both)
+        errors.append(relative_error(int8, native))
+    assert max(errors[1:]) <= 1.5 * errors[0]
+
+
 @pytest.mark.parametrize("head_dim", [1, 6, 64, 80, 96, 128])
 def test_new_channels_have_the_same_products(head_dim):
     scales = 2.0 ** torch.randint(-5, 6, (head_dim,)).double()
