@@ -130,7 +130,8 @@ def give_a_mask(attn):
     def mask(module, args, kwargs):
         call = signature.bind(*args, **kwargs)
         hidden = call.arguments["hidden_states"]
-        call.arguments["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
+        named = call.arguments if "attention_mask" in signature.parameters else call.arguments["kwargs"]
+        named["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
         return call.args, call.kwargs
 
     return attn.register_forward_pre_hook(mask, with_kwargs=True)
