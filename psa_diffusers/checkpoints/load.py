@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +180,8 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     try:
         size_step, frame_step = kind.steps(vae, transformer)
         layers = kind.layer_count(transformer)
-        image_size = kind.image_size and partial(kind.image_size, vae=vae, transformer=transformer)
+        choose = kind.image_size
+        image_size = None if choose is None else lambda height, width: choose(height, width, vae, transformer)
         if image_size is not None:
             image_size(size_step, size_step)
     except (TypeError, ValueError, LookupError) as error:
