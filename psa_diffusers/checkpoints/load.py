@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,8 +181,8 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     try:
         size_step, frame_step = kind.steps(vae, transformer)
         layers = kind.layer_count(transformer)
-        choose = kind.image_size
-        image_size = None if choose is None else lambda height, width: choose(height, width, vae, transformer)
+        # A plan goes to other processes, so this is no function of its own here.
+        image_size = None if kind.image_size is None else partial(kind.image_size, vae, transformer)
         if image_size is not None:
             image_size(size_step, size_step)
     except (TypeError, ValueError, LookupError) as error:

@@ -28,7 +28,7 @@ class HunyuanVideo15(HunyuanVideo):
         return text_only_mask(call)
 
 
-def _size_of(height: int, width: int, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> tuple[int, int]:
+def _size_of(vae: Mapping[str, Any], transformer: Mapping[str, Any], height: int, width: int) -> tuple[int, int]:
     """The size of the video that its pipeline makes of an image: the nearest shape of the area that it was made for."""
     from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 

@@ -18,8 +18,8 @@ class PipelineKind:
         frame_rest: what the number of frames leaves over when divided by the frames of one latent.
         only_frames: the one number of frames that it makes, whatever it is asked for.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
-        image_size: height and width in pixels of the video that it makes of an image, from those of the image and the
-            configurations of VAE and transformer; such a pipeline takes no size.
+        image_size: height and width in pixels of the video that it makes of an image, from the configurations of VAE
+            and transformer, and those of the image; such a pipeline takes no size.
         compression: pixels of one latent along time and along height and width, where the VAE's configuration has no
             word for it.
         patch: latents along height and width of one token, likewise.
@@ -35,7 +35,7 @@ class PipelineKind:
     frame_rest: int = 1
     only_frames: int | None = None
     any_frames: bool = False
-    image_size: Callable[[int, int, Mapping[str, Any], Mapping[str, Any]], tuple[int, int]] | None = None
+    image_size: Callable[[Mapping[str, Any], Mapping[str, Any], int, int], tuple[int, int]] | None = None
     compression: tuple[int, int] = (4, 8)
     patch: int = 2
     layers: tuple[tuple[str, int], ...] = (("num_layers", 40),)

@@ -1,6 +1,7 @@
 """What the models of `--model` run with, by their cards and the published configurations of their checkpoints."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_a_model_whose_size_is_that_of_its_image(hub, tmp_path):
     plan = make_plan(request)
     assert (plan.settings.height, plan.settings.width) == (640, 640) and plan.image.size == (320, 320)
     assert make_plan(replace(request, height=640)).settings == plan.settings
+    assert pickle.loads(pickle.dumps(plan)).model.image_size(72, 128) == (480, 848)  # as other processes get it
     message = "^--height 480 --width 640: hunyuanvideo-1.5-i2v-480p makes 640 x 640 of this image, and no other size$"
     with pytest.raises(InputError, match=message):
         make_plan(replace(request, height=480))
