@@ -32,7 +32,7 @@ def _size_of(vae: Mapping[str, Any], transformer: Mapping[str, Any], height: int
     """The size of the video that its pipeline makes of an image: the nearest shape of the area that it was made for."""
     from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 
-    sizes = HunyuanVideo15ImageProcessor(vae_scale_factor=vae.get("spatial_compression_ratio", 16))
+    sizes = HunyuanVideo15ImageProcessor(vae_scale_factor=vae.get("spatial_compression_ratio") or 16)
     return sizes.calculate_default_height_width(height, width, transformer.get("target_size", 640))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from psa_diffusers.families import FAMILIES, UnsupportedModelError
+from psa_diffusers.families import FAMILIES, UnsupportedModelError, find_family
 from psa_diffusers.families.lookup import REASONS
 from psa_diffusers.patch.modules import find_transformers
 from psa_testing.families import HERE
@@ -39,9 +39,9 @@ IMAGES = {
 
 
 def test_every_video_model_is_supported_or_says_why_not():
+    """Where this fails, a family is to be added, or a row in REASONS that says why not."""
     found = video_models(Path(diffusers.__file__).parent)
-    forgotten = {name: files for name, files in found.items() if name not in SUPPORTED | set(REASONS)}
-    assert not forgotten, "add a family, or a row in REASONS that says why not"
+    assert [f"{name} of {files[0]}" for name, files in found.items() if name not in SUPPORTED | set(REASONS)] == []
 
 
 def test_what_is_supported_is_found():
@@ -67,6 +67,13 @@ def test_a_new_model_is_found(tmp_path, files, expected):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert list(video_models(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("name", [name for name in REASONS if hasattr(diffusers, name)])
+def test_what_is_not_supported_says_why(name):
+    kind = getattr(diffusers, name)
+    with pytest.raises(UnsupportedModelError, match=rf"^{name} is not supported, because {REASONS[name]}; supported: "):
+        find_family(kind.__new__(kind))
 
 
 def test_a_unet_is_refused_with_its_reason():
