@@ -8,7 +8,9 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ class Model:
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
     transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
-    height and width of a model that can make no other.
+    height and width of a model that can make no other, `image_size` what the kind's is for this model.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Model:
     experts: int
     num_heads: int | None = None
     fixed_size: tuple[int, int] | None = None
+    image_size: Callable[[int, int], tuple[int, int]] | None = None
 
     @property
     def kind(self) -> PipelineKind:
@@ -188,6 +191,10 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     try:
         size_step, frame_step = kind.steps(vae, transformer)
         layers = kind.layer_count(transformer)
+        # A plan goes to other processes, so this is no function of its own here.
+        image_size = None if kind.image_size is None else partial(kind.image_size, vae, transformer)
+        if image_size is not None:
+            image_size(size_step, size_step)
     except (TypeError, ValueError, LookupError) as error:
         raise InputError(f"--model {name}: vae/config.json or {file} is damaged: {error}") from error
     for what, value in (("layers", layers), ("heads", 1 if heads is None else heads), ("size", size_step * frame_step)):
@@ -204,6 +211,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         num_layers=layers,
         num_heads=heads,
         fixed_size=(card.height, card.width) if fixed else None,
+        image_size=image_size,
         experts=2 if isinstance(second, list) and second[-1:] != [None] else 1,
     )
 

@@ -60,9 +60,9 @@ def project_added(attn: Any, text: torch.Tensor) -> Projections:
     return normalise(attn.norm_added_q, query), normalise(attn.norm_added_k, key), value
 
 
-def join(video: Projections, text: Projections) -> Projections:
-    """Queries, keys and values of video tokens with those of text after them."""
-    query, key, value = (concatenate(*pair) for pair in zip(video, text, strict=True))
+def join(first: Projections, second: Projections) -> Projections:
+    """Queries, keys and values of some tokens with those of others after them."""
+    query, key, value = (concatenate(*pair) for pair in zip(first, second, strict=True))
     return query, key, value
 
 

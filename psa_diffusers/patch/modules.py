@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from psa_diffusers.families import UnsupportedModelError
+from psa_diffusers.families.lookup import REASONS
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 
@@ -29,7 +30,9 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
         if module is not None and all(module is not other for other in found.values()):
             found[name] = module
     if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
+        unet = type(unwrapped(getattr(pipe, "unet", None))).__name__
+        why = f"it has a {unet}, and {REASONS[unet]}" if unet in REASONS else "it is no supported diffusers pipeline"
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: {why}")
     return found
 
 

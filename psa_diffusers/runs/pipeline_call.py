@@ -76,8 +76,6 @@ def generate_videos(
     arguments: dict[str, Any] = {
         "prompt": prompts[0] if one else list(prompts),
         "negative_prompt": negative if one or negative is None else [negative] * len(prompts),
-        "height": settings.height,
-        "width": settings.width,
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
         "generator": generators[0] if one else generators,
@@ -91,6 +89,8 @@ def generate_videos(
             after_step(index)
         return clock.step(pipe, index, timestep, values)
 
+    if kind.image_size is None:
+        arguments |= {"height": settings.height, "width": settings.width}
     if kind.guider:
         pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
     else:

@@ -174,7 +174,7 @@ def make_plan(request: Request) -> Plan:
         image_digest=digest,
         strict=request.strict,
     )
-    if image is not None and model.kind.begins_with_image:
+    if image is not None and model.kind.begins_with_image and model.image_size is None:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
@@ -260,6 +260,15 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
+    if model.image_size is not None and image is not None:
+        made = model.image_size(image.height, image.width)
+        asked = (_given(request.height, made[0]), _given(request.width, made[1]))
+        if asked != made:
+            raise InputError(
+                f"--height {asked[0]} --width {asked[1]}: {model.name} makes {made[0]} x {made[1]} of this image, "
+                "and no other size"
+            )
+        return made
     if image is not None and model.kind.begins_with_image and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
@@ -282,7 +291,9 @@ def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
 
 
 def _frames(frames: int, model: Model) -> int:
-    step, rest = model.frame_step, model.kind.frame_rest
+    step, rest, only = model.frame_step, model.kind.frame_rest, model.kind.only_frames
+    if only is not None and frames != only:
+        raise InputError(f"--frames {frames}: {model.name} makes {only} frames, and no other number")
     if frames < 1 or (frames - rest) % step:
         below = max(rest or step, (frames - rest) // step * step + rest)
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from psa_diffusers import PSAProcessor, apply_psa
-from psa_diffusers.families import FAMILIES, find_family
+from psa_diffusers.families import find_family
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_testing.families import CASES, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
+from psa_testing.families import CASES, HERE, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
 from psa_testing.random_norms import NORMS
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_pipelines import tiny_image
@@ -130,7 +130,8 @@ def give_a_mask(attn):
     def mask(module, args, kwargs):
         call = signature.bind(*args, **kwargs)
         hidden = call.arguments["hidden_states"]
-        call.arguments["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
+        named = call.arguments if "attention_mask" in signature.parameters else call.arguments["kwargs"]
+        named["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
         return call.args, call.kwargs
 
     return attn.register_forward_pre_hook(mask, with_kwargs=True)
@@ -174,11 +175,11 @@ def test_animate_and_framepack_make_every_segment_a_run():
 
 
 def test_every_family_is_tested():
-    assert len(TESTS) == len(FAMILIES) and {tests.family for tests in TESTS} == set(FAMILIES)
+    assert len(TESTS) == len(HERE) and {tests.family for tests in TESTS} == set(HERE)
     transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
     for name, transformer in transformers.items():
         assert find_family(transformer) is TESTS_OF[name].family
-    known = sorted(name for family in FAMILIES for name in family.transformers)
+    known = sorted(name for family in HERE for name in family.transformers)
     assert sorted(type(transformer).__name__ for transformer in transformers.values()) == known
 
 

@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from psa_diffusers.families import FAMILIES, AttentionCall, find_family
-from psa_testing.families import NETWORKS, PUBLISHED
+from psa_diffusers.families import AttentionCall, find_family
+from psa_testing.families import HERE, NETWORKS, PUBLISHED
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
@@ -49,6 +49,6 @@ def test_hunyuan_video_1_5_chooses_these_sizes():
 
 
 def test_every_transformer_of_every_family_is_published_and_has_a_toy():
-    known = {name for family in FAMILIES for name in family.transformers}
+    known = {name for family in HERE for name in family.transformers}
     assert known == {published.model for published in PUBLISHED} == set(NETWORKS)
     assert known == {published.model for published in PUBLISHED if published.toy}

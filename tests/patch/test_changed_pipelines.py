@@ -28,10 +28,13 @@ def run_in_its_dtype(case, pipe):
     """Run a pipeline whose transformer has another dtype than its other parts."""
     dtype = pipe.transformer.dtype
 
-    def cast(module, args, kwargs):
-        return args, {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in kwargs.items()}
+    def cast(value):
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 
-    hooks = [pipe.transformer.register_forward_pre_hook(cast, with_kwargs=True)]
+    def cast_all(module, args, kwargs):
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+    hooks = [pipe.transformer.register_forward_pre_hook(cast_all, with_kwargs=True)]
     hooks.append(pipe.transformer.register_forward_hook(lambda m, a, out: tuple(x.float() for x in out)))
     try:
         return case.run(pipe)

@@ -55,8 +55,10 @@ def compile_blocks(pipe, backend="eager"):
         # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
         (CASES["mochi"], "eager", 1),
         (CASES["cosmos2"], "eager", 1),
+        (CASES["anyflow"], "eager", 1),
+        (CASES["easyanimate"], "eager", 2),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos", "anyflow", "easyanimate"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
