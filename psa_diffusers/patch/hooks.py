@@ -142,7 +142,8 @@ class Patch(NotPickled):
             grid = self._family.token_grid(transformer, inputs)
         except DenseOnlyError as error:
             refused = str(error)
-        share, unshared = share_of(transformer, self._family, grid)
+        tokens = None if grid is None else self._family.tokens(inputs, grid)
+        share, unshared = share_of(transformer, self._family, grid, tokens)
         unknown = None
         try:
             forward = self._runs.enter(
