@@ -10,6 +10,8 @@ import torch
 from psa_diffusers.families import UnsupportedModelError
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
+# Runs of a workflow that has nothing to do with the others, while experts share every run.
+OF_OTHER_WORKFLOWS = ("transformer_ref",)
 
 
 def unwrapped(module: Any) -> Any:

@@ -21,7 +21,7 @@ from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFa
 from psa_diffusers.patch.hooks import Patch
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
-from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
+from psa_diffusers.patch.modules import OF_OTHER_WORKFLOWS, attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import Layer, LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
@@ -35,10 +35,10 @@ Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 class PSAProcessor(PatchingProcessor):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
-    One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
-    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
-    joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
-    HunyuanVideo Framepack) are patched by `apply_psa`.
+    One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
+    the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text
+    tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi,
+    Allegro, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
@@ -238,8 +238,9 @@ class PSAProcessor(PatchingProcessor):
             patch.attach()
         for patch in self._patches if found else ():
             if not patch.attached and patch.is_free():
-                patch.attach()  # to tell of the expert that was left out
-                self._fallbacks.warn_or_raise(tell_left_out(patch.name))
+                patch.attach()  # to tell of a transformer that was left out, of an expert at once
+                if patch.name not in OF_OTHER_WORKFLOWS:
+                    self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
 
     def _layers(self, transformer: torch.nn.Module, which: str, prefix: str) -> dict[torch.nn.Module, Layer]:
