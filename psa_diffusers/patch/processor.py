@@ -36,9 +36,9 @@ class PSAProcessor(PatchingProcessor):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
-    the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text
-    tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi,
-    Allegro, HunyuanVideo Framepack) are patched by `apply_psa`.
+    the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged.
+    Text tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor`
+    (Mochi, Allegro, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 

@@ -54,8 +54,10 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["cogvideox-5b"], "eager", 2),
         # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
         (CASES["mochi"], "eager", 1),
+        # Its refiner is compiled too.
+        (CASES["minimax-h3"], "eager", 3),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "minimax-h3"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
