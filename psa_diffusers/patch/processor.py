@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.diffusers_internals import parallel_config
+from psa_diffusers.diffusers_internals import let_guiders_find, parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.arguments import with_names
@@ -71,6 +71,7 @@ class PSAProcessor(PatchingProcessor):
         transformers = find_transformers(pipe)
         if preset_2 is not None and "transformer_2" not in transformers:
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
+        let_guiders_find(PSAProcessor, lambda attn: attn.processor._sites[attn].original)
         self.strict = strict
         self.presets = dict.fromkeys(transformers, load_preset(preset))
         if preset_2 is not None:
@@ -177,6 +178,8 @@ class PSAProcessor(PatchingProcessor):
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
+        if site.skips_scores:
+            return None
         forward, route = site.patch.forward, None
         # Where ranks share the forward they have to go the same way, so it was decided before.
         ours = forward.routes[site.layer.name].sparse if forward.share is None else site.in_graph
@@ -195,6 +198,8 @@ class PSAProcessor(PatchingProcessor):
 
     def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The same inside a graph, where it was decided before the forward."""
+        if site.skips_scores:
+            return None
         if not site.in_graph:
             graph_ops.note_dense(site.number)
             return None

@@ -99,6 +99,8 @@ class LayerSite(Site):
         layer: which one it is.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
+        skips_scores: whether a guider has values in place of attention in the current forward, which only `original`
+            takes part in.
         in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
             it calls `original`.
     """
@@ -107,7 +109,7 @@ class LayerSite(Site):
         super().__init__(original)
         self.patch, self.layer = patch, layer
         self.not_imitated: str | None = None
-        self.in_graph = False
+        self.skips_scores = self.in_graph = False
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
             self.number = torch.tensor(number)
