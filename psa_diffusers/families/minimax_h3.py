@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import ReadOnce, last_grid, normalise, project_out, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,7 @@ class MiniMaxH3(ModelFamily):
     """
 
     name = "MiniMax-H3"
-    order = 5
+    order = 25
     transformers = ("MiniMaxH3Transformer3DModel",)
     processors = ("MiniMaxH3AttnProcessor",)
     history = True
@@ -89,3 +91,26 @@ def _read(positions: torch.Tensor, tags: torch.Tensor) -> tuple[int, int, int] |
 
 
 _grid = ReadOnce(_read)
+
+PIPELINES = {
+    # 17 frames are 5 of latents; it makes 17 k + 5.
+    "MiniMaxH3ModularPipeline": PipelineKind(
+        size_step=32, frame_rest=5, compression=(17, 16), layers=(("num_layers", 50),)
+    ),
+}
+CARDS = (
+    ModelCard(
+        name="minimax-h3",
+        hub_id="MiniMaxAI/MiniMax-H3",
+        about="MiniMax-H3 text to video with sound, 768 x 1344 at 24 fps; its guidance is distilled",
+        pipeline="MiniMaxH3ModularPipeline",
+        height=768,
+        width=1344,
+        frames=124,
+        # Its schedule ends at the last of them: 49 forwards.
+        steps=50,
+        guidance=1.0,
+        fps=24,
+        negative_prompt="",
+    ),
+)

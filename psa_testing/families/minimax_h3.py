@@ -195,7 +195,6 @@ TESTS = FamilyTests(
             heads=56,
             head_dim=128,
             grid=(37, 24, 42),
-            vae={"spatial_compression_ratio": 16},
             toy=True,
         ),
     ),
