@@ -118,7 +118,8 @@ def layout(
 def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
     frames, height, width = latents[2:]
     text = noise.tokens(256)
-    audio = 2 if noise.tiny else round(FRAMES / 24 * AUDIO)
+    # 5 of latents are 17 frames, the last 2 are 5; of so many frames' sound.
+    audio = 2 if noise.tiny else round(((frames - 2) // 5 * 17 + 5) / 24 * AUDIO)
     rows = layout(frames, height, width, text, audio=audio)
     # The sound has a schedule of its own; text has the video's timestep.
     indices = (rows["token_tags"] == 2).long()
