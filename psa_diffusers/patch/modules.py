@@ -30,6 +30,8 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
         module = unwrapped(getattr(pipe, name, None))
         if module is not None and all(module is not other for other in found.values()):
             found[name] = module
+    if not found and hasattr(pipe, "load_components"):  # a modular pipeline
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer yet: call pipe.load_components() first")
     if not found:
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
     return found

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 
 from psa_diffusers import PSAProcessor, apply_psa
+from psa_diffusers.families import UnsupportedModelError
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.modules import attention_modules, find_transformers
 from psa_testing.modular_pipelines import MODULAR
@@ -76,6 +78,23 @@ def test_another_pipeline_of_the_same_components_tells_its_own_steps():
         assert (psa.stats().steps, psa.stats().dense_steps) == (8, 2)
         case.run(patched)
         assert (psa.stats().steps, psa.stats().dense_steps) == (4, 1)
+
+
+def test_a_pipeline_without_its_components_says_what_to_do():
+    with pytest.raises(
+        UnsupportedModelError, match=r"WanModularPipeline has no transformer yet: call .*load_components"
+    ):
+        apply_psa(WanBlocks().init_pipeline())
+
+
+def test_a_transformer_that_is_replaced_is_told_of():
+    case, pipe = MODULAR["wan"], MODULAR["wan"].make()
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        case.run(pipe)
+        assert psa.stats().missed is None
+        pipe.update_components(transformer=MODULAR["wan"].make().transformer)
+        case.run(pipe)
+        assert "its transformer was replaced" in psa.stats().missed and psa.stats().steps == 4
 
 
 def test_an_aborted_run_is_followed_by_a_new_one():
