@@ -12,7 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import MiniMaxH3ModularPipeline, MiniMaxH3Scheduler, MiniMaxH3Transformer3DModel
+from diffusers import (
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLMiniMaxH3Audio,
+    MiniMaxH3Blocks,
+    MiniMaxH3ModularPipeline,
+    MiniMaxH3Scheduler,
+    MiniMaxH3Transformer3DModel,
+)
 from diffusers.modular_pipelines.minimax_h3 import before_denoise, modular_blocks_minimax_h3, references
 
 from psa_diffusers.families.minimax_h3 import MiniMaxH3
@@ -59,9 +66,49 @@ def tiny_h3(heads: int = 2, blocks: str = "MiniMaxH3CoreDenoiseStep") -> MiniMax
     return pipe
 
 
+def tiny_h3_whole() -> MiniMaxH3ModularPipeline:
+    """All workflows from images and sound to frames and sound, but for the text encoder, which needs torchvision."""
+    blocks = MiniMaxH3Blocks()
+    blocks.sub_blocks.pop("text_encoder")
+    pipe = blocks.init_pipeline()
+    torch.manual_seed(0)
+    vae = AutoencoderKLMiniMaxH3(
+        block_out_channels=(4,) * 6,
+        layers_per_block=1,
+        norm_num_groups=2,
+        decoder_num_layers=1,
+        decoder_num_attention_heads=1,
+        decoder_attention_head_dim=16,
+        decoder_ffn_mult=1,
+    )
+    audio_vae = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=2,
+        encoder_rates=(10, 20),
+        latent_dim=32,
+        num_attention_heads=1,
+        decoder_dim=8,
+        decoder_rates=(10, 20),
+        decoder_kernel_sizes=(20, 40),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1,),),
+        sampling_rate=AUDIO * 200,
+        latents_mean=[0.0] * LATENTS[1],
+        latents_std=[1.0] * LATENTS[1],
+    )
+    pipe.update_components(
+        transformer=tiny_h3_transformer(),
+        transformer_ref=tiny_h3_transformer(),
+        vae=vae.eval(),
+        audio_vae=audio_vae.eval(),
+        scheduler=MiniMaxH3Scheduler(shift=12.0),
+        audio_scheduler=MiniMaxH3Scheduler(shift=3.0),
+        reference_image_short_edge=64,
+    )
+    return pipe
+
+
 def latents_of(pipe: MiniMaxH3ModularPipeline, arguments: Inputs, name: str = "latents") -> torch.Tensor:
-    """Run a pipeline; the latents of the video, or those of the audio by `audio_latents`."""
-    # The loop writes into the rows of the conditions' latents.
+    """Run a pipeline; the latents of the video, or what else it has by a name, as `audio_latents`."""
     return pipe(**arguments).get(name)
 
 

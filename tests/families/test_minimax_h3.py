@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers.modular_pipelines.minimax_h3 import references
 from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3Ref2VAPrepareLayoutStep
 
 from psa_diffusers import PSAProcessor, apply_psa
@@ -26,10 +27,11 @@ from psa_testing.families.minimax_h3 import (
     keyframes,
     latents_of,
     layout,
-    tiny_h3_transformer,
+    tiny_h3_whole,
 )
 from psa_testing.spies import spy_on_attention
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.tiny_pipelines import tiny_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,40 +187,53 @@ def test_a_run_of_few_steps_by_hand():
     assert [row[0] == 1 for row in processor.stats().density] == [True, False, False, False]
 
 
-def with_both_transformers():
-    """The pipeline of text to video, that has loaded the other workflow's transformer too."""
-    pipe = CASES["minimax-h3"].make()
-    other = CASES["minimax-h3-ref2va"].make()
-    other.update_components(transformer_ref=tiny_h3_transformer())
-    pipe.transformer_ref, other.transformer = other.transformer_ref, pipe.transformer
-    return pipe, other
+WHOLE = Case(tiny_h3_whole, {**CASES["minimax-h3"].inputs, "output_type": "pt"}, call=latents_of)
+WORKFLOWS = {
+    "t2va": {},
+    "fl2va": {"image": tiny_image(96, 64), "last_image": tiny_image(80, 80)},
+    "ref2va": {
+        "references": [
+            references.MiniMaxH3ImageReference(image=tiny_image(80, 64)),
+            references.MiniMaxH3AudioReference(audio=torch.ones(2, 4000), sample_rate=8000),
+        ]
+    },
+}
 
 
-def test_both_transformers_are_patched_and_each_runs_alone():
-    pipe, _ = with_both_transformers()
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_whole_pipeline_runs_each_workflow_with_its_transformer(name):
+    inputs, pipe = WORKFLOWS[name], WHOLE.make()
+    sound = Case(WHOLE.build, WHOLE.inputs, call=partial(latents_of, name="audio"))
+    stock, stock_sound = WHOLE.run(pipe, **inputs), sound.run(pipe, **inputs)
+    with apply_psa(pipe, preset(dense_steps=1.0)):
+        assert torch.equal(WHOLE.run(pipe, **inputs), stock)
+    with apply_psa(pipe, EVERYTHING, strict=True):
+        assert_equal_to_rounding(WHOLE.run(pipe, **inputs), stock)
+        assert_equal_to_rounding(sound.run(pipe, **inputs), stock_sound)
     with apply_psa(pipe, preset(), strict=True) as psa:
-        CASES["minimax-h3"].run(pipe)
-    stats = psa.stats()
-    assert stats.layers == [
-        f"{name}.transformer_blocks.{i}" for name in ("transformer", "transformer_ref") for i in (0, 1)
-    ]
-    assert all(row[0] is not None and row[2] is None for row in stats.density) and stats.density_sparse < 0.5
+        sparse = WHOLE.run(pipe, **inputs)
+    stats, which = psa.stats(), "transformer_ref" if name == "ref2va" else "transformer"
+    assert sparse.isfinite().all() and float((sparse - stock).abs().max()) > 1e-3
+    ran = [layer for layer, value in zip(stats.layers, stats.density[-1], strict=True) if value is not None]
+    assert ran == [f"{which}.transformer_blocks.0", f"{which}.transformer_blocks.1"] and len(stats.layers) == 4
+    assert (stats.steps, stats.dense_steps) == (4, 1) and 0.2 < stats.density_sparse < 0.5
+    assert torch.equal(WHOLE.run(pipe, **inputs), stock)
 
 
-def test_the_transformer_that_another_workflow_uses_may_be_left_out():
+def test_the_transformer_of_another_workflow_may_be_left_out():
     """No word of it while it does not run; a run of it is dense, and says why."""
-    pipe, other = with_both_transformers()
+    pipe = WHOLE.make()
     pipe.transformer.set_attn_processor(PSAProcessor(pipe, SPARSE))
     with warnings.catch_warnings():
         warnings.simplefilter("error", PSAFallbackWarning)
-        CASES["minimax-h3"].run(pipe)
+        WHOLE.run(pipe)
     with pytest.warns(PSAFallbackWarning, match=r"pipe\.transformer_ref was not patched"):
-        CASES["minimax-h3-ref2va"].run(other)
-    pipe, other = with_both_transformers()
+        WHOLE.run(pipe, **WORKFLOWS["ref2va"])
+    pipe = WHOLE.make()
     pipe.transformer.set_attn_processor(PSAProcessor(pipe, SPARSE, strict=True))
-    CASES["minimax-h3"].run(pipe)
+    WHOLE.run(pipe)
     with pytest.raises(PSAFallbackError, match=r"pipe\.transformer_ref was not patched"):
-        CASES["minimax-h3-ref2va"].run(other)
+        WHOLE.run(pipe, **WORKFLOWS["ref2va"])
 
 
 def test_the_grid_is_read_once_a_run(monkeypatch):
