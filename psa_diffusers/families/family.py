@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ class ModelFamily(ABC):
         Raises:
             DenseOnlyError: no layer can be sparse in this forward.
         """
+
+    @staticmethod
+    def tokens(inputs: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
+        """How many tokens a block's self-attention is given in a forward, text apart that it is given on its own.
+
+        Ranks of context parallelism share as many; by default those of the grid.
+
+        Args:
+            inputs: the arguments of the transformer's forward by name.
+            grid: what `token_grid` made of them.
+        """
+        return math.prod(grid)
 
     @staticmethod
     def timestep(inputs: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config
+from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config, skips_attention_scores
 from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
@@ -144,7 +144,8 @@ class Patch(NotPickled):
             grid = self._family.token_grid(transformer, inputs)
         except DenseOnlyError as error:
             refused = str(error)
-        share, unshared = share_of(transformer, self._family, grid)
+        tokens = None if grid is None else self._family.tokens(inputs, grid)
+        share, unshared = share_of(transformer, self._family, grid, tokens)
         unknown = None
         try:
             forward = self._runs.enter(
@@ -187,6 +188,7 @@ class Patch(NotPickled):
                 publish(attn, site)
                 self.sync_stock_settings(transformer, site)
             if isinstance(site, LayerSite):
+                site.skips_scores = skips_attention_scores(attn)
                 site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:

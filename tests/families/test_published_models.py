@@ -10,6 +10,9 @@ import torch
 
 from psa_diffusers.families import AttentionCall, find_family
 from psa_testing.families import HERE, NETWORKS, PUBLISHED
+from psa_testing.full_size import Noise
+
+NOISE = Noise(torch.bfloat16, "meta", padding=0.0, tiny=False)
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
@@ -18,9 +21,9 @@ def test_a_published_configuration(published):
         transformer = getattr(diffusers, published.model)(**published.config)
     family = find_family(transformer)
     attentions = family.self_attentions(transformer)
-    inputs = {"hidden_states": torch.empty(published.latents, device="meta"), **published.inputs}
+    inputs = NETWORKS[published.model].noise_inputs(transformer.config, published.latents, NOISE)
     assert len(attentions) == len(set(attentions.values())) == published.layers
-    assert family.token_grid(transformer, inputs) == published.grid
+    assert family.token_grid(transformer, {**inputs, **published.inputs}) == published.grid
     assert (family.text == "none") == (published.text == 0)
     tokens = math.prod(published.grid)
     for attn in (next(iter(attentions.values())), list(attentions.values())[-1]):

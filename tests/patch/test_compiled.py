@@ -57,8 +57,10 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["cosmos2"], "eager", 1),
         (CASES["anyflow"], "eager", 1),
         (CASES["easyanimate"], "eager", 2),
+        # Its refiner is compiled too.
+        (CASES["minimax-h3"], "eager", 3),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos", "anyflow", "easyanimate"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos", "anyflow", "easyanimate", "minimax-h3"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
