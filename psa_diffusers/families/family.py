@@ -22,7 +22,7 @@ class AttentionCall:
     """What diffusers called an attention module with.
 
     Attributes:
-        hidden_states: `[B, N, C]`: the video tokens, in families with `history` perhaps after others.
+        hidden_states: `[B, N, C]`: the video tokens, perhaps after others (`history`) or before others (`appended`).
         encoder_hidden_states: `[B, T, C]`: text tokens of joint attention, None where text has cross-attention.
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
@@ -61,6 +61,7 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        appended: whether such tokens may follow the video tokens, in a family whose self-attention has no text.
         replicates_text: whether in context parallel all text is on every rank, although the family's own processor
             would share the heads of cross-attention as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
@@ -80,6 +81,7 @@ class ModelFamily(ABC):
     )
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    appended: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
     stock_traceable: ClassVar[bool] = True
 

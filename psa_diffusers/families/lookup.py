@@ -11,7 +11,6 @@ REASONS = {
     "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
     "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
-    "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
     "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
 }
 
