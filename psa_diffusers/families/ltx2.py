@@ -152,3 +152,66 @@ def _first_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
 def _run_at_start(values: torch.Tensor) -> int:
     """How many of the first values are true without a gap."""
     return int(values.int().cumprod(0).sum())
+
+
+# diffusers' `DEFAULT_NEGATIVE_PROMPT` of its `pipelines/ltx2/utils.py`, which its documentation gives to LTX-2.3.
+_NEGATIVE_PROMPT = (
+    "blurry, out of focus, overexposed, underexposed, low contrast, washed out colors, excessive noise, "
+    "grainy texture, poor lighting, flickering, motion blur, distorted proportions, unnatural skin tones, "
+    "deformed facial features, asymmetrical face, missing facial features, extra limbs, disfigured hands, "
+    "wrong hand count, artifacts around text, inconsistent perspective, camera shake, incorrect depth of "
+    "field, background too sharp, background clutter, distracting reflections, harsh shadows, inconsistent "
+    "lighting direction, color banding, cartoonish rendering, 3D CGI look, unrealistic materials, uncanny "
+    "valley effect, incorrect ethnicity, wrong gender, exaggerated expressions, wrong gaze direction, "
+    "mismatched lip sync, silent or muted audio, distorted voice, robotic voice, echo, background noise, "
+    "off-sync audio, incorrect dialogue, added dialogue, repetitive speech, jittery movement, awkward "
+    "pauses, incorrect timing, unnatural transitions, inconsistent framing, tilted camera, flat lighting, "
+    "inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
+)
+_KIND = PipelineKind(layers=(("num_layers", 48),), size_step=32, compression=(8, 32), patch=1, tiled_vae=True)
+_NO_OPTIONS = "which this command has no options for; patch it in Python with apply_psa(pipe)"
+PIPELINES = {
+    "LTX2Pipeline": _KIND,
+    "LTX2ImageToVideoPipeline": replace(_KIND, image="first"),
+    "LTX2ConditionPipeline": replace(_KIND, in_code_only=f"it takes conditions, {_NO_OPTIONS}"),
+    "LTX2InContextPipeline": replace(_KIND, in_code_only=f"it takes references, {_NO_OPTIONS}"),
+    "LTX2HDRPipeline": replace(_KIND, in_code_only=f"it takes a reference video, {_NO_OPTIONS}"),
+    "LTX2DFRPipeline": replace(_KIND, in_code_only=f"it is one of several stages, {_NO_OPTIONS}"),
+    "LTX2DFRTemporalRefinePipeline": replace(_KIND, in_code_only=f"it is one of several stages, {_NO_OPTIONS}"),
+}
+_20 = ModelCard(
+    name="ltx2",
+    hub_id="Lightricks/LTX-2",
+    about="LTX-2 text to video with sound, 19B, 512 x 768 at 24 fps",
+    pipeline="LTX2Pipeline",
+    height=512,
+    width=768,
+    frames=121,
+    steps=30,
+    guidance=3.0,
+    fps=24,
+    negative_prompt="worst quality, inconsistent motion, blurry, jittery, distorted",
+)
+_23 = replace(
+    _20,
+    name="ltx2.3",
+    hub_id="diffusers/LTX-2.3-Diffusers",
+    about="LTX-2.3 text to video with sound, 22B, 512 x 768 at 24 fps",
+    negative_prompt=_NEGATIVE_PROMPT,
+)
+CARDS = (
+    _20,
+    replace(
+        _20,
+        name="ltx2-i2v",
+        about="LTX-2 image to video with sound, 19B, 512 x 768 at 24 fps (the same weights)",
+        pipeline="LTX2ImageToVideoPipeline",
+    ),
+    _23,
+    replace(
+        _23,
+        name="ltx2.3-i2v",
+        about="LTX-2.3 image to video with sound, 22B, 512 x 768 at 24 fps (the same weights)",
+        pipeline="LTX2ImageToVideoPipeline",
+    ),
+)
