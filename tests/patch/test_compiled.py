@@ -54,8 +54,10 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["cogvideox-5b"], "eager", 2),
         # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
         (CASES["mochi"], "eager", 1),
+        # Its video attention has gates, and tokens after the video.
+        (CASES["ltx2.5-condition"], "eager", 1),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "ltx2.5-condition"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
