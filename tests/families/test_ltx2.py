@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +20,9 @@ from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFa
 from psa_diffusers.patch.run import Forward, Route, Run
 from psa_diffusers.patch.sites import Layer
 from psa_testing.families import CASES
-from psa_testing.families.ltx2 import tiny_transformer
 from psa_testing.spies import count_selections, spy_on_attention
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
+from psa_testing.tiny_ltx2 import tiny_transformer
 from psa_testing.tiny_pipelines import tiny_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,9 +212,9 @@ def test_the_step_is_known_where_every_token_is_a_condition():
     case, pipe = CASES["ltx2.5-condition"], CASES["ltx2.5-condition"].make()
     inputs = {"conditions": [LTX2VideoCondition(frames=[IMAGE] * 9)]}
     seen = []
-    with given(pipe.transformer, lambda kwargs: seen.append(float(kwargs["timestep"].max())) or {}):
-        with apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
-            case.run(pipe, **inputs)
+    hook = given(pipe.transformer, lambda kwargs: seen.append(float(kwargs["timestep"].max())) or {})
+    with hook, apply_psa(pipe, preset(dense_steps=0.5), strict=True) as psa:
+        case.run(pipe, **inputs)
     assert set(seen) == {0.0}
     assert [row[0] == 1 for row in psa.stats().density] == [True, True, False, False]
 
