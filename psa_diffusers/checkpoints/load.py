@@ -107,6 +107,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
             raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
+    if model.card.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **dict(model.card.scheduler))
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
     if offload == "model":
@@ -221,7 +223,8 @@ def _card_for(source: str, pipeline: str) -> ModelCard:
             return card
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
-    return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", flow_shift=None, parts=())
+    plain_settings: dict[str, Any] = {"flow_shift": None, "parts": (), "scheduler": (), "arguments": ()}
+    return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", **plain_settings)
 
 
 def _unknown(name: str) -> str:

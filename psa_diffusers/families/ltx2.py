@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.families.card import ModelCard
+from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
@@ -199,19 +199,51 @@ _23 = replace(
     about="LTX-2.3 text to video with sound, 22B, 512 x 768 at 24 fps",
     negative_prompt=_NEGATIVE_PROMPT,
 )
+_IMAGE = {"pipeline": "LTX2ImageToVideoPipeline"}
+# diffusers' `DISTILLED_SIGMA_VALUES`, without guidance by the prompt, as its documentation runs the distilled model.
+_DISTILLED = (
+    ("sigmas", (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)),
+    ("audio_guidance_scale", 1.0),
+)
+_25_ID = "Lightricks/LTX-2.5-Diffusers"
+_25 = replace(
+    _20,
+    name="ltx2.5",
+    hub_id=_25_ID,
+    about="LTX-2.5 text to video with sound, 22B, distilled to 8 steps, 512 x 768 at 24 fps",
+    steps=8,
+    guidance=1.0,
+    negative_prompt="",
+    arguments=_DISTILLED,
+)
 CARDS = (
     _20,
     replace(
         _20,
         name="ltx2-i2v",
         about="LTX-2 image to video with sound, 19B, 512 x 768 at 24 fps (the same weights)",
-        pipeline="LTX2ImageToVideoPipeline",
+        **_IMAGE,
     ),
     _23,
     replace(
         _23,
         name="ltx2.3-i2v",
         about="LTX-2.3 image to video with sound, 22B, 512 x 768 at 24 fps (the same weights)",
-        pipeline="LTX2ImageToVideoPipeline",
+        **_IMAGE,
+    ),
+    _25,
+    replace(
+        _25,
+        name="ltx2.5-i2v",
+        about="LTX-2.5 image to video with sound, 22B, distilled to 8 steps, 512 x 768 (the same weights)",
+        **_IMAGE,
+    ),
+    replace(
+        _23,
+        name="ltx2.5-full",
+        hub_id=_25_ID,
+        about="LTX-2.5 text to video with sound, 22B, not distilled, 512 x 768 at 24 fps",
+        parts=(Part("transformer", "diffusers", "LTX2VideoTransformer3DModel", _25_ID, "transformer_full"),),
+        scheduler=(("use_dynamic_shifting", True), ("shift_terminal", 0.1)),
     ),
 )

@@ -113,15 +113,7 @@ _20 = Published(
     toy=True,
 )
 _23 = replace(_20, checkpoint="diffusers/LTX-2.3-Diffusers", config={**_20.config, **NEWER})
-# The size of its second stage.
-_25 = replace(
-    _20,
-    checkpoint="Lightricks/LTX-2.5-Diffusers",
-    config={**_20.config, **NEWEST},
-    latents=(1, 24576, 128),
-    grid=(16, 32, 48),
-    inputs={"num_frames": 16, "height": 32, "width": 48},
-)
+_25 = replace(_20, checkpoint="Lightricks/LTX-2.5-Diffusers", config={**_20.config, **NEWEST})
 
 _ONE_PASS: Inputs = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
 _RUN: Inputs = {**GUIDED, **SMALL_TEXT, **_ONE_PASS, "height": 32, "width": 32}
