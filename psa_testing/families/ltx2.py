@@ -62,12 +62,10 @@ def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
     widths = [config[f"{kind}num_attention_heads"] * config[f"{kind}attention_head_dim"] for kind in ("", "audio_")]
     if config.use_prompt_embeddings:
         widths = [config.caption_channels] * 2
-    # The pipeline's mask never hides text, though the model would heed one that does.
-    text, audio = noise.padded_text(1024, widths[0]), noise.text(1024, widths[1])
+    # The pipeline's masks hide no text.
     return {
-        **text,
-        "audio_encoder_hidden_states": audio,
-        "audio_encoder_attention_mask": text["encoder_attention_mask"],
+        "encoder_hidden_states": noise.text(1024, widths[0]),
+        "audio_encoder_hidden_states": noise.text(1024, widths[1]),
         "audio_hidden_states": noise(1, frames, config.audio_in_channels),
         "audio_num_frames": frames,
         "sigma": noise.timestep(),
