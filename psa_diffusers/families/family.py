@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -174,6 +174,14 @@ class ModelFamily(ABC):
         else:
             return None
         return f"its processor {name} is not one that {cls.name} is known to compute ({', '.join(cls.processors)})"
+
+    @staticmethod
+    def video_readers(transformer: Any) -> Collection[torch.nn.Module]:
+        """Attentions of other tokens whose keys are the video's, of which in context parallel each rank has a part.
+
+        Where `replicates_text`, these alone share their heads as the family's own processor does it.
+        """
+        return ()
 
     @staticmethod
     def parallel_plan(transformer: Any) -> dict[str, Any] | None:

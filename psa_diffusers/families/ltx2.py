@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
@@ -38,6 +39,7 @@ class LTX2(ModelFamily):
         "all_perturbed",
     )
     appended = True
+    replicates_text = True
 
     @staticmethod
     def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
@@ -105,9 +107,20 @@ class LTX2(ModelFamily):
         return project_out(attn, video)
 
     @staticmethod
-    def parallel_plan(transformer: Any) -> None:
-        """None: diffusers' own plan splits the video, but not its positions in the attention to the sound."""
-        return None
+    def video_readers(transformer: Any) -> tuple[torch.nn.Module, ...]:
+        return tuple(block.video_to_audio_attn for block in transformer.transformer_blocks)
+
+    @staticmethod
+    def parallel_plan(transformer: Any) -> dict[str, Any]:
+        # diffusers' own plan splits the text too, and of the positions only one form, and not those towards the sound.
+        tables = split(1, 3, output=True) if transformer.config.rope_type == "interleaved" else split(2, 4, output=True)
+        return {
+            # Only pipelines with an image or conditions give each token a timestep of its own.
+            "": {"hidden_states": split(1, 3), "timestep": split(1, 2)},
+            "rope": {0: tables, 1: tables},
+            "cross_attn_rope": {0: tables, 1: tables},
+            "proj_out": gather(1, 3),
+        }
 
 
 def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
 from psa_diffusers.families.ltx2 import LTX2
-from psa_testing.cases import GUIDED, SMALL_TEXT, TWO_PROMPTS, Case, SavedCase
+from psa_testing.cases import GUIDED, SMALL_TEXT, TWO_PROMPTS, Case, ParallelCase, Ranks, SavedCase
 from psa_testing.declaration import FamilyTests
 from psa_testing.full_size import TOY_TOKENS, Inputs, Latents, Network, Noise, Published
 from psa_testing.tiny_ltx2 import NEWER, NEWEST, parts
@@ -168,5 +168,12 @@ TESTS = FamilyTests(
         ),
     },
     published=(_20, _23, _25),
+    parallel={
+        "ltx2": ParallelCase(
+            Case(lambda: LTX2Pipeline(**parts(rope_type="split")), _RUN), (Ranks(2, inputs=TWO_PROMPTS),)
+        ),
+        "ltx2-i2v": ParallelCase(Case(tiny_ltx2_i2v, {**_RUN, "image": _IMAGE, "image_crf": 0}), (Ranks(2, "patch"),)),
+        "ltx2.3": ParallelCase(Case(tiny_ltx23, _ALL_GUIDANCE), (Ranks(2),)),
+    },
     saved={"ltx2": SavedCase(tiny_ltx2, size=32, frames=9)},
 )
