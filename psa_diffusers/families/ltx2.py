@@ -212,7 +212,7 @@ _23 = replace(
     about="LTX-2.3 text to video with sound, 22B, 512 x 768 at 24 fps",
     negative_prompt=_NEGATIVE_PROMPT,
 )
-_IMAGE = {"pipeline": "LTX2ImageToVideoPipeline"}
+_FROM_IMAGE = "LTX2ImageToVideoPipeline"
 # diffusers' `DISTILLED_SIGMA_VALUES`, without guidance by the prompt, as its documentation runs the distilled model.
 _DISTILLED = (
     ("sigmas", (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875)),
@@ -235,21 +235,21 @@ CARDS = (
         _20,
         name="ltx2-i2v",
         about="LTX-2 image to video with sound, 19B, 512 x 768 at 24 fps (the same weights)",
-        **_IMAGE,
+        pipeline=_FROM_IMAGE,
     ),
     _23,
     replace(
         _23,
         name="ltx2.3-i2v",
         about="LTX-2.3 image to video with sound, 22B, 512 x 768 at 24 fps (the same weights)",
-        **_IMAGE,
+        pipeline=_FROM_IMAGE,
     ),
     _25,
     replace(
         _25,
         name="ltx2.5-i2v",
         about="LTX-2.5 image to video with sound, 22B, distilled to 8 steps, 512 x 768 (the same weights)",
-        **_IMAGE,
+        pipeline=_FROM_IMAGE,
     ),
     replace(
         _23,

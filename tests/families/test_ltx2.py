@@ -10,21 +10,16 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2LatentUpsamplePipeline
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
-from diffusers.pipelines.ltx2.utils import DISTILLED_SIGMA_VALUES, STAGE_2_DISTILLED_SIGMA_VALUES
+from diffusers.pipelines.ltx2.utils import STAGE_2_DISTILLED_SIGMA_VALUES
 
 from psa_diffusers import apply_psa
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
-from psa_diffusers.errors import InputError
 from psa_diffusers.families import AttentionCall
-from psa_diffusers.families.ltx2 import CARDS, LTX2, _first_grid
+from psa_diffusers.families.ltx2 import LTX2, _first_grid
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.run import Forward, Route, Run
 from psa_diffusers.patch.sites import Layer
-from psa_diffusers.runs.pipeline_call import generate_video
-from psa_diffusers.runs.plan import Request, make_plan
 from psa_testing.families import CASES
-from psa_testing.families.ltx2 import tiny_ltx2
 from psa_testing.spies import count_selections, spy_on_attention
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_ltx2 import tiny_transformer
@@ -260,37 +255,3 @@ def test_the_second_stage_is_a_run_of_its_own():
     stats = psa.stats()
     assert (stats.run, stats.steps, stats.dense_steps) == (2, 3, 2)
     assert [row[0] == 1 for row in stats.density] == [True, True, False]
-
-
-def test_a_distilled_model_runs_at_the_noise_levels_of_its_card(tmp_path):
-    """By the name of its repository, which the folder carries."""
-    folder, preset_file = tmp_path / "LTX-2.5-Diffusers", tmp_path / "small.yaml"
-    saved = tiny_ltx2()
-    saved.scheduler = FlowMatchEulerDiscreteScheduler()
-    saved.save_pretrained(folder)
-    preset_file.write_text("block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.7]\n")
-    request = Request(("a cat",), str(folder), str(preset_file), height=32, width=32, frames=9)
-    plan = make_plan(request)
-    pipe = load_pipeline(plan.model, dtype="float32", device="cpu", offload="none")
-    calls = []
-    with given(pipe.transformer, lambda kwargs: calls.append(kwargs["hidden_states"].shape[0]) or {}):
-        generate_video(pipe, plan, "a cat", "dense", 0)
-    # No guidance by the prompt, but by perturbation and by each modality alone.
-    assert calls == 8 * 3 * [1]
-    torch.testing.assert_close(pipe.scheduler.timesteps, 1000 * torch.tensor(DISTILLED_SIGMA_VALUES))
-    with pytest.raises(InputError, match=r"^--steps 20: .* is distilled for 8 steps of given noise levels$"):
-        make_plan(replace(request, steps=20))
-
-
-def test_the_undistilled_one_has_another_transformer_and_scheduler(tmp_path):
-    pipe = tiny_ltx2()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, base_shift=0.95, max_shift=2.05)
-    pipe.save_pretrained(tmp_path)
-    model = resolve_model(str(tmp_path))
-    assert model.card.arguments == model.card.scheduler == ()
-    full = next(card for card in CARDS if card.name == "ltx2.5-full")
-    assert full.transformer == ("Lightricks/LTX-2.5-Diffusers", "transformer_full/config.json")
-    model = replace(model, card=replace(full, parts=()))
-    scheduler = load_pipeline(model, dtype="float32", device="cpu", offload="none").scheduler
-    assert (scheduler.config.use_dynamic_shifting, scheduler.config.shift_terminal) == (True, 0.1)
-    assert scheduler.config.base_shift == 0.95
