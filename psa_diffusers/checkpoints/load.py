@@ -113,6 +113,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
             raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
+    if model.card.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **dict(model.card.scheduler))
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
     if offload == "model":
@@ -239,7 +241,8 @@ def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelC
             return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
-    plain_settings: dict[str, Any] = {"negative_prompt": "", "flow_shift": None, "parts": (), "revision": revision}
+    plain_settings: dict[str, Any] = {"flow_shift": None, "parts": (), "scheduler": (), "arguments": ()}
+    plain_settings |= {"negative_prompt": "", "revision": revision}
     return replace(nearest, name=source, hub_id=None, about="", **plain_settings)
 
 

@@ -1,6 +1,7 @@
 """What a model's card says: where its weights are and how they are run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # What Wan's own configuration (`sample_neg_prompt`, Wan 2.1 and 2.2 alike) and the Wan 2.2 cards use.
 WAN_NEGATIVE_PROMPT = (
@@ -33,7 +34,8 @@ class ModelCard:
     `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model has no second expert, or its card gives
     none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
-    `dtype` is what the weights were trained in. `parts` replace components of the repository.
+    `dtype` is what the weights were trained in. `parts` replace components of the repository, `scheduler` settings of
+    its scheduler, and `arguments` are what else the card calls the pipeline with: pairs of a name and a value.
     """
 
     name: str
@@ -52,6 +54,13 @@ class ModelCard:
     dtype: str = "bfloat16"
     parts: tuple[Part, ...] = ()
     revision: str | None = None
+    scheduler: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether the card gives the noise level of each step, as of a distilled model."""
+        return "sigmas" in dict(self.arguments)
 
     @property
     def transformer(self) -> tuple[str | None, str]:

@@ -16,7 +16,7 @@ from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import Forward, Route
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
-from psa_diffusers.patch.token_order import permutation_on
+from psa_diffusers.patch.token_order import Grid, permutation_on
 from psa_kernels import AttentionStats
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -51,7 +51,7 @@ class TokenAttention:
         if not route.sparse:
             return route
         tokens, video = call.hidden_states.shape[1], math.prod(forward.grid)
-        if tokens < video or (tokens > video and not self._family.history):
+        if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
             return Route(False, f"the sequence has {tokens} tokens, but the video's grid is {grid}")
         try:
@@ -123,6 +123,8 @@ class TokenAttention:
         assert layer.spec is not None, "a layer without a spec is never routed here"
         query, grid, lists, kept = qkv[0], forward.grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
+        beside = query.shape[1] - math.prod(grid) - after
+        behind = beside if self._family.appended else 0
         moment = Moment(forward.step, forward.window, forward.branch)
         # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
         fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
@@ -130,8 +132,8 @@ class TokenAttention:
             kept = lists.find(layer.name, moment, fits, layer.preset)
         head, tail, stats, used = attend_real_text(
             *qkv, layer.spec, kept,
-            before=query.shape[1] - math.prod(grid) - after,
-            after=after,
+            before=beside - behind,
+            after=after + behind,
             lengths=self._real_text(call) if after else None,
             permutation=permutation_on(layer.order, grid, query.device),
             strict=self._strict,
@@ -141,7 +143,14 @@ class TokenAttention:
             lists.keep(layer.name, moment, fits, layer.preset, used)
         if self.mask_recorder is not None and used is not None:
             self.mask_recorder.record(layer, forward, used)
+        if behind:  # no text, though it was computed as text is
+            head, tail = torch.cat([head, tail], dim=1), tail[:, :0]
         return (head, tail), stats
+
+    def video_of(self, head: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The video tokens among those before text that stands last."""
+        video = math.prod(grid)
+        return head[:, :video] if self._family.appended else head[:, head.shape[1] - video :]
 
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""

@@ -194,7 +194,8 @@ class Patch(NotPickled):
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
         config = parallel_config(transformer)
-        if config is not None and not isinstance(site, LayerSite) and self._family.replicates_text:
+        has_all = self._family.replicates_text and not isinstance(site, LayerSite) and not site.reads_video
+        if config is not None and has_all:
             config = None
             if vars(site.original).get("_parallel_config", self) is not None:
                 # A copy, made once: self-attention may have the same object, and does share its heads.

@@ -264,12 +264,13 @@ class PSAProcessor(PatchingProcessor):
         patch = Patch(self, name, transformer, self._family, self._runs, self._attention, layers)
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}
+        readers = self._family.video_readers(transformer)
         for attn in attention_modules(transformer):
             original = own_processor(attn)
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
             if attn not in modules:
-                sites[attn] = Site(original)
+                sites[attn] = Site(original, attn in readers)
                 continue
             sites[attn] = layer = LayerSite(patch, original, layers.plain[modules[attn]])
             if (reason := self._family.why_not_imitated(original)) is not None:

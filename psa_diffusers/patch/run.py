@@ -97,7 +97,7 @@ class Run:
         """Begin a forward at a step; returns its window and its guidance branch, each counted from 0.
 
         Forwards of one step with the same input are guidance branches of each other, those with another input are other
-        windows of a long video.
+        windows of a long video. The first sample tells: some branches are in one batch, and others alone.
 
         Args:
             latents: the input to tell windows by; None where nothing is kept that another window could be given.
@@ -105,11 +105,12 @@ class Run:
         if step != self.step:
             self.step, self._inputs = step, {}
         seen = self._inputs.setdefault(transformer, [])
+        first = None if latents is None else latents[:1]
         for window, (kept, branches) in enumerate(seen):
-            if latents is None or (kept is not None and kept.shape == latents.shape and torch.equal(kept, latents)):
+            if first is None or (kept is not None and kept.shape == first.shape and torch.equal(kept, first)):
                 seen[window] = (kept, branches + 1)
                 return window, branches
-        seen.append((None if latents is None else latents.detach().clone(), 1))
+        seen.append((None if first is None else first.detach().clone(), 1))
         if len(seen) > 1:
             self.lists.one_step_only = True
         return len(seen) - 1, 0

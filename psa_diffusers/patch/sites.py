@@ -71,10 +71,11 @@ class Site(NotPickled):
     Attributes:
         original: the processor that the module had before.
         names: of what that takes after the module, in order; None if it takes any.
+        reads_video: whether its keys are the video's tokens, which ranks share, and its queries others.
     """
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, original: Any, reads_video: bool = False) -> None:
+        self.original, self.reads_video = original, reads_video
         self.names = argument_names(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:

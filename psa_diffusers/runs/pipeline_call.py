@@ -95,6 +95,7 @@ def generate_videos(
         pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
     else:
         arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": step_done}
+    arguments |= dict(plan.model.card.arguments)
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:

@@ -158,7 +158,7 @@ def make_plan(request: Request) -> Plan:
         compare=request.compare,
         seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
         samples=samples,
-        steps=_in_range("--steps", _given(request.steps, card.steps), 1, 1000),
+        steps=_steps(request.steps, model),
         guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
         flow_shift=card.flow_shift,
@@ -299,6 +299,13 @@ def _frames(frames: int, model: Model) -> int:
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
         raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
     return frames
+
+
+def _steps(steps: int | None, model: Model) -> int:
+    card = model.card
+    if card.fixed_steps and steps not in (None, card.steps):
+        raise InputError(f"--steps {steps}: {model.name} is distilled for {card.steps} steps of given noise levels")
+    return _in_range("--steps", _given(steps, card.steps), 1, 1000)
 
 
 def _given(value: Any, default: Any) -> Any:

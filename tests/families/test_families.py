@@ -67,10 +67,11 @@ def test_sparse_runs_differ_repeat_and_are_undone(case):
         ("wan-vace", [*(f"blocks.{i}" for i in range(3)), "vace_blocks.0", "vace_blocks.1"]),
         ("wan-animate", ["blocks.0", "blocks.1"]),
         ("hunyuan-video-1.5", ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("ltx2.3", ["transformer_blocks.0", "transformer_blocks.1"]),
     ],
 )
 def test_the_layers_are_the_video_self_attentions(name, layers):
-    """Neither cross-attention, nor HunyuanVideo's token refiner, nor Animate's face adapter."""
+    """Neither cross-attention, nor HunyuanVideo's token refiner, Animate's face adapter, or LTX-2's sound."""
     with apply_psa(CASES[name].make(), SPARSE) as psa:
         assert psa.stats().layers == layers
 
