@@ -61,6 +61,8 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        several_videos: whether a layer may attend several videos of one grid, one after another in hidden_states: to it
+            they are one video with the frames of all.
         replicates_text: whether in context parallel all text is on every rank, although the family's own processor
             would share the heads of cross-attention as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
@@ -80,6 +82,7 @@ class ModelFamily(ABC):
     )
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    several_videos: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
     stock_traceable: ClassVar[bool] = True
 
