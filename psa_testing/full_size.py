@@ -94,6 +94,16 @@ def square_latents(published: Published) -> Latents:
     return (1, published.latents[1], frames, 2 * height, 2 * width)
 
 
+def query_projection(attn: Any) -> torch.nn.Linear:
+    """The linear of an attention module that makes its queries."""
+    return getattr(attn, "to_q", None) or attn.to_query
+
+
+def head_count(attn: Any) -> int:
+    """Of an attention module."""
+    return getattr(attn, "heads", None) or attn.num_heads
+
+
 @dataclass(frozen=True)
 class Network:
     """A transformer's class, at full size and as a toy with two narrow heads.
