@@ -10,6 +10,7 @@ from psa_diffusers.families.family import ModelFamily, is_of_diffusers
 REASONS = {
     "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
+    "Kandinsky6SRTransformer3DModel": "it has sparse attention of its own (NABLA), always",
     "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
     "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
 }
