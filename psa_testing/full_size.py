@@ -117,6 +117,7 @@ class Network:
         one_block: arguments of its class that leave one block of each kind.
         kinds: how many kinds there are.
         frames_first: whether frames come before channels in its latents.
+        channels_last: whether channels come last in them.
         reads_masks: whether its forward looks into its masks, which have no values on the meta device.
     """
 
@@ -127,6 +128,7 @@ class Network:
     one_block: Mapping[str, Any] = field(default_factory=lambda: {"num_layers": 1})
     kinds: int = 1
     frames_first: bool = False
+    channels_last: bool = False
     reads_masks: bool = False
 
     def noise_inputs(self, config: Any, latents: Latents, noise: Noise) -> Inputs:

@@ -192,6 +192,7 @@ TESTS = FamilyTests(
             _toy,
             toy_latents=channels_last,
             one_block={"num_text_blocks": 1, "num_visual_blocks": 1},
+            channels_last=True,
         ),
     },
     published=(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers import transformer_kandinsky
 
 from psa_diffusers import apply_psa
@@ -32,17 +33,17 @@ def test_its_own_sparse_attention_stays(monkeypatch):
     nabla = transformer_kandinsky.nablaT_v2
     counted = lambda *args, **more: maps.append(1) or nabla(*args, **more)  # noqa: E731
     monkeypatch.setattr(transformer_kandinsky, "nablaT_v2", counted)
-    pipe.transformer.set_attention_backend("flex")
     inputs = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    stock = case.run(pipe, **inputs)
-    with apply_psa(pipe, SPARSE) as psa:
-        with pytest.warns(PSAFallbackWarning, match=r"sparse attention of its own \(NABLA\)") as caught:
-            assert torch.equal(case.run(pipe, **inputs), stock)
-        assert len([warning for warning in caught if warning.category is PSAFallbackWarning]) == 1
-        assert list(psa.stats().fallbacks.values()) == [2 * 2] and psa.stats().density_sparse is None
-    assert len(maps) == 2 * (2 * 2)
-    with apply_psa(pipe, SPARSE, strict=True), pytest.raises(PSAFallbackError, match="NABLA"):
-        case.run(pipe, **inputs)
+    with attention_backend("flex"):
+        stock = case.run(pipe, **inputs)
+        with apply_psa(pipe, SPARSE) as psa:
+            with pytest.warns(PSAFallbackWarning, match=r"sparse attention of its own \(NABLA\)") as caught:
+                assert torch.equal(case.run(pipe, **inputs), stock)
+            assert len([warning for warning in caught if warning.category is PSAFallbackWarning]) == 1
+            assert list(psa.stats().fallbacks.values()) == [2 * 2] and psa.stats().density_sparse is None
+        assert len(maps) == 2 * (2 * 2)
+        with apply_psa(pipe, SPARSE, strict=True), pytest.raises(PSAFallbackError, match="NABLA"):
+            case.run(pipe, **inputs)
 
 
 def test_an_image_is_a_grid_of_one_frame(monkeypatch):
