@@ -54,8 +54,12 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["cogvideox-5b"], "eager", 2),
         # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
         (CASES["mochi"], "eager", 1),
+        # Decoder blocks, which have no mask, take a graph of their own.
+        (CASES["motif-video"], "eager", 3),
+        # The text blocks of video and audio are compiled too.
+        (CASES["kandinsky6"], "eager", 3),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "motif-video", "kandinsky6"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
