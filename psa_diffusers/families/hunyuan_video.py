@@ -70,12 +70,9 @@ class HunyuanVideo(ModelFamily):
         mask = call.attention_mask
         if mask is None:
             return None
-        import torch
-
-        batch, tokens = call.hidden_states.shape[:2]
-        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
+        if not masks_text(call):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
-        return mask[:, 0, 0, tokens:]
+        return mask[:, 0, 0, call.hidden_states.shape[1] :]
 
     @staticmethod
     def parallel_plan(transformer: Any) -> dict[str, Any] | None:
@@ -87,6 +84,15 @@ class HunyuanVideo(ModelFamily):
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
+
+
+def masks_text(call: AttentionCall) -> bool:
+    """Whether a call has a mask of keys, bool `[B, 1, 1, N + T]`."""
+    import torch
+
+    batch, tokens = call.hidden_states.shape[:2]
+    mask = call.attention_mask
+    return mask is not None and mask.dtype == torch.bool and mask.shape == (batch, 1, 1, tokens + call.text_tokens)
 
 
 def _treats_first_frame_apart(transformer: Any) -> bool:

@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
-from psa_diffusers.families.hunyuan_video import HunyuanVideo
+from psa_diffusers.families.hunyuan_video import HunyuanVideo, masks_text
 from psa_diffusers.families.parts import concatenate, normalise, rotate_tokens, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
 
 if TYPE_CHECKING:
     import torch
+
+
+# What `AttentionCall.more` is in a decoder block; elsewhere it is the order in which the text comes.
+TWO_VIDEOS = "two videos"
 
 
 class MotifVideo(HunyuanVideo):
@@ -52,14 +56,24 @@ class MotifVideo(HunyuanVideo):
     @classmethod
     def call(cls, arguments: Mapping[str, Any]) -> AttentionCall:
         video, text = arguments["hidden_states"], arguments["encoder_hidden_states"]
-        mask, positions = arguments.get("attention_mask"), arguments.get("image_rotary_emb")
-        if mask is not None or text.shape != video.shape:
-            return AttentionCall(video, text, mask, positions)
-        return AttentionCall(concatenate(video, text), rotary_emb=positions, more="two videos")
+        call = AttentionCall(video, text, arguments.get("attention_mask"), arguments.get("image_rotary_emb"))
+        if call.attention_mask is None and text.shape == video.shape:
+            return replace(call, hidden_states=concatenate(video, text), encoder_hidden_states=None, more=TWO_VIDEOS)
+        if not masks_text(call):
+            return call
+        real = arguments["attention_mask"][:, 0, 0, video.shape[1] :]
+        order = real.int().argsort(dim=1, descending=True, stable=True)
+        return replace(call, encoder_hidden_states=_in_order(text, order), more=order)
+
+    @staticmethod
+    def text_mask(call: AttentionCall) -> torch.Tensor | None:
+        """Real text comes first, whichever side of it is padded, and however many tokens of an image precede it."""
+        mask = HunyuanVideo.text_mask(call)
+        return None if mask is None else mask.int().sort(1, descending=True).values.bool()
 
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if call.more is None:
+        if call.more is not TWO_VIDEOS:
             return HunyuanVideo.project(attn, call)
         x = call.hidden_states
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
@@ -73,15 +87,21 @@ class MotifVideo(HunyuanVideo):
     def output(
         attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if call.more is None:
-            return HunyuanVideo.output(attn, call, video, text)
-        decoder, encoder = video.flatten(2).chunk(2, dim=1)
-        return decoder, encoder
+        if call.more is TWO_VIDEOS:
+            decoder, encoder = video.flatten(2).chunk(2, dim=1)
+            return decoder, encoder
+        hidden, text = HunyuanVideo.output(attn, call, video, text)
+        return hidden, text if text is None or call.more is None else _in_order(text, call.more.argsort(1))
 
     @staticmethod
     def parallel_plan(transformer: Any) -> None:
         # The decoder begins with a copy of what goes into the first block, which no plan would split.
         return None
+
+
+def _in_order(text: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The tokens of `[B, T, C]` in another order `[B, T]`."""
+    return text.gather(1, order[..., None].expand_as(text))
 
 
 def _rotate_first(x: torch.Tensor, tables: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,9 +10,10 @@ from psa_diffusers import apply_psa
 from psa_diffusers.families.motif_video import MotifVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.masks import MaskRecorder, query_block_at
+from psa_testing.cases import TWO_PROMPTS
 from psa_testing.families import CASES
 from psa_testing.spies import spy_on_attention
-from psa_testing.tiny_families import assert_equal_to_rounding, preset
+from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +46,28 @@ def test_a_mask_of_a_decoder_block_shows_its_own_video():
     assert tokens.shape == (3, 8, 8) and tokens[2, 4, 0]
     numbers = mask.over_frames(np.arange(mask.levels.shape[-1]))
     assert numbers.shape == (3, 8, 8) and numbers.max() == mask.levels.shape[-1] // 2 - 1
+
+
+@pytest.mark.parametrize("name", ["motif-video", "motif-video-i2v"])
+def test_text_may_be_padded_on_the_left(name):
+    """Between an image's tokens and the text's, too."""
+    case, pipe = CASES[name], CASES[name].make()
+    pipe.tokenizer.padding_side = "left"
+    prompts = {} if "i2v" in name else TWO_PROMPTS
+    stock = case.run(pipe, **prompts)
+    with apply_psa(pipe, EVERYTHING, strict=True) as psa:
+        assert_equal_to_rounding(case.run(pipe, **prompts), stock)
+    assert psa.stats().density_sparse == 1
+    with apply_psa(pipe, SPARSE, strict=True):
+        plain = case.run(pipe, **prompts)
+        pipe.transformer.register_forward_pre_hook(change_padding, with_kwargs=True)
+        assert torch.equal(case.run(pipe, **prompts), plain)
+
+
+def change_padding(module, args, kwargs):
+    mask, text = kwargs["encoder_attention_mask"], kwargs["encoder_hidden_states"]
+    assert not mask[:, 0].all() and mask[:, -1].all()
+    return args, {**kwargs, "encoder_hidden_states": torch.where(mask[..., None], text, text + 3.0)}
 
 
 def forward(transformer, text):
