@@ -95,6 +95,16 @@ def square_latents(published: Published) -> Latents:
     return (1, published.latents[1], frames, 2 * height, 2 * width)
 
 
+def query_projection(attn: Any) -> torch.nn.Linear:
+    """The linear of an attention module that makes its queries."""
+    return getattr(attn, "to_q", None) or attn.to_query
+
+
+def head_count(attn: Any) -> int:
+    """Of an attention module."""
+    return getattr(attn, "heads", None) or attn.num_heads
+
+
 @dataclass(frozen=True)
 class Network:
     """A transformer's class, at full size and as a toy with two narrow heads.
@@ -108,6 +118,7 @@ class Network:
         one_block: arguments of its class that leave one block of each kind.
         kinds: how many kinds there are.
         frames_first: whether frames come before channels in its latents.
+        channels_last: whether channels come last in them.
         reads_masks: whether its forward looks into its masks, which have no values on the meta device, or takes what
             tells the grid, which has its values elsewhere.
     """
@@ -119,6 +130,7 @@ class Network:
     one_block: Mapping[str, Any] = field(default_factory=lambda: {"num_layers": 1})
     kinds: int = 1
     frames_first: bool = False
+    channels_last: bool = False
     reads_masks: bool = False
 
     def noise_inputs(self, config: Any, latents: Latents, noise: Noise) -> Inputs:

@@ -75,7 +75,7 @@ class Measurement:
     ) -> tuple[Parts, list[AttentionStats]]:
         head, tail = attention.dense(qkv, call)
         if forward.branch == 0 and forward.step in self._steps:
-            video = math.prod(forward.grid)
+            video = math.prod(forward.attended_grid)
             for shape, shaped in self._shaped[layer.name].items():
                 if shaped.spec is None:
                     continue

@@ -63,6 +63,8 @@ class ModelFamily(ABC):
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
         appended: whether such tokens may follow the video tokens, in a family whose self-attention has no text.
+        several_videos: whether a layer may attend several videos of one grid, one after another in hidden_states: to it
+            they are one video with the frames of all.
         replicates_text: whether in context parallel all text is on every rank, although the family's own processor
             would share the heads of cross-attention as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
@@ -83,6 +85,7 @@ class ModelFamily(ABC):
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
     appended: ClassVar[bool] = False
+    several_videos: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
     stock_traceable: ClassVar[bool] = True
 

@@ -76,12 +76,9 @@ class HunyuanVideo(ModelFamily):
         mask = call.attention_mask
         if mask is None:
             return None
-        import torch
-
-        batch, tokens = call.hidden_states.shape[:2]
-        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
+        if not masks_text(call):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
-        return mask[:, 0, 0, tokens:]
+        return mask[:, 0, 0, call.hidden_states.shape[1] :]
 
     @staticmethod
     def parallel_plan(transformer: Any) -> dict[str, Any] | None:
@@ -98,6 +95,15 @@ class HunyuanVideo(ModelFamily):
 def _rotate_first(x: torch.Tensor, tokens: int, tables: Any) -> torch.Tensor:
     """Rotate so many tokens of `[B, N, H, D]`, the first ones, by a model's tables."""
     return x if tables is None else concatenate(rotate_tokens(x[:, :tokens], tables), x[:, tokens:])
+
+
+def masks_text(call: AttentionCall) -> bool:
+    """Whether a call has a mask of keys, bool `[B, 1, 1, N + T]`."""
+    import torch
+
+    batch, tokens = call.hidden_states.shape[:2]
+    mask = call.attention_mask
+    return mask is not None and mask.dtype == torch.bool and mask.shape == (batch, 1, 1, tokens + call.text_tokens)
 
 
 def _treats_first_frame_apart(transformer: Any) -> bool:

@@ -11,7 +11,6 @@ _APART = "its layers attend within one frame or along time, never over the whole
 REASONS = {
     "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
-    "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
     "Cosmos3OmniTransformer": "its keys have fewer heads than its queries, which sparse attention cannot do here yet",
     "WanAnimate2Transformer3DModel": "each of its video tokens also attends, from a cache, the reference tokens of "
     "its own frame and of no other",

@@ -126,6 +126,7 @@ class Forward:
         branch: 0 for the first forward of this transformer in this step and window, 1 for the second (guidance), ...
         window: 0 but where a step's forwards have different inputs, as windows of a long video have.
         grid: video tokens along frames, height and width; `NO_GRID` where the model was not told.
+        videos: how many videos of that grid a layer attends, one after another.
         routes: of each layer, by name.
         share: how ranks share it; None on one device.
         watch: whether each sparse attention is looked at for values that are not finite.
@@ -138,9 +139,16 @@ class Forward:
     branch: int = 0
     window: int = 0
     grid: Grid = NO_GRID
+    videos: int = 1
     share: Ulysses | None = None
     watch: bool = False
     notes: list[Note] = field(default_factory=list)
+
+    @property
+    def attended_grid(self) -> Grid:
+        """The grid of all videos that a layer attends, the frames of one after those of the other."""
+        frames, height, width = self.grid
+        return self.videos * frames, height, width
 
     def note(self, layer: Layer, stats: AttentionStats | None, reason: str | None = None) -> None:
         """Note one attention call of a layer; `stats` is None if it was dense."""

@@ -124,32 +124,34 @@ def test_diffusion_forcing_in_causal_blocks_is_dense():
         case.run(pipe, **inputs)
 
 
-def give_a_mask(attn):
-    """Let an attention module be called with a mask that hides nothing; returns a hook."""
+def give_a_mask(attn, name):
+    """Let an attention module be called with a mask that hides nothing, by the name it has for one; returns a hook."""
     signature = inspect.signature(attn.forward)
 
     def mask(module, args, kwargs):
         call = signature.bind(*args, **kwargs)
         hidden = call.arguments["hidden_states"]
-        named = call.arguments if "attention_mask" in signature.parameters else call.arguments["kwargs"]
-        named["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
+        named = call.arguments if name in signature.parameters else call.arguments["kwargs"]
+        named[name] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
         return call.args, call.kwargs
 
     return attn.register_forward_pre_hook(mask, with_kwargs=True)
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if TESTS_OF[name].family.text == "none"])
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_EACH if TESTS_OF[name].family.text == "none" and TESTS_OF[name].mask is not None]
+)
 def test_a_mask_of_video_tokens_is_dense(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe, mask = CASES[name], CASES[name].make(), TESTS_OF[name].mask
     family = find_family(pipe.transformer)
     [layer, attn], *_ = family.self_attentions(pipe.transformer).items()
-    with apply_psa(pipe, SPARSE) as psa, give_a_mask(attn):
+    with apply_psa(pipe, SPARSE) as psa, give_a_mask(attn, mask):
         with pytest.warns(PSAFallbackWarning, match="given an attention mask|masks the attention between frames"):
             case.run(pipe)
         stats = psa.stats()
         index = stats.layers.index(layer)
         assert all(row[index] == 1 and min(row) < 0.5 for row in stats.density)
-    with apply_psa(pipe, SPARSE, strict=True), give_a_mask(attn), pytest.raises(PSAFallbackError, match="mask"):
+    with apply_psa(pipe, SPARSE, strict=True), give_a_mask(attn, mask), pytest.raises(PSAFallbackError, match="mask"):
         case.run(pipe)
 
 

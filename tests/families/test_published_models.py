@@ -10,7 +10,7 @@ import torch
 
 from psa_diffusers.families import AttentionCall, find_family
 from psa_testing.families import HERE, NETWORKS, PUBLISHED
-from psa_testing.full_size import Noise
+from psa_testing.full_size import Noise, query_projection
 
 NOISE = Noise(torch.bfloat16, "meta", padding=0.0, tiny=False)
 
@@ -27,7 +27,7 @@ def test_a_published_configuration(published):
     assert (family.text == "none") == (published.text == 0)
     tokens = math.prod(published.grid)
     for attn in (next(iter(attentions.values())), list(attentions.values())[-1]):
-        width = attn.to_q.in_features
+        width = query_projection(attn).in_features
         added = getattr(attn, "add_q_proj", None)
         text_width = width if added is None else added.in_features
         video = torch.empty(1, tokens, width, device="meta")

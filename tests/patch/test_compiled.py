@@ -59,6 +59,10 @@ STOCK_GRAPHS = {
     "minimax-h3": 3,
     # Its video attention has gates, and tokens after the video.
     "ltx2.5-condition": 1,
+    # Decoder blocks, which have no mask, take a graph of their own.
+    "motif-video": 3,
+    # The text blocks of video and audio are compiled too.
+    "kandinsky6": 3,
 }
 COMPILED = [
     pytest.param(CASES[name], "eager", graphs, id=name) for name, graphs in STOCK_GRAPHS.items() if name in CASES
