@@ -46,8 +46,9 @@ def main() -> None:
     earlier = read_rows(options.merge, options.output, machine.device)
     rows = project(earlier)
     measured: list[dict[str, Any]] = []
+    models = Models(machine)
     for name in options.workload or WORKLOADS:
-        for row in measure(WORKLOADS[name], options, machine):
+        for row in measure(WORKLOADS[name], options, machine, models):
             measured.append(row)
             print(json.dumps(row), flush=True)
             rows = project(merge(earlier, measured))
@@ -62,11 +63,31 @@ def is_sparse(method: str) -> bool:
     return method in ("psa", RASTER)
 
 
-def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
+class Models:
+    """The transformer of the last workload, which the next one may have too."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine, self._checkpoint = machine, ""
+        self._transformer: torch.nn.Module | None = None
+
+    def get(self, checkpoint: str) -> torch.nn.Module:
+        """That of a checkpoint; any other is gone."""
+        if self._transformer is None or checkpoint != self._checkpoint:
+            self._transformer = None
+            gc.collect()
+            if not self._machine.tiny:
+                torch.cuda.empty_cache()
+            self._transformer, self._checkpoint = build(checkpoint, self._machine), checkpoint
+        return self._transformer
+
+
+def measure(
+    workload: Workload, options: argparse.Namespace, machine: Machine, models: Models
+) -> Iterator[dict[str, Any]]:
     """Rows of all methods on one workload."""
     torch.manual_seed(0)
     start = time.perf_counter()
-    transformer = build(workload.checkpoint, machine)
+    transformer = models.get(workload.checkpoint)
     # All of the text is real: how much is padding depends on the prompt.
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents, sizes=workload.sizes)
     print(f"# {workload.name}: built in {time.perf_counter() - start:.1f} s", flush=True)

@@ -38,6 +38,8 @@ class Workload:
 
 WAN_14B, WAN_1_3B = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 MINIMAX_H3 = "MiniMaxAI/MiniMax-H3"
+LTX2 = "Lightricks/LTX-2.5-Diffusers"
+KANDINSKY5 = "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"
 WAN_480P, WAN_720P = (1, 16, 21, 60, 104), (1, 16, 21, 90, 160)
 WORKLOADS = {
     workload.name: workload
@@ -51,6 +53,12 @@ WORKLOADS = {
         Workload("h3-5s", MINIMAX_H3, (1, 24, 37, 48, 84), 1),
         Workload("h3-10s", MINIMAX_H3, (1, 24, 72, 48, 84), 1),
         Workload("h3-15s", MINIMAX_H3, (1, 24, 107, 48, 84), 1),
+        # The first stage of 121 frames at 512 x 768, and 241 at 1088 x 1920, with their sound.
+        Workload("ltx2-512p-5s", LTX2, (1, 6144, 128), 2),
+        Workload("ltx2-1080p-10s", LTX2, (1, 63240, 128), 2, {"num_frames": 31, "height": 34, "width": 60}),
+        Workload("cosmos2.5-2b-720p", "nvidia/Cosmos-Predict2.5-2B", (1, 16, 24, 88, 160), 2),
+        Workload("motif-video-720p", "Motif-Technologies/Motif-Video-2B", (1, 33, 31, 92, 160), 2),
+        Workload("kandinsky5-lite-5s", KANDINSKY5, (1, 31, 64, 96, 33), 2),
         # Its pipeline puts both branches in one batch.
         Workload("cogvideox-5b", "zai-org/CogVideoX-5b", (1, 13, 16, 60, 90), 2),
     )

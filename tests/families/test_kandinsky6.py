@@ -73,5 +73,5 @@ def test_keys_may_have_other_positions_than_queries(monkeypatch):
 def test_super_resolution_is_refused():
     kind = diffusers.Kandinsky6SRTransformer3DModel
     module = kind.__new__(kind)
-    with pytest.raises(UnsupportedModelError, match=r"because it has sparse attention of its own \(NABLA\), always"):
+    with pytest.raises(UnsupportedModelError, match=r"its attention is always its own sparse one"):
         find_family(module)
