@@ -9,6 +9,21 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class SoundOutput:
+    """Where a pipeline's sound is, if it makes any.
+
+    Attributes:
+        rate: the attribute of the pipeline that tells the samples a second, by its path, such as
+            "vocoder.config.output_sampling_rate".
+        name: the output's: waveforms of all videos, [videos, channels, samples] or [videos, samples], in [-1, 1]. None
+            there is no sound.
+    """
+
+    rate: str
+    name: str = "audio"
+
+
+@dataclass(frozen=True)
 class PipelineKind:
     """A pipeline class that makes videos with a supported transformer.
 
@@ -23,6 +38,10 @@ class PipelineKind:
         layers: keys of the transformer's configuration that count or list its blocks, and how many by default.
         tiled_vae: whether its card decodes in tiles; the VAE needs tens of GB otherwise.
         exact_vae: class of the VAE, if it is loaded in float32 whatever the dtype of the rest.
+        sound: where its sound is, None if it makes none.
+        frame_rate: name of the argument that tells it the frames a second, if it is to be told: sound is made to last
+            as long as they do.
+        fps: frames a second, if it makes no other.
         guider: whether guidance is a component of the pipeline, and no argument; such a pipeline takes no callback.
         in_code_only: why the commands cannot run it, None if they can.
     """
@@ -36,6 +55,9 @@ class PipelineKind:
     layers: tuple[tuple[str, int], ...] = (("num_layers", 40),)
     tiled_vae: bool = False
     exact_vae: str | None = None
+    sound: SoundOutput | None = None
+    frame_rate: str | None = None
+    fps: int | None = None
     guider: bool = False
     in_code_only: str | None = None
 

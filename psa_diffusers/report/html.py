@@ -101,6 +101,7 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "heading": _heading(report),
         "video": data_uri("video/mp4", (base / name).read_bytes()) if embedded else None,
         "video_bytes": size if embedded else 0,
+        "sound": _has_sound(report),
         "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
         "links": [*_links(videos, link), *((key.replace("_", " "), file) for key, file in _links(files, link))],
         "strip": data_uri("image/png", strip.read_bytes()) if strip else None,
@@ -111,6 +112,13 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "rows": _run_rows(report["runs"]),
         "plots": _plots(report),
     }
+
+
+def _has_sound(report: dict[str, Any]) -> bool:
+    """Whether the video that the report shows has sound."""
+    if "side_by_side" in report["files"]:
+        return "sound" in report["comparison"]
+    return any("sound" in entry for entry in report["runs"].values())
 
 
 def _heading(report: dict[str, Any]) -> str:
@@ -140,6 +148,8 @@ def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
     if vmaf:
         measured = _number(vmaf["mean"], "{:.1f} of 100")
         rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
+    if "sound" in comparison:
+        rows.append(("Sound of the side by side", f"that of {comparison['sound']}"))
     return rows
 
 
@@ -162,6 +172,8 @@ def _run_rows(runs: dict[str, Any]) -> list[tuple[str, list[str]]]:
         row("A step, median", "{:.3f}", "seconds", "median_step"),
         row("A sparse step, median", "{:.3f}", "seconds", "median_sparse_step"),
         row("Decoding", "{:.2f}", "seconds", "decode"),
+        row("Sound, seconds", "{:.2f}", "sound", "seconds"),
+        row("Sound, samples a second", "{}", "sound", "rate"),
         row("Peak GPU memory, GiB", "{:.2f}", "peak_memory_gib"),
         row("Steps kept dense", "{}", "attention", "dense_steps"),
         row("Density, whole run", "{:.3f}", "attention", "density_run"),

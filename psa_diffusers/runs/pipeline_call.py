@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psa_diffusers.report.metrics import frame_faults
+from psa_diffusers.report.sound import Sound, sound_faults
 from psa_diffusers.runs import stopping
+from psa_diffusers.runs.pipeline_output import read_output
 from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.step_clock import StepClock
 
@@ -31,9 +33,10 @@ class Generated:
     Attributes:
         frames: float32 [frames, height, width, 3] in [0, 1].
         seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
-        warnings: what is wrong with the frames, empty if nothing is.
+        warnings: what is wrong with the frames and the sound, empty if nothing is.
         attention: what `RunStats.to_dict()` told, None for a dense run.
         masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
+        sound: what belongs to the frames, None if the pipeline makes none.
     """
 
     frames: np.ndarray
@@ -42,6 +45,7 @@ class Generated:
     attention: dict[str, Any] | None = None
     peak_memory_gib: float | None = None
     masks: "list[BlockMask]" = field(default_factory=list)
+    sound: Sound | None = None
 
 
 def generate_video(
@@ -95,16 +99,24 @@ def generate_videos(
         arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": step_done}
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
+    if kind.frame_rate is not None:
+        arguments[kind.frame_rate] = settings.fps
     if plan.image is not None:
         arguments["image" if kind.image == "first" else "reference_images"] = plan.image
     title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
-        videos = [np.asarray(frames, np.float32) for frames in pipe(**arguments).frames]
+        videos = read_output(pipe, kind, pipe(**arguments))
     stopping.check()
     latents = [] if clock.finite else ["the latents hold values that are not finite"]
     seconds, memory = clock.seconds(), clock.peak_memory_gib()
-    return [Generated(video, seconds, latents + frame_faults(video), peak_memory_gib=memory) for video in videos]
+    results = []
+    for frames, sound in videos:
+        faults = latents + frame_faults(frames)
+        if sound is not None:
+            faults += sound_faults(sound, len(frames) / settings.fps)
+        results.append(Generated(frames, seconds, faults, peak_memory_gib=memory, sound=sound))
+    return results
 
 
 def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: int) -> Generated:

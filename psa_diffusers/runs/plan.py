@@ -165,7 +165,7 @@ def make_plan(request: Request) -> Plan:
         height=height,
         width=width,
         frames=_frames(_given(request.frames, card.frames), model),
-        fps=_in_range("--fps", _given(request.fps, card.fps), 1, 240),
+        fps=_fps(request.fps, model),
         negative_prompt=card.negative_prompt if negative is None else only_words("--negative-prompt", negative),
         dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
@@ -288,6 +288,13 @@ def _frames(frames: int, model: Model) -> int:
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
         raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
     return frames
+
+
+def _fps(asked: int | None, model: Model) -> int:
+    only = model.kind.fps
+    if only is not None and asked not in (None, only):
+        raise InputError(f"--fps {asked}: {model.name} makes videos of {only} frames a second only")
+    return _in_range("--fps", _given(asked, only or model.card.fps), 1, 240)
 
 
 def _given(value: Any, default: Any) -> Any:
