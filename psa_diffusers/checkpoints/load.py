@@ -7,13 +7,16 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.components import check_values, listed_parts, load_component, one_line
+from psa_diffusers.checkpoints.hub import hub_file
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
+from psa_diffusers.checkpoints.lora import Lora, load_loras
 from psa_diffusers.errors import InputError
 from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
 
@@ -83,7 +86,16 @@ def resolve_model(name: str) -> Model:
     return _with_configuration(name, source, card, index)
 
 
-def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_shift: float | None = None) -> Any:
+def load_pipeline(
+    model: Model,
+    *,
+    dtype: str,
+    device: str,
+    offload: str,
+    flow_shift: float | None = None,
+    loras: Sequence[Lora] = (),
+    tell: Callable[[str], None] = warnings.warn,
+) -> Any:
     """Loads the pipeline and puts it where it is to run.
 
     Args:
@@ -91,6 +103,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
         device: "cpu", "cuda", "cuda:1", "mps".
         offload: "none", "model" (one component at a time on the GPU) or "group" (one layer at a time).
         flow_shift: replaces the scheduler's; None keeps it.
+        loras: added to its transformers.
+        tell: called with a line about each of them that does not fit in part.
 
     Raises:
         InputError: files are missing or damaged, are not safetensors, or do not belong together.
@@ -105,6 +119,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
             pipe = _load_whole(model, getattr(torch, dtype))
         except InputError as error:
             raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
+    for line in load_loras(pipe, loras) if loras else ():
+        tell(line)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if model.kind.tiled_vae:
@@ -245,19 +261,5 @@ def _read_json(source: str, file: str) -> dict[str, Any]:
 
 
 def _from_hub(repository: str, file: str) -> Path:
-    from huggingface_hub import constants, errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, file))
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"
-        else:
-            reason = "the hub cannot be reached and the model is not in the local cache"
-        raise InputError(f"--model {repository}: {reason}") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise InputError(f"--model {repository}: the hub has no such model, or it needs a login") from error
-    except errors.EntryNotFoundError as error:
-        raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline") from error
-    except (OSError, errors.HfHubHTTPError) as error:
-        raise InputError(f"--model {repository}: cannot fetch {file} ({type(error).__name__})") from error
+    absent = f"it has no {file}, so it is not a saved pipeline"
+    return hub_file(f"--model {repository}", "model", repository, file, absent)

@@ -212,11 +212,12 @@ def _plot(title: str, note: str, svg: str, legend: list[str] | None = None, grad
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    settings = {
-        key: value for key, value in report["settings"].items() if key not in ("preset_rules", "preset_2_rules")
-    }
+    apart = ("preset_rules", "preset_2_rules", "loras")
+    settings = {key: value for key, value in report["settings"].items() if key not in apart}
     groups = [("Settings", settings), ("Preset", report["settings"].get("preset_rules") or {})]
     groups.append(("Preset of the second transformer", report["settings"].get("preset_2_rules") or {}))
+    loras = enumerate(report["settings"].get("loras", []), start=1)
+    groups.append(("LoRA", {str(number): _lora(entry) for number, entry in loras}))
     machine = dict(report["hardware"])
     if "load_seconds" in report:
         machine["load_seconds"] = round(report["load_seconds"], 2)
@@ -226,6 +227,11 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         for name, group in groups
         if group
     ]
+
+
+def _lora(entry: dict[str, Any]) -> str:
+    where = " and ".join(entry["into"])
+    return f"{entry['lora']}, weight {entry['weight']:g}, in {where}, SHA-256 {entry['digest']}\u2026"
 
 
 def _plain(value: Any) -> str:

@@ -76,7 +76,7 @@ def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
 
 @stopping.carried_out()
 def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
-    settings = plan.settings
+    settings, told = plan.settings, list[str]()
     started = time.perf_counter()
     pipe = load_pipeline(
         plan.model,
@@ -84,13 +84,19 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
         device=place.take_device(settings.device),
         offload=settings.offload,
         flow_shift=settings.flow_shift,
+        loras=plan.loras,
+        tell=told.append,
     )
+    for line in told:
+        print(f"warning: {line}", file=sys.stderr)
     about = {
         "settings": {**settings.to_dict(), "flow_shift": current_flow_shift(pipe)},
         "versions": versions(),
         "hardware": hardware(settings.device),
         "load_seconds": time.perf_counter() - started,
     }
+    if told:
+        about["warnings"] = told
     folder.begin()
     for index in todo:
         stopping.check()
@@ -192,5 +198,8 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         "ssim": comparison["ssim"]["mean"] if comparison else None,
         "vmaf": comparison["vmaf"]["mean"] if "vmaf" in comparison else None,
         "speedup": comparison["speedup"]["total"] if comparison else None,
-        "warnings": [f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]],
+        "warnings": [
+            *report.get("warnings", []),
+            *(f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]),
+        ],
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import Model, resolve_model
+from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.vbench import check_names
@@ -52,6 +53,8 @@ class Request:
     strict: bool = False
     vbench: bool = False
     literal: bool = False
+    lora: tuple[str, ...] = ()
+    lora_2: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Settings:
 
     `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
     it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
-    the seeds `seed`, `seed + 1`, ...
+    the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings` tells of each, in order.
     """
 
     model: str
@@ -87,10 +90,12 @@ class Settings:
     image: str | None
     image_digest: str | None
     strict: bool
+    loras: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+        """The settings as JSON values; what earlier versions did not have is left out where it is empty."""
+        told = asdict(self)
+        return told if self.loras else {name: value for name, value in told.items() if name != "loras"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Plan:
     image: "Image.Image | None"
     vbench: bool = False
     preset_2: "Preset | None" = None
+    loras: tuple[Lora, ...] = ()
 
     def sample(self, index: int) -> int:
         """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
@@ -147,6 +153,7 @@ def make_plan(request: Request) -> Plan:
         _fits_model("--preset-2", preset_2, model)
     image, digest = _load_image(request.image, model)
     height, width = _size(request, model, image)
+    loras = resolve_loras(request.lora, request.lora_2, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
     settings = Settings(
         model=request.model,
@@ -173,12 +180,13 @@ def make_plan(request: Request) -> Plan:
         image=request.image,
         image_digest=digest,
         strict=request.strict,
+        loras=[lora.settings() for lora in loras],
     )
     if image is not None and model.kind.image == "first":
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
-    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2)
+    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2, loras)
 
 
 def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
