@@ -11,6 +11,8 @@ than the import.
 - `diffusers.models._modeling_parallel` has the words of plans for context parallelism, `transformer._cp_plan` is a plan
   of diffusers, `transformer._parallel_config` what was enabled, and its `_ulysses_mesh` the group of ranks. If one of
   them moves, runs that several GPUs share fail, and only these; the new one is to be named here.
+- `pipe._blocks` are the blocks that a modular pipeline runs; `pipe.blocks` is a copy of them. If it moves, the progress
+  bars of modular pipelines are as diffusers draws them.
 - `transformer._diffusers_hook.hooks[...].metadata` names the arguments that context parallelism splits. If it moves,
   LTX-Video in context parallel is refused.
 
@@ -21,6 +23,7 @@ that it stands for. If they move, those two calls no longer reach the dense phas
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -74,6 +77,15 @@ def split_arguments(transformer: torch.nn.Module) -> set[str]:
     hooks = getattr(transformer.__dict__.get("_diffusers_hook"), "hooks", None) or {}
     plans = [getattr(hook, "metadata", None) for hook in hooks.values()]
     return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
+
+
+def inner_blocks(pipe: Any) -> Iterator[Any]:
+    """The blocks of a modular pipeline, and those in them."""
+    waiting = [getattr(pipe, "_blocks", None)]
+    while waiting:
+        block = waiting.pop()
+        yield block
+        waiting += getattr(block, "sub_blocks", {}).values()
 
 
 def step_count(pipe: Any, timesteps: torch.Tensor) -> int:

@@ -56,7 +56,7 @@ class Calibration:
     @property
     def dense_steps(self) -> int:
         """How many denoising steps the base preset keeps dense."""
-        return self.base.dense_step_count(self.plan.settings.steps)
+        return self.base.dense_step_count(self.plan.steps)
 
     @property
     def measured(self) -> list[Video]:
@@ -99,7 +99,7 @@ def check(calibration: Calibration) -> None:
             raise InputError(f"--output {path}: {error.problem}") from error
         if path.exists() and not calibration.overwrite and not is_own(path):
             raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
-    if calibration.dense_steps >= plan.settings.steps:
+    if calibration.dense_steps >= plan.steps:
         raise InputError(f"--steps {plan.settings.steps}: with {base.name} all of them are dense")
     if not any(base.layer_specs(plan.model.num_layers)):
         raise InputError(f"--base-preset {base.name}: keeps every layer dense")

@@ -72,7 +72,9 @@ def load_component(part: Part, dtype: torch.dtype) -> Any:
     import torch
 
     kind = component_class(part)
+    pinned = {"revision": part.revision, "variant": part.variant}
     settings: dict[str, Any] = {"subfolder": part.subfolder}
+    settings |= {name: value for name, value in pinned.items() if value is not None}
     if issubclass(kind, torch.nn.Module):
         settings |= {
             "dtype" if part.library == "transformers" else "torch_dtype": dtype,
@@ -148,7 +150,8 @@ def _is_there(part: Part, file: str) -> bool:
         return (folder / part.subfolder / file).is_file()
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(part.repository, f"{part.subfolder}/{file}".lstrip("/")), str)
+    path = f"{part.subfolder}/{file}".lstrip("/")
+    return isinstance(try_to_load_from_cache(part.repository, path, revision=part.revision), str)
 
 
 def _numberless(key: str) -> str:

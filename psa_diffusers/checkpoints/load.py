@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ from psa_diffusers.checkpoints.components import check_values, listed_parts, loa
 from psa_diffusers.checkpoints.hub import hub_file
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 from psa_diffusers.checkpoints.lora import Lora, load_loras
+from psa_diffusers.checkpoints.modular import MODULAR_INDEX, assemble_modular, listed_modular_parts, place_modular
 from psa_diffusers.errors import InputError
-from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
+from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
 
 if TYPE_CHECKING:
     import torch
 
+INDEX = "model_index.json"
 # The second two where the pipeline has a place for them.
 NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
@@ -68,22 +71,37 @@ def resolve_model(name: str) -> Model:
         source = str(DEMO_FOLDER) if card.hub_id is None else card.hub_id
         if card.hub_id is None and not (DEMO_FOLDER / "model_index.json").is_file():
             raise InputError(f"--model {name}: this installation does not hold the demo's weights ({DEMO_FOLDER})")
-        index = _read_json(source, "model_index.json")
+        index = _read_json(source, _index_file(PIPELINE_KINDS[card.pipeline]))
     elif os.path.exists(name):
         source = str(Path(name).resolve())
-        if not Path(source, "model_index.json").is_file():
-            raise InputError(
-                f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
-            )
-        index = _read_json(source, "model_index.json")
-        card = _card_for(source, _known_pipeline(name, index))
+        file = next((file for file in (INDEX, MODULAR_INDEX) if Path(source, file).is_file()), None)
+        if file is None:
+            raise InputError(f"--model {name}: no {INDEX} there; give the folder of a saved diffusers pipeline")
+        index = _read_json(source, file)
+        card = _card_for(source, _known_pipeline(name, index, modular=file == MODULAR_INDEX))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
-        index = _read_json(source, "model_index.json")
-        card = _card_for(source, _known_pipeline(name, index))
+        index, modular = _index_from_hub(source)
+        card = _card_for(source, _known_pipeline(name, index, modular))
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
+
+
+def _index_file(kind: PipelineKind) -> str:
+    return MODULAR_INDEX if kind.modular else INDEX
+
+
+def _index_from_hub(source: str) -> tuple[dict[str, Any], bool]:
+    """The index of a repository, and whether it is that of a modular pipeline, because it has no other."""
+    try:
+        return _read_json(source, INDEX), False
+    except InputError:  # also where only the modular one is in the cache
+        try:
+            return _read_json(source, MODULAR_INDEX), True
+        except InputError:
+            pass
+        raise
 
 
 def load_pipeline(
@@ -125,7 +143,9 @@ def load_pipeline(
         _set_flow_shift(pipe, flow_shift)
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
-    if offload == "model":
+    if model.kind.modular:
+        place_modular(pipe, device, offload)
+    elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
@@ -143,19 +163,29 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
     if pipeline_class is None:
         raise InputError(f"diffusers {diffusers.__version__} has no {model.card.pipeline}")
     replaced = {part.name: part for part in model.card.parts}
-    index = _read_json(model.source, "model_index.json")
-    listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
-    parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
-    absent = [name for name in NEEDED if name in takes and name not in parts]
-    if absent:
-        raise InputError(f"model_index.json has no {absent[0]}")
-    components = {}
-    for name, part in parts.items():
-        exact = name == "vae" and part.type == model.kind.exact_vae
-        components[name] = load_component(part, torch.float32 if exact else dtype)
+    index = _read_json(model.source, _index_file(model.kind))
+
+    def load(part: Part) -> Any:
+        exact = part.name == "vae" and part.type == model.kind.exact_vae
+        return load_component(part, torch.float32 if exact else dtype)
+
+    if model.kind.modular:
+        build = partial(
+            assemble_modular, pipeline_class, index, model.source, model.kind.workflows, replaced=replaced, load=load
+        )
+    else:
+        listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
+        parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
+        absent = [name for name in NEEDED if name in takes and name not in parts]
+        if absent:
+            raise InputError(f"{INDEX} has no {absent[0]}")
+        components = {name: load(part) for name, part in parts.items()}
+        build = partial(
+            pipeline_class.from_pretrained, model.source, **components, torch_dtype=dtype, use_safetensors=True
+        )
     try:
-        pipe = pipeline_class.from_pretrained(model.source, **components, torch_dtype=dtype, use_safetensors=True)
-    except torch.OutOfMemoryError:
+        pipe = build()
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # as in load_component
         raise InputError(one_line(error)) from error
@@ -186,10 +216,14 @@ def _quiet_unless_terminal() -> None:
 
 
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
-    vae = _read_json(source, "vae/config.json")
-    repository, file = card.transformer
-    transformer = _read_json(repository if card.parts and repository else source, file)
     kind = PIPELINE_KINDS[card.pipeline]
+    repository, file = card.transformer
+    repository, vae_at, vae_file = repository if card.parts and repository else source, source, "vae/config.json"
+    if kind.modular:
+        vae_at, vae_file = _modular_configuration(name, "vae", index, source)
+        if not card.parts:
+            repository, file = _modular_configuration(name, "transformer", index, source)
+    vae, transformer = _read_json(vae_at, vae_file), _read_json(repository, file)
     heads = transformer.get("num_attention_heads")
     try:
         size_step, frame_step = kind.steps(vae, transformer)
@@ -214,11 +248,23 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     )
 
 
-def _known_pipeline(name: str, index: dict[str, Any]) -> str:
+def _modular_configuration(name: str, component: str, index: dict[str, Any], source: str) -> tuple[str, str]:
+    """Where the configuration of a modular pipeline's component is: a folder or repository, and the file there."""
+    try:
+        part = listed_modular_parts(index, source).get(component)
+    except InputError as error:
+        raise InputError(f"--model {name}: {error}") from error
+    if part is None:
+        raise InputError(f"--model {name}: {MODULAR_INDEX} has no {component}")
+    return part.repository, f"{part.subfolder}/config.json".lstrip("/")
+
+
+def _known_pipeline(name: str, index: dict[str, Any], modular: bool) -> str:
     pipeline = index.get("_class_name")
     if isinstance(pipeline, str) and pipeline in IN_CODE_ONLY:
         raise InputError(f"--model {name}: it is a {pipeline}: {IN_CODE_ONLY[pipeline]}")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINE_KINDS:
+    kind = PIPELINE_KINDS.get(pipeline) if isinstance(pipeline, str) else None
+    if not isinstance(pipeline, str) or kind is None or kind.modular != modular:
         raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
     return pipeline
 
@@ -236,7 +282,7 @@ def _card_for(source: str, pipeline: str) -> ModelCard:
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
             return card
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
-    nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
+    nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) or not cards else cards[0]
     return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", flow_shift=None, parts=())
 
 

@@ -15,13 +15,18 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a pipeline that its card loads from another repository than the rest."""
+    """A component of a pipeline, and where it is.
+
+    `revision` and `variant` are None unless an index pins them.
+    """
 
     name: str
     library: str
     type: str
     repository: str
     subfolder: str = ""
+    revision: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True)

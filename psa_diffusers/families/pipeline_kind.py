@@ -28,9 +28,11 @@ class PipelineKind:
     """A pipeline class that makes videos with a supported transformer.
 
     Attributes:
-        image: what it does with an image: makes the video begin with it, may look at it, or nothing.
+        image: what it does with an image: makes the video begin with it, does so if there is one, may look at it, or
+            nothing.
         size_step: height and width must be multiples of it, whatever the configuration says: the pipeline checks it.
         frame_rest: what the number of frames leaves over when divided by the frames of one latent.
+        frame_range: fewest and most frames, where it refuses others.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
         compression: pixels of one latent along time and along height and width, where the VAE's configuration has no
             word for it.
@@ -42,13 +44,18 @@ class PipelineKind:
         frame_rate: name of the argument that tells it the frames a second, if it is to be told: sound is made to last
             as long as they do.
         fps: frames a second, if it makes no other.
+        guided: whether it takes guidance and a negative prompt; not if guidance is in the weights.
         guider: whether guidance is a component of the pipeline, and no argument; such a pipeline takes no callback.
+        modular: whether it is a `ModularPipeline`, with a modular_model_index.json.
+        workflows: those of a modular pipeline whose components are loaded; empty for all components.
+        idle_steps: how many of the steps asked for call no transformer, because the last noise level is zero.
         in_code_only: why the commands cannot run it, None if they can.
     """
 
-    image: Literal["none", "first", "reference"] = "none"
+    image: Literal["none", "first", "maybe_first", "reference"] = "none"
     size_step: int = 16
     frame_rest: int = 1
+    frame_range: tuple[int, int] | None = None
     any_frames: bool = False
     compression: tuple[int, int] = (4, 8)
     patch: int = 2
@@ -58,12 +65,21 @@ class PipelineKind:
     sound: SoundOutput | None = None
     frame_rate: str | None = None
     fps: int | None = None
+    guided: bool = True
     guider: bool = False
+    modular: bool = False
+    workflows: tuple[str, ...] = ()
+    idle_steps: int = 0
     in_code_only: str | None = None
 
     @property
     def takes_image(self) -> bool:
         return self.image != "none"
+
+    @property
+    def begins_with_image(self) -> bool:
+        """Whether an image, if there is one, is the first frame."""
+        return self.image in ("first", "maybe_first")
 
     def layer_count(self, transformer: Mapping[str, Any]) -> int:
         """Number of transformer blocks."""

@@ -98,7 +98,7 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError(f"{len(plan.prompts)} prompts given; give one")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: is already there; choose another name or add --overwrite")
-    per_expert, steps = plan.model.num_layers, plan.settings.steps
+    per_expert, steps = plan.model.num_layers, plan.steps
     count = per_expert * plan.model.experts
     index = count // 2 if place.layer is None else place.layer
     if not 0 <= index < count:
@@ -111,7 +111,7 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
     dense = plan.preset.dense_step_count(steps)
     if dense >= steps:
-        raise InputError(f"--steps {steps}: with {plan.preset.name} all of them are dense")
+        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
     step = middle_sparse_step(plan.preset, steps) if place.step is None else place.step - 1
     if not dense <= step < steps:
         raise InputError(

@@ -121,6 +121,11 @@ class Plan:
         return index % self.settings.samples
 
     @property
+    def steps(self) -> int:
+        """How many denoising steps call a transformer."""
+        return self.settings.steps - self.model.kind.idle_steps
+
+    @property
     def name(self) -> str:
         """The stem of the video's file: the preset's name (presets allow only what a file name may hold) or "dense"."""
         return self.settings.preset
@@ -151,6 +156,7 @@ def make_plan(request: Request) -> Plan:
         if model.experts != 2 or preset is None or preset_2 is None:
             raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
         _fits_model("--preset-2", preset_2, model)
+    _check_guided(request, model)
     image, digest = _load_image(request.image, model)
     height, width = _size(request, model, image)
     loras = resolve_loras(request.lora, request.lora_2, model=model.name, pipeline=card.pipeline, experts=model.experts)
@@ -165,7 +171,7 @@ def make_plan(request: Request) -> Plan:
         compare=request.compare,
         seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
         samples=samples,
-        steps=_in_range("--steps", _given(request.steps, card.steps), 1, 1000),
+        steps=_in_range("--steps", _given(request.steps, card.steps), 1 + model.kind.idle_steps, 1000),
         guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
         flow_shift=card.flow_shift,
@@ -182,7 +188,7 @@ def make_plan(request: Request) -> Plan:
         strict=request.strict,
         loras=[lora.settings() for lora in loras],
     )
-    if image is not None and model.kind.image == "first":
+    if image is not None and model.kind.begins_with_image:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
@@ -211,6 +217,13 @@ def _fits_model(option: str, preset: "Preset", model: Model) -> None:
         preset.layer_specs(model.num_layers)
     except ValueError as error:
         raise InputError(f"{option} {error}") from error
+
+
+def _check_guided(request: Request, model: Model) -> None:
+    given = {"--guidance": request.guidance, "--negative-prompt": request.negative_prompt}
+    for option, value in given.items():
+        if value is not None and not model.kind.guided:
+            raise InputError(f"{option} {value}: {model.name} takes none; guidance is in its weights")
 
 
 def _pick_device(device: str, offload: str) -> str:
@@ -268,7 +281,7 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
-    if image is not None and model.kind.image == "first" and request.height is None and request.width is None:
+    if image is not None and model.kind.begins_with_image and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
         width = max(step, round((area / ratio) ** 0.5) // step * step)
@@ -291,6 +304,9 @@ def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
 
 def _frames(frames: int, model: Model) -> int:
     step, rest = model.frame_step, model.kind.frame_rest
+    fewest, most = model.kind.frame_range or (frames, frames)
+    if not fewest <= frames <= most:
+        raise InputError(f"--frames {frames}: {model.name} makes videos of {fewest} to {most} frames")
     if frames < 1 or (frames - rest) % step:
         below = max(rest or step, (frames - rest) // step * step + rest)
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"

@@ -93,7 +93,9 @@ def test_one_file_twice_a_pipeline_without_lora_and_a_second_transformer_that_is
     shutil.copy(file, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match=r"b\.safetensors:2: is the same file as .*a\.safetensors; give it once"):
         resolve(file, f"{tmp_path}/b.safetensors:2")
-    with pytest.raises(InputError, match=r"wan takes no LoRA: AllegroPipeline of diffusers .* has no load_lora_weights"):
+    with pytest.raises(
+        InputError, match=r"wan takes no LoRA: AllegroPipeline of diffusers .* has no load_lora_weights"
+    ):
         resolve(file, pipeline="AllegroPipeline")
     with pytest.raises(InputError, match=r"--lora-2 .*: needs a model with two transformers"):
         resolve(second=[file])
