@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from psa_diffusers.presets import Preset
 
 
-class _EnoughSeen(Exception):
-    """The step that was asked for is done; the rest of the run is not needed."""
+class _EnoughSeen(BaseException):
+    """The step that was asked for is done; the rest of the run is not needed. Modular pipelines log any Exception."""
 
 
 @dataclass(frozen=True)
