@@ -10,6 +10,7 @@ from diffusers import WanPipeline
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import read_video
+from psa_diffusers.runs.inspection import MaskPlace, inspect_run
 from psa_diffusers.runs.plan import make_plan
 from psa_testing.modular_wan import KIND, save_modular_wan
 from psa_testing.tiny_runs import FRAMES, LAYERS, STEPS, carry_out, edit_pipeline
@@ -96,3 +97,9 @@ def test_frames_within_a_range_and_steps_of_which_the_last_is_idle(modular):
             make_plan(modular(kind=kind, frames=frames))
     with pytest.raises(InputError, match="--steps 1: must be from 2 to 1000"):
         make_plan(modular(kind=kind, frames=9, steps=1))
+
+
+def test_an_inspected_run_ends_after_its_step_and_in_silence(modular, tmp_path, capfd):
+    summary = inspect_run(make_plan(modular()), MaskPlace(), tmp_path / "mask.png")
+    assert (summary["step"], summary["steps"]) == (3, STEPS)
+    assert "Error in block" not in capfd.readouterr().err
