@@ -40,7 +40,7 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
   psa-generate --model wan --preset psa-3 prompts.txt
   psa-generate --model wan2.2-14b --offload model --compare "a fox in snow"
   psa-generate --model wan-i2v-14b-480p --image fox.jpg "the fox looks up"
-  psa-generate --model wan --lora few-steps.safetensors:0.8 --steps 4 --guidance 1 "a fox in snow"
+  psa-generate --model wan --lora fast.safetensors:0.8 --steps 4 "a fox in snow"
   psa-generate --list
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
@@ -107,14 +107,14 @@ def _generate(
         typer.Option(
             metavar="PATH|HUB_ID[:WEIGHT]",
             help="LoRA: a safetensors file, a folder or a hub repository with one, or owner/name/file.safetensors; "
-            "several add up. Of both transformers where there are two.",
+            "several add up. In both transformers where there are two.",
         ),
     ] = None,
     lora_2: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH|HUB_ID[:WEIGHT]",
-            help="LoRA of the second of two transformers; --lora is then of the first alone.",
+            help="LoRA for the second of two transformers; --lora is then for the first alone.",
         ),
     ] = None,
     overwrite: Annotated[
