@@ -98,7 +98,8 @@ def place_modular(pipe: Any, device: str, offload: str) -> None:
         manager = ComponentsManager()
         for name, network in networks.items():
             manager.add(name, network)
-        manager.enable_auto_cpu_offload(device=device)
+        # One at a time, as with other pipelines. Left to itself it keeps what fits, activations apart.
+        manager.enable_auto_cpu_offload(device=device, offload_strategy=lambda hooks, **about: hooks)
     elif offload == "group":
         for network in networks.values():
             _offload_layers(network, torch.device(device))

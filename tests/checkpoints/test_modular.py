@@ -3,13 +3,18 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanModularPipeline
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from safetensors.torch import load_file, save_file
 
 from psa_diffusers.checkpoints import load as loading
+from psa_diffusers.checkpoints import modular
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
 from psa_diffusers.errors import InputError
@@ -179,3 +184,49 @@ def test_only_the_components_of_some_workflows_are_loaded(model, monkeypatch):
     pipe = load(model)
     assert pipe.transformer is not None and pipe.scheduler is not None
     assert pipe.vae is None and pipe.text_encoder is None
+
+
+CALL = {"prompt": "a cat", "negative_prompt": "", "num_frames": 5, "height": 64, "width": 64, "num_inference_steps": 2}
+
+
+def frames(pipe):
+    modular.set_progress_bars(pipe, disable=True)
+    return pipe(**CALL, generator=torch.Generator().manual_seed(0), output="videos")[0]
+
+
+@pytest.fixture
+def offloaded(model, monkeypatch, one_thread):
+    """A pipeline that is offloaded in a way, from a CPU to itself, and the frames of one that is not."""
+    monkeypatch.setattr(torch.cpu, "mem_get_info", lambda index: (2**30, 2**31), raising=False)
+    monkeypatch.setitem(modular.OFFLOADS, "use_stream", False)
+
+    def make(offload):
+        pipe = load_pipeline(resolve_model(str(model)), dtype="float32", device="cpu", offload=offload)
+        return pipe, frames(load(model))
+
+    return make
+
+
+def test_offload_of_models_has_one_on_the_device(offloaded, monkeypatch):
+    pipe, wanted = offloaded("model")
+    ran = []
+    for part in (pipe.text_encoder, pipe.transformer, pipe.vae):
+        hook = part._hf_hook
+        monkeypatch.setattr(hook, "pre_forward", partial(_noted, ran, hook.pre_forward))
+        others = [other.model for other in hook.other_hooks]
+        assert len(others) == 2
+        assert hook.offload_strategy(hooks=others, model_id="", model=part, execution_device="cpu") == others
+    np.testing.assert_allclose(frames(pipe), wanted, atol=1e-5)
+    names = ["UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"]
+    assert [name for name, _ in groupby(ran)] == names
+
+
+def _noted(ran, before, module, *arguments, **settings):
+    ran.append(type(module).__name__)
+    return before(module, *arguments, **settings)
+
+
+def test_offload_of_layers(offloaded):
+    pipe, wanted = offloaded("group")
+    assert all(_is_group_offload_enabled(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae))
+    np.testing.assert_allclose(frames(pipe), wanted, atol=1e-5)
