@@ -1,6 +1,7 @@
 """What a model's card says: where its weights are and how they are run."""
 
 from dataclasses import dataclass
+from typing import Any
 
 # What Wan's own configuration (`sample_neg_prompt`, Wan 2.1 and 2.2 alike) and the Wan 2.2 cards use.
 WAN_NEGATIVE_PROMPT = (
@@ -36,7 +37,8 @@ class ModelCard:
     `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
     has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
-    `dtype` is what the weights were trained in. `parts` replace components of the repository.
+    `dtype` is what the weights were trained in. `parts` replace components of the repository. `arguments` are more
+    that the pipeline is called with, by name; values are those of JSON.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ModelCard:
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
     parts: tuple[Part, ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     @property
     def transformer(self) -> tuple[str | None, str]:

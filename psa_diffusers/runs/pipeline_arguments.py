@@ -52,6 +52,7 @@ def call_arguments(
         arguments[kind.frame_rate] = settings.fps
     if plan.image is not None:
         arguments["image" if kind.begins_with_image else "reference_images"] = plan.image
+    arguments |= settings.arguments
     if kind.modular:
         _check_inputs(pipe, arguments)
         arguments["output"] = wanted_outputs(kind)

@@ -63,7 +63,8 @@ class Settings:
 
     `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
     it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
-    the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings` tells of each, in order.
+    the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings` tells of each, in order,
+    `arguments` what the card adds to the pipeline's call.
     """
 
     model: str
@@ -91,11 +92,11 @@ class Settings:
     image_digest: str | None
     strict: bool
     loras: list[dict[str, Any]]
+    arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values; what earlier versions did not have is left out where it is empty."""
-        told = asdict(self)
-        return told if self.loras else {name: value for name, value in told.items() if name != "loras"}
+        return {name: value for name, value in asdict(self).items() if value or name not in ("loras", "arguments")}
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ def make_plan(request: Request) -> Plan:
         image_digest=digest,
         strict=request.strict,
         loras=[lora.settings() for lora in loras],
+        arguments=dict(card.arguments),
     )
     if image is not None and model.kind.begins_with_image:
         image = _fit_image(image, height, width)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import peft
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -10,6 +11,8 @@ from psa_diffusers.checkpoints import lora as lora_files
 from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
 from psa_diffusers.checkpoints.lora import resolve_loras
 from psa_diffusers.errors import InputError
+from psa_diffusers.families import find_family
+from psa_testing.families import SAVED
 from psa_testing.lora_files import lora_weights, save_lora
 from psa_testing.tiny_pipelines import run
 
@@ -229,3 +232,23 @@ def test_factors_without_values_are_refused(saved, tmp_path, monkeypatch):
     file = save_lora(tmp_path / "half.safetensors", without("lora_A"))
     with pytest.raises(InputError, match=r"got no values from its weights; the files are not complete"):
         load(saved / "wan", file)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_diffusers_writes_is_loaded_into_every_family_that_takes_it(name, tmp_path):
+    first, second = SAVED[name].build(), SAVED[name].build()
+    transformer, pipeline = first.transformer, type(first).__name__
+    if not hasattr(first, "load_lora_weights"):
+        with pytest.raises(InputError, match=rf"takes no LoRA: {pipeline} of diffusers"):
+            resolve(save_lora(tmp_path / "style.safetensors"), pipeline=pipeline)
+        return
+    attentions = find_family(transformer).self_attentions(transformer).values()
+    linear = {part for attn in attentions for part in attn.modules() if isinstance(part, torch.nn.Linear)}
+    names = [name for name, part in transformer.named_modules() if part in linear]
+    transformer.add_adapter(peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False))
+    layers = peft.get_peft_model_state_dict(transformer)
+    first.save_lora_weights(str(tmp_path), transformer_lora_layers=layers)
+    loras = resolve(f"{tmp_path}:0.5", pipeline=pipeline)
+    assert lora_files.load_loras(second, loras) == []
+    loaded = peft.get_peft_model_state_dict(second.transformer, adapter_name=loras[0].name)
+    assert loaded.keys() == layers.keys() and all(torch.equal(loaded[key], layers[key]) for key in layers)
