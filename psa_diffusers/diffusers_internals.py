@@ -23,7 +23,6 @@ that it stands for. If they move, those two calls no longer reach the dense phas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,13 +78,12 @@ def split_arguments(transformer: torch.nn.Module) -> set[str]:
     return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
 
 
-def inner_blocks(pipe: Any) -> Iterator[Any]:
+def inner_blocks(pipe: Any) -> list[Any]:
     """The blocks of a modular pipeline, and those in them."""
-    waiting = [getattr(pipe, "_blocks", None)]
-    while waiting:
-        block = waiting.pop()
-        yield block
-        waiting += getattr(block, "sub_blocks", {}).values()
+    found = [getattr(pipe, "_blocks", None)]
+    for block in found:
+        found += getattr(block, "sub_blocks", {}).values()
+    return found
 
 
 def step_count(pipe: Any, timesteps: torch.Tensor) -> int:

@@ -75,8 +75,7 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     assert (model.num_layers, model.experts) == (published.layers, published.experts)
     frames, height, width = published.grid
     assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
-    # Else its grid is that of a section, or its frames come in steps of several latents.
-    if not model.kind.any_frames and model.kind.frame_rest <= 1:
+    if not model.kind.any_frames:  # else its grid is that of a section
         latents = -(-settings.frames // model.frame_step)
         assert -(-latents // published.config.get("patch_size_t", 1)) == frames
     if name == "wan2.2-14b":
