@@ -23,7 +23,7 @@ from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 WIDTH, RATE = 16, 8000
 TEXT_STEPS = (encoders.MiniMaxH3TextEncoderStep, encoders.MiniMaxH3FL2VATextEncoderStep)
 KIND = PipelineKind(
-    image="maybe_first",
+    image="first or none",
     size_step=32,
     compression=(17, 16),
     frame_rest=5,

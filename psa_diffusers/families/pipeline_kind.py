@@ -52,7 +52,7 @@ class PipelineKind:
         in_code_only: why the commands cannot run it, None if they can.
     """
 
-    image: Literal["none", "first", "maybe_first", "reference"] = "none"
+    image: Literal["none", "first", "first or none", "reference"] = "none"
     size_step: int = 16
     frame_rest: int = 1
     frame_range: tuple[int, int] | None = None
@@ -79,7 +79,7 @@ class PipelineKind:
     @property
     def begins_with_image(self) -> bool:
         """Whether an image, if there is one, is the first frame."""
-        return self.image in ("first", "maybe_first")
+        return self.image in ("first", "first or none")
 
     def layer_count(self, transformer: Mapping[str, Any]) -> int:
         """Number of transformer blocks."""
