@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from psa_diffusers.patch.modules import TRANSFORMERS
 from psa_testing.random_norms import draw_norms
 from psa_testing.tiny_pipelines import tiny_image
 
@@ -57,6 +58,7 @@ class Case:
         one_each: whether it stands for its transformer's class in what does not depend on the pipeline: one of each.
         text: what is known of its text; None where the text has cross-attention of its own, or is not looked at.
         fuses: whether diffusers fuses its projections while the patch is on.
+        call: calls the pipeline and returns the video's latents, where that is another thing than `pipe(...).frames`.
     """
 
     build: Callable[[], Any]
@@ -65,11 +67,12 @@ class Case:
     one_each: bool = False
     text: JointText | None = None
     fuses: bool = False
+    call: Callable[[Any, Inputs], torch.Tensor] | None = None
 
     def make(self) -> Any:
         """The pipeline, with weights in the norms of its attention that tell one norm from another."""
         pipe = self.build()
-        for name in ("transformer", "transformer_2"):
+        for name in TRANSFORMERS:
             if getattr(pipe, name, None) is not None:
                 draw_norms(getattr(pipe, name))
         return pipe
@@ -80,7 +83,10 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         arguments = {**COMMON, **self.inputs, "generator": generator, **overrides}
         # None stands for an argument that the pipeline does not have, or that another replaces.
-        frames = pipe(**{name: value for name, value in arguments.items() if value is not None}).frames
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if self.call is not None:
+            return self.call(pipe, arguments)
+        frames = pipe(**arguments).frames
         return torch.cat(frames, dim=2) if isinstance(frames, list) else frames  # Framepack: latents of each section
 
 

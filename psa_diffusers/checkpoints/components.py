@@ -25,7 +25,9 @@ LIBRARIES = ("diffusers", "transformers")
 LONGEST_REASON = 300
 
 
-def listed_parts(index: Mapping[str, Any], pipeline_class: type, source: str) -> list[Part]:
+def listed_parts(
+    index: Mapping[str, Any], pipeline_class: type, source: str, revision: str | None = None
+) -> list[Part]:
     """The components that model_index.json lists and the pipeline takes.
 
     Components of other libraries than diffusers and transformers are left to the pipeline to load.
@@ -42,7 +44,7 @@ def listed_parts(index: Mapping[str, Any], pipeline_class: type, source: str) ->
             raise InputError(f"model_index.json: {name} is {entry}; it must be a library and a class")
         library, kind = entry
         if library in LIBRARIES:
-            part = Part(name, library, kind, source, name)
+            part = Part(name, library, kind, source, name, revision)
             component_class(part)
             parts.append(part)
         elif not hasattr(importlib.import_module("diffusers.pipelines"), library):

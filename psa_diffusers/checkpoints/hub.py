@@ -7,13 +7,14 @@ from pathlib import Path
 from psa_diffusers.errors import InputError
 
 
-def hub_file(shown: str, what: str, repository: str, file: str, absent: str) -> Path:
+def hub_file(shown: str, what: str, repository: str, file: str, absent: str, revision: str | None = None) -> Path:
     """The path of one file of a repository, which is downloaded unless it is in the cache.
 
     Args:
         shown: the option and its value, with which an error begins.
         what: what the repository is, such as "model".
         absent: what it means that the repository does not have the file.
+        revision: the branch, if it is not main.
 
     Raises:
         InputError: it cannot be had.
@@ -22,7 +23,7 @@ def hub_file(shown: str, what: str, repository: str, file: str, absent: str) -> 
 
     with _told(shown, what, file):
         try:
-            return Path(hf_hub_download(repository, file))
+            return Path(hf_hub_download(repository, file, revision=revision))
         except errors.LocalEntryNotFoundError:  # a kind of the next one
             raise
         except errors.EntryNotFoundError as error:

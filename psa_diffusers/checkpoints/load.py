@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -71,7 +72,7 @@ def resolve_model(name: str) -> Model:
         source = str(DEMO_FOLDER) if card.hub_id is None else card.hub_id
         if card.hub_id is None and not (DEMO_FOLDER / "model_index.json").is_file():
             raise InputError(f"--model {name}: this installation does not hold the demo's weights ({DEMO_FOLDER})")
-        index = _read_json(source, _index_file(PIPELINE_KINDS[card.pipeline]))
+        index = _read_json(source, _index_file(PIPELINE_KINDS[card.pipeline]), card.revision)
     elif os.path.exists(name):
         source = str(Path(name).resolve())
         file = next((file for file in (INDEX, MODULAR_INDEX) if Path(source, file).is_file()), None)
@@ -81,8 +82,10 @@ def resolve_model(name: str) -> Model:
         card = _card_for(source, _known_pipeline(name, index, modular=file == MODULAR_INDEX))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
-        index, modular = _index_from_hub(source)
-        card = _card_for(source, _known_pipeline(name, index, modular))
+        # A known repository may hold its pipeline in another branch than main.
+        revision = next((card.revision for card in MODELS.values() if card.hub_id == name), None)
+        index, modular = _index_from_hub(source, revision)
+        card = _card_for(source, _known_pipeline(name, index, modular), revision)
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
@@ -92,13 +95,13 @@ def _index_file(kind: PipelineKind) -> str:
     return MODULAR_INDEX if kind.modular else INDEX
 
 
-def _index_from_hub(source: str) -> tuple[dict[str, Any], bool]:
+def _index_from_hub(source: str, revision: str | None) -> tuple[dict[str, Any], bool]:
     """The index of a repository, and whether it is that of a modular pipeline, because it has no other."""
     try:
-        return _read_json(source, INDEX), False
+        return _read_json(source, INDEX, revision), False
     except InputError:  # also where only the modular one is in the cache
         try:
-            return _read_json(source, MODULAR_INDEX), True
+            return _read_json(source, MODULAR_INDEX, revision), True
         except InputError:
             pass
         raise
@@ -163,7 +166,8 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
     if pipeline_class is None:
         raise InputError(f"diffusers {diffusers.__version__} has no {model.card.pipeline}")
     replaced = {part.name: part for part in model.card.parts}
-    index = _read_json(model.source, _index_file(model.kind))
+    revision = model.card.revision
+    index = _read_json(model.source, _index_file(model.kind), revision)
 
     def load(part: Part) -> Any:
         exact = part.name == "vae" and part.type == model.kind.exact_vae
@@ -174,15 +178,14 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
             assemble_modular, pipeline_class, index, model.source, model.kind.workflows, replaced=replaced, load=load
         )
     else:
-        listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
+        listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source, revision)}
         parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
         absent = [name for name in NEEDED if name in takes and name not in parts]
         if absent:
             raise InputError(f"{INDEX} has no {absent[0]}")
-        components = {name: load(part) for name, part in parts.items()}
-        build = partial(
-            pipeline_class.from_pretrained, model.source, **components, torch_dtype=dtype, use_safetensors=True
-        )
+        settings = {"revision": revision, "torch_dtype": dtype, "use_safetensors": True}
+        settings |= {name: load(part) for name, part in parts.items()}
+        build = partial(pipeline_class.from_pretrained, model.source, **settings)
     try:
         pipe = build()
     except (torch.OutOfMemoryError, InputError):
@@ -217,13 +220,11 @@ def _quiet_unless_terminal() -> None:
 
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
     kind = PIPELINE_KINDS[card.pipeline]
-    repository, file = card.transformer
-    repository, vae_at, vae_file = repository if card.parts and repository else source, source, "vae/config.json"
-    if kind.modular:
-        vae_at, vae_file = _modular_configuration(name, "vae", index, source)
-        if not card.parts:
-            repository, file = _modular_configuration(name, "transformer", index, source)
-    vae, transformer = _read_json(vae_at, vae_file), _read_json(repository, file)
+    for package in kind.packages:
+        if not is_installed(package):
+            raise InputError(f"--model {name}: {card.pipeline} needs the package {package}, which is not installed")
+    vae, transformer = (_configuration(name, part, source, card, index) for part in ("vae", "transformer"))
+    file = card.transformer[1]
     heads = transformer.get("num_attention_heads")
     try:
         size_step, frame_step = kind.steps(vae, transformer)
@@ -248,15 +249,20 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     )
 
 
-def _modular_configuration(name: str, component: str, index: dict[str, Any], source: str) -> tuple[str, str]:
-    """Where the configuration of a modular pipeline's component is: a folder or repository, and the file there."""
+def _configuration(name: str, component: str, source: str, card: ModelCard, index: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the VAE or the transformer, wherever it is."""
+    repository, file = card.transformer
+    if component == "transformer" and card.parts and repository:
+        return _read_json(repository, file)
+    if not PIPELINE_KINDS[card.pipeline].modular:
+        return _read_json(source, f"{component}/config.json", card.revision)
     try:
         part = listed_modular_parts(index, source).get(component)
     except InputError as error:
         raise InputError(f"--model {name}: {error}") from error
     if part is None:
         raise InputError(f"--model {name}: {MODULAR_INDEX} has no {component}")
-    return part.repository, f"{part.subfolder}/config.json".lstrip("/")
+    return _read_json(part.repository, f"{part.subfolder}/config.json".lstrip("/"), part.revision)
 
 
 def _known_pipeline(name: str, index: dict[str, Any], modular: bool) -> str:
@@ -269,7 +275,7 @@ def _known_pipeline(name: str, index: dict[str, Any], modular: bool) -> str:
     return pipeline
 
 
-def _card_for(source: str, pipeline: str) -> ModelCard:
+def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelCard:
     """The card of a hub id or a local folder.
 
     A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
@@ -280,10 +286,11 @@ def _card_for(source: str, pipeline: str) -> ModelCard:
     cards = [card for card in MODELS.values() if card.pipeline == pipeline]
     for card in cards:
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
-            return card
+            return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) or not cards else cards[0]
-    return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", flow_shift=None, parts=())
+    plain_settings: dict[str, Any] = {"negative_prompt": "", "flow_shift": None, "parts": (), "arguments": ()}
+    return replace(nearest, name=source, hub_id=None, about="", revision=revision, **plain_settings)
 
 
 def _unknown(name: str) -> str:
@@ -295,8 +302,13 @@ def _unknown(name: str) -> str:
     )
 
 
-def _read_json(source: str, file: str) -> dict[str, Any]:
-    path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file)
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _read_json(source: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file, revision)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -306,6 +318,6 @@ def _read_json(source: str, file: str) -> dict[str, Any]:
     return content
 
 
-def _from_hub(repository: str, file: str) -> Path:
+def _from_hub(repository: str, file: str, revision: str | None) -> Path:
     absent = f"it has no {file}, so it is not a saved pipeline"
-    return hub_file(f"--model {repository}", "model", repository, file, absent)
+    return hub_file(f"--model {repository}", "model", repository, file, absent, revision)

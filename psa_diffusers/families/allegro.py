@@ -41,7 +41,7 @@ class Allegro(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
 

@@ -16,9 +16,9 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a pipeline, and where it is.
+    """A component of a pipeline, and where it is: a repository or a folder, with the branch of it that is not main.
 
-    `revision` and `variant` are None unless an index pins them.
+    `variant` is the one of its weights that an index names, None for the plain ones.
     """
 
     name: str
@@ -34,8 +34,9 @@ class Part:
 class ModelCard:
     """A model and the settings that its card runs it with.
 
-    `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
-    has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
+    `hub_id` is None for the bundled demo. `revision` is the branch of it that holds the pipeline, if it is not main.
+    `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model has no second expert, or its card gives
+    none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
     `dtype` is what the weights were trained in. `parts` replace components of the repository. `arguments` are more
     that the pipeline is called with, by name; values are those of JSON.
@@ -57,6 +58,7 @@ class ModelCard:
     dtype: str = "bfloat16"
     parts: tuple[Part, ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
+    revision: str | None = None
 
     @property
     def transformer(self) -> tuple[str | None, str]:

@@ -58,7 +58,9 @@ class CogVideoX(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(
+        attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert text is not None, "its attention is always joint"
         return project_out(attn, video), project_out(attn, text)
 

@@ -26,12 +26,14 @@ class AttentionCall:
         encoder_hidden_states: `[B, T, C]`: text tokens of joint attention, None where text has cross-attention.
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
+        more: whatever else a family reads.
     """
 
     hidden_states: torch.Tensor
     encoder_hidden_states: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     rotary_emb: Any = None
+    more: Any = None
 
     @property
     def text_tokens(self) -> int:
@@ -55,6 +57,7 @@ class ModelFamily(ABC):
         transformers: names of the diffusers classes that the family covers.
         processors: names of the diffusers classes whose attention `project` and `output` compute: all stock processors
             that a video self-attention of the family may have.
+        arguments: names of all that the stock processors of its transformers take, those of cross-attention included.
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
@@ -67,6 +70,14 @@ class ModelFamily(ABC):
     order: ClassVar[int] = 100
     transformers: ClassVar[tuple[str, ...]]
     processors: ClassVar[tuple[str, ...]]
+    arguments: ClassVar[tuple[str, ...]] = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "attention_mask",
+        "temb",
+        "rotary_emb",
+        "image_rotary_emb",
+    )
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
@@ -82,8 +93,47 @@ class ModelFamily(ABC):
     def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         """Video tokens along frames, height and width, from the arguments of the transformer's forward by name.
 
-        None where these do not tell: such a call is dense.
+        None where these do not tell: such a forward is dense.
+
+        Raises:
+            DenseOnlyError: no layer can be sparse in this forward.
         """
+
+    @staticmethod
+    def timestep(inputs: Mapping[str, Any]) -> Any:
+        """The timestep of a forward as `timesteps` have it: a number, a tensor, or None if not given.
+
+        The largest value of a tensor counts, as conditions have timestep 0.
+
+        Args:
+            inputs: the arguments of the transformer's forward by name.
+        """
+        return inputs.get("timestep")
+
+    @staticmethod
+    def timesteps(scheduler: Any) -> torch.Tensor:
+        """What `timestep` gives at each step of a scheduler, `[steps]`: by default its `timesteps`.
+
+        For models that are given something else, which cannot be turned back into a timestep once it is rounded.
+        """
+        return scheduler.timesteps
+
+    @classmethod
+    def call(cls, arguments: Mapping[str, Any]) -> AttentionCall | None:
+        """What `project` and `output` need of a call of one of `processors`; None where it computes no attention.
+
+        Such a call, and one of a layer that is dense, goes to the module's own processor with all its arguments.
+
+        Args:
+            arguments: of the call by the processor's names for them, without the attention module.
+        """
+        positions = arguments.get("rotary_emb")
+        return AttentionCall(
+            arguments["hidden_states"],
+            arguments.get("encoder_hidden_states"),
+            arguments.get("attention_mask"),
+            arguments.get("image_rotary_emb") if positions is None else positions,
+        )
 
     @staticmethod
     @abstractmethod
@@ -96,10 +146,11 @@ class ModelFamily(ABC):
 
     @staticmethod
     @abstractmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> Any:
+    def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> Any:
         """What the family's own processor returns, from the attention output.
 
         Args:
+            call: what `project` was given.
             video: `[B, N, H, D]` for the tokens of `hidden_states`.
             text: `[B, T, H, D]` for those of `encoder_hidden_states`, zero at padding; None where there are none.
         """

@@ -53,7 +53,9 @@ class HunyuanVideo(ModelFamily):
         return join((query, key, value), (text_query, text_key, text_value))
 
     @staticmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(
+        attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # The last projection of a single-stream block is outside its attention.
         hidden = project_out(attn, video) if getattr(attn, "to_out", None) is not None else video.flatten(2)
         if text is not None:

@@ -56,7 +56,9 @@ class Mochi(ModelFamily):
         return join((query, key, value), project_added(attn, call.encoder_hidden_states))
 
     @staticmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def output(
+        attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert text is not None, "its attention is always joint"
         text = text.flatten(2)
         # The last block has no use for its text.

@@ -49,6 +49,7 @@ class PipelineKind:
         modular: whether it is a `ModularPipeline`, with a modular_model_index.json.
         workflows: those of a modular pipeline whose components are loaded; empty for all components.
         idle_steps: how many of the steps asked for call no transformer, because the last noise level is zero.
+        packages: what it cannot be made or run without, beside what diffusers itself needs; names for import.
         in_code_only: why the commands cannot run it, None if they can.
     """
 
@@ -70,6 +71,7 @@ class PipelineKind:
     modular: bool = False
     workflows: tuple[str, ...] = ()
     idle_steps: int = 0
+    packages: tuple[str, ...] = ()
     in_code_only: str | None = None
 
     @property
@@ -78,7 +80,7 @@ class PipelineKind:
 
     @property
     def begins_with_image(self) -> bool:
-        """Whether an image, if there is one, is the first frame."""
+        """Whether an image that it is given is the video's first frame."""
         return self.image in ("first", "first or none")
 
     def layer_count(self, transformer: Mapping[str, Any]) -> int:

@@ -61,7 +61,7 @@ class Wan(ModelFamily):
         return query, key, value
 
     @staticmethod
-    def output(attn: Any, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+    def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
 

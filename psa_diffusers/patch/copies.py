@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.patch.arguments import with_names
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.sites import ATTRIBUTE, NotPickled, Site, publish, site_of
 
@@ -24,23 +25,14 @@ class CopiedProcessor(NotPickled):
     def __init__(self) -> None:
         self._told = False
 
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: Any = None,
-        temb: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        """As the module's own processor, with the arguments of `PSAProcessor.__call__`."""
+    @with_names
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own processor."""
         if not self._told and not torch.compiler.is_compiling():
             self._told = True
             warnings.warn(COPIED, PSAFallbackWarning, stacklevel=2)
         site: Any = site_of(attn)
-        others = {"temb": temb, "image_rotary_emb": image_rotary_emb}
-        return site.call_original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **others)
+        return site.call_original(attn, args, kwargs)
 
 
 def copied_processor(sites: Mapping[torch.nn.Module, Site], memo: dict[int, Any]) -> CopiedProcessor:

@@ -49,6 +49,7 @@ class Facts(NamedTuple):
         left_out: whether the patch was set on the other expert alone.
         unknown_step: why the denoising step is not known.
         unshared: why no layer can be sparse among these ranks.
+        refused: why the family lets no layer be sparse in this forward.
         grid: None where the model was not told.
     """
 
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     left_out: bool
     unknown_step: str | None
     unshared: str | None
+    refused: str | None
     grid: Grid | None
 
 
@@ -103,6 +105,7 @@ REASONS: tuple[Callable[[Facts], str | None], ...] = (
     lambda facts: facts.unknown_step,
     lambda facts: facts.site.not_imitated,
     lambda facts: facts.unshared,
+    lambda facts: facts.refused,
     unknown_grid,
     too_short,
     needs_gradients,

@@ -9,7 +9,7 @@ import torch
 
 from psa_diffusers.families import UnsupportedModelError
 
-TRANSFORMERS = ("transformer", "transformer_2")
+TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
 
 
 def unwrapped(module: Any) -> Any:

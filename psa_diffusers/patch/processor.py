@@ -14,16 +14,17 @@ import torch
 from psa_diffusers.diffusers_internals import parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
+from psa_diffusers.patch.arguments import with_names
 from psa_diffusers.patch.attend import Compute, TokenAttention
 from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_processor
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
-from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
-from psa_diffusers.patch.sites import Layer, LayerSite, PatchingProcessor, Site, site_of
+from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
+from psa_diffusers.patch.step_layers import StepLayers
 from psa_diffusers.presets import Preset, load_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
@@ -37,7 +38,7 @@ class PSAProcessor(PatchingProcessor):
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
     phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
     joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
-    HunyuanVideo Framepack) are patched by `apply_psa`.
+    Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
@@ -51,7 +52,8 @@ class PSAProcessor(PatchingProcessor):
         strict: raise instead of falling back to dense attention.
 
     Attributes:
-        presets, layers: of each transformer, by its name in the pipeline.
+        presets, layers: of each transformer, by its name in the pipeline; the layers as they are where no rule of the
+            preset for steps applies.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
@@ -77,14 +79,18 @@ class PSAProcessor(PatchingProcessor):
         self._family = find_family(next(iter(transformers.values())))
         self._fallbacks = Fallbacks(strict)
         self._attention = TokenAttention(self._family, self._fallbacks, strict)
-        layers = {
-            name: self._layers(transformer, name, f"{name}." if len(transformers) > 1 else "")
+        modules = {
+            name: self._layer_modules(transformer, f"{name}." if len(transformers) > 1 else "")
             for name, transformer in transformers.items()
         }
-        self.layers = {name: list(each.values()) for name, each in layers.items()}
-        self._runs = Runs(pipe, self.presets, [layer.name for each in self.layers.values() for layer in each])
+        layers = {name: StepLayers(self.presets[name], list(each.values())) for name, each in modules.items()}
+        self.layers = {name: list(each.plain.values()) for name, each in layers.items()}
+        names = [layer.name for each in self.layers.values() for layer in each]
+        self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
-        self._patches = [self._patch(name, transformer, layers[name]) for name, transformer in transformers.items()]
+        self._patches = [
+            self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()
+        ]
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers.
@@ -151,21 +157,9 @@ class PSAProcessor(PatchingProcessor):
                 stacklevel=2,
             )
 
-    def __call__(
-        self,
-        attn: torch.nn.Module,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: Any = None,
-        temb: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Output:
-        """The attention of one module; arguments and result are those of the diffusers processors.
-
-        All arguments have names, because diffusers passes on only those that it finds in the signature. Some models
-        give their rotary positions as the fifth argument, others by the name `image_rotary_emb`.
-        """
+    @with_names
+    def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Output:
+        """The attention of one module; arguments and result are those of the diffusers processor that it had."""
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.arrive_in_graph()
@@ -176,49 +170,52 @@ class PSAProcessor(PatchingProcessor):
                 "make one with PSAProcessor(pipe, ...)"
             )
         if isinstance(site, LayerSite):
-            positions = image_rotary_emb if rotary_emb is None else rotary_emb
-            call = AttentionCall(hidden_states, encoder_hidden_states, attention_mask, positions)
-            attended = self._in_graph(attn, site, call) if compiling else self._eagerly(attn, site, call)
-            if attended is not None:
+            attend = self._in_graph if compiling else self._eagerly
+            if (attended := attend(attn, site, args, kwargs)) is not None:
                 return attended
-        others = {"temb": temb, "image_rotary_emb": image_rotary_emb}
-        return site.call_original(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **others)
+        return site.call_original(attn, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedProcessor:
         return copied_processor(self._sites, memo)
 
-    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
+    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
         forward, route = site.patch.forward, None
-        if forward.share is None:
+        # Where ranks share the forward they have to go the same way, so it was decided before.
+        ours = forward.routes[site.layer.name].sparse if forward.share is None else site.in_graph
+        call = self._family.call(site.by_name(args, kwargs)) if ours else None
+        if ours and call is None:
+            return None
+        if call is not None and forward.share is None:
             route = self._attention.decide(forward, site.layer, call)
             ours = route.sparse
-        else:
-            # Other ranks have to go the same way, so it was decided before the forward.
-            ours = site.in_graph
-        if not ours:
+        if call is None or not ours:
             self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
             return None
-        text, qkv = call.text_tokens, self._family.project(attn, call)
-        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, text, route)
-        return self._output(attn, head, tail, text)
+        qkv = self._family.project(attn, call)
+        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, call.text_tokens, route)
+        return self._output(attn, call, head, tail)
 
-    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, call: AttentionCall) -> Output | None:
+    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The same inside a graph, where it was decided before the forward."""
         if not site.in_graph:
             graph_ops.note_dense(site.number)
             return None
-        text, text_last = call.text_tokens, self._family.text == "after"
+        call = self._family.call(site.by_name(args, kwargs))
+        if call is None:
+            return None
+        text_last = self._family.text == "after"
         q, k, v = self._family.project(attn, call)
-        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, text, text_last)
-        return self._output(attn, head, tail, text)
+        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, call.text_tokens, text_last)
+        return self._output(attn, call, head, tail)
 
-    def _output(self, attn: torch.nn.Module, head: torch.Tensor, tail: torch.Tensor, text: int) -> Output:
+    def _output(self, attn: torch.nn.Module, call: AttentionCall, head: torch.Tensor, tail: torch.Tensor) -> Output:
+        text = call.text_tokens
         if self._family.text == "before":
-            return self._family.output(attn, head[:, text:], head[:, :text])
-        return self._family.output(attn, head, tail if text else None)
+            return self._family.output(attn, call, head[:, text:], head[:, :text])
+        return self._family.output(attn, call, head, tail if text else None)
 
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """As `PatchingProcessor.arrive`."""
@@ -250,28 +247,25 @@ class PSAProcessor(PatchingProcessor):
                 self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
 
-    def _layers(self, transformer: torch.nn.Module, which: str, prefix: str) -> dict[torch.nn.Module, Layer]:
-        """The layers of a transformer by their modules."""
-        preset, attentions = self.presets[which], self._family.self_attentions(transformer)
-        specs, orders = preset.layer_specs(len(attentions)), preset.layer_orders(len(attentions))
-        return {
-            attn: Layer(prefix + name, preset, spec, order, keeps_lists(preset))
-            for (name, attn), spec, order in zip(attentions.items(), specs, orders, strict=True)
-        }
+    def _layer_modules(self, transformer: torch.nn.Module, prefix: str) -> dict[torch.nn.Module, str]:
+        """The names of a transformer's layers by their modules."""
+        return {attn: prefix + name for name, attn in self._family.self_attentions(transformer).items()}
 
-    def _patch(self, name: str, transformer: torch.nn.Module, layers: dict[torch.nn.Module, Layer]) -> Patch:
+    def _patch(
+        self, name: str, transformer: torch.nn.Module, modules: dict[torch.nn.Module, str], layers: StepLayers
+    ) -> Patch:
         """The patch of a transformer, which knows all its attention modules and their processors."""
-        patch = Patch(self, name, transformer, self._family, self._runs, self._attention)
+        patch = Patch(self, name, transformer, self._family, self._runs, self._attention, layers)
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}
         for attn in attention_modules(transformer):
             original = own_processor(attn)
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
-            if attn not in layers:
+            if attn not in modules:
                 sites[attn] = Site(original)
                 continue
-            sites[attn] = layer = LayerSite(patch, original, layers[attn])
+            sites[attn] = layer = LayerSite(patch, original, layers.plain[modules[attn]])
             if (reason := self._family.why_not_imitated(original)) is not None:
                 foreign.setdefault(reason, []).append(layer)
         for reason, alike in foreign.items():
@@ -286,5 +280,5 @@ class PSAProcessor(PatchingProcessor):
         for site in self._sites.values():
             if not isinstance(site, LayerSite) or site.not_imitated is None:
                 continue
-            if site.layer.spec is not None and site.layer.preset.dense_steps < 1:
+            if site.may_be_sparse:
                 self._fallbacks.warn_or_raise(site.not_imitated)

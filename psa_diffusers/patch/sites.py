@@ -6,11 +6,13 @@ import copy
 import itertools
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from psa_diffusers.patch.arguments import argument_names
 from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec
 
@@ -48,7 +50,7 @@ class PatchingProcessor(NotPickled, ABC):
 
 @dataclass(frozen=True)
 class Layer:
-    """One video self-attention.
+    """One video self-attention, at the steps where the same rules for steps apply.
 
     Attributes:
         spec: None where the preset keeps it dense.
@@ -68,20 +70,25 @@ class Site(NotPickled):
 
     Attributes:
         original: the processor that the module had before.
+        names: of what that takes after the module, in order; None if it takes any.
     """
 
     def __init__(self, original: Any) -> None:
         self.original = original
+        self.names = argument_names(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         """That of a copy of the module, which is not patched."""
         return Site(copy.deepcopy(self.original, memo))
 
-    def call_original(self, attn: Any, video: Any, text: Any, mask: Any, rotary_emb: Any, **named: Any) -> Any:
-        """What the module's own processor gives; these take different arguments, so only those given are passed on."""
-        positional = () if rotary_emb is None else (rotary_emb,)
-        named = {name: value for name, value in named.items() if value is not None}
-        return self.original(attn, video, text, mask, *positional, **named)
+    def call_original(self, attn: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """What the module's own processor gives; as from diffusers, it gets only the named arguments that it takes."""
+        names = self.names
+        return self.original(attn, *args, **{name: kwargs[name] for name in kwargs if names is None or name in names})
+
+    def by_name(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names that the module's own processor has for them."""
+        return {**dict(zip(self.names or (), args, strict=False)), **kwargs}
 
 
 class LayerSite(Site):
@@ -89,7 +96,8 @@ class LayerSite(Site):
 
     Attributes:
         patch: the `Patch` of its transformer.
-        layer: which one it is.
+        layer: which one it is, as it is at the step of the current forward.
+        may_be_sparse: whether the preset has it sparse at any step of any run.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
         in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
@@ -99,6 +107,8 @@ class LayerSite(Site):
     def __init__(self, patch: Any, original: Any, layer: Layer) -> None:
         super().__init__(original)
         self.patch, self.layer = patch, layer
+        preset = layer.preset
+        self.may_be_sparse = not preset.is_all_dense and (layer.spec is not None or preset.may_undo_dense)
         self.not_imitated: str | None = None
         self.in_graph = False
         number = next(_numbers)

@@ -154,7 +154,7 @@ def test_a_hub_that_answers_is_asked_for_its_files(monkeypatch, tmp_path):
     file = save_lora(tmp_path / "fast.safetensors")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "list_repo_files", lambda api, repository: ["README.md", file.name])
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name, **_: str(tmp_path / name))
     assert resolve("owner/name")[0].file == file
 
 

@@ -156,7 +156,7 @@ def test_an_index_of_the_other_kind_does_not_make_it_modular(model):
 
 
 def test_a_repository_that_has_only_a_modular_index(model, monkeypatch):
-    def fetch(repository, file):
+    def fetch(repository, file, revision):
         if repository == "someone/wan" and file == "model_index.json":
             raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline")
         return model / file

@@ -29,10 +29,12 @@ def test_a_published_configuration(published):
         text_width = width if added is None else added.in_features
         video = torch.empty(1, tokens, width, device="meta")
         text = torch.empty(1, published.text, text_width, device="meta") if published.text else None
-        projected = family.project(attn, AttentionCall(video, text))
+        call = AttentionCall(video, text)
+        projected = family.project(attn, call)
         expected = (1, tokens + published.text, published.heads, published.head_dim)
         assert [tuple(x.shape) for x in projected] == [expected] * 3
-        result = family.output(attn, *(None if n == 0 else projected[0][:, :n] for n in (tokens, published.text)))
+        parts = (None if n == 0 else projected[0][:, :n] for n in (tokens, published.text))
+        result = family.output(attn, call, *parts)
         hidden = result[0] if published.text else result
         assert hidden.shape == (1, tokens, width)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import diffusers.models.attention_processor
 import pytest
 from diffusers.models.transformers import transformer_ltx, transformer_skyreels_v2, transformer_wan
 
+from psa_diffusers import PSAProcessor
 from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.cogvideox import CogVideoX
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.families.skyreels_v2 import SkyReelsV2
 from psa_diffusers.families.wan import Wan
+from psa_diffusers.patch.modules import attention_modules
 from psa_testing.families import CASES
 
 WanAttnProcessor = transformer_wan.WanAttnProcessor
@@ -31,6 +34,16 @@ def test_those_of_every_pipeline_are_imitated(name):
     family = find_family(transformer)
     for attn in family.self_attentions(transformer).values():
         assert family.why_not_imitated(attn.processor) is None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_their_arguments_come_through(name):
+    """diffusers leaves out what is not in the signature of the processor that is set."""
+    taken = set(inspect.signature(PSAProcessor.__call__).parameters)
+    transformer = CASES[name].build().transformer
+    for attn in attention_modules(transformer):
+        stock = inspect.signature(attn.processor.__call__).parameters
+        assert set(stock) - {"args", "kwargs"} <= taken, type(attn.processor)
 
 
 def test_what_is_derived_from_one_is_not():
