@@ -107,6 +107,10 @@ def _index_from_hub(source: str, revision: str | None) -> tuple[dict[str, Any], 
         raise
 
 
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
 def load_pipeline(
     model: Model,
     *,
@@ -115,7 +119,7 @@ def load_pipeline(
     offload: str,
     flow_shift: float | None = None,
     loras: Sequence[Lora] = (),
-    tell: Callable[[str], None] = warnings.warn,
+    tell: Callable[[str], None] = _warn,
 ) -> Any:
     """Loads the pipeline and puts it where it is to run.
 

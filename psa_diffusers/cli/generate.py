@@ -12,6 +12,8 @@ from psa_diffusers.cli.options import (
     Dtype,
     Frames,
     Height,
+    Lora,
+    Lora2,
     NegativePrompt,
     Offload,
     Steps,
@@ -102,21 +104,8 @@ def _generate(
         str | None,
         typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
     ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH|HUB_ID[:WEIGHT]",
-            help="LoRA: a safetensors file, a folder or a hub repository with one, or owner/name/file.safetensors; "
-            "several add up. In both transformers where there are two.",
-        ),
-    ] = None,
-    lora_2: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH|HUB_ID[:WEIGHT]",
-            help="LoRA for the second of two transformers; --lora is then for the first alone.",
-        ),
-    ] = None,
+    lora: Lora = None,
+    lora_2: Lora2 = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,

@@ -50,6 +50,7 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
         device=settings.device,
         offload=settings.offload,
         flow_shift=settings.flow_shift,
+        loras=plan.loras,
     )
     from psa_diffusers.patch.apply import apply_psa
     from psa_diffusers.patch.masks import MaskRecorder

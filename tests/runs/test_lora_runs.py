@@ -4,9 +4,13 @@ import json
 
 import pytest
 
+from psa_diffusers.calibrate import runner
+from psa_diffusers.cli.calibrate import calibrate_app
 from psa_diffusers.cli.generate import generate_app
+from psa_diffusers.cli.inspect import inspect_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
+from psa_diffusers.runs import inspection
 from psa_diffusers.runs.plan import make_plan
 from psa_testing.lora_files import save_lora
 from psa_testing.tiny_runs import carry_out
@@ -80,3 +84,27 @@ def test_the_command_takes_several_and_says_in_one_line_what_is_wrong(saved, tmp
     assert said.err.startswith(f"psa-generate: error: --lora {other}: does not fit the model: ")
     assert said.err.count("\n") == 1
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "command", "options"),
+    [
+        (inspection, inspect_app, ["a cat", "-o", "mask.png"]),
+        (runner, calibrate_app, ["--prompts", "prompts.txt", "--density", "0.3", "-o", "mine.yaml"]),
+    ],
+)
+def test_the_other_commands_load_it_too(room, command, options, saved, tmp_path, monkeypatch, capsys):
+    loaded = []
+
+    def load_pipeline(*arguments, loras, **settings):
+        loaded.extend(loras)
+        raise InputError("enough is seen")
+
+    monkeypatch.setattr(room, "load_pipeline", load_pipeline)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a cat {number}" for number in range(8)))
+    file = save_lora(tmp_path / "style.safetensors")
+    where = ["--model", str(saved / "wan"), "--height", "64", "--width", "64", "--frames", "5", "--device", "cpu"]
+    assert run_command("psa", command, [*options, *where, "--lora", f"{file}:0.5"]) == 2
+    assert "enough is seen" in capsys.readouterr().err
+    assert [(lora.file, lora.weight) for lora in loaded] == [(file, 0.5)]
