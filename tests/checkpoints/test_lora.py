@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from psa_diffusers.checkpoints import hub
 from psa_diffusers.checkpoints import lora as lora_files
 from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
 from psa_diffusers.checkpoints.lora import resolve_loras
@@ -156,6 +157,20 @@ def test_a_hub_that_answers_is_asked_for_its_files(monkeypatch, tmp_path):
     monkeypatch.setattr(HfApi, "list_repo_files", lambda api, repository: ["README.md", file.name])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repository, name, **_: str(tmp_path / name))
     assert resolve("owner/name")[0].file == file
+
+
+def test_a_hub_that_does_not_answer_is_no_matter_where_the_cache_has_it(cache, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    def silent(api, repository):
+        raise RuntimeError("no route to host")
+
+    cache("fast.safetensors")
+    monkeypatch.setattr(HfApi, "list_repo_files", silent)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert hub.hub_files("--lora owner/name", "LoRA", "owner/name", ".safetensors") == ["fast.safetensors"]
+    with pytest.raises(InputError, match="--lora owner/none: the hub cannot be reached and the LoRA is not in the loc"):
+        hub.hub_files("--lora owner/none", "LoRA", "owner/none", ".safetensors")
 
 
 def test_what_is_loaded_is_what_diffusers_would_load(saved, tmp_path, one_thread):
