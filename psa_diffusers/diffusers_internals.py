@@ -6,6 +6,11 @@ than the import.
 - `module._diffusers_hook.hooks[...]._is_stateful` tells whether a cache of blocks is on. If it moves, only caches that
   were switched on by `enable_cache` are seen.
 - `transformer._is_cached` tells the same of the package cache-dit. If it moves, such a cache goes unnoticed.
+- `attn._diffusers_hook.hooks[...].skip_attention_scores` tells that a guider (perturbed attention guidance) has values
+  in place of attention: within that hook `scaled_dot_product_attention` gives back its values, and no other operator
+  does. If it moves, sparse layers attend where they should not in the forwards that such a guider perturbs.
+- `diffusers.hooks._helpers.AttentionProcessorRegistry` has, by the class of an attention module's processor, what such
+  guiders must know of it. If it moves, they refuse a patched transformer, as they do most models.
 - `pipe._num_timesteps` is the number of steps of a run that skips the first ones. If it moves, the scheduler's is
   taken, and the dense phase of video-to-video runs is too long.
 - `diffusers.models._modeling_parallel` has the words of plans for context parallelism, `transformer._cp_plan` is a plan
@@ -23,6 +28,7 @@ that it stands for. If they move, those two calls no longer reach the dense phas
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,12 +39,37 @@ def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
     """Whether something on the transformer keeps values of one forward for the next: a cache of blocks or attention."""
     if getattr(transformer, "is_cache_enabled", False) or getattr(transformer, "_is_cached", False):
         return True
-    for module in transformer.modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        hooks = getattr(registry, "hooks", None) or {}
-        if any(getattr(hook, "_is_stateful", False) for hook in hooks.values()):
-            return True
-    return False
+    return any(getattr(hook, "_is_stateful", False) for module in transformer.modules() for hook in _hooks_of(module))
+
+
+def skips_attention_scores(attn: torch.nn.Module) -> bool:
+    """Whether the module's forward gives values in place of attention for now, as a guider had it."""
+    return any(getattr(hook, "skip_attention_scores", False) for hook in _hooks_of(attn))
+
+
+def _hooks_of(module: torch.nn.Module) -> Iterable[Any]:
+    """diffusers' own hooks on a module."""
+    hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", None) or {}
+    return hooks.values()
+
+
+def let_guiders_find(processor: type, original: Callable[[Any], Any]) -> None:
+    """Let guiders that leave out attention take a class of processors for those that it stands for.
+
+    Args:
+        original: the processor that a module had before, from the module.
+    """
+    try:
+        from diffusers.hooks._helpers import AttentionProcessorMetadata, AttentionProcessorRegistry
+    except ImportError:
+        return
+
+    def skipped(attn: Any, *args: Any, **kwargs: Any) -> Any:
+        known = AttentionProcessorRegistry.get(type(original(attn)))
+        return known.skip_processor_output_fn(attn, *args, **kwargs)
+
+    # Its own method would import all models that diffusers knows there.
+    AttentionProcessorRegistry._registry.setdefault(processor, AttentionProcessorMetadata(skipped))
 
 
 def split(dim: int, dims: int, *, output: bool = False) -> Any:
@@ -73,8 +104,7 @@ def ulysses_group(config: Any) -> tuple[Any, int]:
 
 def split_arguments(transformer: torch.nn.Module) -> set[str]:
     """Names of the arguments of the transformer's forward that context parallelism splits."""
-    hooks = getattr(transformer.__dict__.get("_diffusers_hook"), "hooks", None) or {}
-    plans = [getattr(hook, "metadata", None) for hook in hooks.values()]
+    plans = [getattr(hook, "metadata", None) for hook in _hooks_of(transformer)]
     return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
 
 

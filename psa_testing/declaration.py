@@ -24,6 +24,7 @@ class FamilyTests:
         masks_padding: whether the model masks the padding of its text, so that it counts for nothing.
         takes_lora: whether diffusers loads LoRA into it.
         has_set_attn_processor: whether its transformers have `set_attn_processor`.
+        mask: what its attention modules call an attention mask; None where they take none.
     """
 
     family: type[ModelFamily]
@@ -35,3 +36,4 @@ class FamilyTests:
     masks_padding: bool = False
     takes_lora: bool = True
     has_set_attn_processor: bool = True
+    mask: str | None = "attention_mask"

@@ -23,7 +23,8 @@ class Published:
         checkpoint: its repository.
         model: class of its transformer.
         config: arguments of that class that differ from its defaults, or matter here.
-        latents: shape `[1, ...]` of the hidden states that its pipeline gives for the default video.
+        latents: shape `[1, ...]` of the hidden states that its pipeline gives for the default video, or what
+            `Network.inputs` makes them from.
         layers, heads, head_dim: of its video self-attention.
         grid: video tokens along frames, height and width for the default video.
         text: tokens of joint attention with them, padding included.
@@ -94,20 +95,32 @@ def square_latents(published: Published) -> Latents:
     return (1, published.latents[1], frames, 2 * height, 2 * width)
 
 
+def query_projection(attn: Any) -> torch.nn.Linear:
+    """The linear of an attention module that makes its queries."""
+    return getattr(attn, "to_q", None) or attn.to_query
+
+
+def head_count(attn: Any) -> int:
+    """Of an attention module."""
+    return getattr(attn, "heads", None) or attn.num_heads
+
+
 @dataclass(frozen=True)
 class Network:
     """A transformer's class, at full size and as a toy with two narrow heads.
 
     Attributes:
-        inputs: what its pipeline gives its forward besides hidden states and one timestep, by name: from its
-            configuration and the shape of the hidden states.
+        inputs: what its pipeline gives its forward besides hidden states and one timestep, or in their place, by name:
+            from its configuration and the shape of the hidden states.
         toy: arguments of its class that make a toy, in place of the published ones, which are given.
         toy_latents: shape of a toy's hidden states, `TOY_TOKENS` of video.
         toy_sizes: what a toy is told about its size, where the published one is told it too (`Published.inputs`).
         one_block: arguments of its class that leave one block of each kind.
         kinds: how many kinds there are.
         frames_first: whether frames come before channels in its latents.
-        reads_masks: whether its forward looks into its masks, which have no values on the meta device.
+        channels_last: whether channels come last in them.
+        reads_masks: whether its forward looks into its masks, which have no values on the meta device, or takes what
+            tells the grid, which has its values elsewhere.
     """
 
     inputs: Callable[[Any, Latents, Noise], Inputs]
@@ -117,6 +130,7 @@ class Network:
     one_block: Mapping[str, Any] = field(default_factory=lambda: {"num_layers": 1})
     kinds: int = 1
     frames_first: bool = False
+    channels_last: bool = False
     reads_masks: bool = False
 
     def noise_inputs(self, config: Any, latents: Latents, noise: Noise) -> Inputs:

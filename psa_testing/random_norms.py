@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "query_norm", "key_norm")
 RANGES = {"weight": (0.5, 1.5), "bias": (-0.5, 0.5)}
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    LucyEditPipeline,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -168,6 +169,13 @@ def tiny_wan_v2v(num_layers: int = 4, heads: int = 2, head_dim: int = 32, **conf
     parts = _parts(True, num_layers=num_layers, heads=heads, head_dim=head_dim, **config)
     names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
     return WanVideoToVideoPipeline(**{name: parts[name] for name in names})
+
+
+def tiny_lucy_edit(num_layers: int = 4, heads: int = 2, head_dim: int = 32, **config) -> LucyEditPipeline:
+    """Editing of a video (`video=[PIL...]`), whose latents go in beside the noise, with one timestep a token."""
+    config = {"in_channels": 32, **config}
+    parts = _parts(False, num_layers=num_layers, heads=heads, head_dim=head_dim, **config)
+    return LucyEditPipeline(**parts, expand_timesteps=True)
 
 
 def tiny_image(width: int = 64, height: int = 64) -> Image.Image:

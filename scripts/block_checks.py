@@ -17,6 +17,7 @@ from random_models import Machine, build, make_inputs, published_models
 from psa_diffusers import Preset, PSAProcessor
 from psa_diffusers.families import find_family
 from psa_testing.families import NETWORKS
+from psa_testing.full_size import head_count, query_projection
 
 PADDING = 0.75
 # Relative L2 of attention that keeps everything. bfloat16 rounds by up to 0.4 %, and several times on the way.
@@ -136,9 +137,9 @@ def _shape(transformer: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, An
     family = find_family(transformer)
     attentions = family.self_attentions(transformer)
     grid = family.token_grid(transformer, inputs)
-    heads = next(iter(attentions.values())).heads
+    heads = head_count(next(iter(attentions.values())))
     # Not of the configuration, which names no head dimension in some models.
-    width = next(iter(attentions.values())).to_q.out_features
+    width = query_projection(next(iter(attentions.values()))).out_features
     masks = [value for name, value in inputs.items() if name.startswith("encoder_attention_mask")]
     return {
         "model": type(transformer).__name__,

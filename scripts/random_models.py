@@ -24,7 +24,7 @@ class Workload:
 
     Attributes:
         checkpoint: whose configuration it is; one that psa_testing/families/ has.
-        latents: shape of its hidden states.
+        latents: shape of its hidden states, as `Published.latents` has it.
         branches: forwards a denoising step: 2 with classifier-free guidance.
         sizes: what else its pipeline tells the transformer about the size, where latents come as a sequence of tokens.
     """
@@ -37,6 +37,7 @@ class Workload:
 
 
 WAN_14B, WAN_1_3B = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+MINIMAX_H3 = "MiniMaxAI/MiniMax-H3"
 WAN_480P, WAN_720P = (1, 16, 21, 60, 104), (1, 16, 21, 90, 160)
 WORKLOADS = {
     workload.name: workload
@@ -46,6 +47,10 @@ WORKLOADS = {
         Workload("wan2.1-14b-720p", WAN_14B, WAN_720P, 2),
         # Its guidance is distilled.
         Workload("hunyuanvideo-720p", "hunyuanvideo-community/HunyuanVideo", (1, 16, 33, 90, 160), 1),
+        # 124, 243 and 362 frames with their sound, of which diffusers' pipeline makes up to 345; guidance is distilled.
+        Workload("h3-5s", MINIMAX_H3, (1, 24, 37, 48, 84), 1),
+        Workload("h3-10s", MINIMAX_H3, (1, 24, 72, 48, 84), 1),
+        Workload("h3-15s", MINIMAX_H3, (1, 24, 107, 48, 84), 1),
         # Its pipeline puts both branches in one batch.
         Workload("cogvideox-5b", "zai-org/CogVideoX-5b", (1, 13, 16, 60, 90), 2),
     )

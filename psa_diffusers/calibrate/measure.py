@@ -75,13 +75,14 @@ class Measurement:
     ) -> tuple[Parts, list[AttentionStats]]:
         head, tail = attention.dense(qkv, call)
         if forward.branch == 0 and forward.step in self._steps:
-            video = math.prod(forward.grid)
+            video = math.prod(forward.attended_grid)
             for shape, shaped in self._shaped[layer.name].items():
                 if shaped.spec is None:
                     continue
                 self._blocks[layer.name, shape] = -(-video // shaped.spec.block_key)
                 scaled = [replace(shaped, spec=scaled_spec(shaped.spec, scale)) for scale in SCALES]
-                measured = [_measure(attention, each, forward, qkv, call, head[:, -video:]) for each in scaled]
+                dense = attention.video_of(head, forward.grid)
+                measured = [_measure(attention, each, forward, qkv, call, dense) for each in scaled]
                 self._found[layer.name, shape].append(torch.stack(measured, dim=-1))
         return (head, tail), []
 
@@ -92,7 +93,7 @@ def _measure(
     """Density, and squared error of the video tokens relative to dense attention."""
     (sparse, _), stats = attention.sparse(layer, forward, qkv, call)
     reference = dense.float()
-    error = (sparse[:, -dense.shape[1] :].float() - reference).square().sum()
+    error = (attention.video_of(sparse, forward.grid).float() - reference).square().sum()
     density = torch.stack([figures.density.mean() for figures in stats]).mean()
     return torch.stack([density, error / reference.square().sum().clamp_min(1e-20)])
 

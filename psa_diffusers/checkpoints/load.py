@@ -39,7 +39,7 @@ class Model:
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
     transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
-    height and width of a model that can make no other.
+    height and width of a model that can make no other, `image_size` what the kind's is for this model.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Model:
     experts: int
     num_heads: int | None = None
     fixed_size: tuple[int, int] | None = None
+    image_size: Callable[[int, int], tuple[int, int]] | None = None
 
     @property
     def kind(self) -> PipelineKind:
@@ -148,6 +149,8 @@ def load_pipeline(
         tell(line)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
+    if model.card.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **dict(model.card.scheduler))
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
     if model.kind.modular:
@@ -233,6 +236,10 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     try:
         size_step, frame_step = kind.steps(vae, transformer)
         layers = kind.layer_count(transformer)
+        # A plan goes to other processes, so this is no function of its own here.
+        image_size = None if kind.image_size is None else partial(kind.image_size, vae, transformer)
+        if image_size is not None:
+            image_size(size_step, size_step)
     except (TypeError, ValueError, LookupError) as error:
         raise InputError(f"--model {name}: vae/config.json or {file} is damaged: {error}") from error
     for what, value in (("layers", layers), ("heads", 1 if heads is None else heads), ("size", size_step * frame_step)):
@@ -249,6 +256,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         num_layers=layers,
         num_heads=heads,
         fixed_size=(card.height, card.width) if fixed else None,
+        image_size=image_size,
         experts=2 if isinstance(second, list) and second[-1:] != [None] else 1,
     )
 
@@ -293,8 +301,9 @@ def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelC
             return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) or not cards else cards[0]
-    plain_settings: dict[str, Any] = {"negative_prompt": "", "flow_shift": None, "parts": (), "arguments": ()}
-    return replace(nearest, name=source, hub_id=None, about="", revision=revision, **plain_settings)
+    plain_settings: dict[str, Any] = {"flow_shift": None, "parts": (), "scheduler": (), "arguments": ()}
+    plain_settings |= {"negative_prompt": "", "revision": revision}
+    return replace(nearest, name=source, hub_id=None, about="", **plain_settings)
 
 
 def _unknown(name: str) -> str:

@@ -38,8 +38,8 @@ class ModelCard:
     `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model has no second expert, or its card gives
     none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
-    `dtype` is what the weights were trained in. `parts` replace components of the repository. `arguments` are more
-    that the pipeline is called with, by name; values are those of JSON.
+    `dtype` is what the weights were trained in. `parts` replace components of the repository, `scheduler` settings of
+    its scheduler, and `arguments` are what else the card calls the pipeline with: pairs of a name and a value.
     """
 
     name: str
@@ -57,8 +57,14 @@ class ModelCard:
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
     parts: tuple[Part, ...] = ()
-    arguments: tuple[tuple[str, Any], ...] = ()
     revision: str | None = None
+    scheduler: tuple[tuple[str, Any], ...] = ()
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def fixed_steps(self) -> bool:
+        """Whether the card gives the noise level of each step, as of a distilled model."""
+        return "sigmas" in dict(self.arguments)
 
     @property
     def transformer(self) -> tuple[str | None, str]:

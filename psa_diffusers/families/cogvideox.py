@@ -42,7 +42,7 @@ class CogVideoX(ModelFamily):
     @staticmethod
     def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         frames, _, height, width = inputs["hidden_states"].shape[1:]
-        patch, patch_t = transformer.config.patch_size, transformer.config.patch_size_t or 1
+        patch, patch_t = transformer.config.patch_size, transformer.config.get("patch_size_t") or 1
         return -(-frames // patch_t), height // patch, width // patch
 
     @staticmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ class AttentionCall:
     """What diffusers called an attention module with.
 
     Attributes:
-        hidden_states: `[B, N, C]`: the video tokens, in families with `history` perhaps after others.
+        hidden_states: `[B, N, C]`: the video tokens, perhaps after others (`history`) or before others (`appended`).
         encoder_hidden_states: `[B, T, C]`: text tokens of joint attention, None where text has cross-attention.
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
@@ -61,6 +62,9 @@ class ModelFamily(ABC):
         text: where text tokens stand in the self-attention: before the video tokens, after them, or not in it.
         history: whether tokens that are not in the grid (earlier frames, conditions) may precede the video tokens; they
             are attended exactly, as text is.
+        appended: whether such tokens may follow the video tokens, in a family whose self-attention has no text.
+        several_videos: whether a layer may attend several videos of one grid, one after another in hidden_states: to it
+            they are one video with the frames of all.
         replicates_text: whether in context parallel all text is on every rank, although the family's own processor
             would share the heads of cross-attention as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
@@ -80,6 +84,8 @@ class ModelFamily(ABC):
     )
     text: ClassVar[Literal["none", "before", "after"]] = "none"
     history: ClassVar[bool] = False
+    appended: ClassVar[bool] = False
+    several_videos: ClassVar[bool] = False
     replicates_text: ClassVar[bool] = False
     stock_traceable: ClassVar[bool] = True
 
@@ -98,6 +104,18 @@ class ModelFamily(ABC):
         Raises:
             DenseOnlyError: no layer can be sparse in this forward.
         """
+
+    @staticmethod
+    def tokens(inputs: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
+        """How many tokens a block's self-attention is given in a forward, text apart that it is given on its own.
+
+        Ranks of context parallelism share as many; by default those of the grid.
+
+        Args:
+            inputs: the arguments of the transformer's forward by name.
+            grid: what `token_grid` made of them.
+        """
+        return math.prod(grid)
 
     @staticmethod
     def timestep(inputs: Mapping[str, Any]) -> Any:
@@ -180,6 +198,14 @@ class ModelFamily(ABC):
         else:
             return None
         return f"its processor {name} is not one that {cls.name} is known to compute ({', '.join(cls.processors)})"
+
+    @staticmethod
+    def video_readers(transformer: Any) -> Collection[torch.nn.Module]:
+        """Attentions of other tokens whose keys are the video's, of which in context parallel each rank has a part.
+
+        Where `replicates_text`, these alone share their heads as the family's own processor does it.
+        """
+        return ()
 
     @staticmethod
     def parallel_plan(transformer: Any) -> dict[str, Any] | None:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.families.parts import join, normalise, project_added, project_out, rotate_tokens, split_heads
+from psa_diffusers.families.parts import (
+    concatenate,
+    join,
+    normalise,
+    project_added,
+    project_out,
+    rotate_tokens,
+    split_heads,
+)
 from psa_diffusers.families.pipeline_kind import PipelineKind
 
 if TYPE_CHECKING:
@@ -40,17 +48,15 @@ class HunyuanVideo(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         video, text = call.hidden_states, call.encoder_hidden_states
-        query, key, value = split_heads(attn, attn.to_q(video), attn.to_k(video), attn.to_v(video))
-        query = rotate_tokens(normalise(attn.norm_q, query), call.rotary_emb)
-        key = rotate_tokens(normalise(attn.norm_k, key), call.rotary_emb)
-        if text is None:
+        # A single-stream block projects text with the video, but does not rotate it.
+        x = video if text is None or attn.add_q_proj is not None else concatenate(video, text)
+        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
+        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
+        if x is not video:
+            query, key = (_rotate_first(x, video.shape[1], call.rotary_emb) for x in (query, key))
             return query, key, value
-        if attn.add_q_proj is not None:
-            return join((query, key, value), project_added(attn, text))
-        # A single-stream block projects text as it does video, but does not rotate it.
-        text_query, text_key, text_value = split_heads(attn, attn.to_q(text), attn.to_k(text), attn.to_v(text))
-        text_query, text_key = normalise(attn.norm_q, text_query), normalise(attn.norm_k, text_key)
-        return join((query, key, value), (text_query, text_key, text_value))
+        query, key = rotate_tokens(query, call.rotary_emb), rotate_tokens(key, call.rotary_emb)
+        return (query, key, value) if text is None else join((query, key, value), project_added(attn, text))
 
     @staticmethod
     def output(
@@ -70,12 +76,9 @@ class HunyuanVideo(ModelFamily):
         mask = call.attention_mask
         if mask is None:
             return None
-        import torch
-
-        batch, tokens = call.hidden_states.shape[:2]
-        if mask.dtype != torch.bool or mask.shape != (batch, 1, 1, tokens + call.text_tokens):
+        if not masks_text(call):
             raise DenseOnlyError(f"its attention mask is {mask.dtype} {tuple(mask.shape)}, not one of text padding")
-        return mask[:, 0, 0, tokens:]
+        return mask[:, 0, 0, call.hidden_states.shape[1] :]
 
     @staticmethod
     def parallel_plan(transformer: Any) -> dict[str, Any] | None:
@@ -87,6 +90,20 @@ class HunyuanVideo(ModelFamily):
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
+
+
+def _rotate_first(x: torch.Tensor, tokens: int, tables: Any) -> torch.Tensor:
+    """Rotate so many tokens of `[B, N, H, D]`, the first ones, by a model's tables."""
+    return x if tables is None else concatenate(rotate_tokens(x[:, :tokens], tables), x[:, tokens:])
+
+
+def masks_text(call: AttentionCall) -> bool:
+    """Whether a call has a mask of keys, bool `[B, 1, 1, N + T]`."""
+    import torch
+
+    batch, tokens = call.hidden_states.shape[:2]
+    mask = call.attention_mask
+    return mask is not None and mask.dtype == torch.bool and mask.shape == (batch, 1, 1, tokens + call.text_tokens)
 
 
 def _treats_first_frame_apart(transformer: Any) -> bool:

@@ -6,14 +6,25 @@ from collections.abc import Sequence
 
 from psa_diffusers.families.family import ModelFamily, is_of_diffusers
 
-# Video models of diffusers whose attention is not of the kind that can be made sparse here.
+_APART = "its layers attend within one frame or along time, never over the whole video"
+# Video models of diffusers, and what is named as one, whose attention cannot be made sparse here.
 REASONS = {
     "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
-    "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
-    "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
     "Cosmos3OmniTransformer": "its keys have fewer heads than its queries, which sparse attention cannot do here yet",
-    "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
+    "WanAnimate2Transformer3DModel": "each of its video tokens also attends, from a cache, the reference tokens of "
+    "its own frame and of no other",
+    "AnyFlowFARTransformer3DModel": "its attention is causal from chunk to chunk, with a cache of earlier keys",
+    "HeliosTransformer3DModel": "it makes a video in short chunks, and scales the keys of the frames before them",
+    "Kandinsky6SRTransformer3DModel": "its attention is always its own sparse one, within tiles of the video",
+    "SanaWMTransformer3DModel": "most of its self-attention is linear already, and none of it has a processor",
+    "SanaWMLTX2RefinerTransformer3DModel": "each of its chunks attends a cache of the keys of earlier ones",
+    "UNet3DConditionModel": _APART,
+    "UNetMotionModel": _APART,
+    "UNetSpatioTemporalConditionModel": _APART,
+    "I2VGenXLUNet": _APART,
+    "JoyImageEditTransformer3DModel": "it makes images",
+    "JoyImageEditPlusTransformer3DModel": "it makes images",
 }
 
 

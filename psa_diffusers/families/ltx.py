@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, project_out, rotate_pairs, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class LTXVideo(ModelFamily):
     def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
         # Pipelines with conditions, or for long videos, give coordinates instead of sizes.
         if inputs.get("video_coords") is not None:
-            return _last_grid(inputs["video_coords"][0].cpu())
+            return _grid(inputs["video_coords"])
         sizes = [inputs.get(name) for name in ("num_frames", "height", "width")]
         if None in sizes:
             return None
@@ -69,30 +69,7 @@ class LTXVideo(ModelFamily):
         }
 
 
-def _last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
-    """Frames, height and width of the grid that the last tokens of a sequence form.
-
-    Args:
-        coordinates: `[3, N]`: time, row and column of each token.
-    """
-    import torch
-
-    same_frame = coordinates[0] == coordinates[0, -1]
-    same_row = same_frame & (coordinates[1] == coordinates[1, -1])
-    size, width = _run_at_end(same_frame), _run_at_end(same_row)
-    blocks = coordinates[:, coordinates.shape[1] % size :].unflatten(1, (-1, size)).flip(1)
-    # A frame belongs to the grid if it has the same rows and columns as the last one, and comes before the next.
-    alike = (blocks[1:] == blocks[1:, :1]).all(0).all(-1)
-    one_time = (blocks[0] == blocks[0, :, :1]).all(-1)
-    earlier = torch.cat([torch.tensor([True]), blocks[0, 1:, 0] < blocks[0, :-1, 0]])
-    frames = int((alike & one_time & earlier).int().cumprod(0).sum())
-    return frames, size // width, width
-
-
-def _run_at_end(values: torch.Tensor) -> int:
-    """How many of the last values are true without a gap."""
-    return int(values.flip(0).int().cumprod(0).sum())
-
+_grid = ReadOnce(lambda coordinates: last_grid(coordinates[0].cpu()))
 
 _KIND = PipelineKind(layers=(("num_layers", 28),), size_step=32, compression=(8, 32))
 PIPELINES = {"LTXPipeline": _KIND, "LTXImageToVideoPipeline": replace(_KIND, image="first")}

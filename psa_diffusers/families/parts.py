@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
 
@@ -10,6 +12,9 @@ if TYPE_CHECKING:
     import torch
 
     Projections = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+Found = TypeVar("Found")
 
 
 def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
@@ -60,9 +65,9 @@ def project_added(attn: Any, text: torch.Tensor) -> Projections:
     return normalise(attn.norm_added_q, query), normalise(attn.norm_added_k, key), value
 
 
-def join(video: Projections, text: Projections) -> Projections:
-    """Queries, keys and values of video tokens with those of text after them."""
-    query, key, value = (concatenate(*pair) for pair in zip(video, text, strict=True))
+def join(first: Projections, second: Projections) -> Projections:
+    """Queries, keys and values of some tokens with those of others after them."""
+    query, key, value = (concatenate(*pair) for pair in zip(first, second, strict=True))
     return query, key, value
 
 
@@ -89,3 +94,56 @@ def project_out(attn: Any, attended: torch.Tensor) -> torch.Tensor:
     """Hidden states `[B, N, C]` of the attention output `[B, N, H, D]`."""
     linear, dropout = attn.to_out
     return dropout(linear(attended.flatten(2)))
+
+
+def last_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:
+    """Frames, height and width of the grid that the last tokens of a sequence form.
+
+    Args:
+        coordinates: `[3, N]`: time, row and column of each token.
+    """
+    import torch
+
+    same_frame = coordinates[0] == coordinates[0, -1]
+    same_row = same_frame & (coordinates[1] == coordinates[1, -1])
+    size, width = _run_at_end(same_frame), _run_at_end(same_row)
+    blocks = coordinates[:, coordinates.shape[1] % size :].unflatten(1, (-1, size)).flip(1)
+    # A frame belongs to the grid if it has the same rows and columns as the last one, and comes before the next.
+    alike = (blocks[1:] == blocks[1:, :1]).all(0).all(-1)
+    one_time = (blocks[0] == blocks[0, :, :1]).all(-1)
+    earlier = torch.cat([coordinates.new_ones(1, dtype=torch.bool), blocks[0, 1:, 0] < blocks[0, :-1, 0]])
+    frames = int((alike & one_time & earlier).int().cumprod(0).sum())
+    return frames, size // width, width
+
+
+def _run_at_end(values: torch.Tensor) -> int:
+    """How many of the last values are true without a gap."""
+    return int(values.flip(0).int().cumprod(0).sum())
+
+
+class ReadOnce(Generic[Found]):
+    """A function of tensors that waits for the device, called once for those that all steps of a run share.
+
+    Tensors count as the same if they are the same objects and nothing has written to them since. Those of inference
+    mode do not tell, and are read every time. Only the last result is kept, and no tensor is kept alive.
+
+    Args:
+        read: what to find out.
+    """
+
+    def __init__(self, read: Callable[..., Found]) -> None:
+        self._read = read
+        self._last: tuple[list[weakref.ref[torch.Tensor]], list[int], Found] | None = None
+
+    def __call__(self, *tensors: torch.Tensor) -> Found:
+        """What `read` finds in the tensors."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return self._read(*tensors)
+        versions = [tensor._version for tensor in tensors]
+        if self._last is not None:
+            known, then, found = self._last
+            if then == versions and all(each() is tensor for each, tensor in zip(known, tensors, strict=True)):
+                return found
+        found = self._read(*tensors)
+        self._last = [weakref.ref(tensor) for tensor in tensors], versions, found
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,10 @@ class PipelineKind:
         size_step: height and width must be multiples of it, whatever the configuration says: the pipeline checks it.
         frame_rest: what the number of frames leaves over when divided by the frames of one latent.
         frame_range: fewest and most frames, where it refuses others.
+        only_frames: the one number of frames that it makes, whatever it is asked for.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
+        image_size: height and width in pixels of the video that it makes of an image, from the configurations of VAE
+            and transformer, and those of the image; such a pipeline takes no size.
         compression: pixels of one latent along time and along height and width, where the VAE's configuration has no
             word for it.
         patch: latents along height and width of one token, likewise.
@@ -57,7 +60,9 @@ class PipelineKind:
     size_step: int = 16
     frame_rest: int = 1
     frame_range: tuple[int, int] | None = None
+    only_frames: int | None = None
     any_frames: bool = False
+    image_size: Callable[[Mapping[str, Any], Mapping[str, Any], int, int], tuple[int, int]] | None = None
     compression: tuple[int, int] = (4, 8)
     patch: int = 2
     layers: tuple[tuple[str, int], ...] = (("num_layers", 40),)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Wan(ModelFamily):
-    """Text, image and video to video, VACE and Animate; Wan 2.2's two experts are two transformers."""
+    """Text, image and video to video, VACE, Animate and Lucy Edit; Wan 2.2's two experts are two transformers."""
 
     name = "Wan 2.1 and 2.2"
     order = 10
@@ -70,6 +70,10 @@ PIPELINES = {
     "WanPipeline": _KIND,
     "WanImageToVideoPipeline": replace(_KIND, image="first"),
     "WanVACEPipeline": replace(_KIND, image="reference", layers=(("num_layers", 40), ("vace_layers", 8))),
+    "LucyEditPipeline": replace(
+        _KIND,
+        in_code_only="it edits a video, which this command has no option for; patch it in Python with apply_psa(pipe)",
+    ),
     "WanAnimatePipeline": replace(
         _KIND,
         in_code_only="it needs a video of a pose and one of a face, which this command has no options for; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,10 @@ from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.list_cache import Moment
 from psa_diffusers.patch.masks import MaskRecorder
-from psa_diffusers.patch.run import Forward, Route
+from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
-from psa_diffusers.patch.token_order import permutation_on
+from psa_diffusers.patch.token_order import Grid, permutation_on
 from psa_kernels import AttentionStats
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -50,8 +51,9 @@ class TokenAttention:
         route = forward.routes[layer.name]
         if not route.sparse:
             return route
-        tokens, video = call.hidden_states.shape[1], math.prod(forward.grid)
-        if tokens < video or (tokens > video and not self._family.history):
+        forward = self._with_all_videos(forward, call)
+        tokens, video = call.hidden_states.shape[1], math.prod(forward.attended_grid)
+        if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
             return Route(False, f"the sequence has {tokens} tokens, but the video's grid is {grid}")
         try:
@@ -88,12 +90,19 @@ class TokenAttention:
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = route or self.decide(forward, layer, call)
+        forward = self._with_all_videos(forward, call)
         if route.sparse:
             head, tail = self._sparse_or_again(forward, layer, qkv, call)
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
         return (head, tail) if forward.share is None else forward.share.gather_heads(head, tail, before)
+
+    def _with_all_videos(self, forward: Forward, call: AttentionCall) -> Forward:
+        """The forward as a layer sees it that attends several videos of its grid, if there is such a layer."""
+        if not self._family.several_videos or forward.grid == NO_GRID:
+            return forward
+        return replace(forward, videos=max(1, call.hidden_states.shape[1] // math.prod(forward.grid)))
 
     def _sparse_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall) -> Parts:
         """Sparse attention, or dense attention in its place where it is looked at and not finite."""
@@ -121,8 +130,10 @@ class TokenAttention:
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call that `decide` lets be so, and its statistics."""
         assert layer.spec is not None, "a layer without a spec is never routed here"
-        query, grid, lists, kept = qkv[0], forward.grid, forward.run.lists, None
+        query, grid, lists, kept = qkv[0], forward.attended_grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
+        beside = query.shape[1] - math.prod(grid) - after
+        behind = beside if self._family.appended else 0
         moment = Moment(forward.step, forward.window, forward.branch)
         # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
         fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
@@ -130,8 +141,8 @@ class TokenAttention:
             kept = lists.find(layer.name, moment, fits, layer.preset)
         head, tail, stats, used = attend_real_text(
             *qkv, layer.spec, kept,
-            before=query.shape[1] - math.prod(grid) - after,
-            after=after,
+            before=beside - behind,
+            after=after + behind,
             lengths=self._real_text(call) if after else None,
             permutation=permutation_on(layer.order, grid, query.device),
             strict=self._strict,
@@ -141,7 +152,14 @@ class TokenAttention:
             lists.keep(layer.name, moment, fits, layer.preset, used)
         if self.mask_recorder is not None and used is not None:
             self.mask_recorder.record(layer, forward, used)
+        if behind:  # no text, though it was computed as text is
+            head, tail = torch.cat([head, tail], dim=1), tail[:, :0]
         return (head, tail), stats
+
+    def video_of(self, head: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """The video tokens among those before text that stands last."""
+        video = math.prod(grid)
+        return head[:, :video] if self._family.appended else head[:, head.shape[1] - video :]
 
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""

@@ -146,9 +146,12 @@ class Ulysses:
 
 
 def share_of(
-    transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None
+    transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None, tokens: int | None = None
 ) -> tuple[Ulysses | None, str | None]:
     """How a forward is shared among ranks, None if it is not or not so; and why its layers cannot be sparse then.
+
+    Args:
+        tokens: how many there are to share; by default those of the grid.
 
     Raises:
         ValueError: tokens or heads cannot be shared so, or what diffusers would compute instead were wrong.
@@ -175,14 +178,15 @@ def share_of(
     first: Any = next(iter(family.self_attentions(transformer).values()))
     heads = first.heads
     uneven = getattr(config, "ulysses_anything", None)  # diffusers 0.36 does not have it
-    for what, count in (("video tokens", math.prod(grid)), ("heads", heads)):
+    tokens = math.prod(grid) if tokens is None else tokens
+    for what, count in (("video tokens", tokens), ("heads", heads)):
         if (count % degree and not uneven) or count < degree:
             hint = "" if uneven is not False else ", or ContextParallelConfig(ulysses_anything=True)"
             raise ValueError(
                 f"{count} {what} cannot be shared by ulysses_degree={degree} ranks; use a degree that fits{hint}"
             )
     group, rank = ulysses_group(config)
-    return Ulysses(group, rank, _shares(math.prod(grid), degree), _shares(heads, degree)), None
+    return Ulysses(group, rank, _shares(tokens, degree), _shares(heads, degree)), None
 
 
 def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:

@@ -46,7 +46,7 @@ class Facts(NamedTuple):
 
     Attributes:
         processor: what its module has now, and `mine` what the patch set there.
-        left_out: whether the patch was set on the other expert alone.
+        left_out: whether the patch was set on another transformer alone.
         unknown_step: why the denoising step is not known.
         unshared: why no layer can be sparse among these ranks.
         refused: why the family lets no layer be sparse in this forward.
@@ -64,15 +64,15 @@ class Facts(NamedTuple):
 
 
 def left_out(facts: Facts) -> str | None:
-    """As `pipe.transformer.set_attn_processor` leaves out the second expert."""
+    """As `pipe.transformer.set_attn_processor` leaves out the pipeline's other transformer."""
     return tell_left_out(facts.site.patch.name) if facts.left_out else None
 
 
 def tell_left_out(transformer: str) -> str:
-    """What to do for an expert that was left out."""
+    """What to do for a transformer that was left out."""
     return (
         f"pipe.{transformer} was not patched; call pipe.{transformer}.set_attn_processor(processor) with the same "
-        "PSAProcessor, or patch both experts with apply_psa(pipe)"
+        "PSAProcessor, or patch all transformers with apply_psa(pipe)"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config
+from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config, skips_attention_scores
 from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
@@ -144,7 +144,8 @@ class Patch(NotPickled):
             grid = self._family.token_grid(transformer, inputs)
         except DenseOnlyError as error:
             refused = str(error)
-        share, unshared = share_of(transformer, self._family, grid)
+        tokens = None if grid is None else self._family.tokens(inputs, grid)
+        share, unshared = share_of(transformer, self._family, grid, tokens)
         unknown = None
         try:
             forward = self._runs.enter(
@@ -187,12 +188,14 @@ class Patch(NotPickled):
                 publish(attn, site)
                 self.sync_stock_settings(transformer, site)
             if isinstance(site, LayerSite):
+                site.skips_scores = skips_attention_scores(attn)
                 site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
         config = parallel_config(transformer)
-        if config is not None and not isinstance(site, LayerSite) and self._family.replicates_text:
+        has_all = self._family.replicates_text and not isinstance(site, LayerSite) and not site.reads_video
+        if config is not None and has_all:
             config = None
             if vars(site.original).get("_parallel_config", self) is not None:
                 # A copy, made once: self-attention may have the same object, and does share its heads.

@@ -22,6 +22,7 @@ class BlockMask:
         layer: its name.
         step, steps: the denoising step, counted from 0, and how many the run has.
         grid: video tokens along frames, height and width.
+        videos: how many videos of that grid the layer attends, one after another. What follows shows the first.
         preset, spec: what the layer computed.
         order: which tokens form a block.
         first_head, first_row: the head and the query block that the first entries are.
@@ -38,6 +39,7 @@ class BlockMask:
     first_head: int
     first_row: int
     levels: np.ndarray
+    videos: int = 1
 
     def detail(self) -> np.ndarray:
         """How finely each pair of blocks was read, float64 like `levels`: 1 / pooling factor, 0 where skipped."""
@@ -51,12 +53,20 @@ class BlockMask:
 
     def over_frames(self, values: np.ndarray) -> np.ndarray:
         """Spread one value a key block over the tokens of the grid: [frames, height, width]."""
-        return _spread(values, self.spec.block_key, self.order, self.grid)
+        return self._spread(values, self.spec.block_key)
 
     def query_tokens(self, row: int) -> np.ndarray:
         """Which tokens of the grid a query block holds: bool [frames, height, width]."""
-        blocks = -(-int(np.prod(self.grid)) // self.spec.block_query)
-        return _spread(np.arange(blocks) == row, self.spec.block_query, self.order, self.grid)
+        blocks = -(-self.videos * int(np.prod(self.grid)) // self.spec.block_query)
+        return self._spread(np.arange(blocks) == row, self.spec.block_query)
+
+    def _spread(self, values: np.ndarray, block: int) -> np.ndarray:
+        frames, height, width = self.grid
+        grid = (self.videos * frames, height, width)
+        tokens = token_permutation(self.order.order, grid, self.order.tile).numpy()
+        spread = np.empty(len(tokens), values.dtype)
+        spread[tokens] = np.repeat(values, block)[: len(tokens)]
+        return spread.reshape(grid)[:frames]
 
 
 class MaskRecorder:
@@ -97,12 +107,14 @@ class MaskRecorder:
             return
         assert layer.spec is not None, "a sparse layer has one"
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
-        row = 0 if self._point is None else query_block_at(self._point, layer.order, layer.spec, forward.grid)
+        row = 0
+        if self._point is not None:
+            row = query_block_at(self._point, layer.order, layer.spec, forward.grid, forward.videos)
         rows = slice(None) if self._point is None else slice(row, row + 1)
         part = BlockLists(lists.ids[-1:, heads, rows].clone(), lists.counts[-1:, heads, rows].clone(), lists.key_blocks)
         mask = BlockMask(
             layer.name, forward.step, run.steps, forward.grid, layer.preset, layer.spec, layer.order, self._head or 0,
-            row, levels=np.empty(0),
+            row, levels=np.empty(0), videos=forward.videos,
         )  # fmt: skip
         self._kept[layer.name] = mask, part
 
@@ -121,15 +133,15 @@ def middle_sparse_step(preset: Preset, steps: int) -> int:
     return sparse[len(sparse) // 2] if sparse else steps
 
 
-def query_block_at(point: tuple[float, float, float], order: TokenOrder, spec: AttentionSpec, grid: Grid) -> int:
-    """The query block that holds the token at a place in the video (time, height, width, each from 0 to 1)."""
+def query_block_at(
+    point: tuple[float, float, float], order: TokenOrder, spec: AttentionSpec, grid: Grid, videos: int = 1
+) -> int:
+    """The query block that holds the token at a place in the video (time, height, width, each from 0 to 1).
+
+    Args:
+        videos: how many videos of that grid the layer attends, one after another; the first one is meant.
+    """
     place = tuple(min(size - 1, int(share * size)) for share, size in zip(point, grid, strict=True))
+    grid = (videos * grid[0], *grid[1:])
     tokens = token_permutation(order.order, grid, order.tile).numpy()
     return int(np.flatnonzero(tokens == np.ravel_multi_index(place, grid))[0]) // spec.block_query
-
-
-def _spread(values: np.ndarray, block: int, order: TokenOrder, grid: Grid) -> np.ndarray:
-    tokens = token_permutation(order.order, grid, order.tile).numpy()
-    spread = np.empty(len(tokens), values.dtype)
-    spread[tokens] = np.repeat(values, block)[: len(tokens)]
-    return spread.reshape(grid)

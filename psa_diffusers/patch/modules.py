@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from psa_diffusers.families import UnsupportedModelError
+from psa_diffusers.families.lookup import REASONS
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
+# Runs of a workflow that has nothing to do with the others, while experts share every run.
+OF_OTHER_WORKFLOWS = ("transformer_ref",)
 
 
 def unwrapped(module: Any) -> Any:
@@ -28,8 +31,12 @@ def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
         module = unwrapped(getattr(pipe, name, None))
         if module is not None and all(module is not other for other in found.values()):
             found[name] = module
+    if not found and hasattr(pipe, "load_components"):  # a modular pipeline
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer yet: call pipe.load_components() first")
     if not found:
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: it is no supported diffusers pipeline")
+        unet = type(unwrapped(getattr(pipe, "unet", None))).__name__
+        why = f"it has a {unet}, and {REASONS[unet]}" if unet in REASONS else "it is no supported diffusers pipeline"
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer: {why}")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.diffusers_internals import parallel_config
+from psa_diffusers.diffusers_internals import let_guiders_find, parallel_config
 from psa_diffusers.families import AttentionCall, find_family
 from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.arguments import with_names
@@ -20,7 +20,7 @@ from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_pr
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
 from psa_diffusers.patch.masks import MaskRecorder
-from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
+from psa_diffusers.patch.modules import OF_OTHER_WORKFLOWS, attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
@@ -35,10 +35,10 @@ Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 class PSAProcessor(PatchingProcessor):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
-    One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
-    phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
-    joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
-    Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
+    One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
+    the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged.
+    Text tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor`
+    (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
@@ -72,6 +72,7 @@ class PSAProcessor(PatchingProcessor):
         transformers = find_transformers(pipe)
         if preset_2 is not None and "transformer_2" not in transformers:
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
+        let_guiders_find(PSAProcessor, lambda attn: attn.processor._sites[attn].original)
         self.strict = strict
         self.presets = dict.fromkeys(transformers, load_preset(preset))
         if preset_2 is not None:
@@ -182,6 +183,8 @@ class PSAProcessor(PatchingProcessor):
         """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
+        if site.skips_scores:
+            return None
         forward, route = site.patch.forward, None
         # Where ranks share the forward they have to go the same way, so it was decided before.
         ours = forward.routes[site.layer.name].sparse if forward.share is None else site.in_graph
@@ -200,6 +203,8 @@ class PSAProcessor(PatchingProcessor):
 
     def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """The same inside a graph, where it was decided before the forward."""
+        if site.skips_scores:
+            return None
         if not site.in_graph:
             graph_ops.note_dense(site.number)
             return None
@@ -243,8 +248,9 @@ class PSAProcessor(PatchingProcessor):
             patch.attach()
         for patch in self._patches if found else ():
             if not patch.attached and patch.is_free():
-                patch.attach()  # to tell of the expert that was left out
-                self._fallbacks.warn_or_raise(tell_left_out(patch.name))
+                patch.attach()  # to tell of a transformer that was left out, of an expert at once
+                if patch.name not in OF_OTHER_WORKFLOWS:
+                    self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
 
     def _layer_modules(self, transformer: torch.nn.Module, prefix: str) -> dict[torch.nn.Module, str]:
@@ -258,12 +264,13 @@ class PSAProcessor(PatchingProcessor):
         patch = Patch(self, name, transformer, self._family, self._runs, self._attention, layers)
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}
+        readers = self._family.video_readers(transformer)
         for attn in attention_modules(transformer):
             original = own_processor(attn)
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
             if attn not in modules:
-                sites[attn] = Site(original)
+                sites[attn] = Site(original, attn in readers)
                 continue
             sites[attn] = layer = LayerSite(patch, original, layers.plain[modules[attn]])
             if (reason := self._family.why_not_imitated(original)) is not None:

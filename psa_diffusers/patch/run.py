@@ -97,7 +97,7 @@ class Run:
         """Begin a forward at a step; returns its window and its guidance branch, each counted from 0.
 
         Forwards of one step with the same input are guidance branches of each other, those with another input are other
-        windows of a long video.
+        windows of a long video. The first sample tells: some branches are in one batch, and others alone.
 
         Args:
             latents: the input to tell windows by; None where nothing is kept that another window could be given.
@@ -105,11 +105,12 @@ class Run:
         if step != self.step:
             self.step, self._inputs = step, {}
         seen = self._inputs.setdefault(transformer, [])
+        first = None if latents is None else latents[:1]
         for window, (kept, branches) in enumerate(seen):
-            if latents is None or (kept is not None and kept.shape == latents.shape and torch.equal(kept, latents)):
+            if first is None or (kept is not None and kept.shape == first.shape and torch.equal(kept, first)):
                 seen[window] = (kept, branches + 1)
                 return window, branches
-        seen.append((None if latents is None else latents.detach().clone(), 1))
+        seen.append((None if first is None else first.detach().clone(), 1))
         if len(seen) > 1:
             self.lists.one_step_only = True
         return len(seen) - 1, 0
@@ -125,6 +126,7 @@ class Forward:
         branch: 0 for the first forward of this transformer in this step and window, 1 for the second (guidance), ...
         window: 0 but where a step's forwards have different inputs, as windows of a long video have.
         grid: video tokens along frames, height and width; `NO_GRID` where the model was not told.
+        videos: how many videos of that grid a layer attends, one after another.
         routes: of each layer, by name.
         share: how ranks share it; None on one device.
         watch: whether each sparse attention is looked at for values that are not finite.
@@ -137,9 +139,16 @@ class Forward:
     branch: int = 0
     window: int = 0
     grid: Grid = NO_GRID
+    videos: int = 1
     share: Ulysses | None = None
     watch: bool = False
     notes: list[Note] = field(default_factory=list)
+
+    @property
+    def attended_grid(self) -> Grid:
+        """The grid of all videos that a layer attends, the frames of one after those of the other."""
+        frames, height, width = self.grid
+        return self.videos * frames, height, width
 
     def note(self, layer: Layer, stats: AttentionStats | None, reason: str | None = None) -> None:
         """Note one attention call of a layer; `stats` is None if it was dense."""

@@ -71,10 +71,11 @@ class Site(NotPickled):
     Attributes:
         original: the processor that the module had before.
         names: of what that takes after the module, in order; None if it takes any.
+        reads_video: whether its keys are the video's tokens, which ranks share, and its queries others.
     """
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, original: Any, reads_video: bool = False) -> None:
+        self.original, self.reads_video = original, reads_video
         self.names = argument_names(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
@@ -100,6 +101,8 @@ class LayerSite(Site):
         may_be_sparse: whether the preset has it sparse at any step of any run.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
+        skips_scores: whether a guider has values in place of attention in the current forward, which only `original`
+            takes part in.
         in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
             it calls `original`.
     """
@@ -110,7 +113,7 @@ class LayerSite(Site):
         preset = layer.preset
         self.may_be_sparse = not preset.is_all_dense and (layer.spec is not None or preset.may_undo_dense)
         self.not_imitated: str | None = None
-        self.in_graph = False
+        self.skips_scores = self.in_graph = False
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
             self.number = torch.tensor(number)

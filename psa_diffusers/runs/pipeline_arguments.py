@@ -30,13 +30,13 @@ def call_arguments(
     one = len(prompts) == 1  # given plainly, as some pipelines take no lists
     arguments: dict[str, Any] = {
         "prompt": prompts[0] if one else list(prompts),
-        "height": settings.height,
-        "width": settings.width,
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
         "generator": generators[0] if one else generators,
         "output_type": "np",
     }
+    if kind.image_size is None:
+        arguments |= {"height": settings.height, "width": settings.width}
     if kind.guided:
         negative = settings.negative_prompt
         arguments["negative_prompt"] = negative if one or negative is None else [negative] * len(prompts)

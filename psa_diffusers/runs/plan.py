@@ -172,7 +172,7 @@ def make_plan(request: Request) -> Plan:
         compare=request.compare,
         seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
         samples=samples,
-        steps=_in_range("--steps", _given(request.steps, card.steps), 1 + model.kind.idle_steps, 1000),
+        steps=_steps(request.steps, model),
         guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
         flow_shift=card.flow_shift,
@@ -190,7 +190,7 @@ def make_plan(request: Request) -> Plan:
         loras=[lora.settings() for lora in loras],
         arguments=dict(card.arguments),
     )
-    if image is not None and model.kind.begins_with_image:
+    if image is not None and model.kind.begins_with_image and model.image_size is None:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
@@ -283,6 +283,15 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
+    if model.image_size is not None and image is not None:
+        made = model.image_size(image.height, image.width)
+        asked = (_given(request.height, made[0]), _given(request.width, made[1]))
+        if asked != made:
+            raise InputError(
+                f"--height {asked[0]} --width {asked[1]}: {model.name} makes {made[0]} x {made[1]} of this image, "
+                "and no other size"
+            )
+        return made
     if image is not None and model.kind.begins_with_image and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
@@ -305,7 +314,9 @@ def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
 
 
 def _frames(frames: int, model: Model) -> int:
-    step, rest = model.frame_step, model.kind.frame_rest
+    step, rest, only = model.frame_step, model.kind.frame_rest, model.kind.only_frames
+    if only is not None and frames != only:
+        raise InputError(f"--frames {frames}: {model.name} makes {only} frames, and no other number")
     fewest, most = model.kind.frame_range or (frames, frames)
     if not fewest <= frames <= most:
         raise InputError(f"--frames {frames}: {model.name} makes videos of {fewest} to {most} frames")
@@ -321,6 +332,13 @@ def _fps(asked: int | None, model: Model) -> int:
     if only is not None and asked not in (None, only):
         raise InputError(f"--fps {asked}: {model.name} makes videos of {only} frames a second only")
     return _in_range("--fps", _given(asked, only or model.card.fps), 1, 240)
+
+
+def _steps(steps: int | None, model: Model) -> int:
+    card = model.card
+    if card.fixed_steps and steps not in (None, card.steps):
+        raise InputError(f"--steps {steps}: {model.name} is distilled for {card.steps} steps of given noise levels")
+    return _in_range("--steps", _given(steps, card.steps), 1 + model.kind.idle_steps, 1000)
 
 
 def _given(value: Any, default: Any) -> Any:

@@ -58,7 +58,7 @@ TRANSFORMER = {
 VERSION_1_5 = {"patch_size_t": 2, "patch_bias": False, "sample_width": 24, "sample_height": 24}
 
 
-def _parts(scheduler: type = CogVideoXDDIMScheduler, **config: Any) -> dict[str, Any]:
+def parts(scheduler: type = CogVideoXDDIMScheduler, **config: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     transformer = CogVideoXTransformer3DModel(**{**TRANSFORMER, **config}).eval()
     vae = AutoencoderKLCogVideoX(
@@ -83,27 +83,27 @@ def _parts(scheduler: type = CogVideoXDDIMScheduler, **config: Any) -> dict[str,
 
 def tiny_cogvideox_2b(**config: Any) -> CogVideoXPipeline:
     """As CogVideoX 2B: added sinusoidal positions, DDIM."""
-    return CogVideoXPipeline(**_parts(**config))
+    return CogVideoXPipeline(**parts(**config))
 
 
 def tiny_cogvideox_5b(**config: Any) -> CogVideoXPipeline:
     """As CogVideoX 5B: rotary positions, DPM."""
-    return CogVideoXPipeline(**_parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True, **config))
+    return CogVideoXPipeline(**parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True, **config))
 
 
 def tiny_cogvideox_1_5() -> CogVideoXPipeline:
     """As CogVideoX 1.5: rotary positions, two latent frames a patch."""
-    return CogVideoXPipeline(**_parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True, **VERSION_1_5))
+    return CogVideoXPipeline(**parts(CogVideoXDPMScheduler, use_rotary_positional_embeddings=True, **VERSION_1_5))
 
 
 def tiny_cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
     """Image to video: as many channels again for the image."""
-    return CogVideoXImageToVideoPipeline(**_parts(in_channels=8, use_rotary_positional_embeddings=True))
+    return CogVideoXImageToVideoPipeline(**parts(in_channels=8, use_rotary_positional_embeddings=True))
 
 
-def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
-    inputs: Inputs = {"encoder_hidden_states": noise.text(config.max_text_seq_length, config.text_embed_dim)}
-    patch, patch_t = config.patch_size, config.patch_size_t
+def inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
+    made: Inputs = {"encoder_hidden_states": noise.text(config.max_text_seq_length, config.text_embed_dim)}
+    patch, patch_t = config.patch_size, config.get("patch_size_t")
     size = (latents[3] // patch, latents[4] // patch)
     where: Inputs = {"crops_coords": ((0, 0), size), "temporal_size": latents[1]}
     if patch_t is not None:
@@ -112,15 +112,15 @@ def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
         where["max_size"] = largest
     if config.use_rotary_positional_embeddings:
         device = torch.device(noise.device)
-        inputs["image_rotary_emb"] = get_3d_rotary_pos_embed(
+        made["image_rotary_emb"] = get_3d_rotary_pos_embed(
             config.attention_head_dim, grid_size=size, device=device, **where
         )
-    if config.ofs_embed_dim is not None:
-        inputs["ofs"] = torch.full((1,), 2.0, dtype=noise.dtype, device=noise.device)
-    return inputs
+    if config.get("ofs_embed_dim") is not None:
+        made["ofs"] = torch.full((1,), 2.0, dtype=noise.dtype, device=noise.device)
+    return made
 
 
-def _toy(config: Mapping[str, Any]) -> dict[str, Any]:
+def toy(config: Mapping[str, Any]) -> dict[str, Any]:
     toy = {
         "num_attention_heads": 2,
         "attention_head_dim": 32,
@@ -135,7 +135,7 @@ def _toy(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**toy, "ofs_embed_dim": 8} if "ofs_embed_dim" in config else toy
 
 
-def _toy_latents(published: Published) -> Latents:
+def toy_latents(published: Published) -> Latents:
     return (1, 3 * published.config.get("patch_size_t", 1), published.latents[2], 16, 16)
 
 
@@ -172,7 +172,7 @@ _5B = replace(
     heads=48,
     toy=False,
 )
-_5B_I2V = replace(
+I2V_5B = replace(
     _5B,
     checkpoint="zai-org/CogVideoX-5b-I2V",
     config={**_5B.config, "in_channels": 32, "use_learned_positional_embeddings": True},
@@ -221,9 +221,9 @@ TESTS = FamilyTests(
         "cogvideox-i2v": Case(tiny_cogvideox_i2v, {**GUIDED, **SMALL_TEXT, "image": IMAGE}, SIZES[1:]),
     },
     networks={
-        "CogVideoXTransformer3DModel": Network(_inputs, _toy, toy_latents=_toy_latents, frames_first=True),
+        "CogVideoXTransformer3DModel": Network(inputs, toy, toy_latents=toy_latents, frames_first=True),
     },
-    published=(_2B, _5B, _5B_I2V, _1_5, _1_5_I2V),
+    published=(_2B, _5B, I2V_5B, _1_5, _1_5_I2V),
     parallel={
         "cogvideox-5b": ParallelCase(
             Case(lambda: tiny_cogvideox_5b(num_attention_heads=4), {**GUIDED, **SMALL_TEXT}),

@@ -52,7 +52,8 @@ TRANSFORMER: dict[str, Any] = {
 }
 
 
-def _vae() -> AutoencoderKLHunyuanVideo:
+def tiny_vae() -> AutoencoderKLHunyuanVideo:
+    """4 x 8 x 8 compression, 4 latent channels."""
     return AutoencoderKLHunyuanVideo(
         in_channels=3,
         out_channels=3,
@@ -99,7 +100,7 @@ def parts(transformer: torch.nn.Module) -> dict[str, Any]:
         "text_encoder": LlamaModel(_llama_config(4)).eval(),
         "tokenizer": tiny_tokenizer(),
         "transformer": transformer.eval(),
-        "vae": _vae(),
+        "vae": tiny_vae(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
         "text_encoder_2": CLIPTextModel(clip).eval(),
         "tokenizer_2": tiny_tokenizer(77),

@@ -1,6 +1,6 @@
-"""HunyuanVideo 1.5: a tiny random pipeline, and the published transformers.
+"""HunyuanVideo 1.5: tiny random pipelines, and the published transformers.
 
-The tiny pipeline has no text encoders, so a run gives embeddings and masks. The published configurations are those of
+The tiny pipelines have no text encoders, so a run gives embeddings and masks. The published configurations are those of
 `scripts/convert_hunyuan_video1_5_to_diffusers.py` of diffusers (58eb52c): the class's defaults but for two keys.
 """
 
@@ -14,22 +14,23 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from psa_diffusers.families.hunyuan_video15 import HunyuanVideo15
-from psa_testing.cases import Case, ParallelCase, Ranks, SavedCase
+from psa_testing.cases import IMAGE, Case, ParallelCase, Ranks, SavedCase
 from psa_testing.declaration import FamilyTests
 from psa_testing.full_size import Inputs, Latents, Network, Noise, Published
-from psa_testing.tiny_pipelines import tiny_text_encoder, tiny_tokenizer
+from psa_testing.tiny_pipelines import tiny_image, tiny_text_encoder, tiny_tokenizer
 
 TEXT, GLYPHS = 10, 6
 
 
-def tiny_hunyuan_video15(heads: int = 2) -> HunyuanVideo15Pipeline:
-    """Text to video with guidance 3: two dual-stream blocks, heads of 16."""
+def _parts(heads: int, **config: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     transformer = HunyuanVideo15Transformer3DModel(
         in_channels=9,
@@ -45,8 +46,7 @@ def tiny_hunyuan_video15(heads: int = 2) -> HunyuanVideo15Pipeline:
         text_embed_2_dim=32,
         image_embed_dim=12,
         rope_axes_dim=(4, 6, 6),
-        target_size=16,
-        task_type="t2v",
+        **config,
     ).eval()
     vae = AutoencoderKLHunyuanVideo15(
         in_channels=3,
@@ -59,15 +59,32 @@ def tiny_hunyuan_video15(heads: int = 2) -> HunyuanVideo15Pipeline:
         downsample_match_channel=False,
         upsample_match_channel=False,
     ).eval()
-    return HunyuanVideo15Pipeline(
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        guider=ClassifierFreeGuidance(guidance_scale=3.0),
+    return {
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "guider": ClassifierFreeGuidance(guidance_scale=3.0),
+    }
+
+
+def tiny_hunyuan_video15(heads: int = 2) -> HunyuanVideo15Pipeline:
+    """Text to video with guidance 3: two dual-stream blocks, heads of 16."""
+    return HunyuanVideo15Pipeline(**_parts(heads, target_size=16, task_type="t2v"))
+
+
+def tiny_hunyuan_video15_i2v() -> HunyuanVideo15ImageToVideoPipeline:
+    """Image to video, whose size is the image's shape at 32 x 32 pixels of area; 4 tokens are the image's."""
+    vision = SiglipVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=30, patch_size=15
+    )
+    return HunyuanVideo15ImageToVideoPipeline(
+        **_parts(2, target_size=32, task_type="i2v"),
+        image_encoder=SiglipVisionModel(vision).eval(),
+        feature_extractor=SiglipImageProcessor(size={"height": 30, "width": 30}),
     )
 
 
@@ -87,9 +104,8 @@ def embeddings(*lengths: int, glyphs: int = 2) -> dict[str, torch.Tensor]:
     return arguments
 
 
-def _with_text_encoders() -> HunyuanVideo15Pipeline:
+def _with_text_encoders(pipe: Any) -> Any:
     """A saved pipeline has text encoders; here nothing calls them."""
-    pipe = tiny_hunyuan_video15()
     pipe.register_modules(
         text_encoder=tiny_text_encoder(),
         tokenizer=tiny_tokenizer(),
@@ -99,14 +115,15 @@ def _with_text_encoders() -> HunyuanVideo15Pipeline:
     return pipe
 
 
-def _encode_prompt(pipe: HunyuanVideo15Pipeline, **arguments: Any) -> tuple[torch.Tensor, ...]:
+def _encode_prompt(pipe: Any, **arguments: Any) -> tuple[torch.Tensor, ...]:
     """Whatever it is asked, its text is the same: its text encoders have no tiny build."""
     return tuple(embeddings(7)[f"prompt_embeds{part}"] for part in ("", "_mask", "_2", "_mask_2"))
 
 
 def _inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
-    # Without an image its embeddings are zero, and the model masks them.
-    image = torch.zeros(1, noise.tokens(729), config.image_embed_dim, dtype=noise.dtype, device=noise.device)
+    image = noise(1, noise.tokens(729), config.image_embed_dim)
+    if config.task_type == "t2v":  # without an image its embeddings are zero, and the model masks them
+        image = torch.zeros_like(image)
     texts = noise.padded_text(1000, config.text_embed_dim) | noise.padded_text(256, config.text_embed_2_dim, "_2")
     # Its pipeline gives masks and timesteps of the embeddings' type.
     masks = {name: mask.to(noise.dtype) for name, mask in texts.items() if "mask" in name}
@@ -140,6 +157,13 @@ _480P = Published(
     vae={"spatial_compression_ratio": 16, "temporal_compression_ratio": 4},
     toy=True,
 )
+_I2V_480P = replace(
+    _480P,
+    checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
+    config={"target_size": 640, "task_type": "i2v"},
+    toy=False,
+)
+_STAND_INS = {"encode_prompt": _encode_prompt}
 _RUN: Inputs = {"prompt": None, "height": 32, "width": 32, "num_frames": 5, **embeddings(7)}
 
 TESTS = FamilyTests(
@@ -150,6 +174,12 @@ TESTS = FamilyTests(
             _RUN,
             ({"height": 24, "width": 40}, embeddings(10, 4), {**embeddings(5, glyphs=0), "num_frames": 3}),
             one_each=True,
+        ),
+        # The size is the image's alone, and no argument.
+        "hunyuan-video-1.5-i2v": Case(
+            tiny_hunyuan_video15_i2v,
+            {**_RUN, "height": None, "width": None, "image": IMAGE},
+            ({"image": tiny_image(160, 96)}, embeddings(10, 4)),
         ),
     },
     networks={
@@ -167,13 +197,24 @@ TESTS = FamilyTests(
             grid=(31, 45, 80),
             toy=False,
         ),
+        _I2V_480P,
+        replace(
+            _I2V_480P,
+            checkpoint="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v",
+            config={"target_size": 960, "task_type": "i2v"},
+            latents=(1, 65, 31, 45, 80),
+            grid=(31, 45, 80),
+        ),
     ),
     parallel={
         "hunyuan-video-1.5": ParallelCase(Case(lambda: tiny_hunyuan_video15(heads=4), _RUN), (Ranks(2, "patch"),)),
     },
     saved={
         "hunyuan-video-1.5": SavedCase(
-            _with_text_encoders, size=32, frames=5, stand_ins={"encode_prompt": _encode_prompt}
+            lambda: _with_text_encoders(tiny_hunyuan_video15()), size=32, frames=5, stand_ins=_STAND_INS
+        ),
+        "hunyuan-video-1.5-i2v": SavedCase(
+            lambda: _with_text_encoders(tiny_hunyuan_video15_i2v()), size=32, frames=5, stand_ins=_STAND_INS
         ),
     },
     masks_padding=True,

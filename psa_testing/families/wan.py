@@ -27,6 +27,7 @@ from psa_testing.full_size import Inputs, Latents, Network, Noise, Published
 from psa_testing.tiny_pipelines import (
     TEXT_DIM,
     tiny_image,
+    tiny_lucy_edit,
     tiny_text_encoder,
     tiny_tokenizer,
     tiny_vae,
@@ -106,7 +107,7 @@ def inputs(config: Any, latents: Latents, noise: Noise) -> Inputs:
     made: Inputs = {"encoder_hidden_states": noise.text(512, config.text_dim)}
     if config.added_kv_proj_dim:
         made["encoder_hidden_states_image"] = noise(1, 257, config.image_dim)  # of CLIP's image encoder
-    if config.in_channels == 48:  # the one model whose pipeline gives every token a timestep
+    if config.out_channels == 48:  # the models of 5B, whose pipelines give every token a timestep
         _, frames, height, width = latents[1:]
         made["timestep"] = noise.timestep(1, frames * (height // 2) * (width // 2))
     return made
@@ -212,6 +213,15 @@ _PUBLISHED = (
         vae={"scale_factor_spatial": 16, "scale_factor_temporal": 4},
         toy=True,
     ),
+    # The latents of the video that it edits go in beside the noise.
+    published(
+        "decart-ai/Lucy-Edit-Dev",
+        (1, 96, 21, 30, 52),
+        (21, 15, 26),
+        "5B",
+        {"out_channels": 48},
+        vae={"scale_factor_spatial": 16, "scale_factor_temporal": 4},
+    ),
     published(
         "Wan-AI/Wan2.1-VACE-1.3B-diffusers",
         (1, 16, 21, 60, 104),
@@ -256,6 +266,7 @@ TESTS = FamilyTests(
             one_each=True,
             fuses=True,
         ),
+        "lucy-edit": Case(lambda: tiny_lucy_edit(num_layers=2), {**_RUN, "video": [IMAGE] * 9}),
         "wan-animate": Case(
             tiny_wan_animate,
             {

@@ -1,6 +1,7 @@
 """What the models of `--model` run with, by their cards and the published configurations of their checkpoints."""
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,11 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     assert (model.num_layers, model.experts) == (published.layers, published.experts)
     frames, height, width = published.grid
     assert (settings.height // model.size_step, settings.width // model.size_step) == (height, width)
-    if not model.kind.any_frames:  # else its grid is that of a section
+    if name == "minimax-h3":  # its VAE makes several latents of a number of frames
+        from diffusers.modular_pipelines.minimax_h3.modular_pipeline import video_latent_num_frames
+
+        assert video_latent_num_frames(settings.frames, model.frame_step, 5) == frames
+    elif not model.kind.any_frames:  # else its grid is that of a section
         latents = -(-settings.frames // model.frame_step)
         assert -(-latents // published.config.get("patch_size_t", 1)) == frames
     if name == "wan2.2-14b":
@@ -153,6 +158,48 @@ def test_a_model_that_makes_one_size_only(hub, tmp_path):
     assert (plan.settings.height, plan.settings.width) == (480, 720) and plan.image.size == (720, 480)
     with pytest.raises(InputError, match=r"--height 480 --width 832: .* makes videos of 480 x 720 only"):
         make_plan(replace(request, width=832))
+
+
+def test_a_model_that_makes_one_number_of_frames(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["nvidia/ChronoEdit-14B-Diffusers"].config
+    tiny_image(128, 72).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="chronoedit", image=str(tmp_path / "image.png"))
+    assert make_plan(request).settings.frames == 5
+    with pytest.raises(InputError, match=r"^--frames 81: chronoedit makes 5 frames, and no other number$"):
+        make_plan(replace(request, frames=81))
+
+
+def test_a_model_whose_size_is_that_of_its_image(hub, tmp_path):
+    """The pipeline takes the image as it is, and no size."""
+    published = CHECKPOINTS["hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v"]
+    hub["transformer/config.json"], hub["vae/config.json"] = published.config, published.vae
+    tiny_image(320, 320).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="hunyuanvideo-1.5-i2v-480p", image=str(tmp_path / "image.png"))
+    plan = make_plan(request)
+    assert (plan.settings.height, plan.settings.width) == (640, 640) and plan.image.size == (320, 320)
+    assert make_plan(replace(request, height=640)).settings == plan.settings
+    assert pickle.loads(pickle.dumps(plan)).model.image_size(72, 128) == (480, 848)  # as other processes get it
+    message = "^--height 480 --width 640: hunyuanvideo-1.5-i2v-480p makes 640 x 640 of this image, and no other size$"
+    with pytest.raises(InputError, match=message):
+        make_plan(replace(request, height=480))
+    hub["transformer/config.json"] = {**published.config, "target_size": "640"}
+    with pytest.raises(InputError, match=r"transformer/config\.json is damaged"):
+        make_plan(request)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "why"),
+    [
+        ("LucyEditPipeline", "it edits a video"),
+        ("ConsisIDPipeline", "it needs what face models make of an image"),
+        ("EasyAnimateInpaintPipeline", "it needs a video and a mask"),
+        ("EasyAnimateControlPipeline", "it needs a video of a control signal"),
+    ],
+)
+def test_a_pipeline_for_code_only_says_why(hub, pipeline, why):
+    hub["model_index.json"]["_class_name"] = pipeline
+    with pytest.raises(InputError, match=rf"it is a {pipeline}: {why}, which .* apply_psa\(pipe\)"):
+        resolve_model("someone/something")
 
 
 def test_a_model_has_the_dtype_that_its_card_names(hub, monkeypatch):

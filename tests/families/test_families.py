@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from psa_diffusers import PSAProcessor, apply_psa
-from psa_diffusers.families import FAMILIES, find_family
+from psa_diffusers.families import find_family
 from psa_diffusers.families.ltx import LTXVideo
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_testing.families import CASES, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
+from psa_testing.families import CASES, HERE, ONE_EACH, PARALLEL, SAVED, TESTS, TESTS_OF
 from psa_testing.random_norms import NORMS
 from psa_testing.tiny_families import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_pipelines import tiny_image
@@ -67,10 +67,11 @@ def test_sparse_runs_differ_repeat_and_are_undone(case):
         ("wan-vace", [*(f"blocks.{i}" for i in range(3)), "vace_blocks.0", "vace_blocks.1"]),
         ("wan-animate", ["blocks.0", "blocks.1"]),
         ("hunyuan-video-1.5", ["transformer_blocks.0", "transformer_blocks.1"]),
+        ("ltx2.3", ["transformer_blocks.0", "transformer_blocks.1"]),
     ],
 )
 def test_the_layers_are_the_video_self_attentions(name, layers):
-    """Neither cross-attention, nor HunyuanVideo's token refiner, nor Animate's face adapter."""
+    """Neither cross-attention, nor HunyuanVideo's token refiner, Animate's face adapter, or LTX-2's sound."""
     with apply_psa(CASES[name].make(), SPARSE) as psa:
         assert psa.stats().layers == layers
 
@@ -123,31 +124,34 @@ def test_diffusion_forcing_in_causal_blocks_is_dense():
         case.run(pipe, **inputs)
 
 
-def give_a_mask(attn):
-    """Let an attention module be called with a mask that hides nothing; returns a hook."""
+def give_a_mask(attn, name):
+    """Let an attention module be called with a mask that hides nothing, by the name it has for one; returns a hook."""
     signature = inspect.signature(attn.forward)
 
     def mask(module, args, kwargs):
         call = signature.bind(*args, **kwargs)
         hidden = call.arguments["hidden_states"]
-        call.arguments["attention_mask"] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
+        named = call.arguments if name in signature.parameters else call.arguments["kwargs"]
+        named[name] = torch.ones(len(hidden), 1, hidden.shape[1], dtype=torch.bool)
         return call.args, call.kwargs
 
     return attn.register_forward_pre_hook(mask, with_kwargs=True)
 
 
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if TESTS_OF[name].family.text == "none"])
+@pytest.mark.parametrize(
+    "name", [name for name in ONE_EACH if TESTS_OF[name].family.text == "none" and TESTS_OF[name].mask is not None]
+)
 def test_a_mask_of_video_tokens_is_dense(name):
-    case, pipe = CASES[name], CASES[name].make()
+    case, pipe, mask = CASES[name], CASES[name].make(), TESTS_OF[name].mask
     family = find_family(pipe.transformer)
     [layer, attn], *_ = family.self_attentions(pipe.transformer).items()
-    with apply_psa(pipe, SPARSE) as psa, give_a_mask(attn):
+    with apply_psa(pipe, SPARSE) as psa, give_a_mask(attn, mask):
         with pytest.warns(PSAFallbackWarning, match="given an attention mask|masks the attention between frames"):
             case.run(pipe)
         stats = psa.stats()
         index = stats.layers.index(layer)
         assert all(row[index] == 1 and min(row) < 0.5 for row in stats.density)
-    with apply_psa(pipe, SPARSE, strict=True), give_a_mask(attn), pytest.raises(PSAFallbackError, match="mask"):
+    with apply_psa(pipe, SPARSE, strict=True), give_a_mask(attn, mask), pytest.raises(PSAFallbackError, match="mask"):
         case.run(pipe)
 
 
@@ -174,11 +178,11 @@ def test_animate_and_framepack_make_every_segment_a_run():
 
 
 def test_every_family_is_tested():
-    assert len(TESTS) == len(FAMILIES) and {tests.family for tests in TESTS} == set(FAMILIES)
+    assert len(TESTS) == len(HERE) and {tests.family for tests in TESTS} == set(HERE)
     transformers = {name: CASES[name].build().transformer for name in ONE_EACH}
     for name, transformer in transformers.items():
         assert find_family(transformer) is TESTS_OF[name].family
-    known = sorted(name for family in FAMILIES for name in family.transformers)
+    known = sorted(name for family in HERE for name in family.transformers)
     assert sorted(type(transformer).__name__ for transformer in transformers.values()) == known
 
 

@@ -55,7 +55,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused(kind):
 def test_the_nearest_known_class_decides(monkeypatch):
     """As where diffusers derives a model that is not supported from one that is."""
     kind = type("WanAnimate2Transformer3DModel", (WanTransformer3DModel,), {"__module__": "diffusers.models.new"})
-    with pytest.raises(UnsupportedModelError, match="keeps the keys of earlier chunks"):
+    with pytest.raises(UnsupportedModelError, match="reference tokens of its own frame"):
         find_family(made_of(type("Mine", (kind,), {})))
     kind = type("NewTransformer3DModel", (WanTransformer3DModel,), {"__module__": "diffusers.models.new"})
     kind.forward = lambda self, hidden_states: hidden_states

@@ -8,8 +8,11 @@ import diffusers
 import pytest
 import torch
 
-from psa_diffusers.families import FAMILIES, AttentionCall, find_family
-from psa_testing.families import NETWORKS, PUBLISHED
+from psa_diffusers.families import AttentionCall, find_family
+from psa_testing.families import HERE, NETWORKS, PUBLISHED
+from psa_testing.full_size import Noise, query_projection
+
+NOISE = Noise(torch.bfloat16, "meta", padding=0.0, tiny=False)
 
 
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda published: published.name)
@@ -18,13 +21,13 @@ def test_a_published_configuration(published):
         transformer = getattr(diffusers, published.model)(**published.config)
     family = find_family(transformer)
     attentions = family.self_attentions(transformer)
-    inputs = {"hidden_states": torch.empty(published.latents, device="meta"), **published.inputs}
+    inputs = NETWORKS[published.model].noise_inputs(transformer.config, published.latents, NOISE)
     assert len(attentions) == len(set(attentions.values())) == published.layers
-    assert family.token_grid(transformer, inputs) == published.grid
+    assert family.token_grid(transformer, {**inputs, **published.inputs}) == published.grid
     assert (family.text == "none") == (published.text == 0)
     tokens = math.prod(published.grid)
     for attn in (next(iter(attentions.values())), list(attentions.values())[-1]):
-        width = attn.to_q.in_features
+        width = query_projection(attn).in_features
         added = getattr(attn, "add_q_proj", None)
         text_width = width if added is None else added.in_features
         video = torch.empty(1, tokens, width, device="meta")
@@ -49,6 +52,6 @@ def test_hunyuan_video_1_5_chooses_these_sizes():
 
 
 def test_every_transformer_of_every_family_is_published_and_has_a_toy():
-    known = {name for family in FAMILIES for name in family.transformers}
+    known = {name for family in HERE for name in family.transformers}
     assert known == {published.model for published in PUBLISHED} == set(NETWORKS)
     assert known == {published.model for published in PUBLISHED if published.toy}

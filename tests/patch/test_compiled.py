@@ -44,20 +44,32 @@ def compile_blocks(pipe, backend="eager"):
     return counter
 
 
-@pytest.mark.parametrize(
-    ("case", "backend", "stock_graphs"),
-    [
-        (WAN, "aot_eager", 1),
-        # Its token refiner and patch embedding are compiled too.
-        (CASES["hunyuan-video"], "eager", 5),
-        # The first block gets its text as a view, which takes a graph of its own.
-        (CASES["cogvideox-5b"], "eager", 2),
-        # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
-        (CASES["mochi"], "eager", 1),
-        (CASES["cosmos2"], "eager", 1),
-    ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos"],
-)
+# Of each case, graphs of its stock blocks; an older diffusers lacks some.
+STOCK_GRAPHS = {
+    # Its token refiner and patch embedding are compiled too.
+    "hunyuan-video": 5,
+    # The first block gets its text as a view, which takes a graph of its own.
+    "cogvideox-5b": 2,
+    # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
+    "mochi": 1,
+    "cosmos2": 1,
+    "anyflow": 1,
+    "easyanimate": 2,
+    # Its refiner is compiled too.
+    "minimax-h3": 3,
+    # Its video attention has gates, and tokens after the video.
+    "ltx2.5-condition": 1,
+    # Decoder blocks, which have no mask, take a graph of their own.
+    "motif-video": 3,
+    # The text blocks of video and audio are compiled too.
+    "kandinsky6": 3,
+}
+COMPILED = [
+    pytest.param(CASES[name], "eager", graphs, id=name) for name, graphs in STOCK_GRAPHS.items() if name in CASES
+]
+
+
+@pytest.mark.parametrize(("case", "backend", "stock_graphs"), [pytest.param(WAN, "aot_eager", 1, id="wan"), *COMPILED])
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
     pipe = case.make()

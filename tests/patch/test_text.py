@@ -7,6 +7,7 @@ import torch
 
 from psa_diffusers import apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_testing.expectations import pooled_attention
 from psa_testing.families import CASES, ONE_EACH, TESTS_OF
 from psa_testing.spies import count_selections, spy_on_attention
 from psa_testing.tiny_families import SPARSE, preset
@@ -50,32 +51,6 @@ def test_padding_counts_for_nothing(name):
                 assert torch.equal(case.run(pipe, **inputs), plain)
 
 
-def pooled(x, factor):
-    """Means of `factor` neighbours inside blocks of 16; `[N, H, D]` to `[N / factor, H, D]`, for whole blocks."""
-    return x.unflatten(0, (-1, factor)).mean(1)
-
-
-def expected_attention(q, k, v, text, video, factor):
-    """One sample, token by token in float64: video queries read video pooled and text exactly, text queries all so.
-
-    Args:
-        q, k, v: `[N, H, D]`.
-        text, video: positions of the real text tokens and of the video tokens.
-    """
-    q, k, v = (x.double() for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
-    count = torch.cat([torch.zeros(len(text)), torch.full((len(video) // factor,), float(factor)).log()]).double()
-    out = torch.zeros_like(q)
-    keys = torch.cat([k[text], pooled(k[video], factor)])
-    values = torch.cat([v[text], pooled(v[video], factor)])
-    weights = (torch.einsum("qhd,khd->hqk", q[video], keys) * scale + count).softmax(-1)
-    out[video] = torch.einsum("hqk,khd->qhd", weights, values)
-    every = torch.cat([text, video])
-    weights = (torch.einsum("qhd,khd->hqk", q[text], k[every]) * scale).softmax(-1)
-    out[text] = torch.einsum("hqk,khd->qhd", weights, v[every])
-    return out
-
-
 JOINT = [name for name, case in CASES.items() if case.text is not None]
 
 
@@ -96,7 +71,7 @@ def test_text_is_exact_and_video_alone_is_pooled(name, monkeypatch):
             first = 0 if place == "before" else 192
             text = torch.arange(first, first + length)
             video = torch.arange(192) + (tokens if place == "before" else 0)
-            expected = expected_attention(q[sample], k[sample], v[sample], text, video, 4)
+            expected = pooled_attention(q[sample], k[sample], v[sample], text, video, 4)
             torch.testing.assert_close(attended[sample].double(), expected, rtol=0, atol=1e-5)
 
 

@@ -119,6 +119,8 @@ def test_inputs_at_full_size_are_what_the_transformer_takes(published):
             output, latents = transformer(**inputs).sample, published.latents
             if network.frames_first:
                 assert output.shape[1] == latents[1] and output.shape[3:] == latents[3:]
+            elif network.channels_last:
+                assert output.shape[1:4] == latents[1:4]
             else:
                 assert output.shape[2:] == latents[2:]
     joint = find_family(transformer).text == "before"

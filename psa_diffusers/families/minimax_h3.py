@@ -1,0 +1,116 @@
+"""MiniMax-H3: one packed sequence of text, conditions, audio and, last, the video, which attend each other alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from psa_diffusers.families.card import ModelCard
+from psa_diffusers.families.family import AttentionCall, ModelFamily
+from psa_diffusers.families.parts import ReadOnce, last_grid, normalise, project_out, split_heads
+from psa_diffusers.families.pipeline_kind import PipelineKind
+
+if TYPE_CHECKING:
+    import torch
+
+VIDEO_TAG = 0  # of the rows of the video, of keyframes and of references
+
+
+class MiniMaxH3(ModelFamily):
+    """MiniMaxH3Transformer3DModel: text, keyframes and references to video with sound.
+
+    The rows of the video to be made stand last, frame by frame. All rows before them are attended exactly, and their
+    own queries are dense; those of the audio among them. The text's refiner is left alone.
+    """
+
+    name = "MiniMax-H3"
+    order = 25
+    transformers = ("MiniMaxH3Transformer3DModel",)
+    processors = ("MiniMaxH3AttnProcessor",)
+    history = True
+
+    @staticmethod
+    def self_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
+        return {f"transformer_blocks.{index}": block.attn for index, block in enumerate(transformer.transformer_blocks)}
+
+    @staticmethod
+    def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int] | None:
+        positions, tags = inputs.get("position_ids"), inputs.get("token_tags")
+        if positions is None or tags is None:
+            return None
+        return _grid(positions, tags)
+
+    @staticmethod
+    def tokens(inputs: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
+        return inputs["position_ids"].shape[0]
+
+    @staticmethod
+    def timestep(inputs: Mapping[str, Any]) -> Any:
+        # Of the last row: audio has a schedule of its own, and conditions are held where they are nearly clean.
+        timesteps, rows = inputs.get("timestep"), inputs.get("timestep_indices")
+        return None if timesteps is None or rows is None else timesteps.index_select(0, rows[-1:])
+
+    @staticmethod
+    def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = call.hidden_states
+        # Its stock processor, too, reads the copy that fusing makes.
+        if attn.fused_projections:
+            projected = attn.to_qkv(x).chunk(3, dim=-1)
+        else:
+            projected = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        query, key, value = split_heads(attn, *projected)
+        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
+        if call.rotary_emb is not None:
+            query, key = _rotate(query, call.rotary_emb), _rotate(key, call.rotary_emb)
+        return query, key, value
+
+    @staticmethod
+    def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
+        return project_out(attn, video)
+
+
+def _rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate the first channels of `[B, N, H, D]`, each with the one half as many further on; the others stay.
+
+    Args:
+        tables: cosines and sines `[N, channels]`, which hold each angle twice.
+    """
+    import torch
+
+    half = tables[0].shape[-1] // 2
+    cos, sin = (table[:, None, :half].to(x.dtype) for table in tables)
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _read(positions: torch.Tensor, tags: torch.Tensor) -> tuple[int, int, int] | None:
+    """The grid that the last rows form, of the rows at the end that all are video; None where there are none."""
+    video = tags.cpu() == VIDEO_TAG
+    rows = int(video.flip(0).int().cumprod(0).sum())
+    return last_grid(positions[len(positions) - rows :].cpu().mT) if rows else None
+
+
+_grid = ReadOnce(_read)
+
+PIPELINES = {
+    # 17 frames are 5 of latents; it makes 17 k + 5.
+    "MiniMaxH3ModularPipeline": PipelineKind(
+        size_step=32, frame_rest=5, compression=(17, 16), layers=(("num_layers", 50),)
+    ),
+}
+CARDS = (
+    ModelCard(
+        name="minimax-h3",
+        hub_id="MiniMaxAI/MiniMax-H3",
+        about="MiniMax-H3 text to video with sound, 768 x 1344 at 24 fps; its guidance is distilled",
+        pipeline="MiniMaxH3ModularPipeline",
+        height=768,
+        width=1344,
+        frames=124,
+        # Its schedule ends at the last of them: 49 forwards.
+        steps=50,
+        guidance=1.0,
+        fps=24,
+        negative_prompt="",
+    ),
+)
