@@ -5,23 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.sound import read_sound
 from psa_diffusers.report.video import read_video
 from psa_diffusers.runs.plan import Request, make_plan
-from psa_testing.saved_h3 import KIND, RATE, save_h3, without_text_encoder
+from psa_testing.saved_h3 import save_h3, without_text_encoder
 from psa_testing.tiny_pipelines import tiny_image
 from psa_testing.tiny_runs import carry_out, edit_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAME = "MiniMaxH3ModularPipeline"
+RATE = 8000
 
 
 @pytest.fixture
-def h3(tmp_path, monkeypatch):
+def h3(tmp_path):
     """Makes a request for a dense run."""
-    monkeypatch.setitem(PIPELINE_KINDS, NAME, KIND)
     with without_text_encoder():
         save_h3(tmp_path / "h3")
 
@@ -50,6 +48,19 @@ def test_a_video_with_sound_from_words_and_from_an_image(h3, image, tmp_path, mo
     assert (run["sound"]["rate"], run["sound"]["channels"]) == (RATE, 2)
     assert abs(clip.sound.seconds - 124 / 24) < 0.2
     assert loaded[0].transformer is not None and loaded[0].transformer_ref is None
+
+
+def test_sparse_beside_dense(h3, saved, tmp_path):
+    summary = carry_out(h3(preset=str(saved / "small.yaml"), compare=True, strict=True))
+    assert summary["prompts"][0]["warnings"] == []
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    attention = report["runs"]["small"]["attention"]
+    assert (attention["steps"], attention["dense_steps"], len(attention["layers"])) == (3, 1, 2)
+    assert 0.3 < attention["density_sparse"] < 0.7 and attention["fallbacks"] == {}
+    assert report["comparison"]["sound"] == "dense"
+    heard = read_sound(tmp_path / "out" / "0000-a-cat" / "side-by-side.mp4")
+    dense = read_sound(tmp_path / "out" / "0000-a-cat" / "dense.mp4")
+    np.testing.assert_array_equal(heard.samples, dense.samples)
 
 
 def test_the_sound_is_that_of_the_pipeline(h3, tmp_path, monkeypatch):
