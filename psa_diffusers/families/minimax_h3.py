@@ -107,6 +107,8 @@ PIPELINES = {
         modular=True,
         workflows=("t2va", "fl2va"),
         idle_steps=1,
+        # Of its text encoder's processor.
+        packages=("torchvision",),
     ),
 }
 CARDS = (

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from psa_diffusers.checkpoints import load
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.sound import read_sound
 from psa_diffusers.report.video import read_video
@@ -18,8 +19,9 @@ RATE = 8000
 
 
 @pytest.fixture
-def h3(tmp_path):
+def h3(tmp_path, monkeypatch):
     """Makes a request for a dense run."""
+    monkeypatch.setattr(load, "is_installed", lambda package: True)
     with without_text_encoder():
         save_h3(tmp_path / "h3")
 
@@ -93,3 +95,9 @@ def test_the_sound_is_that_of_the_pipeline(h3, tmp_path, monkeypatch):
 def test_what_its_blocks_would_refuse_is_refused_before_weights_load(h3, changes, message):
     with pytest.raises(InputError, match=message):
         make_plan(h3(**changes))
+
+
+def test_what_its_text_encoder_needs_is_asked_for_before_weights_load(h3, monkeypatch):
+    monkeypatch.setattr(load, "is_installed", lambda package: package != "torchvision")
+    with pytest.raises(InputError, match="MiniMaxH3ModularPipeline needs the package torchvision, which is not inst"):
+        make_plan(h3())
