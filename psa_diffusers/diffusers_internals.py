@@ -16,6 +16,8 @@ than the import.
 - `diffusers.models._modeling_parallel` has the words of plans for context parallelism, `transformer._cp_plan` is a plan
   of diffusers, `transformer._parallel_config` what was enabled, and its `_ulysses_mesh` the group of ranks. If one of
   them moves, runs that several GPUs share fail, and only these; the new one is to be named here.
+- `pipe._blocks` are the blocks that a modular pipeline runs; `pipe.blocks` is a copy of them. If it moves, the progress
+  bars of modular pipelines are as diffusers draws them.
 - `transformer._diffusers_hook.hooks[...].metadata` names the arguments that context parallelism splits. If it moves,
   LTX-Video in context parallel is refused.
 
@@ -104,6 +106,14 @@ def split_arguments(transformer: torch.nn.Module) -> set[str]:
     """Names of the arguments of the transformer's forward that context parallelism splits."""
     plans = [getattr(hook, "metadata", None) for hook in _hooks_of(transformer)]
     return {name for plan in plans if isinstance(plan, dict) for name in plan if isinstance(name, str)}
+
+
+def inner_blocks(pipe: Any) -> list[Any]:
+    """The blocks of a modular pipeline, and those in them."""
+    found = [getattr(pipe, "_blocks", None)]
+    for block in found:
+        found += getattr(block, "sub_blocks", {}).values()
+    return found
 
 
 def step_count(pipe: Any, timesteps: torch.Tensor) -> int:

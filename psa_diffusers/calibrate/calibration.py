@@ -183,11 +183,11 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped
         dense = runs.timed_dense(first)[0]
         timed: dict[str, Any] = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
         dense_steps = calibration.dense_steps
-        density = density_for_speedup(target.value, plan.settings.steps, dense_steps, timed, lowest)
+        density = density_for_speedup(target.value, plan.steps, dense_steps, timed, lowest)
         pairs = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in timed["sparse"])
         tell(
             f"on this machine a dense step takes {dense:.3g} s, a sparse one {pairs} (medians of one run each); "
-            f"{target} of denoising, {dense_steps} of {plan.settings.steps} steps dense, needs density {density:.3f}"
+            f"{target} of denoising, {dense_steps} of {plan.steps} steps dense, needs density {density:.3f}"
         )
         return density
 

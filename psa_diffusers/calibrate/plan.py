@@ -56,12 +56,12 @@ class Calibration:
     @property
     def sparse_steps(self) -> tuple[int, ...]:
         """The denoising steps, counted from 0, that the base preset does not keep dense: they are in one piece."""
-        return self.base.sparse_steps(self.plan.settings.steps)
+        return self.base.sparse_steps(self.plan.steps)
 
     @property
     def dense_steps(self) -> int:
         """How many denoising steps the base preset keeps dense, at the beginning and at the end."""
-        return self.plan.settings.steps - len(self.sparse_steps)
+        return self.plan.steps - len(self.sparse_steps)
 
     @property
     def measured(self) -> list[Video]:

@@ -130,6 +130,7 @@ class Runs:
                 device=settings.device,
                 offload=settings.offload,
                 flow_shift=settings.flow_shift,
+                loras=self._plan.loras,
             )
         return self._pipe
 

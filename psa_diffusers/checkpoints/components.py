@@ -74,9 +74,9 @@ def load_component(part: Part, dtype: torch.dtype) -> Any:
     import torch
 
     kind = component_class(part)
+    pinned = {"revision": part.revision, "variant": part.variant}
     settings: dict[str, Any] = {"subfolder": part.subfolder}
-    if part.revision is not None:
-        settings["revision"] = part.revision
+    settings |= {name: value for name, value in pinned.items() if value is not None}
     if issubclass(kind, torch.nn.Module):
         settings |= {
             "dtype" if part.library == "transformers" else "torch_dtype": dtype,
@@ -108,18 +108,18 @@ def _check_weights(name: str, network: torch.nn.Module, told: Mapping[str, Itera
     missing = sorted(told["missing_keys"])
     if missing:
         raise InputError(
-            f"{name}: its weights lack {_some(missing)}; the files are not complete, or config.json is another model's"
+            f"{name}: its weights lack {some(missing)}; the files are not complete, or config.json is another model's"
         )
     resized = sorted(str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in told["mismatched_keys"])
     if resized:
-        raise InputError(f"{name}: {_some(resized)} in its weights and in config.json differ in size")
+        raise InputError(f"{name}: {some(resized)} in its weights and in config.json differ in size")
     unused = sorted(told["unexpected_keys"])
     if not name.startswith("transformer"):
         # A text encoder may be saved with its decoder. More blocks than it has are another matter.
         places = {_numberless(key) for key in network.state_dict()}
         unused = [key for key in unused if _numberless(key) in places]
     if unused and getattr(network, "hf_quantizer", None) is None:  # quantised weights have companions
-        raise InputError(f"{name}: config.json has no place for {_some(unused)} of its weights; it is another model's")
+        raise InputError(f"{name}: config.json has no place for {some(unused)} of its weights; it is another model's")
     check_values(name, network)
 
 
@@ -132,7 +132,7 @@ def check_values(name: str, network: torch.nn.Module) -> None:
     for kind in (network.named_parameters(), network.named_buffers()):
         empty = [key for key, value in kind if value.is_meta]
         if empty:
-            raise InputError(f"{name}: {_some(empty)} got no values from its weights; the files are not complete")
+            raise InputError(f"{name}: {some(empty)} got no values from its weights; the files are not complete")
 
 
 def _check_vocabulary(part: Part, tokenizer: Any) -> None:
@@ -160,5 +160,6 @@ def _numberless(key: str) -> str:
     return re.sub(r"\d+", "*", key)
 
 
-def _some(keys: list[str]) -> str:
+def some(keys: list[str]) -> str:
+    """The first of some names, and how many more there are."""
     return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

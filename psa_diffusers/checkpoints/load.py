@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.components import check_values, listed_parts, load_component, one_line
+from psa_diffusers.checkpoints.hub import hub_file
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
+from psa_diffusers.checkpoints.lora import Lora, load_loras
+from psa_diffusers.checkpoints.modular import MODULAR_INDEX, assemble_modular, listed_modular_parts, place_modular
 from psa_diffusers.errors import InputError
-from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
+from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard, Part
 
 if TYPE_CHECKING:
     import torch
 
+INDEX = "model_index.json"
 # The second two where the pipeline has a place for them.
 NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "text_encoder_2", "tokenizer_2")
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
@@ -69,27 +73,55 @@ def resolve_model(name: str) -> Model:
         source = str(DEMO_FOLDER) if card.hub_id is None else card.hub_id
         if card.hub_id is None and not (DEMO_FOLDER / "model_index.json").is_file():
             raise InputError(f"--model {name}: this installation does not hold the demo's weights ({DEMO_FOLDER})")
-        index = _read_json(source, "model_index.json", card.revision)
+        index = _read_json(source, _index_file(PIPELINE_KINDS[card.pipeline]), card.revision)
     elif os.path.exists(name):
         source = str(Path(name).resolve())
-        if not Path(source, "model_index.json").is_file():
-            raise InputError(
-                f"--model {name}: no model_index.json there; give the folder of a saved diffusers pipeline"
-            )
-        index = _read_json(source, "model_index.json")
-        card = _card_for(source, _known_pipeline(name, index))
+        file = next((file for file in (INDEX, MODULAR_INDEX) if Path(source, file).is_file()), None)
+        if file is None:
+            raise InputError(f"--model {name}: no {INDEX} there; give the folder of a saved diffusers pipeline")
+        index = _read_json(source, file)
+        card = _card_for(source, _known_pipeline(name, index, modular=file == MODULAR_INDEX))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
         # A known repository may hold its pipeline in another branch than main.
         revision = next((card.revision for card in MODELS.values() if card.hub_id == name), None)
-        index = _read_json(source, "model_index.json", revision)
-        card = _card_for(source, _known_pipeline(name, index), revision)
+        index, modular = _index_from_hub(source, revision)
+        card = _card_for(source, _known_pipeline(name, index, modular), revision)
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
 
 
-def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_shift: float | None = None) -> Any:
+def _index_file(kind: PipelineKind) -> str:
+    return MODULAR_INDEX if kind.modular else INDEX
+
+
+def _index_from_hub(source: str, revision: str | None) -> tuple[dict[str, Any], bool]:
+    """The index of a repository, and whether it is that of a modular pipeline, because it has no other."""
+    try:
+        return _read_json(source, INDEX, revision), False
+    except InputError:  # also where only the modular one is in the cache
+        try:
+            return _read_json(source, MODULAR_INDEX, revision), True
+        except InputError:
+            pass
+        raise
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def load_pipeline(
+    model: Model,
+    *,
+    dtype: str,
+    device: str,
+    offload: str,
+    flow_shift: float | None = None,
+    loras: Sequence[Lora] = (),
+    tell: Callable[[str], None] = _warn,
+) -> Any:
     """Loads the pipeline and puts it where it is to run.
 
     Args:
@@ -97,6 +129,8 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
         device: "cpu", "cuda", "cuda:1", "mps".
         offload: "none", "model" (one component at a time on the GPU) or "group" (one layer at a time).
         flow_shift: replaces the scheduler's; None keeps it.
+        loras: added to its transformers.
+        tell: called with a line about each of them that does not fit in part.
 
     Raises:
         InputError: files are missing or damaged, are not safetensors, or do not belong together.
@@ -111,13 +145,17 @@ def load_pipeline(model: Model, *, dtype: str, device: str, offload: str, flow_s
             pipe = _load_whole(model, getattr(torch, dtype))
         except InputError as error:
             raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
+    for line in load_loras(pipe, loras) if loras else ():
+        tell(line)
     if flow_shift is not None:
         _set_flow_shift(pipe, flow_shift)
     if model.card.scheduler:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **dict(model.card.scheduler))
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
-    if offload == "model":
+    if model.kind.modular:
+        place_modular(pipe, device, offload)
+    elif offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
@@ -136,21 +174,28 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
         raise InputError(f"diffusers {diffusers.__version__} has no {model.card.pipeline}")
     replaced = {part.name: part for part in model.card.parts}
     revision = model.card.revision
-    index = _read_json(model.source, "model_index.json", revision)
-    listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source, revision)}
-    parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
-    absent = [name for name in NEEDED if name in takes and name not in parts]
-    if absent:
-        raise InputError(f"model_index.json has no {absent[0]}")
-    components = {}
-    for name, part in parts.items():
-        exact = name == "vae" and part.type == model.kind.exact_vae
-        components[name] = load_component(part, torch.float32 if exact else dtype)
-    try:
-        pipe = pipeline_class.from_pretrained(
-            model.source, **components, revision=revision, torch_dtype=dtype, use_safetensors=True
+    index = _read_json(model.source, _index_file(model.kind), revision)
+
+    def load(part: Part) -> Any:
+        exact = part.name == "vae" and part.type == model.kind.exact_vae
+        return load_component(part, torch.float32 if exact else dtype)
+
+    if model.kind.modular:
+        build = partial(
+            assemble_modular, pipeline_class, index, model.source, model.kind.workflows, replaced=replaced, load=load
         )
-    except torch.OutOfMemoryError:
+    else:
+        listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source, revision)}
+        parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
+        absent = [name for name in NEEDED if name in takes and name not in parts]
+        if absent:
+            raise InputError(f"{INDEX} has no {absent[0]}")
+        settings = {"revision": revision, "torch_dtype": dtype, "use_safetensors": True}
+        settings |= {name: load(part) for name, part in parts.items()}
+        build = partial(pipeline_class.from_pretrained, model.source, **settings)
+    try:
+        pipe = build()
+    except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # as in load_component
         raise InputError(one_line(error)) from error
@@ -185,10 +230,8 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     for package in kind.packages:
         if not is_installed(package):
             raise InputError(f"--model {name}: {card.pipeline} needs the package {package}, which is not installed")
-    vae = _read_json(source, "vae/config.json", card.revision)
-    repository, file = card.transformer
-    elsewhere = repository if card.parts else None
-    transformer = _read_json(elsewhere or source, file, None if elsewhere else card.revision)
+    vae, transformer = (_configuration(name, part, source, card, index) for part in ("vae", "transformer"))
+    file = card.transformer[1]
     heads = transformer.get("num_attention_heads")
     try:
         size_step, frame_step = kind.steps(vae, transformer)
@@ -218,11 +261,28 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     )
 
 
-def _known_pipeline(name: str, index: dict[str, Any]) -> str:
+def _configuration(name: str, component: str, source: str, card: ModelCard, index: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the VAE or the transformer, wherever it is."""
+    repository, file = card.transformer
+    if component == "transformer" and card.parts and repository:
+        return _read_json(repository, file)
+    if not PIPELINE_KINDS[card.pipeline].modular:
+        return _read_json(source, f"{component}/config.json", card.revision)
+    try:
+        part = listed_modular_parts(index, source).get(component)
+    except InputError as error:
+        raise InputError(f"--model {name}: {error}") from error
+    if part is None:
+        raise InputError(f"--model {name}: {MODULAR_INDEX} has no {component}")
+    return _read_json(part.repository, f"{part.subfolder}/config.json".lstrip("/"), part.revision)
+
+
+def _known_pipeline(name: str, index: dict[str, Any], modular: bool) -> str:
     pipeline = index.get("_class_name")
     if isinstance(pipeline, str) and pipeline in IN_CODE_ONLY:
         raise InputError(f"--model {name}: it is a {pipeline}: {IN_CODE_ONLY[pipeline]}")
-    if not isinstance(pipeline, str) or pipeline not in PIPELINE_KINDS:
+    kind = PIPELINE_KINDS.get(pipeline) if isinstance(pipeline, str) else None
+    if not isinstance(pipeline, str) or kind is None or kind.modular != modular:
         raise InputError(f"--model {name}: it is a {pipeline}; supported are {', '.join(PIPELINE_KINDS)}")
     return pipeline
 
@@ -240,7 +300,7 @@ def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelC
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
             return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
-    nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
+    nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) or not cards else cards[0]
     plain_settings: dict[str, Any] = {"flow_shift": None, "parts": (), "scheduler": (), "arguments": ()}
     plain_settings |= {"negative_prompt": "", "revision": revision}
     return replace(nearest, name=source, hub_id=None, about="", **plain_settings)
@@ -272,19 +332,5 @@ def _read_json(source: str, file: str, revision: str | None = None) -> dict[str,
 
 
 def _from_hub(repository: str, file: str, revision: str | None) -> Path:
-    from huggingface_hub import constants, errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"
-        else:
-            reason = "the hub cannot be reached and the model is not in the local cache"
-        raise InputError(f"--model {repository}: {reason}") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise InputError(f"--model {repository}: the hub has no such model, or it needs a login") from error
-    except errors.EntryNotFoundError as error:
-        raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline") from error
-    except (OSError, errors.HfHubHTTPError) as error:
-        raise InputError(f"--model {repository}: cannot fetch {file} ({type(error).__name__})") from error
+    absent = f"it has no {file}, so it is not a saved pipeline"
+    return hub_file(f"--model {repository}", "model", repository, file, absent, revision)

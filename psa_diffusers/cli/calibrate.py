@@ -13,6 +13,8 @@ from psa_diffusers.cli.options import (
     Frames,
     Guidance,
     Height,
+    Lora,
+    Lora2,
     ModelName,
     NegativePrompt,
     Offload,
@@ -69,6 +71,8 @@ def _calibrate(
     device: Device = "auto",
     offload: Offload = "none",
     image: FirstFrame = None,
+    lora: Lora = None,
+    lora_2: Lora2 = None,
 ) -> None:
     prepare_libraries()
     from psa_diffusers.calibrate.calibration import calibrate
@@ -101,13 +105,15 @@ def _calibrate(
                 device=device,
                 offload=offload,
                 image=image,
+                lora=tuple(lora or ()),
+                lora_2=tuple(lora_2 or ()),
             )
         )
     except InputError as error:
         raise InputError(str(error).replace("--preset ", "--base-preset ", 1)) from error
     dense_share = 0.0
     if plan.preset is not None:
-        count = plan.settings.steps
+        count = plan.steps
         dense_share = (count - len(plan.preset.sparse_steps(count))) / count
     target = one_target(target_psnr, density, speedup, dense_share)
     calibration = Calibration(plan, held, target, measured_steps, Path(output), overwrite, batch)

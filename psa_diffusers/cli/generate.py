@@ -12,6 +12,8 @@ from psa_diffusers.cli.options import (
     Dtype,
     Frames,
     Height,
+    Lora,
+    Lora2,
     NegativePrompt,
     Offload,
     Steps,
@@ -40,6 +42,7 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
   psa-generate --model wan --preset psa-3 prompts.txt
   psa-generate --model wan2.2-14b --offload model --compare "a fox in snow"
   psa-generate --model wan-i2v-14b-480p --image fox.jpg "the fox looks up"
+  psa-generate --model wan --lora fast.safetensors:0.8 --steps 4 "a fox in snow"
   psa-generate --list
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
@@ -101,6 +104,8 @@ def _generate(
         str | None,
         typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
     ] = None,
+    lora: Lora = None,
+    lora_2: Lora2 = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
@@ -140,6 +145,8 @@ def _generate(
             overwrite=overwrite,
             strict=strict,
             vbench=vbench,
+            lora=tuple(lora or ()),
+            lora_2=tuple(lora_2 or ()),
         )
     )
     _carry_out(plan, num_processes)

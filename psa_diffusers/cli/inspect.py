@@ -13,6 +13,8 @@ from psa_diffusers.cli.options import (
     Frames,
     Guidance,
     Height,
+    Lora,
+    Lora2,
     ModelName,
     NegativePrompt,
     Offload,
@@ -62,6 +64,8 @@ def _inspect(
     device: Device = "auto",
     offload: Offload = "none",
     image: FirstFrame = None,
+    lora: Lora = None,
+    lora_2: Lora2 = None,
 ) -> None:
     prepare_libraries()
     from psa_diffusers.errors import InputError
@@ -85,6 +89,8 @@ def _inspect(
             device=device,
             offload=offload,
             image=image,
+            lora=tuple(lora or ()),
+            lora_2=tuple(lora_2 or ()),
         )
     )
     from psa_diffusers.runs.inspection import MaskPlace, inspect_run

@@ -31,4 +31,17 @@ Offload = Annotated[
     typer.Option(help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE),
 ]
 FirstFrame = Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")]
+LORA = "PATH|HUB_ID[:WEIGHT]"
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar=LORA,
+        help="LoRA: a safetensors file, a folder or a hub repository with one, or owner/name/file.safetensors; "
+        "several add up. In both transformers where there are two.",
+    ),
+]
+Lora2 = Annotated[
+    list[str] | None,
+    typer.Option(metavar=LORA, help="LoRA for the second of two transformers; --lora is then for the first alone."),
+]
 Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")]

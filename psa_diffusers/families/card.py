@@ -16,7 +16,10 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a pipeline, and where it is: a repository or a folder, with the branch of it that is not main."""
+    """A component of a pipeline, and where it is: a repository or a folder, with the branch of it that is not main.
+
+    `variant` is the one of its weights that an index names, None for the plain ones.
+    """
 
     name: str
     library: str
@@ -24,6 +27,7 @@ class Part:
     repository: str
     subfolder: str = ""
     revision: str | None = None
+    variant: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.kandinsky5 import NEGATIVE_PROMPT, patched_grid, project_heads, rotate
-from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 
 if TYPE_CHECKING:
     import torch
@@ -60,8 +60,13 @@ class Kandinsky6(ModelFamily):
 
 
 PIPELINES = {
-    # It takes an image too, but the commands know of none that may be left out and that the video begins with.
-    "Kandinsky6TI2VAPipeline": PipelineKind(layers=(("num_visual_blocks", 60),), tiled_vae=True),
+    "Kandinsky6TI2VAPipeline": PipelineKind(
+        image="first or none",
+        layers=(("num_visual_blocks", 60),),
+        tiled_vae=True,
+        sound=SoundOutput("audio_sample_rate"),
+        frame_rate="frame_rate",
+    ),
 }
 _CARD = ModelCard(
     name="kandinsky6",

@@ -10,7 +10,7 @@ from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
-from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 
 if TYPE_CHECKING:
     import torch
@@ -181,7 +181,15 @@ _NEGATIVE_PROMPT = (
     "pauses, incorrect timing, unnatural transitions, inconsistent framing, tilted camera, flat lighting, "
     "inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
 )
-_KIND = PipelineKind(layers=(("num_layers", 48),), size_step=32, compression=(8, 32), patch=1, tiled_vae=True)
+_KIND = PipelineKind(
+    layers=(("num_layers", 48),),
+    size_step=32,
+    compression=(8, 32),
+    patch=1,
+    tiled_vae=True,
+    sound=SoundOutput("vocoder.config.output_sampling_rate"),
+    frame_rate="frame_rate",
+)
 _NO_OPTIONS = "which this command has no options for; patch it in Python with apply_psa(pipe)"
 PIPELINES = {
     "LTX2Pipeline": _KIND,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import ReadOnce, last_grid, normalise, project_out, split_heads
-from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 
 if TYPE_CHECKING:
     import torch
@@ -93,16 +93,29 @@ def _read(positions: torch.Tensor, tags: torch.Tensor) -> tuple[int, int, int] |
 _grid = ReadOnce(_read)
 
 PIPELINES = {
-    # 17 frames are 5 of latents; it makes 17 k + 5.
     "MiniMaxH3ModularPipeline": PipelineKind(
-        size_step=32, frame_rest=5, compression=(17, 16), layers=(("num_layers", 50),)
+        image="first or none",
+        size_step=32,
+        # 17 frames are 5 of latents; it makes 17 k + 5, from 5 to 15 seconds.
+        frame_rest=5,
+        frame_range=(124, 345),
+        compression=(17, 16),
+        layers=(("num_layers", 50),),
+        sound=SoundOutput("audio_sampling_rate"),
+        fps=24,
+        guided=False,
+        modular=True,
+        workflows=("t2va", "fl2va"),
+        idle_steps=1,
+        # Of its text encoder's processor.
+        packages=("torchvision",),
     ),
 }
 CARDS = (
     ModelCard(
         name="minimax-h3",
         hub_id="MiniMaxAI/MiniMax-H3",
-        about="MiniMax-H3 text to video with sound, 768 x 1344 at 24 fps; its guidance is distilled",
+        about="MiniMax-H3 text or image to video with sound, 768 x 1344 at 24 fps; its guidance is distilled",
         pipeline="MiniMaxH3ModularPipeline",
         height=768,
         width=1344,

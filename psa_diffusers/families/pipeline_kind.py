@@ -9,6 +9,21 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class SoundOutput:
+    """Where a pipeline's sound is, if it makes any.
+
+    Attributes:
+        rate: the attribute of the pipeline that tells the samples a second, by its path, such as
+            "vocoder.config.output_sampling_rate".
+        name: the output's: waveforms of all videos, [videos, channels, samples] or [videos, samples], in [-1, 1]. None
+            there is no sound.
+    """
+
+    rate: str
+    name: str = "audio"
+
+
+@dataclass(frozen=True)
 class PipelineKind:
     """A pipeline class that makes videos with a supported transformer.
 
@@ -17,6 +32,7 @@ class PipelineKind:
             nothing.
         size_step: height and width must be multiples of it, whatever the configuration says: the pipeline checks it.
         frame_rest: what the number of frames leaves over when divided by the frames of one latent.
+        frame_range: fewest and most frames, where it refuses others.
         only_frames: the one number of frames that it makes, whatever it is asked for.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
         image_size: height and width in pixels of the video that it makes of an image, from the configurations of VAE
@@ -27,7 +43,15 @@ class PipelineKind:
         layers: keys of the transformer's configuration that count or list its blocks, and how many by default.
         tiled_vae: whether its card decodes in tiles; the VAE needs tens of GB otherwise.
         exact_vae: class of the VAE, if it is loaded in float32 whatever the dtype of the rest.
+        sound: where its sound is, None if it makes none.
+        frame_rate: name of the argument that tells it the frames a second, if it is to be told: sound is made to last
+            as long as they do.
+        fps: frames a second, if it makes no other.
+        guided: whether it takes guidance and a negative prompt; not if guidance is in the weights.
         guider: whether guidance is a component of the pipeline, and no argument; such a pipeline takes no callback.
+        modular: whether it is a `ModularPipeline`, with a modular_model_index.json.
+        workflows: those of a modular pipeline whose components are loaded; empty for all components.
+        idle_steps: how many of the steps asked for call no transformer, because the last noise level is zero.
         packages: what it cannot be made or run without, beside what diffusers itself needs; names for import.
         in_code_only: why the commands cannot run it, None if they can.
     """
@@ -35,6 +59,7 @@ class PipelineKind:
     image: Literal["none", "first", "first or none", "reference"] = "none"
     size_step: int = 16
     frame_rest: int = 1
+    frame_range: tuple[int, int] | None = None
     only_frames: int | None = None
     any_frames: bool = False
     image_size: Callable[[Mapping[str, Any], Mapping[str, Any], int, int], tuple[int, int]] | None = None
@@ -43,7 +68,14 @@ class PipelineKind:
     layers: tuple[tuple[str, int], ...] = (("num_layers", 40),)
     tiled_vae: bool = False
     exact_vae: str | None = None
+    sound: SoundOutput | None = None
+    frame_rate: str | None = None
+    fps: int | None = None
+    guided: bool = True
     guider: bool = False
+    modular: bool = False
+    workflows: tuple[str, ...] = ()
+    idle_steps: int = 0
     packages: tuple[str, ...] = ()
     in_code_only: str | None = None
 

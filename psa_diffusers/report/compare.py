@@ -13,6 +13,7 @@ from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, write_json
 from psa_diffusers.report.html import write_report
 from psa_diffusers.report.metrics import compare_frames, frame_faults
 from psa_diffusers.report.panels import Label, filmstrip, side_by_side, write_image
+from psa_diffusers.report.sound import Sound
 from psa_diffusers.report.video import Clip, read_video, write_video
 
 SIDE_BY_SIDE = "side-by-side.mp4"
@@ -21,19 +22,29 @@ OUTPUTS = (SIDE_BY_SIDE, FILMSTRIP, PROMPT_FILE, REPORT_FILE)
 
 
 def write_comparison(
-    path: Path, reference: np.ndarray, other: np.ndarray, labels: tuple[Label, Label], fps: float
+    path: Path,
+    reference: np.ndarray,
+    other: np.ndarray,
+    labels: tuple[Label, Label],
+    fps: float,
+    sounds: tuple[Sound | None, Sound | None] = (None, None),
 ) -> dict[str, Any]:
     """Write side-by-side.mp4 and filmstrip.png into `path`.
 
     Args:
         reference, other: [frames, height, width, 3], uint8 or float in [0, 1]; the reference stands left and above.
+        sounds: of the two videos; the first that there is goes with the side by side.
 
     Returns:
-        What `compare_frames` gives, and the names of the two files under "files".
+        What `compare_frames` gives, the names of the two files under "files", and under "sound", if there is any, the
+        name of the video that it is from.
     """
     figures = compare_frames(reference, other)
-    write_video(path / SIDE_BY_SIDE, side_by_side(reference, other, labels), fps)
+    heard = {label.name: sound for label, sound in zip(labels, sounds, strict=True) if sound is not None}
+    write_video(path / SIDE_BY_SIDE, side_by_side(reference, other, labels), fps, next(iter(heard.values()), None))
     write_image(path / FILMSTRIP, filmstrip(reference, other, labels))
+    if heard:
+        figures["sound"] = next(iter(heard))
     return {**figures, "files": {"side_by_side": SIDE_BY_SIDE, "filmstrip": FILMSTRIP}}
 
 
@@ -81,7 +92,8 @@ def compare_files(first: str, second: str, output: str | None = None, overwrite:
 
 def _write_all(folder: Path, paths: tuple[Path, Path], names: tuple[str, str], clips: tuple[Clip, Clip]) -> dict:
     labels = (Label(names[0]), Label(names[1]))
-    comparison = write_comparison(folder, clips[0].frames, clips[1].frames, labels, clips[0].fps)
+    sounds = (clips[0].sound, clips[1].sound)
+    comparison = write_comparison(folder, clips[0].frames, clips[1].frames, labels, clips[0].fps, sounds)
     count, height, width, _ = clips[0].frames.shape
     pairs = zip(names, clips, strict=True)
     warnings = [f"{name}: {fault}" for name, clip in pairs for fault in frame_faults(clip.frames)]

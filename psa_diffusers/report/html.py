@@ -101,6 +101,7 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "heading": _heading(report),
         "video": data_uri("video/mp4", (base / name).read_bytes()) if embedded else None,
         "video_bytes": size if embedded else 0,
+        "sound": _has_sound(report),
         "max_width": None if "side_by_side" in files else max(384, 2 * report["settings"]["width"]),
         "links": [*_links(videos, link), *((key.replace("_", " "), file) for key, file in _links(files, link))],
         "strip": data_uri("image/png", strip.read_bytes()) if strip else None,
@@ -112,6 +113,13 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "notes": [line for entry in report["runs"].values() if (line := _dense_line(entry))],
         "plots": _plots(report),
     }
+
+
+def _has_sound(report: dict[str, Any]) -> bool:
+    """Whether the video that the report shows has sound."""
+    if "side_by_side" in report["files"]:
+        return "sound" in report["comparison"]
+    return any("sound" in entry for entry in report["runs"].values())
 
 
 def _heading(report: dict[str, Any]) -> str:
@@ -141,6 +149,8 @@ def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
     if vmaf:
         measured = _number(vmaf["mean"], "{:.1f} of 100")
         rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
+    if "sound" in comparison:
+        rows.append(("Sound of the side by side", f"that of {comparison['sound']}"))
     return rows
 
 
@@ -163,6 +173,8 @@ def _run_rows(runs: dict[str, Any]) -> list[tuple[str, list[str]]]:
         row("A step, median", "{:.3f}", "seconds", "median_step"),
         row("A sparse step, median", "{:.3f}", "seconds", "median_sparse_step"),
         row("Decoding", "{:.2f}", "seconds", "decode"),
+        row("Sound, seconds", "{:.2f}", "sound", "seconds"),
+        row("Sound, samples a second", "{}", "sound", "rate"),
         row("Peak GPU memory, GiB", "{:.2f}", "peak_memory_gib"),
         row("First steps kept dense", "{}", "attention", "dense_steps"),
         row("Last steps kept dense", "{}", "attention", "dense_last"),
@@ -212,11 +224,12 @@ def _plot(title: str, note: str, svg: str, legend: list[str] | None = None, grad
 
 
 def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    settings = {
-        key: value for key, value in report["settings"].items() if key not in ("preset_rules", "preset_2_rules")
-    }
+    apart = ("preset_rules", "preset_2_rules", "loras")
+    settings = {key: value for key, value in report["settings"].items() if key not in apart}
     groups = [("Settings", settings), ("Preset", report["settings"].get("preset_rules") or {})]
     groups.append(("Preset of the second transformer", report["settings"].get("preset_2_rules") or {}))
+    loras = enumerate(report["settings"].get("loras", []), start=1)
+    groups.append(("LoRA", {str(number): _lora(entry) for number, entry in loras}))
     machine = dict(report["hardware"])
     if "load_seconds" in report:
         machine["load_seconds"] = round(report["load_seconds"], 2)
@@ -226,6 +239,11 @@ def _facts(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
         for name, group in groups
         if group
     ]
+
+
+def _lora(entry: dict[str, Any]) -> str:
+    where = " and ".join(entry["into"])
+    return f"{entry['lora']}, weight {entry['weight']:g}, in {where}, SHA-256 {entry['digest']}\u2026"
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.files import whole_file
+from psa_diffusers.report.sound import Sound, add_sound, read_sound
 
 MAX_BYTES_READ = 6 * 2**30
 # Tagged as BT.709, so that players turn the picture into the colours that went in.
@@ -21,10 +22,11 @@ COLOUR += ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "b
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded video: frames uint8 [frames, height, width, 3] and frames a second."""
+    """A decoded video: frames uint8 [frames, height, width, 3], frames a second, and its sound if it has one."""
 
     frames: np.ndarray
     fps: float
+    sound: Sound | None = None
 
 
 def to_uint8(frames: np.ndarray) -> np.ndarray:
@@ -34,12 +36,24 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (np.nan_to_num(frames, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+def write_video(path: Path, frames: np.ndarray, fps: float, sound: Sound | None = None) -> None:
     """Write an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column.
+
+    Args:
+        sound: made as long as the frames and put beside them, which stay as they are without it.
 
     Raises:
         OSError: it could not be written in full.
     """
+    with whole_file(path) as partial:
+        _write_frames(partial, frames, fps, path)
+        if sound is not None:
+            with whole_file(partial) as both:
+                add_sound(partial, both, sound, len(frames), fps)
+            _check_length(partial, len(frames), path)
+
+
+def _write_frames(partial: Path, frames: np.ndarray, fps: float, path: Path) -> None:
     import imageio.v2 as imageio
 
     pixels = to_uint8(frames)
@@ -47,25 +61,24 @@ def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
     if odd_height or odd_width:
         pixels = np.pad(pixels, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
     options = ["-crf", "16", "-preset", "medium", "-movflags", "+faststart", *COLOUR]
-    with whole_file(path) as partial:
-        with imageio.get_writer(
-            partial,
-            format="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            quality=None,
-            macro_block_size=1,
-            pixelformat="yuv420p",
-            output_params=options,
-            ffmpeg_log_level="error",
-        ) as opened:
-            writer: Any = opened
-            for frame in pixels:
-                try:
-                    writer.append_data(frame)
-                except OSError as error:  # it carries no number, and all of the encoder's command line
-                    raise OSError(errno.EIO, "the video encoder failed; is the disk full?", str(path)) from error
-        _check_length(partial, len(pixels), path)
+    with imageio.get_writer(
+        partial,
+        format="FFMPEG",
+        fps=fps,
+        codec="libx264",
+        quality=None,
+        macro_block_size=1,
+        pixelformat="yuv420p",
+        output_params=options,
+        ffmpeg_log_level="error",
+    ) as opened:
+        writer: Any = opened
+        for frame in pixels:
+            try:
+                writer.append_data(frame)
+            except OSError as error:  # it carries no number, and all of the encoder's command line
+                raise OSError(errno.EIO, "the video encoder failed; is the disk full?", str(path)) from error
+    _check_length(partial, len(pixels), path)
 
 
 def _check_length(partial: Path, frames: int, path: Path) -> None:
@@ -84,7 +97,7 @@ def read_video(path: Path) -> Clip:
     """Decode a whole video.
 
     Raises:
-        InputError: it is missing, is not a video, or would not fit in memory.
+        InputError: it is missing, is not a video, has sound that cannot be decoded, or would not fit in memory.
     """
     import imageio.v2 as imageio
 
@@ -108,7 +121,7 @@ def read_video(path: Path) -> Clip:
         raise InputError(f"{path}: cannot be read as a video ({type(error).__name__})") from error
     if not frames:
         raise InputError(f"{path}: has no frames")
-    return Clip(np.stack(frames), float(about["fps"]))
+    return Clip(np.stack(frames), float(about["fps"]), read_sound(path))
 
 
 def write_animation(path: Path, frames: np.ndarray, fps: float, width: int | None = None, quality: int = 75) -> None:

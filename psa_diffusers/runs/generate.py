@@ -76,7 +76,7 @@ def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
 
 @stopping.carried_out()
 def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
-    settings = plan.settings
+    settings, told = plan.settings, list[str]()
     started = time.perf_counter()
     pipe = load_pipeline(
         plan.model,
@@ -84,13 +84,19 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
         device=place.take_device(settings.device),
         offload=settings.offload,
         flow_shift=settings.flow_shift,
+        loras=plan.loras,
+        tell=told.append,
     )
+    for line in told:
+        print(f"warning: {line}", file=sys.stderr)
     about = {
         "settings": {**settings.to_dict(), "flow_shift": current_flow_shift(pipe)},
         "versions": versions(),
         "hardware": hardware(settings.device),
         "load_seconds": time.perf_counter() - started,
     }
+    if told:
+        about["warnings"] = told
     folder.begin()
     for index in todo:
         stopping.check()
@@ -113,27 +119,29 @@ def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str,
     report["videos"] = {key: f"{key}.mp4" for key in results}
     report["files"] = {}
     for key, result in results.items():
-        write_video(path / f"{key}.mp4", result.frames, plan.settings.fps)
+        write_video(path / f"{key}.mp4", result.frames, plan.settings.fps, result.sound)
         for warning in result.warnings:
             print(f"warning: {key}, {prompt[:60]!r}: {warning}", file=sys.stderr)
     if plan.settings.compare:
-        labels = (_label(DENSE, results[DENSE]), _label(name, results[name]))
-        comparison = write_comparison(path, results[DENSE].frames, results[name].frames, labels, plan.settings.fps)
+        dense, sparse = results[DENSE], results[name]
+        labels, sounds = (_label(DENSE, dense), _label(name, sparse)), (dense.sound, sparse.sound)
+        comparison = write_comparison(path, dense.frames, sparse.frames, labels, plan.settings.fps, sounds)
         report["files"] = comparison.pop("files")
-        if results[name].masks:
-            write_image(path / OVERLAY, attention_overlay(results[name].frames, results[name].masks))
+        if sparse.masks:
+            write_image(path / OVERLAY, attention_overlay(sparse.frames, sparse.masks))
             report["files"]["attention"] = OVERLAY
-        report["comparison"] = {**comparison, "speedup": _speedup(results[DENSE], results[name])}
+        report["comparison"] = {**comparison, "speedup": _speedup(dense, sparse)}
     write_json(path / PROMPT_FILE, {**report, **about})
 
 
 def _as_json(result: Generated) -> dict[str, Any]:
-    return {
+    told = {
         "seconds": result.seconds,
         "warnings": result.warnings,
         "attention": result.attention,
         "peak_memory_gib": result.peak_memory_gib,
     }
+    return told if result.sound is None else {**told, "sound": result.sound.about()}
 
 
 def _label(name: str, result: Generated) -> Label:
@@ -190,5 +198,8 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         "ssim": comparison["ssim"]["mean"] if comparison else None,
         "vmaf": comparison["vmaf"]["mean"] if "vmaf" in comparison else None,
         "speedup": comparison["speedup"]["total"] if comparison else None,
-        "warnings": [f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]],
+        "warnings": [
+            *report.get("warnings", []),
+            *(f"{name}: {warning}" for name, entry in runs.items() for warning in entry["warnings"]),
+        ],
     }

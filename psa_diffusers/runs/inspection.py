@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from psa_diffusers.presets import Preset
 
 
-class _EnoughSeen(Exception):
-    """The step that was asked for is done; the rest of the run is not needed."""
+class _EnoughSeen(BaseException):
+    """The step that was asked for is done; the rest of the run is not needed. Modular pipelines log any Exception."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
         device=settings.device,
         offload=settings.offload,
         flow_shift=settings.flow_shift,
+        loras=plan.loras,
     )
     from psa_diffusers.patch.apply import apply_psa
     from psa_diffusers.patch.masks import MaskRecorder
@@ -98,7 +99,7 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError(f"{len(plan.prompts)} prompts given; give one")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: is already there; choose another name or add --overwrite")
-    per_expert, steps = plan.model.num_layers, plan.settings.steps
+    per_expert, steps = plan.model.num_layers, plan.steps
     count = per_expert * plan.model.experts
     index = count // 2 if place.layer is None else place.layer
     if not 0 <= index < count:
@@ -109,7 +110,7 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError(f"--head {place.head}: {known}")
     sparse = plan.preset.sparse_steps(steps)
     if not sparse:
-        raise InputError(f"--steps {steps}: with {plan.preset.name} all of them are dense")
+        raise InputError(f"--steps {plan.settings.steps}: with {plan.preset.name} all of them are dense")
     step = middle_sparse_step(plan.preset, steps) if place.step is None else place.step - 1
     if step not in sparse:
         dense = f"{steps - len(sparse)} of {steps} are dense with {plan.preset.name}"

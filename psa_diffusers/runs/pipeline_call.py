@@ -5,13 +5,18 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from psa_diffusers.checkpoints.modular import set_progress_bars
 from psa_diffusers.report.metrics import frame_faults
+from psa_diffusers.report.sound import Sound, sound_faults
 from psa_diffusers.runs import stopping
+from psa_diffusers.runs.pipeline_arguments import call_arguments
+from psa_diffusers.runs.pipeline_output import read_output
 from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.step_clock import StepClock
 
@@ -33,9 +38,10 @@ class Generated:
         seconds: total, prepare (text encoding), denoise, decode, per_step and median_step; of a sparse run also
             sparse_steps and dense_steps, the number of each, median_sparse_step, and dense_share, the share of the
             time of all steps that the dense ones took.
-        warnings: what is wrong with the frames, empty if nothing is.
+        warnings: what is wrong with the frames and the sound, empty if nothing is.
         attention: what `RunStats.to_dict()` told, None for a dense run.
         masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
+        sound: what belongs to the frames, None if the pipeline makes none.
     """
 
     frames: np.ndarray
@@ -44,6 +50,7 @@ class Generated:
     attention: dict[str, Any] | None = None
     peak_memory_gib: float | None = None
     masks: "list[BlockMask]" = field(default_factory=list)
+    sound: Sound | None = None
 
 
 def generate_video(
@@ -68,20 +75,7 @@ def generate_videos(
     after_step: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """`generate_video` for several prompts at once, each with its seed; seconds and memory are those of all of them."""
-    import torch
-
-    settings, negative = plan.settings, plan.settings.negative_prompt
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    one = len(prompts) == 1  # given plainly, as some pipelines take no lists
-    arguments: dict[str, Any] = {
-        "prompt": prompts[0] if one else list(prompts),
-        "negative_prompt": negative if one or negative is None else [negative] * len(prompts),
-        "num_frames": settings.frames,
-        "num_inference_steps": settings.steps,
-        "generator": generators[0] if one else generators,
-        "output_type": "np",
-    }
-    kind, clock = plan.model.kind, StepClock(settings.device)
+    settings, kind, clock = plan.settings, plan.model.kind, StepClock(plan.settings.device)
 
     def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         stopping.check()
@@ -89,25 +83,23 @@ def generate_videos(
             after_step(index)
         return clock.step(pipe, index, timestep, values)
 
-    if kind.image_size is None:
-        arguments |= {"height": settings.height, "width": settings.width}
-    if kind.guider:
-        pipe.guider = pipe.guider.new(guidance_scale=settings.guidance)
-    else:
-        arguments |= {"guidance_scale": settings.guidance, "callback_on_step_end": step_done}
-    arguments |= dict(plan.model.card.arguments)
-    if settings.guidance_2 is not None:
-        arguments["guidance_scale_2"] = settings.guidance_2
-    if plan.image is not None:
-        arguments["image" if kind.begins_with_image else "reference_images"] = plan.image
+    arguments = call_arguments(pipe, plan, prompts, seeds, step_done)
     title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
-    pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
-    with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
-        videos = [np.asarray(frames, np.float32) for frames in pipe(**arguments).frames]
+    bars = partial(set_progress_bars, pipe) if kind.modular else pipe.set_progress_bar_config
+    bars(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
+    told = "callback_on_step_end" in arguments
+    with clock.watching(pipe), contextlib.nullcontext() if told else clock.following_scheduler(pipe, step_done):
+        videos = read_output(pipe, kind, pipe(**arguments))
     stopping.check()
     latents = [] if clock.finite else ["the latents hold values that are not finite"]
     seconds, memory = clock.seconds(), clock.peak_memory_gib()
-    return [Generated(video, seconds, latents + frame_faults(video), peak_memory_gib=memory) for video in videos]
+    results = []
+    for frames, sound in videos:
+        faults = latents + frame_faults(frames)
+        if sound is not None:
+            faults += sound_faults(sound, len(frames) / settings.fps)
+        results.append(Generated(frames, seconds, faults, peak_memory_gib=memory, sound=sound))
+    return results
 
 
 def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: int) -> Generated:

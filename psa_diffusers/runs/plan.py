@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.load import Model, resolve_model
+from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.vbench import check_names
@@ -52,6 +53,8 @@ class Request:
     strict: bool = False
     vbench: bool = False
     literal: bool = False
+    lora: tuple[str, ...] = ()
+    lora_2: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Settings:
 
     `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
     it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
-    the seeds `seed`, `seed + 1`, ...
+    the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings` tells of each, in order,
+    `arguments` what the card adds to the pipeline's call.
     """
 
     model: str
@@ -87,10 +91,12 @@ class Settings:
     image: str | None
     image_digest: str | None
     strict: bool
+    loras: list[dict[str, Any]]
+    arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return asdict(self)
+        """The settings as JSON values; what earlier versions did not have is left out where it is empty."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("loras", "arguments")}
 
 
 @dataclass(frozen=True)
@@ -109,10 +115,16 @@ class Plan:
     image: "Image.Image | None"
     vbench: bool = False
     preset_2: "Preset | None" = None
+    loras: tuple[Lora, ...] = ()
 
     def sample(self, index: int) -> int:
         """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
         return index % self.settings.samples
+
+    @property
+    def steps(self) -> int:
+        """How many denoising steps call a transformer."""
+        return self.settings.steps - self.model.kind.idle_steps
 
     @property
     def name(self) -> str:
@@ -145,8 +157,10 @@ def make_plan(request: Request) -> Plan:
         if model.experts != 2 or preset is None or preset_2 is None:
             raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
         _fits_model("--preset-2", preset_2, model)
+    _check_guided(request, model)
     image, digest = _load_image(request.image, model)
     height, width = _size(request, model, image)
+    loras = resolve_loras(request.lora, request.lora_2, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
     settings = Settings(
         model=request.model,
@@ -165,7 +179,7 @@ def make_plan(request: Request) -> Plan:
         height=height,
         width=width,
         frames=_frames(_given(request.frames, card.frames), model),
-        fps=_in_range("--fps", _given(request.fps, card.fps), 1, 240),
+        fps=_fps(request.fps, model),
         negative_prompt=card.negative_prompt if negative is None else only_words("--negative-prompt", negative),
         dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
@@ -173,12 +187,14 @@ def make_plan(request: Request) -> Plan:
         image=request.image,
         image_digest=digest,
         strict=request.strict,
+        loras=[lora.settings() for lora in loras],
+        arguments=dict(card.arguments),
     )
     if image is not None and model.kind.begins_with_image and model.image_size is None:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
-    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2)
+    return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2, loras)
 
 
 def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
@@ -203,6 +219,13 @@ def _fits_model(option: str, preset: "Preset", model: Model) -> None:
         preset.layer_specs(model.num_layers)
     except ValueError as error:
         raise InputError(f"{option} {error}") from error
+
+
+def _check_guided(request: Request, model: Model) -> None:
+    given = {"--guidance": request.guidance, "--negative-prompt": request.negative_prompt}
+    for option, value in given.items():
+        if value is not None and not model.kind.guided:
+            raise InputError(f"{option} {value}: {model.name} takes none; guidance is in its weights")
 
 
 def _pick_device(device: str, offload: str) -> str:
@@ -294,6 +317,9 @@ def _frames(frames: int, model: Model) -> int:
     step, rest, only = model.frame_step, model.kind.frame_rest, model.kind.only_frames
     if only is not None and frames != only:
         raise InputError(f"--frames {frames}: {model.name} makes {only} frames, and no other number")
+    fewest, most = model.kind.frame_range or (frames, frames)
+    if not fewest <= frames <= most:
+        raise InputError(f"--frames {frames}: {model.name} makes videos of {fewest} to {most} frames")
     if frames < 1 or (frames - rest) % step:
         below = max(rest or step, (frames - rest) // step * step + rest)
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
@@ -301,11 +327,18 @@ def _frames(frames: int, model: Model) -> int:
     return frames
 
 
+def _fps(asked: int | None, model: Model) -> int:
+    only = model.kind.fps
+    if only is not None and asked not in (None, only):
+        raise InputError(f"--fps {asked}: {model.name} makes videos of {only} frames a second only")
+    return _in_range("--fps", _given(asked, only or model.card.fps), 1, 240)
+
+
 def _steps(steps: int | None, model: Model) -> int:
     card = model.card
     if card.fixed_steps and steps not in (None, card.steps):
         raise InputError(f"--steps {steps}: {model.name} is distilled for {card.steps} steps of given noise levels")
-    return _in_range("--steps", _given(steps, card.steps), 1, 1000)
+    return _in_range("--steps", _given(steps, card.steps), 1 + model.kind.idle_steps, 1000)
 
 
 def _given(value: Any, default: Any) -> Any:

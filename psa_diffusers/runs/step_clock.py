@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
+from types import MethodType
 from typing import Any
 
 
@@ -41,21 +42,23 @@ class StepClock:
     def step(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """For `callback_on_step_end`; changes nothing."""
         self._marks.append(self._now())
-        if index + 1 == pipe.num_timesteps:
+        # Modular pipelines do not tell how many there are.
+        if index + 1 == getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)):
             self.finite = self.finite and bool(values["latents"].isfinite().all())
         return {}
 
     @contextmanager
     def following_scheduler(self, pipe: Any, done: Callable[..., Any]) -> Iterator[None]:
         """Call `done` as pipelines call `callback_on_step_end`, for those that take none."""
-        scheduler, original = pipe.scheduler, pipe.scheduler.step
+        scheduler = pipe.scheduler
 
-        def step(*arguments: Any, **settings: Any) -> Any:
-            result = original(*arguments, **settings)
-            done(pipe, len(self._marks), None, {"latents": result[0]})
+        def step(this: Any, *arguments: Any, **settings: Any) -> Any:
+            result = type(this).step(this, *arguments, **settings)
+            if this is scheduler:  # and not a copy, as a pipeline makes for its sound
+                done(pipe, len(self._marks), None, {"latents": result[0]})
             return result
 
-        scheduler.step = step
+        scheduler.step = MethodType(step, scheduler)
         try:
             yield
         finally:

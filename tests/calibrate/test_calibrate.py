@@ -370,7 +370,7 @@ def test_steps_at_the_end_that_stay_dense_are_not_measured():
     """Of 8 steps with one dense one at the beginning and three at the end, four are sparse."""
     base = Preset(dense_steps=1, dense_last=3)
     plan = SimpleNamespace(
-        preset=base, settings=SimpleNamespace(steps=8), model=SimpleNamespace(num_layers=1, experts=1), prompts=(),
+        preset=base, steps=8, model=SimpleNamespace(num_layers=1, experts=1), prompts=(),
     )  # fmt: skip
     calibration = Calibration(plan, (), Target("density", 0.2), 1, Path("mine.yaml"), overwrite=False)
     assert (calibration.sparse_steps, calibration.dense_steps) == ((1, 2, 3, 4), 4)

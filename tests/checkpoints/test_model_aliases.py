@@ -65,6 +65,10 @@ def test_every_alias_passes_its_own_checks(name, hub, tmp_path):
     hub[card.transformer[1]] = published.config
     hub["vae/config.json"] = published.vae
     hub["model_index.json"]["transformer_2"] = ["diffusers", "X"] if published.experts == 2 else [None, None]
+    hub["modular_model_index.json"] = {
+        part: ["diffusers", "X", {"pretrained_model_name_or_path": card.hub_id, "subfolder": part}]
+        for part in ("transformer", "vae")
+    }
     tiny_image(card.width, card.height).save(tmp_path / "image.png")
     image = str(tmp_path / "image.png") if PIPELINE_KINDS[card.pipeline].takes_image else None
     plan = make_plan(Request(prompts=("a cat",), model=name, image=image))

@@ -37,7 +37,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
-    *("--preset-2", "--samples", "--vbench", "--list", "--version"),
+    *("--preset-2", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
 }
 
 

@@ -25,16 +25,17 @@ def test_a_saved_pipeline_runs(name, tmp_path, monkeypatch):
     for method, stand_in in saved.stand_ins.items():
         monkeypatch.setattr(type(pipe), method, stand_in)
     (tmp_path / "small.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.7]\n")
+    kind = PIPELINE_KINDS[type(pipe).__name__]
     tiny_image(saved.size, saved.size).save(tmp_path / "image.png")
     request = Request(
         prompts=("a cat",),
         model=str(tmp_path / "model"),
         preset=str(tmp_path / "small.yaml"),
         output=str(tmp_path / "out"),
-        image=str(tmp_path / "image.png") if PIPELINE_KINDS[type(pipe).__name__].takes_image else None,
-        guidance=3.0,
+        image=str(tmp_path / "image.png") if kind.takes_image else None,
+        guidance=3.0 if kind.guided else None,
         strict=True,
-        steps=3,
+        steps=3 + kind.idle_steps,
         height=saved.size,
         width=saved.size,
         frames=saved.frames,
@@ -48,3 +49,4 @@ def test_a_saved_pipeline_runs(name, tmp_path, monkeypatch):
     assert len(attention["layers"]) == plan.model.num_layers and attention["fallbacks"] == {}
     assert (attention["steps"], attention["dense_steps"]) == (3, 1)
     assert len(run_report["seconds"]["per_step"]) == 3
+    assert ("sound" in run_report) == (kind.sound is not None)

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.runs import plan as plan_module
+from psa_diffusers.runs.pipeline_arguments import call_arguments
 from psa_diffusers.runs.plan import Request, make_plan
 from psa_testing.tiny_pipelines import tiny_image
 
@@ -81,3 +83,16 @@ def test_the_bundled_demo_needs_nothing_but_a_prompt():
     assert (settings.source, settings.frames, settings.height, settings.width) == ("bundled", 33, 192, 192)
     assert settings.preset == "psa-3"
     assert plan.model.experts == 1 and not plan.model.takes_image
+
+
+def test_a_card_may_add_to_the_call(saved, monkeypatch):
+    """What it adds decides whose folder it is, and is not there where it adds nothing."""
+    plain = make_plan(tiny_request(saved / "wan"))
+    assert not {"loras", "arguments"} & set(plain.settings.to_dict())
+    card = replace(plain.model.card, arguments=(("max_sequence_length", 64),))
+    monkeypatch.setattr(plan_module, "resolve_model", lambda name: replace(plain.model, card=card))
+    plan = make_plan(tiny_request(saved / "wan"))
+    assert plan.settings.to_dict()["arguments"] == {"max_sequence_length": 64}
+    assert plan.output != plain.output
+    called = call_arguments(None, plan, plan.prompts, (0,), lambda *step: {})
+    assert called["max_sequence_length"] == 64 and called["prompt"] == "a cat"
