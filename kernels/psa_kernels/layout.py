@@ -26,6 +26,11 @@ class TokenLayout:
     video_keys: int
     permutation: torch.Tensor | None = None
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Text tokens before the video keys, video keys, text tokens after them."""
+        return self.text_before, self.video_keys, self.text_after
+
     @cached_property
     def short_permutation(self) -> torch.Tensor | None:
         """The permutation in int32, which costs the kernels half the registers; all calls with it share it."""

@@ -6,8 +6,11 @@ host, as long as a small call takes the GPU.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 Shape = tuple[int, ...]
 
@@ -35,29 +38,52 @@ class Launch:
         """Launch it on the current stream.
 
         Args:
-            tensors: what the kernel takes first: tensors, None, and descriptors of Gluon.
+            tensors: what the kernel takes first: tensors, None, and `Rows`.
         """
-        arguments = [_address(tensor) for tensor in tensors]
+        arguments: list[Any] = []
+        addresses = 0
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                address = tensor.data_ptr()
+                addresses |= address
+                arguments.append(address)
+            else:
+                arguments.append(0 if tensor is None else tensor)
         # What was compiled for addresses at multiples of 16 bytes must not be given others.
-        aligned = not any(address % 16 for address in arguments if type(address) is int)
-        if aligned and self._compiled is not None:
+        if self._compiled is not None and not addresses & 15:
             self._compiled(*arguments, *self._last)
             return
-        found = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
-        if aligned and hasattr(found, "function"):  # Triton's interpreter compiles nothing
+        described = [tensor.descriptor() if isinstance(tensor, Rows) else tensor for tensor in tensors]
+        found = self._kernel[self._grid](*described, *self._numbers, **self._constants)
+        if not addresses & 15 and hasattr(found, "function"):  # Triton's interpreter compiles nothing
             names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
             self._last = (*self._numbers, *(self._constants[name] for name in names))
             self._compiled = found[self._grid]
 
+
+class Rows(ABC):
+    """Rows of a tensor for a kernel that takes a descriptor of them; what a launch reads of one.
+
+    Attributes:
+        shape, strides: of the rows, in elements.
+        padding: what lies past their ends.
+    """
+
+    __slots__ = ("_address", "shape", "strides")
+    padding = "zero"
+
+    def __init__(self, address: int, shape: Shape, strides: Shape) -> None:
+        self._address, self.shape, self.strides = address, shape, strides
+
     @property
-    def is_compiled(self) -> bool:
-        """Whether it was launched before, so that of descriptors only the addresses count."""
-        return self._compiled is not None
+    def base(self) -> Rows:
+        """What tells the address."""
+        return self
 
+    def data_ptr(self) -> int:
+        """The address of the first row."""
+        return self._address
 
-def _address(tensor: Any) -> Any:
-    """Where a tensor begins, 0 where there is none; a descriptor is itself."""
-    if tensor is None:
-        return 0
-    address = getattr(tensor, "data_ptr", None)
-    return tensor if address is None else address()
+    @abstractmethod
+    def descriptor(self) -> Any:
+        """The descriptor, with all that it checks, by which Triton compiles the kernel."""

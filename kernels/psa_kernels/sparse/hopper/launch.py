@@ -15,13 +15,13 @@ from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
-from psa_kernels.pyramid.pooled import TritonPyramid
+from psa_kernels.pyramid.pooled import Place, TritonPyramid, row_places
 from psa_kernels.quantise.integers import Integers
 from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper.kernel import attention_kernel
 from psa_kernels.sparse.hopper.tiles import TILE_M, panel_columns, tile_layout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Rows, Shape
 
 # Integers that the programs share before the one of each item: two, and as many more as keep that at 16 bytes.
 COUNTERS = 4
@@ -49,12 +49,8 @@ def sparse_attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     permutation = layout.short_permutation
-    keys = pyramid.key_rows(layout, spec)
-    queries, factors = q, None
-    if integers is not None:
-        queries, factors, keys = integers.queries, integers.factors, integers.keys
-    values = pyramid.value_rows(layout, spec)
-    k, v = pyramid.source_keys, pyramid.needed_values()[0]
+    k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
+    queries, factors = (q, None) if integers is None else (integers.queries, integers.factors)
     plan = _plan(
         q.shape, queries.stride(), (q.dtype, queries.dtype, lists.ids.dtype), q.device,
         (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
@@ -63,10 +59,12 @@ def sparse_attention(
     )  # fmt: skip
     counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
     redo = counters[COUNTERS:]
+    keys = plan.boxes(k, pyramid.keys) if integers is None else plan.boxes_of(integers.keys)
+    values = plan.boxes(v, value_means)
     # Where there is no permutation or log-sum-exp, any pointer will do.
     plan.launch(
-        queries, factors, *plan.boxes(keys), *plan.boxes(values), out, counters if lse is None else lse, lists.ids,
-        lists.counts, counters if permutation is None else permutation, counters, redo,
+        queries, factors, *keys, *values, out, counters if lse is None else lse, lists.ids, lists.counts,
+        counters if permutation is None else permutation, counters, redo,
     )  # fmt: skip
     if integers is not None and lse is not None:
         # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
@@ -85,35 +83,58 @@ class _Plan(NamedTuple):
         online: whether weights are relative to the largest logit so far; in half precision they could overflow,
             relative to any other.
         heights: rows of a box of text before and after the video, and of each level.
+        places: for keys and values of these strides, where the rows of each are.
     """
 
     launch: Launch
     items: int
     online: bool
     heights: tuple[int, ...]
+    places: dict[Shape, tuple[Place | None, ...]]
 
-    def boxes(self, views: Sequence[torch.Tensor | None]) -> list[TensorDescriptor | Rows | None]:
+    def boxes(self, tokens: torch.Tensor, means: torch.Tensor) -> list[Boxes | None]:
         """Where the boxes of text and of every level come from; each ends where its rows end: zeros follow."""
-        # Once compiled, a launch asks a descriptor for no more than where its rows are.
-        box = (lambda rows, _: Rows(rows)) if self.launch.is_compiled else _descriptor
-        found = [None if rows is None else box(rows, height) for rows, height in zip(views, self.heights, strict=True)]
+        found: list[Boxes | None] = []
+        for place, height in zip(self.places[tokens.stride()], self.heights, strict=True):
+            if place is None:
+                found.append(None)
+                continue
+            source = means if place.pooled else tokens
+            found.append(Boxes(source, place.offset, place.shape, place.strides, height))
+        return found + [None] * (2 + MAX_HOPPER_LEVELS - len(found))
+
+    def boxes_of(self, views: Sequence[torch.Tensor | None]) -> list[Boxes | None]:
+        """The same of tensors `[B, H, rows, D]`."""
+        found = [
+            None if rows is None else Boxes(rows, 0, rows.shape, rows.stride(), height)
+            for rows, height in zip(views, self.heights, strict=True)
+        ]
         return found + [None] * (2 + MAX_HOPPER_LEVELS - len(found))
 
 
-class Rows:
-    """What a launch reads of a descriptor whose checks are behind it."""
+class Boxes(Rows):
+    """Rows `[B, H, rows, D]` that are fetched some at a time.
 
-    __slots__ = ("base", "padding", "shape", "strides")
+    Args:
+        source: the tensor that they are in.
+        offset: of the first one, in elements.
+        height: rows of a box.
+    """
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.base, self.shape, self.strides, self.padding = rows, rows.shape, rows.stride(), "zero"
+    __slots__ = ("_height", "_offset", "_source")
 
+    def __init__(self, source: torch.Tensor, offset: int, shape: Shape, strides: Shape, height: int) -> None:
+        super().__init__(source.data_ptr() + offset * source.element_size(), shape, strides)
+        self._source, self._offset, self._height = source, offset, height
 
-def _descriptor(rows: torch.Tensor, height: int) -> TensorDescriptor:
-    bits = 8 * rows.element_size()
-    return TensorDescriptor.from_tensor(
-        rows, [1, 1, height, panel_columns(rows.shape[3], bits)], tile_layout(rows.shape[3], bits, 4)
-    )
+    def descriptor(self) -> TensorDescriptor:
+        """As `Rows.descriptor`."""
+        source, bits = self._source, 8 * self._source.element_size()
+        rows = source.as_strided(self.shape, self.strides, source.storage_offset() + self._offset)
+        width = self.shape[3]
+        return TensorDescriptor.from_tensor(
+            rows, [1, 1, self._height, panel_columns(width, bits)], tile_layout(width, bits, 4)
+        )
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
@@ -136,7 +157,10 @@ def _plan(
         num_warps=4, **pipeline(head_dim),
     )  # fmt: skip
     heights = (spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels))
-    return _Plan(launch, items, online, heights)
+    of_keys, key_strides, value_strides, _ = others
+    counts = (text_before, video_keys, text_after)
+    places = {each: row_places(of_keys, each, counts, factors, spec.levels) for each in (key_strides, value_strides)}
+    return _Plan(launch, items, online, heights, places)
 
 
 def pipeline(head_dim: int) -> dict[str, int | bool]:
