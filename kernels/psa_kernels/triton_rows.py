@@ -16,13 +16,12 @@ def padded_dim(head_dim: int) -> int:
     return max(16, next_power_of_2(head_dim))
 
 
-def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
-    """Whether an offset along the tokens of one head passes 2^31 elements in any of these `[B, N, H, D]` tensors."""
-    return are_wide(*((x.shape, x.stride()) for x in tensors))
-
-
 def are_wide(*tensors: tuple[Sequence[int], Sequence[int]]) -> bool:
-    """`needs_wide_offsets` of tensors with these shapes and strides."""
+    """Whether an offset along the tokens of one head passes 2^31 elements in tensors of these shapes and strides.
+
+    Args:
+        tensors: shape and strides of each, `[B, N, H, D]`.
+    """
     return any((shape[1] - 1) * strides[1] + shape[3] > 2**31 for shape, strides in tensors)
 
 
