@@ -68,7 +68,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     start = time.perf_counter()
     transformer = build(workload.checkpoint, machine)
     # All of the text is real: how much is padding depends on the prompt.
-    inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
+    inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents, sizes=workload.sizes)
     print(f"# {workload.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
     kept_error: dict[str, float | None] = {}
     if any(map(is_sparse, options.method or METHODS)):

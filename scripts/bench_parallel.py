@@ -112,7 +112,7 @@ def run(
     def forward() -> torch.Tensor:
         return transformer(**inputs, return_dict=False)[0]
 
-    with torch.no_grad(), prefer_cudnn() if preset.dense_steps == 1 else nullcontext():
+    with torch.no_grad(), prefer_cudnn() if preset.is_all_dense else nullcontext():
         dist.barrier()
         ms, peak, _ = clock(forward, repeats, machine)
         busy, collectives = profiled(forward, machine)

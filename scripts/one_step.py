@@ -9,6 +9,7 @@ import torch
 from random_models import Machine
 
 from psa_diffusers import Preset, load_preset
+from psa_diffusers.families import find_family
 
 STEPS = 50
 
@@ -25,7 +26,7 @@ class OneStep:
     def __init__(self, transformer: torch.nn.Module, inputs: dict[str, Any], step: int = STEPS - 1) -> None:
         self.transformer = transformer
         timesteps = torch.linspace(1000, 20, STEPS)
-        timesteps[step] = float(inputs["timestep"].float().max())
+        timesteps[step] = float(find_family(transformer).timestep(inputs).float().max())
         self.scheduler = SimpleNamespace(timesteps=timesteps, begin_index=0, step_index=step)
 
 

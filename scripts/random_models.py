@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ class Workload:
         checkpoint: whose configuration it is; one that psa_testing/families/ has.
         latents: shape of its hidden states.
         branches: forwards a denoising step: 2 with classifier-free guidance.
+        sizes: what else its pipeline tells the transformer about the size, where latents come as a sequence of tokens.
     """
 
     name: str
     checkpoint: str
     latents: tuple[int, ...]
     branches: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 WAN_14B, WAN_1_3B = "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -108,18 +111,20 @@ def make_inputs(
     machine: Machine,
     *,
     latents: tuple[int, ...] | None = None,
+    sizes: Mapping[str, int] | None = None,
     padding: float = 0.0,
 ) -> dict[str, Any]:
     """What the pipeline gives the transformer, as noise.
 
     Args:
         latents: shape of the hidden states; by default that of the checkpoint's default video.
+        sizes: what else says how large the video is; likewise.
         padding: share of the text tokens that are padding, where the model is told which; how much is padding in a
             real run depends on the prompt.
     """
     published = published_models()[checkpoint]
     network, noise = NETWORKS[published.model], Noise(machine.dtype, machine.device, padding, machine.tiny)
-    shape, sizes = latents or published.latents, published.inputs
+    shape, sizes = latents or published.latents, sizes or published.inputs
     if machine.tiny:
         shape, sizes = network.toy_latents(replace(published, latents=shape)), network.toy_sizes
     return {**network.noise_inputs(transformer.config, shape, noise), **sizes}

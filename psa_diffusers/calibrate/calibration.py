@@ -80,9 +80,9 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
     }
 
 
-def measured_steps(first: int, steps: int, count: int) -> list[int]:
-    """Steps, counted from 0, spread evenly over those from `first` on: the middle of each of `count` stretches."""
-    places = first + (np.arange(count) + 0.5) * (steps - first) / count
+def measured_steps(first: int, end: int, count: int) -> list[int]:
+    """Steps, counted from 0, spread evenly from `first` to before `end`: the middle of each of `count` stretches."""
+    places = first + (np.arange(count) + 0.5) * (end - first) / count
     return sorted({int(place) for place in places})
 
 
@@ -91,7 +91,8 @@ def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) 
     plan = calibration.plan
     shapes = shapes_for(calibration.base, plan.model.num_layers)
     tell(f"{len(shapes)} shapes of attention to compare: {'; '.join(shapes)}")
-    steps = measured_steps(calibration.dense_steps, plan.settings.steps, calibration.measured_steps)
+    sparse = calibration.sparse_steps
+    steps = measured_steps(sparse[0], sparse[-1] + 1, calibration.measured_steps)
     figures = runs.measure(calibration.measured, shapes, steps)
     curves = {which: curves_of(figures, shapes, names) for which, names in runs.layers().items()}
     for which, each in curves.items():

@@ -54,9 +54,14 @@ class Calibration:
         return self.plan.preset
 
     @property
+    def sparse_steps(self) -> tuple[int, ...]:
+        """The denoising steps, counted from 0, that the base preset does not keep dense: they are in one piece."""
+        return self.base.sparse_steps(self.plan.settings.steps)
+
+    @property
     def dense_steps(self) -> int:
-        """How many denoising steps the base preset keeps dense."""
-        return self.base.dense_step_count(self.plan.settings.steps)
+        """How many denoising steps the base preset keeps dense, at the beginning and at the end."""
+        return self.plan.settings.steps - len(self.sparse_steps)
 
     @property
     def measured(self) -> list[Video]:
@@ -85,7 +90,7 @@ def check(calibration: Calibration) -> None:
     """Refuses what cannot work, before anything runs.
 
     Raises:
-        InputError: no sparse base preset or step, a name that no preset may have, or a file in the way.
+        InputError: no sparse layer or step, rules for steps, a name that no preset may have, or a file is in the way.
     """
     plan, base = calibration.plan, calibration.base
     if calibration.batch > 1 and plan.image is not None:
@@ -99,7 +104,12 @@ def check(calibration: Calibration) -> None:
             raise InputError(f"--output {path}: {error.problem}") from error
         if path.exists() and not calibration.overwrite and not is_own(path):
             raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
-    if calibration.dense_steps >= plan.settings.steps:
+    if base.steps:
+        raise InputError(
+            f"--base-preset {base.name}: has rules for steps, and one setting of a layer is measured for all of them; "
+            "give a preset without such rules"
+        )
+    if not calibration.sparse_steps:
         raise InputError(f"--steps {plan.settings.steps}: with {base.name} all of them are dense")
     if not any(base.layer_specs(plan.model.num_layers)):
         raise InputError(f"--base-preset {base.name}: keeps every layer dense")

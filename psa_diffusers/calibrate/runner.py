@@ -115,7 +115,7 @@ class Runs:
         counted *= self._plan.model.experts
         values = [
             value
-            for row in stats.density[stats.dense_steps :]
+            for row in stats.density[stats.dense_steps : stats.steps - stats.dense_last]
             for value, counts in zip(row, counted, strict=True)
             if counts and value is not None
         ]

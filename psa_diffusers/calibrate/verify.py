@@ -73,9 +73,9 @@ def _verdict(gain: float, interval: float | None) -> str:
 
 def _speedup(calibration: Calibration, dense_step: float, sparse_step: float | None) -> float:
     """Times as fast as dense that denoising is, from the median steps of two runs."""
-    steps, first = calibration.plan.settings.steps, calibration.dense_steps
+    steps, dense = calibration.plan.settings.steps, calibration.dense_steps
     sparse = dense_step if sparse_step is None else sparse_step
-    return steps * dense_step / (first * dense_step + (steps - first) * sparse)
+    return steps * dense_step / (dense * dense_step + (steps - dense) * sparse)
 
 
 def is_met(calibration: Calibration, verified: dict[str, Any]) -> bool:

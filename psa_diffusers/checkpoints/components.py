@@ -25,7 +25,9 @@ LIBRARIES = ("diffusers", "transformers")
 LONGEST_REASON = 300
 
 
-def listed_parts(index: Mapping[str, Any], pipeline_class: type, source: str) -> list[Part]:
+def listed_parts(
+    index: Mapping[str, Any], pipeline_class: type, source: str, revision: str | None = None
+) -> list[Part]:
     """The components that model_index.json lists and the pipeline takes.
 
     Components of other libraries than diffusers and transformers are left to the pipeline to load.
@@ -42,7 +44,7 @@ def listed_parts(index: Mapping[str, Any], pipeline_class: type, source: str) ->
             raise InputError(f"model_index.json: {name} is {entry}; it must be a library and a class")
         library, kind = entry
         if library in LIBRARIES:
-            part = Part(name, library, kind, source, name)
+            part = Part(name, library, kind, source, name, revision)
             component_class(part)
             parts.append(part)
         elif not hasattr(importlib.import_module("diffusers.pipelines"), library):
@@ -73,6 +75,8 @@ def load_component(part: Part, dtype: torch.dtype) -> Any:
 
     kind = component_class(part)
     settings: dict[str, Any] = {"subfolder": part.subfolder}
+    if part.revision is not None:
+        settings["revision"] = part.revision
     if issubclass(kind, torch.nn.Module):
         settings |= {
             "dtype" if part.library == "transformers" else "torch_dtype": dtype,
@@ -148,7 +152,8 @@ def _is_there(part: Part, file: str) -> bool:
         return (folder / part.subfolder / file).is_file()
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(part.repository, f"{part.subfolder}/{file}".lstrip("/")), str)
+    path = f"{part.subfolder}/{file}".lstrip("/")
+    return isinstance(try_to_load_from_cache(part.repository, path, revision=part.revision), str)
 
 
 def _numberless(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -65,7 +66,7 @@ def resolve_model(name: str) -> Model:
         source = str(DEMO_FOLDER) if card.hub_id is None else card.hub_id
         if card.hub_id is None and not (DEMO_FOLDER / "model_index.json").is_file():
             raise InputError(f"--model {name}: this installation does not hold the demo's weights ({DEMO_FOLDER})")
-        index = _read_json(source, "model_index.json")
+        index = _read_json(source, "model_index.json", card.revision)
     elif os.path.exists(name):
         source = str(Path(name).resolve())
         if not Path(source, "model_index.json").is_file():
@@ -76,8 +77,10 @@ def resolve_model(name: str) -> Model:
         card = _card_for(source, _known_pipeline(name, index))
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
         source = name
-        index = _read_json(source, "model_index.json")
-        card = _card_for(source, _known_pipeline(name, index))
+        # A known repository may hold its pipeline in another branch than main.
+        revision = next((card.revision for card in MODELS.values() if card.hub_id == name), None)
+        index = _read_json(source, "model_index.json", revision)
+        card = _card_for(source, _known_pipeline(name, index), revision)
     else:
         raise InputError(_unknown(name))
     return _with_configuration(name, source, card, index)
@@ -127,8 +130,9 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
     if pipeline_class is None:
         raise InputError(f"diffusers {diffusers.__version__} has no {model.card.pipeline}")
     replaced = {part.name: part for part in model.card.parts}
-    index = _read_json(model.source, "model_index.json")
-    listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source)}
+    revision = model.card.revision
+    index = _read_json(model.source, "model_index.json", revision)
+    listed = {part.name: part for part in listed_parts(index, pipeline_class, model.source, revision)}
     parts, takes = {**listed, **replaced}, inspect.signature(pipeline_class).parameters
     absent = [name for name in NEEDED if name in takes and name not in parts]
     if absent:
@@ -138,7 +142,9 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
         exact = name == "vae" and part.type == model.kind.exact_vae
         components[name] = load_component(part, torch.float32 if exact else dtype)
     try:
-        pipe = pipeline_class.from_pretrained(model.source, **components, torch_dtype=dtype, use_safetensors=True)
+        pipe = pipeline_class.from_pretrained(
+            model.source, **components, revision=revision, torch_dtype=dtype, use_safetensors=True
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # as in load_component
@@ -170,10 +176,14 @@ def _quiet_unless_terminal() -> None:
 
 
 def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str, Any]) -> Model:
-    vae = _read_json(source, "vae/config.json")
-    repository, file = card.transformer
-    transformer = _read_json(repository if card.parts and repository else source, file)
     kind = PIPELINE_KINDS[card.pipeline]
+    for package in kind.packages:
+        if not is_installed(package):
+            raise InputError(f"--model {name}: {card.pipeline} needs the package {package}, which is not installed")
+    vae = _read_json(source, "vae/config.json", card.revision)
+    repository, file = card.transformer
+    elsewhere = repository if card.parts else None
+    transformer = _read_json(elsewhere or source, file, None if elsewhere else card.revision)
     heads = transformer.get("num_attention_heads")
     try:
         size_step, frame_step = kind.steps(vae, transformer)
@@ -207,7 +217,7 @@ def _known_pipeline(name: str, index: dict[str, Any]) -> str:
     return pipeline
 
 
-def _card_for(source: str, pipeline: str) -> ModelCard:
+def _card_for(source: str, pipeline: str, revision: str | None = None) -> ModelCard:
     """The card of a hub id or a local folder.
 
     A known hub id, or a folder that carries the name of a known repository, has that model's settings. Any other model
@@ -218,10 +228,11 @@ def _card_for(source: str, pipeline: str) -> ModelCard:
     cards = [card for card in MODELS.values() if card.pipeline == pipeline]
     for card in cards:
         if card.hub_id is not None and card.hub_id.endswith("/" + repository) and not card.parts:
-            return card
+            return card if card.revision == revision else replace(card, revision=revision)
     plain = ModelCard(source, hub_id=None, about="", pipeline=pipeline)
     nearest = plain if pipeline in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO) else cards[0]
-    return replace(nearest, name=source, hub_id=None, about="", negative_prompt="", flow_shift=None, parts=())
+    plain_settings: dict[str, Any] = {"negative_prompt": "", "flow_shift": None, "parts": (), "revision": revision}
+    return replace(nearest, name=source, hub_id=None, about="", **plain_settings)
 
 
 def _unknown(name: str) -> str:
@@ -233,8 +244,13 @@ def _unknown(name: str) -> str:
     )
 
 
-def _read_json(source: str, file: str) -> dict[str, Any]:
-    path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file)
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _read_json(source: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    path = Path(source, file) if os.path.isdir(source) else _from_hub(source, file, revision)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -244,11 +260,11 @@ def _read_json(source: str, file: str) -> dict[str, Any]:
     return content
 
 
-def _from_hub(repository: str, file: str) -> Path:
+def _from_hub(repository: str, file: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors, hf_hub_download
 
     try:
-        return Path(hf_hub_download(repository, file))
+        return Path(hf_hub_download(repository, file, revision=revision))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if constants.HF_HUB_OFFLINE:
             reason = "HF_HUB_OFFLINE is set and the model is not in the local cache; unset it to download the model"

@@ -107,7 +107,8 @@ def _calibrate(
         raise InputError(str(error).replace("--preset ", "--base-preset ", 1)) from error
     dense_share = 0.0
     if plan.preset is not None:
-        dense_share = plan.preset.dense_step_count(plan.settings.steps) / plan.settings.steps
+        count = plan.settings.steps
+        dense_share = (count - len(plan.preset.sparse_steps(count))) / count
     target = one_target(target_psnr, density, speedup, dense_share)
     calibration = Calibration(plan, held, target, measured_steps, Path(output), overwrite, batch)
     summary = calibrate(calibration, note)

@@ -15,21 +15,23 @@ IMAGE_TO_VIDEO = "WanImageToVideoPipeline"
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a pipeline that its card loads from another repository than the rest."""
+    """A component of a pipeline, and where it is: a repository or a folder, with the branch of it that is not main."""
 
     name: str
     library: str
     type: str
     repository: str
     subfolder: str = ""
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """A model and the settings that its card runs it with.
 
-    `hub_id` is None for the bundled demo. `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model
-    has no second expert, or its card gives none). `flow_shift` None keeps the scheduler that comes with the weights.
+    `hub_id` is None for the bundled demo. `revision` is the branch of it that holds the pipeline, if it is not main.
+    `guidance_2` is the guidance of Wan 2.2's low-noise expert (None: the model has no second expert, or its card gives
+    none). `flow_shift` None keeps the scheduler that comes with the weights.
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
     `dtype` is what the weights were trained in. `parts` replace components of the repository.
     """
@@ -49,6 +51,7 @@ class ModelCard:
     negative_prompt: str = WAN_NEGATIVE_PROMPT
     dtype: str = "bfloat16"
     parts: tuple[Part, ...] = ()
+    revision: str | None = None
 
     @property
     def transformer(self) -> tuple[str | None, str]:

@@ -101,7 +101,7 @@ class ModelFamily(ABC):
 
     @staticmethod
     def timestep(inputs: Mapping[str, Any]) -> Any:
-        """The timestep of a forward as the scheduler's `timesteps` have it: a number, a tensor, or None if not given.
+        """The timestep of a forward as `timesteps` have it: a number, a tensor, or None if not given.
 
         The largest value of a tensor counts, as conditions have timestep 0.
 
@@ -109,6 +109,14 @@ class ModelFamily(ABC):
             inputs: the arguments of the transformer's forward by name.
         """
         return inputs.get("timestep")
+
+    @staticmethod
+    def timesteps(scheduler: Any) -> torch.Tensor:
+        """What `timestep` gives at each step of a scheduler, `[steps]`: by default its `timesteps`.
+
+        For models that are given something else, which cannot be turned back into a timestep once it is rounded.
+        """
+        return scheduler.timesteps
 
     @classmethod
     def call(cls, arguments: Mapping[str, Any]) -> AttentionCall | None:

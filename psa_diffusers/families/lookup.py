@@ -12,6 +12,7 @@ REASONS = {
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
     "Kandinsky5Transformer3DModel": "it has sparse attention of its own",
     "LTX2VideoTransformer3DModel": "its layers attend video and audio through gates",
+    "Cosmos3OmniTransformer": "its keys have fewer heads than its queries, which sparse attention cannot do here yet",
     "WanAnimate2Transformer3DModel": "its attention keeps the keys of earlier chunks",
 }
 

@@ -35,6 +35,17 @@ def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
 
 
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of the channels of `[..., C]` against the second half.
+
+    Angles have tables `[..., C / 2]` that broadcast; keeps the dtype.
+    """
+    import torch
+
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).type_as(x)
+
+
 def rotate_tokens(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """Rotate `[B, N, H, D]` by a model's tables `[N, D]`, cosines and sines, that hold each angle twice."""
     if tables is None:

@@ -13,7 +13,8 @@ class PipelineKind:
     """A pipeline class that makes videos with a supported transformer.
 
     Attributes:
-        image: what it does with an image: makes the video begin with it, may look at it, or nothing.
+        image: what it does with an image: makes the video begin with it, does so if there is one, may look at it, or
+            nothing.
         size_step: height and width must be multiples of it, whatever the configuration says: the pipeline checks it.
         frame_rest: what the number of frames leaves over when divided by the frames of one latent.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
@@ -24,10 +25,11 @@ class PipelineKind:
         tiled_vae: whether its card decodes in tiles; the VAE needs tens of GB otherwise.
         exact_vae: class of the VAE, if it is loaded in float32 whatever the dtype of the rest.
         guider: whether guidance is a component of the pipeline, and no argument; such a pipeline takes no callback.
+        packages: what it cannot be made or run without, beside what diffusers itself needs; names for import.
         in_code_only: why the commands cannot run it, None if they can.
     """
 
-    image: Literal["none", "first", "reference"] = "none"
+    image: Literal["none", "first", "first or none", "reference"] = "none"
     size_step: int = 16
     frame_rest: int = 1
     any_frames: bool = False
@@ -37,11 +39,17 @@ class PipelineKind:
     tiled_vae: bool = False
     exact_vae: str | None = None
     guider: bool = False
+    packages: tuple[str, ...] = ()
     in_code_only: str | None = None
 
     @property
     def takes_image(self) -> bool:
         return self.image != "none"
+
+    @property
+    def begins_with_image(self) -> bool:
+        """Whether an image that it is given is the video's first frame."""
+        return self.image in ("first", "first or none")
 
     def layer_count(self, transformer: Mapping[str, Any]) -> int:
         """Number of transformer blocks."""

@@ -124,7 +124,8 @@ class TokenAttention:
         query, grid, lists, kept = qkv[0], forward.grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
         moment = Moment(forward.step, forward.window, forward.branch)
-        fits = (query.shape[0], query.shape[2:], query.device, grid)
+        # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
+        fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
         if layer.keeps_lists:
             kept = lists.find(layer.name, moment, fits, layer.preset)
         head, tail, stats, used = attend_real_text(

@@ -24,6 +24,7 @@ from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
 from psa_diffusers.patch.sites import LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
+from psa_diffusers.patch.step_layers import StepLayers
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
 
@@ -49,9 +50,10 @@ class Patch(NotPickled):
         family: type[ModelFamily],
         runs: Runs,
         attention: TokenAttention,
+        layers: StepLayers,
     ) -> None:
         self.name, self.attention, self.attached = name, attention, False
-        self._family, self._runs = family, runs
+        self._family, self._runs, self._layers = family, runs, layers
         self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -66,8 +68,8 @@ class Patch(NotPickled):
     def know(self, sites: Mapping[torch.nn.Module, Site]) -> None:
         """Take the transformer's attention modules."""
         self.sites.update(sites)
-        layers = [site.layer for site in sites.values() if isinstance(site, LayerSite)]
-        routes = {layer.name: Route(False, None if layer.spec is None else UNHOOKED) for layer in layers}
+        layers = [site for site in sites.values() if isinstance(site, LayerSite)]
+        routes = {site.layer.name: Route(False, UNHOOKED if site.may_be_sparse else None) for site in layers}
         self.forward = self._outside = self._runs.outside(routes)
 
     def attach(self) -> None:
@@ -153,14 +155,16 @@ class Patch(NotPickled):
         run, mine, routes = forward.run, self._owner(), {}
         if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
             run.watch = True
+        layers = self._layers.at(forward.step, run.steps)
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         for attn, site in self.sites.items():
             if not isinstance(site, LayerSite):
                 continue
+            site.layer = layers[site.layer.name]
             # A module that has its own processor back was taken out of the patch by somebody.
             wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
             if unknown is None:
-                wanted = wanted and forward.step >= run.dense_steps[self.name]
+                wanted = wanted and forward.step not in run.dense[self.name].steps
             facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
             reason = dense_reason(facts) if wanted else None
             routes[site.layer.name] = Route(wanted and reason is None, reason)

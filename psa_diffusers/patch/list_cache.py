@@ -46,7 +46,8 @@ class ListCache:
 
         Args:
             layer: name of the layer, of all transformers.
-            call: whatever must be equal for lists to fit: shapes, grid, device.
+            call: whatever must be equal for lists to fit: shapes, grid, device, what the
+                layer computes and in which order.
             preset: says for how many steps lists serve, and whether guidance branches share them.
         """
         entry = self._entries.get(_key(layer, moment, preset))

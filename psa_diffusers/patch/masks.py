@@ -116,8 +116,9 @@ class MaskRecorder:
 
 
 def middle_sparse_step(preset: Preset, steps: int) -> int:
-    """The denoising step, counted from 0, in the middle of those after a preset's dense phase."""
-    return (preset.dense_step_count(steps) + steps) // 2
+    """The denoising step, counted from 0, in the middle of a preset's sparse ones; the run's end if there are none."""
+    sparse = preset.sparse_steps(steps)
+    return sparse[len(sparse) // 2] if sparse else steps
 
 
 def query_block_at(point: tuple[float, float, float], order: TokenOrder, spec: AttentionSpec, grid: Grid) -> int:

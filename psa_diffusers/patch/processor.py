@@ -19,12 +19,12 @@ from psa_diffusers.patch.attend import Compute, TokenAttention
 from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_processor
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
-from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
-from psa_diffusers.patch.sites import Layer, LayerSite, PatchingProcessor, Site, site_of
+from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
+from psa_diffusers.patch.step_layers import StepLayers
 from psa_diffusers.presets import Preset, load_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
@@ -38,7 +38,7 @@ class PSAProcessor(PatchingProcessor):
     One object serves all attention modules of `transformer` and `transformer_2`. Cross-attention, the preset's dense
     phase and whatever cannot be sparse go to the processors that the modules had before, unchanged. Text tokens of
     joint attention are attended exactly, padding is not attended. Models without `set_attn_processor` (Mochi, Allegro,
-    HunyuanVideo Framepack) are patched by `apply_psa`.
+    Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
@@ -52,7 +52,8 @@ class PSAProcessor(PatchingProcessor):
         strict: raise instead of falling back to dense attention.
 
     Attributes:
-        presets, layers: of each transformer, by its name in the pipeline.
+        presets, layers: of each transformer, by its name in the pipeline; the layers as they are where no rule of the
+            preset for steps applies.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
@@ -78,14 +79,18 @@ class PSAProcessor(PatchingProcessor):
         self._family = find_family(next(iter(transformers.values())))
         self._fallbacks = Fallbacks(strict)
         self._attention = TokenAttention(self._family, self._fallbacks, strict)
-        layers = {
-            name: self._layers(transformer, name, f"{name}." if len(transformers) > 1 else "")
+        modules = {
+            name: self._layer_modules(transformer, f"{name}." if len(transformers) > 1 else "")
             for name, transformer in transformers.items()
         }
-        self.layers = {name: list(each.values()) for name, each in layers.items()}
-        self._runs = Runs(pipe, self.presets, [layer.name for each in self.layers.values() for layer in each])
+        layers = {name: StepLayers(self.presets[name], list(each.values())) for name, each in modules.items()}
+        self.layers = {name: list(each.plain.values()) for name, each in layers.items()}
+        names = [layer.name for each in self.layers.values() for layer in each]
+        self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
-        self._patches = [self._patch(name, transformer, layers[name]) for name, transformer in transformers.items()]
+        self._patches = [
+            self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()
+        ]
 
     def install(self) -> None:
         """Set this processor on all attention modules of the pipeline's transformers.
@@ -242,28 +247,25 @@ class PSAProcessor(PatchingProcessor):
                 self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
 
-    def _layers(self, transformer: torch.nn.Module, which: str, prefix: str) -> dict[torch.nn.Module, Layer]:
-        """The layers of a transformer by their modules."""
-        preset, attentions = self.presets[which], self._family.self_attentions(transformer)
-        specs, orders = preset.layer_specs(len(attentions)), preset.layer_orders(len(attentions))
-        return {
-            attn: Layer(prefix + name, preset, spec, order, keeps_lists(preset))
-            for (name, attn), spec, order in zip(attentions.items(), specs, orders, strict=True)
-        }
+    def _layer_modules(self, transformer: torch.nn.Module, prefix: str) -> dict[torch.nn.Module, str]:
+        """The names of a transformer's layers by their modules."""
+        return {attn: prefix + name for name, attn in self._family.self_attentions(transformer).items()}
 
-    def _patch(self, name: str, transformer: torch.nn.Module, layers: dict[torch.nn.Module, Layer]) -> Patch:
+    def _patch(
+        self, name: str, transformer: torch.nn.Module, modules: dict[torch.nn.Module, str], layers: StepLayers
+    ) -> Patch:
         """The patch of a transformer, which knows all its attention modules and their processors."""
-        patch = Patch(self, name, transformer, self._family, self._runs, self._attention)
+        patch = Patch(self, name, transformer, self._family, self._runs, self._attention, layers)
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}
         for attn in attention_modules(transformer):
             original = own_processor(attn)
             if isinstance(original, PSAProcessor):
                 original = original._sites[attn].original
-            if attn not in layers:
+            if attn not in modules:
                 sites[attn] = Site(original)
                 continue
-            sites[attn] = layer = LayerSite(patch, original, layers[attn])
+            sites[attn] = layer = LayerSite(patch, original, layers.plain[modules[attn]])
             if (reason := self._family.why_not_imitated(original)) is not None:
                 foreign.setdefault(reason, []).append(layer)
         for reason, alike in foreign.items():
@@ -278,5 +280,5 @@ class PSAProcessor(PatchingProcessor):
         for site in self._sites.values():
             if not isinstance(site, LayerSite) or site.not_imitated is None:
                 continue
-            if site.layer.spec is not None and site.layer.preset.dense_steps < 1:
+            if site.may_be_sparse:
                 self._fallbacks.warn_or_raise(site.not_imitated)

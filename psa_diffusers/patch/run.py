@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 
@@ -12,6 +12,7 @@ from psa_diffusers.patch.context_parallel import Ulysses
 from psa_diffusers.patch.list_cache import ListCache
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
+from psa_diffusers.presets import Preset
 from psa_kernels import AttentionStats
 
 NO_GRID: Grid = (0, 0, 0)
@@ -33,6 +34,25 @@ class Note(NamedTuple):
     reason: str | None = None
 
 
+class DenseSteps(NamedTuple):
+    """Which steps of a run a preset keeps dense.
+
+    Attributes:
+        first, last: how many of the first and of the last ones.
+        steps: all of them, counted from 0, with those that rules for steps keep dense.
+    """
+
+    first: int = 0
+    last: int = 0
+    steps: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, preset: Preset, num_steps: int) -> Self:
+        """Those of a run of so many steps."""
+        dense = frozenset(range(num_steps)).difference(preset.sparse_steps(num_steps))
+        return cls(preset.dense_step_count(num_steps), preset.dense_last_count(num_steps), dense)
+
+
 @dataclass(eq=False)
 class Run:
     """A denoising run and what is kept during it; nothing outlives it.
@@ -40,7 +60,7 @@ class Run:
     Attributes:
         number: counted from 1 since the patch; 0 for calls that belong to no known run.
         steps: how many it has, over all transformers.
-        dense_steps: how many of them, the first ones, the preset keeps dense, by the name of the transformer.
+        dense: which of them the preset keeps dense, by the name of the transformer.
         first: place of the run's first step among `timesteps`.
         timesteps: what the run's scheduler had at its beginning: another tensor is another run.
         pipe_timesteps: the same of the pipeline that was patched, whose run it may not be.
@@ -54,7 +74,7 @@ class Run:
 
     number: int = 0
     steps: int = 0
-    dense_steps: Mapping[str, int] = field(default_factory=dict)
+    dense: Mapping[str, DenseSteps] = field(default_factory=dict)
     first: int = 0
     timesteps: torch.Tensor | None = None
     pipe_timesteps: torch.Tensor | None = None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.list_cache import keeps_lists
-from psa_diffusers.patch.run import Forward, Note, Route, Run
+from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
 from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_diffusers.presets import Preset
@@ -19,6 +21,7 @@ MISSED = (
     "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch, for its transformer "
     "was replaced; patch it again"
 )
+ALL_DENSE = "attention is dense: a run of length {steps} has no sparse step with the preset {why}"
 
 
 class Runs:
@@ -28,21 +31,29 @@ class Runs:
         pipe: the pipeline that was patched; is not kept alive.
         presets: by the name of the transformer.
         layers: names of all layers.
+        expected: what a transformer is given at each step of a scheduler, `[steps]`.
     """
 
-    def __init__(self, pipe: Any, presets: Mapping[str, Preset], layers: Sequence[str]) -> None:
-        self._schedule = Schedule(pipe)
+    def __init__(
+        self,
+        pipe: Any,
+        presets: Mapping[str, Preset],
+        layers: Sequence[str],
+        expected: Callable[[Any], torch.Tensor],
+    ) -> None:
+        self._schedule = Schedule(pipe, expected)
         self._presets, self._layers = presets, layers
         self._keeps_lists = {name: keeps_lists(preset) for name, preset in presets.items()}
         self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
+        self._told: set[int] = set()
 
     def enter(self, transformer: torch.nn.Module, name: str, timestep: Any, latents: torch.Tensor | None) -> Forward:
         """Begin a forward of a transformer, of which all layers' routes are to be decided.
 
         Args:
-            timestep: what the transformer was given, a number or a tensor of any shape, on the scheduler's scale.
+            timestep: what the transformer was given, a number or a tensor of any shape, as `expected` has it.
             latents: what it is to denoise.
 
         Raises:
@@ -91,12 +102,28 @@ class Runs:
 
     def _begin(self, timesteps: torch.Tensor, first: int) -> Run:
         steps = len(timesteps) - first
-        dense_steps = {name: preset.dense_step_count(steps) for name, preset in self._presets.items()}
+        dense = {name: DenseSteps.of(preset, steps) for name, preset in self._presets.items()}
         pipe_timesteps = self._schedule.patched_timesteps()
-        self._run = Run(self._run.number + 1, steps, dense_steps, first, timesteps, pipe_timesteps)
+        self._run = Run(self._run.number + 1, steps, dense, first, timesteps, pipe_timesteps)
+        self._tell_if_all_dense()
         self._stray_notes.clear()
         self._stray_reasons.clear()
         return self._run
+
+    def _tell_if_all_dense(self) -> None:
+        """Warn, once for each number of steps, where a run is too short for the preset to leave it a sparse step."""
+        steps = self._run.steps
+        if steps in self._told or any(len(dense.steps) < steps for dense in self._run.dense.values()):
+            return
+        short = {preset.name: preset for preset in self._presets.values() if not preset.is_all_dense}
+        if short:
+            self._told.add(steps)
+            why = " and ".join(
+                f"{name} (dense_steps {each.dense_steps:g}, dense_last {each.dense_last:g}"
+                + (", and rules for steps)" if each.steps else ")")
+                for name, each in short.items()
+            )
+            warnings.warn(ALL_DENSE.format(steps=steps, why=why), PSAFallbackWarning, stacklevel=2)
 
     def _count_strays(self) -> None:
         self._stray_reasons.update(note.reason for note in self._stray_notes if note.reason is not None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -51,10 +51,13 @@ class Schedule:
     Args:
         pipe: the pipeline that was patched; not kept alive, but for its scheduler, which a pipeline made of its parts
             goes on using.
+        expected: what the transformer is given at each step of a scheduler, `[steps]`.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+    def __init__(
+        self, pipe: Any, expected: Callable[[Any], torch.Tensor] = lambda scheduler: scheduler.timesteps
+    ) -> None:
+        self._pipe, self._expected = weakref.ref(pipe), expected
         self._scheduler = getattr(pipe, "scheduler", None)
         self.told: torch.Tensor | None = None
         self._copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -109,7 +112,7 @@ class Schedule:
         timestep: torch.Tensor | None,
         given: float | None,
     ) -> Position:
-        values = self._on_cpu(timesteps)
+        values = self._on_cpu(scheduler, timesteps)
         begin = getattr(scheduler, "begin_index", None)
         first = begin if first is None else first
         index = getattr(scheduler, "step_index", None)
@@ -129,10 +132,10 @@ class Schedule:
             )
         return Position(timesteps, index, first)
 
-    def _on_cpu(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """A run's timesteps on the CPU, copied once: the device would be waited for at every look."""
+    def _on_cpu(self, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
+        """What is given at each of a run's timesteps, copied once: the device would be waited for at every look."""
         if self._copied is None or self._copied[0] is not timesteps:
-            self._copied = (timesteps, timesteps.detach().float().cpu())
+            self._copied = (timesteps, self._expected(scheduler).detach().float().cpu())
         return self._copied[1]
 
     def _patched_scheduler(self) -> Any:

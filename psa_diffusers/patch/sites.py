@@ -50,7 +50,7 @@ class PatchingProcessor(NotPickled, ABC):
 
 @dataclass(frozen=True)
 class Layer:
-    """One video self-attention.
+    """One video self-attention, at the steps where the same rules for steps apply.
 
     Attributes:
         spec: None where the preset keeps it dense.
@@ -96,7 +96,8 @@ class LayerSite(Site):
 
     Attributes:
         patch: the `Patch` of its transformer.
-        layer: which one it is.
+        layer: which one it is, as it is at the step of the current forward.
+        may_be_sparse: whether the preset has it sparse at any step of any run.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
         in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
@@ -106,6 +107,8 @@ class LayerSite(Site):
     def __init__(self, patch: Any, original: Any, layer: Layer) -> None:
         super().__init__(original)
         self.patch, self.layer = patch, layer
+        preset = layer.preset
+        self.may_be_sparse = not preset.is_all_dense and (layer.spec is not None or preset.may_undo_dense)
         self.not_imitated: str | None = None
         self.in_graph = False
         number = next(_numbers)

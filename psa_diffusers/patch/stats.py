@@ -21,7 +21,8 @@ class RunStats:
     Attributes:
         run: which run since the patch, counted from 1; 0 before the first. No part of whether two of these are equal.
         steps: denoising steps of the run; 0 before the first run.
-        dense_steps: how many of them, the first ones, are dense by the preset.
+        dense_steps, dense_last: how many of them, the first and the last ones, are dense by the preset.
+        dense_at: the steps, counted from 0, at which all attention was dense, by the preset or against it.
         layers: names of the self-attention layers, of all transformers.
         density: `[step][layer]`: share of the FLOPs of dense attention between video tokens, mean over heads, batch and
             guidance branches (text tokens of joint attention are attended exactly, on top of it);
@@ -41,6 +42,8 @@ class RunStats:
     run: int = field(default=0, compare=False)
     steps: int = 0
     dense_steps: int = 0
+    dense_last: int = 0
+    dense_at: list[int] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     density: Table = field(default_factory=list)
     coverage: Table = field(default_factory=list)
@@ -83,7 +86,9 @@ def summed_up(run: Run, layers: Sequence[str], strays: Mapping[str, int], missed
     return RunStats(
         run=run.number,
         steps=run.steps,
-        dense_steps=min(run.dense_steps.values(), default=0),
+        dense_steps=min((dense.first for dense in run.dense.values()), default=0),
+        dense_last=min((dense.last for dense in run.dense.values()), default=0),
+        dense_at=sorted({note.step for note in notes} - {note.step for note in notes if note.stats}),
         layers=list(layers),
         density=density,
         coverage=coverage,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from psa_diffusers.presets.errors import refusal
-from psa_diffusers.presets.fields import LayerRule, LayerSettings
+from psa_diffusers.presets.fields import LayerSettings, Rule
 
-# What a rule for layers may not change, if all sparse layers are to have one density.
+# What a rule may not change, if all sparse layers are to have one density at all sparse steps.
 DECISIVE = ("block", "levels", "rule", "thresholds", "density", "floor", "similarity", "rest")
 
 
@@ -18,19 +18,23 @@ def scaled_thresholds(thresholds: Iterable[float], factor: float, digits: int = 
     return tuple(min(1.0, round(threshold * factor, digits)) for threshold in thresholds)
 
 
-def allocation_at(settings: LayerSettings, rules: Sequence[LayerRule], density: float) -> dict[str, Any]:
+def allocation_at(settings: LayerSettings, rules: Mapping[str, Sequence[Rule]], density: float) -> dict[str, Any]:
     """The keys of a preset to change, and their new values, so that it has a density: see `Preset.at_density`.
 
+    Args:
+        rules: the preset's, under `layers` and `steps`.
+
     Raises:
-        PresetError: the density is out of reach, depends on the video, or is not the same in all sparse layers.
+        PresetError: the density is out of reach, depends on the video, or is not the same in all sparse layers and at
+            all sparse steps.
     """
     if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
         raise refusal("density", density, "not a share of dense attention", "a number above 0 and up to 1")
-    for index, rule in enumerate(rules):
+    for what, index, rule in ((what, *each) for what, some in rules.items() for each in enumerate(some)):
         for key in DECISIVE:
             if key in rule.model_fields_set:
-                allowed = f"for one density in all sparse layers, rules without {', '.join(DECISIVE)}"
-                raise refusal(f"layers[{index}].{key}", getattr(rule, key), "gives layers another density", allowed)
+                allowed = f"for one density in all sparse {what}, rules without {', '.join(DECISIVE)}"
+                raise refusal(f"{what}[{index}].{key}", getattr(rule, key), f"gives {what} another density", allowed)
     if settings.rule == "mass":
         raise refusal("rule", "mass", "the density depends on the video", "count or budget; psa-calibrate scales mass")
     if settings.similarity is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from psa_diffusers.presets.steps import MAX_STEP, step_ranges
 
 MAX_LAYERS = 1000
 MAX_INTEGER = 2**31 - 1
@@ -57,6 +60,30 @@ def _match_text(value: Any) -> str:
     return str(value)
 
 
+def _step_match_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("neither text nor an integer")
+    if isinstance(value, int) and not 0 <= value <= MAX_STEP:
+        raise ValueError("out of range")
+    step_ranges(str(value))
+    return str(value)
+
+
+def _share_or_steps(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("not a number")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError("not finite")
+        if not 0 <= value <= 1:
+            whole = "" if value % 1 or value < 0 else ", and a number of steps is written without a point"
+            raise ValueError(f"out of range{whole}")
+        return float(value)
+    if not 0 <= value <= MAX_INTEGER:
+        raise ValueError("out of range")
+    return int(value) or 0.0  # no steps are a share of 0, so that both are one preset
+
+
 def layer_ranges(match: str) -> list[tuple[int, int | None]]:
     """First and last layer of each part of a `match`, the last None for an open end; ValueError if it is not one."""
     ranges = []
@@ -76,6 +103,8 @@ Integer = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+# What is a float is a share, what is an integer a number of steps: 1.0 is the whole run and 1 is one step.
+ShareOrSteps = Annotated[int | float, BeforeValidator(_share_or_steps)]
 Cosine = Annotated[Number, Field(ge=-1, le=1)]
 AsTuple = BeforeValidator(_as_tuple)
 
@@ -136,23 +165,38 @@ class LayerSettings(Section):
     )
 
 
-class LayerRule(LayerSettings):
-    """Changes for some layers. Only the keys that were given count: those in `model_fields_set`."""
+class Rule(LayerSettings):
+    """Changes for some layers or steps. Only the keys that were given count: those in `model_fields_set`."""
 
-    match: Annotated[str, BeforeValidator(_match_text)] = Field(
-        description=f"a layer, a range or a list of them (3, 0-1, 30- or 0,5,7-9), numbers up to {MAX_LAYERS - 1}"
-    )
+    match: str
     dense: bool = Field(default=False, strict=True, description="true or false")
 
     # Pydantic would call two rules equal of which one says a default and the other leaves the key out.
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, LayerRule):
+        if not isinstance(other, type(self)):
             return NotImplemented
         return self.model_dump(exclude_unset=True) == other.model_dump(exclude_unset=True)
 
     def __hash__(self) -> int:
         return hash(self.match)
 
+
+class LayerRule(Rule):
+    """Changes for some layers."""
+
+    match: Annotated[str, BeforeValidator(_match_text)] = Field(
+        description=f"a layer, a range or a list of them (3, 0-1, 30- or 0,5,7-9), numbers up to {MAX_LAYERS - 1}"
+    )
+
     def covers(self, layer: int) -> bool:
         """Whether the rule applies to a layer."""
         return any(first <= layer and (last is None or layer <= last) for first, last in layer_ranges(self.match))
+
+
+class StepRule(Rule):
+    """Changes for some steps of a run, in all layers."""
+
+    match: Annotated[str, BeforeValidator(_step_match_text)] = Field(
+        description="a step, a range or a list of them (3, 0-1, 4- or 0,5,7-9), or shares of the run (0-30%, 75%-), "
+        f"steps up to {MAX_STEP}"
+    )

@@ -1,4 +1,7 @@
-"""From a preset's settings and its rules for layers to what each layer does, and the checks that need several keys."""
+"""From a preset's settings and its rules to what each layer does, and the checks that need several keys.
+
+Rules for steps come after those for layers, in each in turn; later rules win, each key for itself.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from psa_diffusers.presets.errors import PresetError, dotted, refusal
-from psa_diffusers.presets.fields import LayerRule, LayerSettings, layer_ranges
+from psa_diffusers.presets.fields import LayerRule, LayerSettings, Rule, StepRule, layer_ranges
+from psa_diffusers.presets.steps import possible_sets
 from psa_kernels import AttentionSpec, Importance
+
+MAX_CASES = 20_000  # more ways in which rules meet take minutes to check
 
 
 class TokenOrder(NamedTuple):
@@ -61,52 +67,90 @@ def conflict(settings: LayerSettings) -> Conflict | None:
     return None
 
 
-def check_together(settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int | None = None) -> None:
-    """Check the settings, and what they become in each layer; without a number of layers, in those that rules name.
+class Placed(NamedTuple):
+    """A rule, and where it stands in the preset."""
+
+    place: tuple[str, int]
+    rule: Rule
+
+
+def check_together(
+    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int | None = None
+) -> None:
+    """Check the settings, and what they become in each layer at each step of runs of any length.
+
+    Without a number of layers, those are looked at that rules name.
 
     Raises:
         PresetError: keys that are each valid do not fit together; it names the last of them that was set.
     """
-    layers = _borders(rules) if num_layers is None else range(num_layers)
-    for applying in dict.fromkeys([(), *(_applying(rules, layer) for layer in layers)]):
-        found = conflict(_merged(settings, [rules[index] for index in applying]))
-        if found:
-            raise _told(found, settings, rules, applying)
+    numbers = _borders(layers) if num_layers is None else range(num_layers)
+    by_layer = dict.fromkeys([(), *(_applying(layers, layer) for layer in numbers)])
+    by_step = dict.fromkeys([(), *possible_sets([rule.match for rule in steps])])
+    if len(by_layer) * len(by_step) > MAX_CASES:
+        reason = f"layers and steps meet in {len(by_layer) * len(by_step)} ways; allowed: up to {MAX_CASES}"
+        raise PresetError(reason)
+    for of_layer in by_layer:
+        for of_step in by_step:
+            applying = [
+                *(Placed(("layers", index), layers[index]) for index in of_layer),
+                *(Placed(("steps", index), steps[index]) for index in of_step),
+            ]
+            found = conflict(_merged(settings, [rule for _, rule in applying]))
+            if found:
+                raise _told(found, settings, applying)
 
 
-def check_layers(settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int) -> None:
+def check_layers(
+    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
+) -> None:
     """Check that every layer that a rule names is there, and what the settings become in each.
 
     Raises:
         PresetError: a layer is not there, or as `check_together`.
     """
-    for index, rule in enumerate(rules):
+    for index, rule in enumerate(layers):
         for first, last in layer_ranges(rule.match):
             highest = first if last is None else last
             if highest >= num_layers:
                 allowed = f"layers 0 to {num_layers - 1} (the model has {num_layers} layers)"
                 raise refusal(f"layers[{index}].match", rule.match, f"there is no layer {highest}", allowed)
-    check_together(settings, rules, num_layers)
+    check_together(settings, layers, steps, num_layers)
 
 
 def attention_specs(
-    settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int
+    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
 ) -> tuple[AttentionSpec | None, ...]:
-    """What each layer computes, None where it stays dense; layers alike share one object."""
-    applying = [_applying(rules, layer) for layer in range(num_layers)]
-    specs = {indices: _spec(settings, [rules[index] for index in indices]) for indices in set(applying)}
+    """What each layer computes, None where it stays dense; layers alike share one object.
+
+    Args:
+        steps: the rules for steps that apply.
+    """
+    applying = [_applying(layers, layer) for layer in range(num_layers)]
+    specs = {indices: _spec(settings, [*(layers[index] for index in indices), *steps]) for indices in set(applying)}
     return tuple(specs[indices] for indices in applying)
 
 
-def token_orders(settings: LayerSettings, rules: Sequence[LayerRule], num_layers: int) -> tuple[TokenOrder, ...]:
-    """In which order each layer has its tokens, also where it stays dense."""
-    merged = [_merged(settings, [rules[index] for index in _applying(rules, layer)]) for layer in range(num_layers)]
+def token_orders(
+    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
+) -> tuple[TokenOrder, ...]:
+    """In which order each layer has its tokens, also where it stays dense.
+
+    Args:
+        steps: the rules for steps that apply.
+    """
+    rules = [[*(layers[index] for index in _applying(layers, layer)), *steps] for layer in range(num_layers)]
+    merged = [_merged(settings, each) for each in rules]
     return tuple(TokenOrder(each.order, each.tile) for each in merged)
 
 
-def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec | None:
-    said = [rule.dense for rule in rules if "dense" in rule.model_fields_set]
-    if said and said[-1]:
+def said_dense(rules: Sequence[Rule]) -> bool | None:
+    """What the last of the rules says that says something of `dense`."""
+    return next((rule.dense for rule in reversed(rules) if "dense" in rule.model_fields_set), None)
+
+
+def _spec(settings: LayerSettings, rules: Sequence[Rule]) -> AttentionSpec | None:
+    if said_dense(rules):
         return None
     merged = _merged(settings, rules)
     return AttentionSpec(
@@ -124,7 +168,7 @@ def _spec(settings: LayerSettings, rules: Sequence[LayerRule]) -> AttentionSpec 
     )
 
 
-def _merged(settings: LayerSettings, rules: Sequence[LayerRule]) -> LayerSettings:
+def _merged(settings: LayerSettings, rules: Sequence[Rule]) -> LayerSettings:
     """The settings with the rules' changes, key by key also inside `block` and `importance`; later ones win."""
     merged: dict[str, Any] = {key: getattr(settings, key) for key in LayerSettings.model_fields}
     for rule in rules:
@@ -149,14 +193,9 @@ def _borders(rules: Sequence[LayerRule]) -> list[int]:
     return sorted(layer for layer in borders if layer <= highest)
 
 
-def _told(found: Conflict, settings: LayerSettings, rules: Sequence[LayerRule], applying: Sequence[int]) -> PresetError:
+def _told(found: Conflict, settings: LayerSettings, applying: Sequence[Placed]) -> PresetError:
     """The error that names the last rule that set one of the keys, and which; without one, the preset's first key."""
-    culprits = (
-        (("layers", index), rules[index], key)
-        for index in reversed(applying)
-        for key in found.keys
-        if _was_set(rules[index], key)
-    )
+    culprits = ((place, rule, key) for place, rule in reversed(applying) for key in found.keys if _was_set(rule, key))
     value: Any
     place, value, key = next(culprits, ((), settings, found.keys[0]))
     for name in key:

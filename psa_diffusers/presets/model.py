@@ -5,20 +5,38 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from psa_diffusers.presets.density import allocation_at
 from psa_diffusers.presets.errors import first_mistake, show, told_at
-from psa_diffusers.presets.fields import MAX_LAYERS, AsTuple, Integer, LayerRule, LayerSettings, Positive, Share
-from psa_diffusers.presets.layers import TokenOrder, attention_specs, check_layers, check_together, token_orders
+from psa_diffusers.presets.fields import (
+    MAX_LAYERS,
+    AsTuple,
+    Integer,
+    LayerRule,
+    LayerSettings,
+    Positive,
+    ShareOrSteps,
+    StepRule,
+)
+from psa_diffusers.presets.layers import (
+    TokenOrder,
+    attention_specs,
+    check_layers,
+    check_together,
+    said_dense,
+    token_orders,
+)
+from psa_diffusers.presets.steps import possible_sets, rules_at
 from psa_kernels import AttentionSpec
 
 # Videos are called <preset name>.mp4 and stand beside files of these names.
 RESERVED_NAMES = ("dense", "side-by-side")
 CHANGED = " (changed in code)"
+SHARE_OR_STEPS = "a share of the steps from 0 to 1 (0.25, 1.0), or a whole number of steps (1, 4)"
 
 
 def _usable_name(name: str) -> str:
@@ -32,8 +50,11 @@ def _usable_name(name: str) -> str:
 class Preset(LayerSettings):
     """All settings of a run, checked when made. It cannot be written; `replace` gives a changed one.
 
-    A nested mapping (`block`, `importance`) that leaves out a key gets that key's default; in a rule of `layers` it
-    keeps what the preset says.
+    A nested mapping (`block`, `importance`) that leaves out a key gets that key's default; in a rule of `layers` or
+    `steps` it keeps what the preset says.
+
+    Of `dense_steps` and `dense_last` a float is a share of the steps and an integer a number of them: 1.0 keeps the
+    whole run dense, 1 one step.
 
     Raises:
         PresetError: one line that names the key, its value and what is allowed.
@@ -46,12 +67,16 @@ class Preset(LayerSettings):
     source: Annotated[str, Field(strict=True, max_length=500)] = Field(
         default="", description="text of up to 500 characters"
     )
-    dense_steps: Share = Field(default=0.25, description="a number from 0 to 1")
+    dense_steps: ShareOrSteps = Field(default=0.25, description=SHARE_OR_STEPS)
+    dense_last: ShareOrSteps = Field(default=0.0, description=SHARE_OR_STEPS)
     refresh: Positive = Field(default=1, description="a positive integer")
     share_guidance: bool = Field(default=False, strict=True, description="true or false")
     min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
     layers: Annotated[tuple[LayerRule, ...], AsTuple, Field(max_length=200)] = Field(
         default=(), description="a list of up to 200 mappings of match and the keys to change"
+    )
+    steps: Annotated[tuple[StepRule, ...], AsTuple, Field(max_length=20)] = Field(
+        default=(), description="a list of up to 20 mappings of match and the keys to change"
     )
 
     _file: str = PrivateAttr("")  # where it was read, for messages; empty if it was made in code
@@ -61,13 +86,17 @@ class Preset(LayerSettings):
             super().__init__(**settings)
         except ValidationError as error:
             raise first_mistake(error, type(self)) from None
-        check_together(self, self.layers)
+        check_together(self, self.layers, self.steps)
 
     def __eq__(self, other: object) -> bool:
-        return self.__dict__ == other.__dict__ if isinstance(other, Preset) else NotImplemented
+        return self._values() == other._values() if isinstance(other, Preset) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(tuple(self.__dict__.values()))
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        # One step equals the share 1.0 for Python.
+        return (*self.__dict__.values(), type(self.dense_steps), type(self.dense_last))
 
     @classmethod
     def from_file(cls, settings: Mapping[str, Any], file: str) -> Self:
@@ -106,14 +135,14 @@ class Preset(LayerSettings):
 
         Raises:
             PresetError: the density is out of reach; or it depends on the video (the rule `mass`, a `similarity`); or a
-                rule of `layers` gives some layers another one.
+                rule of `layers` or `steps` gives some layers or steps another one.
         """
         with told_at(self._place()):
-            changes = allocation_at(self, self.layers, density)
+            changes = allocation_at(self, {"layers": self.layers, "steps": self.steps}, density)
         return self.replace(**changes)
 
     def dense_step_count(self, num_steps: int) -> int:
-        """How many of a run's first steps stay dense: the share `dense_steps` of them, rounded up.
+        """How many of a run's first steps `dense_steps` keeps dense: a share of them is rounded up.
 
         Raises:
             ValueError: `num_steps` is negative.
@@ -121,33 +150,95 @@ class Preset(LayerSettings):
         steps = operator.index(num_steps)
         if steps < 0:
             raise ValueError(f"num_steps={num_steps!r}: expected 0 or more")
-        # 0.07 * 100 is a little more than 7 in floating point and must not become 8.
-        return max(0, math.ceil(self.dense_steps * steps - 1e-9))
+        return _count(self.dense_steps, steps)
 
-    def layer_specs(self, num_layers: int) -> tuple[AttentionSpec | None, ...]:
-        """What each of a model's layers computes; None is a layer that stays dense.
+    def dense_last_count(self, num_steps: int) -> int:
+        """How many of a run's last steps `dense_last` keeps dense, beyond those that `dense_steps` does.
+
+        Raises:
+            ValueError: as `dense_step_count`.
+        """
+        first = self.dense_step_count(num_steps)
+        return min(_count(self.dense_last, operator.index(num_steps)), operator.index(num_steps) - first)
+
+    def sparse_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps of a run, counted from 0, that neither the dense phase nor a rule for steps keeps dense.
+
+        Raises:
+            ValueError: as `dense_step_count`.
+        """
+        first, end = self.dense_step_count(num_steps), num_steps - self.dense_last_count(num_steps)
+        return tuple(step for step in range(first, end) if not self._says_dense(self.step_rules_at(step, num_steps)))
+
+    @property
+    def is_all_dense(self) -> bool:
+        """Whether no run of any length has a sparse step."""
+        shares = [value for value in (self.dense_steps, self.dense_last) if isinstance(value, float)]
+        return sum(shares) >= 1 - 1e-9 or all(self._says_dense(rules) for rules in self._possible_step_rules())
+
+    @property
+    def may_undo_dense(self) -> bool:
+        """Whether a layer that the rules for layers keep dense is sparse at some steps."""
+        return any(said_dense([self.steps[index] for index in rules]) is False for rules in self._possible_step_rules())
+
+    def step_rules_at(self, step: int, num_steps: int) -> tuple[int, ...]:
+        """Which of the rules in `steps`, by their places in the list, apply at a step of a run.
+
+        Args:
+            step: counted from 0.
+            num_steps: how many steps the run has.
+
+        Raises:
+            ValueError: the run has no such step.
+        """
+        if not 0 <= operator.index(step) < operator.index(num_steps):
+            raise ValueError(f"step={step!r}: expected 0 to {num_steps - 1}, as the run has {num_steps} steps")
+        return rules_at([rule.match for rule in self.steps], step, num_steps)
+
+    def layer_specs(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[AttentionSpec | None, ...]:
+        """What each of a model's layers computes at a sparse step; None is a layer that stays dense.
+
+        Args:
+            step_rules: the rules for steps that apply, as `step_rules_at` gives them.
 
         Raises:
             PresetError: rules do not fit together, or one names a layer that the model lacks.
             ValueError: `num_layers` is not from 1 to 1000.
         """
         self._check_layers(num_layers)
-        return attention_specs(self, self.layers, num_layers)
+        return attention_specs(self, self.layers, [self.steps[index] for index in step_rules], num_layers)
 
-    def layer_orders(self, num_layers: int) -> tuple[TokenOrder, ...]:
+    def layer_orders(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[TokenOrder, ...]:
         """In which order each of a model's layers has its tokens.
+
+        Args:
+            step_rules: as of `layer_specs`.
 
         Raises:
             PresetError, ValueError: as `layer_specs`.
         """
         self._check_layers(num_layers)
-        return token_orders(self, self.layers, num_layers)
+        return token_orders(self, self.layers, [self.steps[index] for index in step_rules], num_layers)
+
+    def _says_dense(self, step_rules: Sequence[int]) -> bool:
+        return said_dense([self.steps[index] for index in step_rules]) is True
+
+    def _possible_step_rules(self) -> tuple[tuple[int, ...], ...]:
+        return possible_sets([rule.match for rule in self.steps])
 
     def _check_layers(self, num_layers: int) -> None:
         if not 1 <= operator.index(num_layers) <= MAX_LAYERS:
             raise ValueError(f"num_layers={num_layers!r}: expected 1 to {MAX_LAYERS}")
         with told_at(self._place()):
-            check_layers(self, self.layers, num_layers)
+            check_layers(self, self.layers, self.steps, num_layers)
 
     def _place(self) -> str:
         return self._file or f"preset {show(self.name)}"
+
+
+def _count(share_or_steps: float, num_steps: int) -> int:
+    """A share of the steps, rounded up, or as many of the steps as there are."""
+    if isinstance(share_or_steps, int):
+        return min(share_or_steps, num_steps)
+    # 0.07 * 100 is a little more than 7 in floating point and must not become 8.
+    return max(0, math.ceil(share_or_steps * num_steps - 1e-9))

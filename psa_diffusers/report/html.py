@@ -109,6 +109,7 @@ def _section(folder: Path, report: dict[str, Any], budget: int) -> dict[str, Any
         "quality": _quality(report.get("comparison")),
         "columns": list(report["runs"]),
         "rows": _run_rows(report["runs"]),
+        "notes": [line for entry in report["runs"].values() if (line := _dense_line(entry))],
         "plots": _plots(report),
     }
 
@@ -163,13 +164,24 @@ def _run_rows(runs: dict[str, Any]) -> list[tuple[str, list[str]]]:
         row("A sparse step, median", "{:.3f}", "seconds", "median_sparse_step"),
         row("Decoding", "{:.2f}", "seconds", "decode"),
         row("Peak GPU memory, GiB", "{:.2f}", "peak_memory_gib"),
-        row("Steps kept dense", "{}", "attention", "dense_steps"),
+        row("First steps kept dense", "{}", "attention", "dense_steps"),
+        row("Last steps kept dense", "{}", "attention", "dense_last"),
         row("Density, whole run", "{:.3f}", "attention", "density_run"),
         row("Density, sparse calls", "{:.3f}", "attention", "density_sparse"),
         row("Coverage, sparse calls", "{:.3f}", "attention", "coverage_sparse"),
         row("Implementation", "{}", "attention", "implementation"),
     ]
     return [(label, cells) for label, cells in rows if any(cell != ABSENT for cell in cells)]
+
+
+def _dense_line(run: dict[str, Any]) -> str | None:
+    """How much of a sparse run its dense steps are; None for a dense run, and where an earlier version made it."""
+    seconds, attention = run["seconds"], run["attention"]
+    share = seconds.get("dense_share")
+    if attention is None or share is None:
+        return None
+    steps = len(attention["density"])
+    return f"{seconds['dense_steps']} of {steps} steps dense: {100 * share:.0f} % of the denoising time"
 
 
 def _plots(report: dict[str, Any]) -> list[dict[str, Any]]:

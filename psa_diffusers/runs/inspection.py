@@ -107,15 +107,24 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
     if place.head < 0 or (heads is not None and place.head >= heads):
         known = "heads count from 0" if heads is None else f"{plan.model.name} has the heads 0 to {heads - 1}"
         raise InputError(f"--head {place.head}: {known}")
-    if plan.preset.layer_specs(per_expert)[index % per_expert] is None:
-        raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
-    dense = plan.preset.dense_step_count(steps)
-    if dense >= steps:
+    sparse = plan.preset.sparse_steps(steps)
+    if not sparse:
         raise InputError(f"--steps {steps}: with {plan.preset.name} all of them are dense")
     step = middle_sparse_step(plan.preset, steps) if place.step is None else place.step - 1
-    if not dense <= step < steps:
-        raise InputError(
-            f"--step {step + 1}: the sparse steps of this run are {dense + 1} to {steps} "
-            f"(the first {dense} of {steps} are dense with {plan.preset.name})"
-        )
+    if step not in sparse:
+        dense = f"{steps - len(sparse)} of {steps} are dense with {plan.preset.name}"
+        if sparse == tuple(range(sparse[0], steps)):
+            dense = f"the first {dense}"
+        raise InputError(f"--step {step + 1}: the sparse steps of this run are {_ranges(sparse)} ({dense})")
+    if plan.preset.layer_specs(per_expert, plan.preset.step_rules_at(step, steps))[index % per_expert] is None:
+        raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
     return plan.preset, index, step
+
+
+def _ranges(steps: tuple[int, ...]) -> str:
+    """Steps as they are counted from 1: "2 to 4, 6" for 1, 2, 3 and 5."""
+    borders = [step for step in steps if step - 1 not in steps], [step for step in steps if step + 1 not in steps]
+    parts = (
+        f"{first + 1} to {last + 1}" if first < last else f"{first + 1}" for first, last in zip(*borders, strict=True)
+    )
+    return ", ".join(parts)

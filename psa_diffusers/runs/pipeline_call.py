@@ -30,7 +30,9 @@ class Generated:
 
     Attributes:
         frames: float32 [frames, height, width, 3] in [0, 1].
-        seconds: total, prepare (text encoding), denoise, decode, per_step and median_step.
+        seconds: total, prepare (text encoding), denoise, decode, per_step and median_step; of a sparse run also
+            sparse_steps and dense_steps, the number of each, median_sparse_step, and dense_share, the share of the
+            time of all steps that the dense ones took.
         warnings: what is wrong with the frames, empty if nothing is.
         attention: what `RunStats.to_dict()` told, None for a dense run.
         masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
@@ -96,7 +98,7 @@ def generate_videos(
     if settings.guidance_2 is not None:
         arguments["guidance_scale_2"] = settings.guidance_2
     if plan.image is not None:
-        arguments["image" if kind.image == "first" else "reference_images"] = plan.image
+        arguments["image" if kind.begins_with_image else "reference_images"] = plan.image
     title = prompts[0] if len(prompts[0]) <= 40 else prompts[0][:37] + "..."
     pipe.set_progress_bar_config(desc=f"{name}: {title}", disable=not sys.stderr.isatty())
     with clock.watching(pipe), clock.following_scheduler(pipe, step_done) if kind.guider else contextlib.nullcontext():
@@ -124,6 +126,10 @@ def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: 
     seconds = [value for index, value in enumerate(result.seconds["per_step"]) if index in sparse]
     result.seconds["sparse_steps"] = len(sparse)
     result.seconds["median_sparse_step"] = median(seconds) if seconds else None
+    dense = [value for index, value in enumerate(result.seconds["per_step"]) if index in result.attention["dense_at"]]
+    denoising = sum(result.seconds["per_step"])
+    result.seconds["dense_steps"] = len(result.attention["dense_at"])
+    result.seconds["dense_share"] = sum(dense) / denoising if denoising else None
     fallbacks = result.attention["fallbacks"]
     if not sparse:
         reason = "" if fallbacks else ": every step is in the dense phase"

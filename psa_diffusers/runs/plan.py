@@ -174,7 +174,7 @@ def make_plan(request: Request) -> Plan:
         image_digest=digest,
         strict=request.strict,
     )
-    if image is not None and model.kind.image == "first":
+    if image is not None and model.kind.begins_with_image:
         image = _fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
@@ -260,7 +260,7 @@ def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[
             fixed = " x ".join(map(str, model.fixed_size))
             raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
         return asked
-    if image is not None and model.kind.image == "first" and request.height is None and request.width is None:
+    if image is not None and model.kind.begins_with_image and request.height is None and request.width is None:
         area, ratio = card.height * card.width, image.height / image.width
         height = max(step, round((area * ratio) ** 0.5) // step * step)
         width = max(step, round((area / ratio) ** 0.5) // step * step)

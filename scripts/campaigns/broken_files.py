@@ -80,6 +80,7 @@ def check_preset(chance: random.Random, path: Path) -> str:
         preset = load_preset(path)
         preset.layer_specs(30)
         preset.dense_step_count(40)
+        preset.sparse_steps(40)
     except PresetError as error:
         one_line(error)
         return "preset refused"

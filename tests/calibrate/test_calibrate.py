@@ -10,14 +10,17 @@ import torch
 
 from psa_diffusers import Preset, apply_psa, load_preset
 from psa_diffusers.calibrate import runner, shapes, verify
+from psa_diffusers.calibrate.calibration import measured_steps
 from psa_diffusers.calibrate.choose import layer_by_layer, ranked
 from psa_diffusers.calibrate.measure import Measurement, curves_of
+from psa_diffusers.calibrate.plan import Calibration
 from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_settings
 from psa_diffusers.calibrate.shapes import BASE
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.cli import calibrate as cli_calibrate
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.families.wan import Wan
+from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.token_order import token_permutation
 from psa_testing.tiny_pipelines import run as run_pipeline
 from psa_testing.tiny_pipelines import tiny_wan
@@ -40,6 +43,8 @@ def models(tmp_path_factory) -> Path:
         experts.transformer_2.blocks[0].attn1.to_out[0].weight.mul_(20)
     experts.save_pretrained(folder / "experts")
     (folder / "base.yaml").write_text(BASE_YAML)
+    (folder / "rules.yaml").write_text('steps: [{match: "0-50%", floor: 0.2}]\n')
+    (folder / "short.yaml").write_text("dense_steps: 2\ndense_last: 2\n")
     (folder / "early.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\ndense_steps: 0.0\n")
     return folder
 
@@ -345,6 +350,36 @@ def test_bad_input_is_one_line_before_anything_runs(arguments, message, calibrat
     assert code == 2
     assert said.splitlines()[-1].startswith("psa-calibrate: error: ") and message in said
     assert Path("taken.yaml").read_text() == "# mine\n"
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "message"),
+    [
+        ("rules.yaml", ["--density", "0.2"], "--base-preset rules: has rules for steps, and one setting of a layer is"),
+        ("short.yaml", ["--density", "0.2"], "--steps 4: with short all of them are dense"),
+        ("short.yaml", ["--speedup", "2.1", "--steps", "8"], "--speedup 2.1: must be above 1 and below 2.00"),
+    ],
+)
+def test_a_base_preset_says_which_steps_can_be_calibrated(base, target, message, calibrate, monkeypatch):
+    forbid_runs(monkeypatch)
+    code, _, said = calibrate(*target, base=base)
+    assert code == 2 and message in said.splitlines()[-1]
+
+
+def test_steps_at_the_end_that_stay_dense_are_not_measured():
+    """Of 8 steps with one dense one at the beginning and three at the end, four are sparse."""
+    base = Preset(dense_steps=1, dense_last=3)
+    plan = SimpleNamespace(
+        preset=base, settings=SimpleNamespace(steps=8), model=SimpleNamespace(num_layers=1, experts=1), prompts=(),
+    )  # fmt: skip
+    calibration = Calibration(plan, (), Target("density", 0.2), 1, Path("mine.yaml"), overwrite=False)
+    assert (calibration.sparse_steps, calibration.dense_steps) == ((1, 2, 3, 4), 4)
+    assert measured_steps(1, 5, 1) == [3] and measured_steps(1, 5, 9) == [1, 2, 3, 4]
+    assert verify._speedup(calibration, 2.0, 1.0) == pytest.approx(16 / 12)
+    density = [[1.0], [0.2], [0.2], [0.4], [0.4], [1.0], [1.0], [1.0]]
+    stats = RunStats(steps=8, dense_steps=1, dense_last=3, layers=["blocks.0"], density=density)
+    runs = runner.Runs(calibration, None, print)
+    assert runs._density(stats) == pytest.approx(0.3)
 
 
 def test_other_settings_do_not_mix(calibrate, monkeypatch):

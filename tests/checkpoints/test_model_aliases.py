@@ -20,18 +20,21 @@ from psa_testing.tiny_pipelines import tiny_image
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Stands in for the hub: every repository has these files, at first of a Wan 2.2 model with two experts."""
-    files = {
+    files: dict = {
+        "revisions": [],
         "model_index.json": {"_class_name": "WanPipeline", "transformer_2": ["diffusers", "WanTransformer3DModel"]},
         "vae/config.json": {"scale_factor_spatial": 8, "scale_factor_temporal": 4},
         "transformer/config.json": {"patch_size": [1, 2, 2], "num_layers": 40},
     }
 
-    def fetch(repository, file):
+    def fetch(repository, file, revision):
+        files["revisions"].append(revision)
         path = tmp_path / file.replace("/", "-")
         path.write_text(json.dumps(files[file]))
         return path
 
     monkeypatch.setattr(pipelines, "_from_hub", fetch)
+    monkeypatch.setattr(pipelines, "is_installed", lambda package: True)
     return files
 
 
@@ -82,6 +85,45 @@ def test_a_model_that_needs_more_than_the_command_can_give(hub):
     hub["model_index.json"]["_class_name"] = "WanAnimatePipeline"
     with pytest.raises(InputError, match=r"it is a WanAnimatePipeline: it needs a video of a pose .* apply_psa"):
         resolve_model("Wan-AI/Wan2.2-Animate-14B-Diffusers")
+
+
+def test_a_pipeline_that_needs_other_packages(hub, monkeypatch):
+    monkeypatch.setattr(pipelines, "is_installed", lambda package: package != "cosmos_guardrail")
+    message = (
+        "^--model cosmos-7b: CosmosTextToWorldPipeline needs the package cosmos_guardrail, which is not installed$"
+    )
+    with pytest.raises(InputError, match=message):
+        resolve_model("cosmos-7b")
+
+
+def test_packages_are_looked_for_without_being_imported():
+    assert pipelines.is_installed("tabnanny") and not pipelines.is_installed("no_such_package")
+
+
+def test_a_pipeline_in_a_branch_of_its_repository(hub, tmp_path):
+    hub["transformer/config.json"] = CHECKPOINTS["nvidia/Cosmos-Predict2.5-2B"].config
+    hub["model_index.json"]["_class_name"] = "Cosmos2_5_PredictBasePipeline"
+    branch = MODELS["cosmos2.5-2b"].revision
+    for name, expected in (
+        ("cosmos2.5-2b", branch),
+        ("nvidia/Cosmos-Predict2.5-2B", branch),
+        ("someone/Cosmos-Predict2.5-2B", None),
+        ("someone/other", None),
+    ):
+        hub["revisions"].clear()
+        assert resolve_model(name).card.revision == expected
+        assert hub["revisions"] == [expected] * 3
+
+
+def test_an_image_that_a_model_may_begin_with(hub, tmp_path):
+    """Without one it makes a video from words alone; with one it has that one's shape."""
+    hub["transformer/config.json"] = CHECKPOINTS["nvidia/Cosmos-Predict2.5-2B"].config
+    tiny_image(400, 400).save(tmp_path / "image.png")
+    request = Request(prompts=("a cat",), model="cosmos2.5-2b")
+    plan = make_plan(request)
+    assert plan.image is None and (plan.settings.height, plan.settings.width) == (704, 1280)
+    plan = make_plan(replace(request, image=str(tmp_path / "image.png")))
+    assert (plan.settings.height, plan.settings.width) == (944, 944) and plan.image.size == (944, 944)
 
 
 def test_frames_that_are_no_multiple(hub):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
+import transformers
 
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline, resolve_model
@@ -73,6 +74,29 @@ def test_components_from_other_repositories(saved, monkeypatch):
     pipe = load_pipeline(model, dtype="bfloat16", device="cpu", offload="none")
     assert pipe.transformer.dtype == torch.bfloat16
     assert seen == [((str(saved / "experts"),), "transformer_2")]
+
+
+def test_a_whole_model_comes_from_its_branch(saved, monkeypatch):
+    model = resolve_model(str(saved / "wan"))
+    seen = {}
+
+    def watch(kind):
+        original = kind.from_pretrained.__func__
+
+        def from_pretrained(cls, *arguments, **settings):
+            seen[cls.__name__] = settings.get("revision")
+            return original(cls, *arguments, **settings)
+
+        monkeypatch.setattr(kind, "from_pretrained", classmethod(from_pretrained))
+
+    kinds = (diffusers.WanPipeline, diffusers.WanTransformer3DModel, transformers.UMT5EncoderModel)
+    for kind in kinds:
+        watch(kind)
+    for revision in ("a/branch", None):
+        seen.clear()
+        branch = replace(model, card=replace(model.card, revision=revision))
+        load_pipeline(branch, dtype="float32", device="cpu", offload="none")
+        assert seen == {kind.__name__: revision for kind in kinds}
 
 
 def test_loading_sets_dtype_and_shift_and_keeps_the_vae_exact(saved):

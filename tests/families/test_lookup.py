@@ -77,6 +77,13 @@ def test_other_models_are_refused_with_their_reason():
         find_family(made_of(diffusers.LatteTransformer3DModel))
 
 
+def test_cosmos_3_is_refused_for_its_keys():
+    if not hasattr(diffusers, "Cosmos3OmniTransformer"):
+        pytest.skip("this diffusers has no Cosmos 3")
+    with pytest.raises(UnsupportedModelError, match="because its keys have fewer heads than its queries"):
+        find_family(made_of(diffusers.Cosmos3OmniTransformer))
+
+
 def test_no_class_is_both_supported_and_not():
     known = [name for family in FAMILIES for name in family.transformers]
     assert len(known) == len(set(known)) and not set(known) & set(REASONS)

@@ -14,13 +14,14 @@ from psa_kernels import AttentionSpec, BlockLists
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import reference as reference_pyramid
 from psa_kernels.pyramid import triton as pyramid
-from psa_kernels.quantise import reference, triton
+from psa_kernels.quantise import reference, triton, triton_channels
 from psa_kernels.sparse import reference as reference_sparse
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    monkeypatch.setattr(triton, "CHUNK", 32)
+    monkeypatch.setattr(triton, "CHUNK", 64)
+    monkeypatch.setattr(triton, "RUN", 128)
     make = torch.empty
 
     def poisoned(*arguments, **options):
@@ -45,37 +46,67 @@ def assert_same_integers(found, expected):
     assert difference.max() <= 1 and (difference > 0).double().mean() < 2e-3
 
 
+def in_new_channels(rows, matrices):
+    """Rows `[B, H, rows, D]` times the matrix of each head, exactly."""
+    return rows.double() @ matrices.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [(1000, 700), (1, 257), (70, 1)], ids=str)
+def test_matrices(tokens, dtype):
+    q, k, _ = inputs(*tokens, dtype=dtype)
+    factors = 2.0 ** torch.randint(-7, 8, (2, 2, 1, 2, 16))
+    q, k = q * factors[0].to(dtype), k * factors[1].to(dtype)
+    k[..., 3] = 2.5
+    q[..., 4] = 0
+    q[0, 0, 0, 5], q[0, -1, 0, 6], k[1, 0, 0, 5], k[1, -1, 1, 6] = math.nan, math.inf, -math.inf, math.nan
+    of_queries, of_keys = triton_channels.channel_matrices(q, k)
+    for b in range(2):
+        for h in range(2):
+            scales = reference.channel_scales(q[b, :, h : h + 1], k[b, :, h])
+            expected = reference.channel_matrices(scales)
+            assert torch.equal(of_queries[b, h].float(), expected[0])
+            assert torch.equal(of_keys[b, h].float(), expected[1] * 16)
+            assert scales[3] == scales[4] == 1 and (tokens[1] == 1 or len(scales.unique()) > 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("parts", [(70,), (5, 3, 33), (1,)], ids=str)
 def test_keys(parts, dtype):
-    heads_first = inputs(1, sum(parts) + 40, dtype=dtype)[1].transpose(1, 2)
+    q, k, _ = inputs(9, sum(parts) + 40, dtype=dtype)
+    heads_first = k.transpose(1, 2)
     *finest, others = heads_first.split([*parts, 40], dim=2)
     others = others * 0.3 + heads_first.mean(2, keepdim=True) * 0.7
-    means, largest = triton.key_means_and_largest(finest)
-    integers = [triton.quantise_keys(rows, means, largest) for rows in (*finest, others)]
+    of_queries, of_keys = triton_channels.channel_matrices(q, k)
+    means, rotated_means, largest = triton.key_means_and_largest(finest, of_queries, of_keys)
+    integers = [triton.quantise_keys(rows, of_keys, rotated_means, largest) for rows in (*finest, others)]
+    torch.testing.assert_close(means.double(), torch.cat(finest, 2).double().mean(2), rtol=1e-5, atol=1e-5)
     for b in range(2):
         for h in range(2):
-            mean, entry = reference.key_mean_and_largest(torch.cat(finest, 2)[b, h].double())
-            torch.testing.assert_close(means[b, h].double(), mean, rtol=1e-5, atol=1e-5)
+            mean, entry = reference.key_mean_and_largest(in_new_channels(torch.cat(finest, 2), of_keys)[b, h])
+            torch.testing.assert_close(rotated_means[b, h].double(), mean, rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(largest[b, h].double(), entry, rtol=1e-5, atol=0)
             for rows, found in zip((*finest, others), integers, strict=True):
                 assert found.dtype == torch.int8
-                exact = rows[b, h].double() - means[b, h].double()
+                exact = in_new_channels(rows, of_keys)[b, h] - rotated_means[b, h].double()
+                exact[exact.abs() < 1e-5] = 0  # The rounding of float32 is what a lone key has less itself.
                 assert_same_integers(found[b, h], reference.to_integers(exact, largest[b, h].double()))
     if parts != (1,):
         assert max(found.abs().max() for found in integers[: len(parts)]) == 127
 
 
 def test_queries():
-    q, _, _ = inputs(150, dtype=torch.float16)
+    q, k, _ = inputs(150, dtype=torch.float16)
     q[0, 5] = 0
     key_largest = torch.rand(2, 2)
-    integers, factors = triton.quantise_queries(q, key_largest, 0.25)
-    rows = q.double()
+    of_queries, _ = triton_channels.channel_matrices(q, k)
+    integers, factors = triton.quantise_queries(q, of_queries, key_largest, 0.25)
+    rows = in_new_channels(q.transpose(1, 2), of_queries).transpose(1, 2)
     largest = torch.stack([reference.largest_of_queries(x) for x in rows.flatten(0, 2)[:, None]]).view(2, 150, 2, 1)
     assert integers.shape == q.shape and integers.dtype == torch.int8
     assert_same_integers(integers, reference.to_integers(rows, largest))
-    expected = (largest[..., 0].transpose(1, 2) * key_largest[..., None] * 0.25 / math.log(2) / 127**2).clamp(
+    # Both matrices make rows larger: products are 16 times what they stand for.
+    expected = (largest[..., 0].transpose(1, 2) * key_largest[..., None] * 0.25 / math.log(2) / 127**2 / 16).clamp(
         min=2.0**-100
     )
     torch.testing.assert_close(factors.double(), expected, rtol=1e-5, atol=0)
@@ -87,7 +118,7 @@ def test_what_is_not_finite_shows_in_the_factors(value):
     q[0, 3, 1, 5] = value
     k[1, 69, 0, 15] = value
     keys = k.transpose(1, 2)
-    found = triton.quantise(q, [keys], [keys], 1.0)
+    found = triton.quantise(q, [keys], [keys], triton_channels.channel_matrices(q, k), 1.0)
     expected = torch.ones(2, 2, 70, dtype=torch.bool)
     expected[0, 1, 3] = False
     expected[1, 0] = False
@@ -97,7 +128,7 @@ def test_what_is_not_finite_shows_in_the_factors(value):
 def test_equal_keys_are_zero():
     q, k, _ = inputs(70)
     keys = torch.ones_like(k).transpose(1, 2)
-    found = triton.quantise(q, [keys], [keys], 1.0)
+    found = triton.quantise(q, [keys], [keys], triton_channels.channel_matrices(q, k), 1.0)
     assert not found.keys[0].any() and found.factors.isfinite().all() and (found.factors > 0).all()
 
 
@@ -142,10 +173,11 @@ def test_integers_make_the_attention_of_the_reference(name):
             pooled = torch.empty(len(rows.log_count), k.shape[3])
             reference_pyramid.build_pyramid(k[0, :, h], rows, out=pooled)
             finest = torch.cat([pooled[slice(*rows.first_row[:2])], pooled[rows.first_row[-1] :]])
-            mean, largest = reference.key_mean_and_largest(finest)
-            mine = reference.to_integers(torch.cat([pooled[part] for part in attended]) - mean, largest)
-            of_queries = q[0, query_tokens, h]
-            theirs = reference.to_integers(of_queries, reference.largest_of_queries(of_queries))
+            of_queries, of_keys = reference.channel_matrices(reference.channel_scales(q[0, :, h : h + 1], k[0, :, h]))
+            mean, largest = reference.key_mean_and_largest(finest @ of_keys)
+            mine = reference.to_integers(torch.cat([pooled[part] for part in attended]) @ of_keys - mean, largest)
+            of_this = q[0, query_tokens, h] @ of_queries
+            theirs = reference.to_integers(of_this, reference.largest_of_queries(of_this))
             differences = torch.cat([(keys - mine).abs(), (queries - theirs).abs()])
             others = int((differences > 0).sum())
             assert differences.max() <= 1 and others <= 4

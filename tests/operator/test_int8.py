@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from outliers import rotary, with_outliers
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.backends.choose import SlowerKernelWarning, choose
+from psa_kernels.quantise.reference import channel_matrices, channel_scales
 
 SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
 INT8 = replace(SPEC, precision="int8_qk")
@@ -34,8 +36,29 @@ def rounded(x, step):
     return [step * max(-127, min(127, round(entry / step))) for entry in x]
 
 
+def new_channels(q, k):
+    """What rows of q and of k, `[N][D]`, become in other channels: a function for each, of the same products."""
+    dims = range(len(k[0]))
+
+    def scale(d):
+        some_q, some_k = ([rows[i * len(rows) // 256][d] for i in range(256)] for rows in (q, k))
+        return 2 ** math.floor(math.log2((max(some_k) - min(some_k)) / max(map(abs, some_q))) / 2)
+
+    def sign(i, j):
+        return (-1) ** ((i & j).bit_count() + (i & (i >> 1) & 0x5555).bit_count())
+
+    scales = [scale(d) for d in dims]
+    signs = [[sign(i, j) for j in dims] for i in dims]
+    return (
+        lambda row: [sum(row[i] * scales[i] * signs[i][j] for i in dims) for j in dims],
+        lambda row: [sum(row[i] / scales[i] * signs[i][j] for i in dims) / len(dims) for j in dims],
+    )
+
+
 def by_hand(q, k, v, spec, lists, before, after, permutation, scale):
     """One head, in plain numbers: q, k, v `[N][D]` to the output of each video query."""
+    of_query, of_key = new_channels(q, k)
+    q, k = [of_query(row) for row in q], [of_key(row) for row in k]
     video = range(before, len(k) - after)
     order = [video[p] for p in permutation] if permutation is not None else list(video)
     text = [t for t in range(len(k)) if t not in video]
@@ -102,6 +125,56 @@ def test_what_all_keys_share_costs_no_accuracy():
     far = k + 40 * torch.randn(k.shape[2:])
     errors = [relative_error(psa_attention(q, x, v, INT8), psa_attention(q, x, v, SPEC)) for x in (k, far)]
     assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize("factor", [20, 50])
+@pytest.mark.parametrize("kind", ["alone", "shared", "undone"])
+@pytest.mark.parametrize("channels", [[70], [3], [2, 60], [8, 9, 10, 11], list(range(40, 48))], ids=str)
+def test_channels_of_keys_that_are_much_larger_cost_no_accuracy(channels, kind, factor):
+    """Without a rotation and scales, errors are up to 30 times as large. Half of the channels are rotary."""
+    q, k, v = inputs(512, heads=1, head_dim=128)
+    spec = AttentionSpec(block_query=128, block_key=32, thresholds=(0.3, 0.6, 1.0))
+    errors = []
+    for turned in ((q, k), with_outliers(q, k, kind, channels, factor)):
+        turned = [rotary(x) for x in turned]
+        lists = select_blocks(*turned, spec)
+        native, int8 = (
+            psa_attention(*turned, v, replace(spec, precision=p), lists=lists) for p in ("native", "int8_qk")
+        )
+        errors.append(relative_error(int8, native))
+    assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("factor", [20, 50])
+def test_nor_do_they_where_the_logits_grow_with_them(factor):
+    """Random tokens, queries as they were: a rotation alone makes errors up to 3 times as large."""
+    q, k, v = torch.randn(3, 1, 1024, 1, 128, dtype=torch.float64)
+    spec = AttentionSpec(thresholds=(0.3, 0.6, 1.0))
+    errors = []
+    for channels in ([], [3], [8, 9, 10, 11]):
+        larger = k.clone()
+        larger[..., channels] *= factor
+        lists = select_blocks(q, larger, spec)
+        both = spec, replace(spec, precision="int8_qk")
+        native, int8 = (psa_attention(q, larger, v, which, lists=lists) for which in both)
+        errors.append(relative_error(int8, native))
+    assert max(errors[1:]) <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("head_dim", [1, 6, 64, 80, 96, 128])
+def test_new_channels_have_the_same_products(head_dim):
+    scales = 2.0 ** torch.randint(-5, 6, (head_dim,)).double()
+    of_queries, of_keys = channel_matrices(scales)
+    torch.testing.assert_close(of_queries @ of_keys.T, torch.eye(head_dim, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_channels_of_which_nothing_is_known_keep_their_size():
+    q, k = torch.randn(300, 2, 8), torch.randn(300, 8)
+    k[:, 0], k[:, 1], q[:, :, 2] = 3.0, math.nan, 0.0
+    k[:, 3] *= 1e30
+    q[5, 0], k[7, 5] = math.nan, math.inf
+    scales = channel_scales(q, k)
+    assert scales[:3].tolist() == [1.0, 1.0, 1.0] and scales[3] == 32 and scales[4:].log2().abs().max() <= 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -15,6 +15,7 @@ import not_finite
 import pytest
 import torch
 from gpu_checks import poison_free_memory, random_call, relative_error
+from outliers import rotary, with_outliers
 
 from psa_kernels import AttentionSpec, BlockLists, head_groups, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
@@ -125,6 +126,24 @@ def test_ordinary_keys_lose_no_more_than_the_definition_says(head_dim):
     assert found <= math.hypot(1.4 * rounding, 1.25 * allowed)
 
 
+@pytest.mark.parametrize("factor", [20, 50])
+@pytest.mark.parametrize("kind", ["alone", "shared", "undone"])
+@pytest.mark.parametrize("channels", [[3], [2, 60], [8, 9, 10, 11], list(range(40, 48))], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_channels_of_keys_that_are_much_larger_cost_no_accuracy(head_dim, channels, kind, factor):
+    spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
+    q, k, v = (
+        torch.randn(1, 2048 + 8, 1, head_dim, device="cuda", dtype=torch.float64).unfold(1, 9, 1).mean(-1).mul(4)
+        for _ in range(3)
+    )
+    k = k + 2 * torch.randn(head_dim, device="cuda")
+    found = []
+    for turned in ((q, k), with_outliers(q, k, kind, channels, factor)):
+        inputs = [x.bfloat16() for x in (*map(rotary, turned), v)]
+        found.append(errors_of_all(*inputs, spec, select_blocks(*inputs[:2], spec))[0])
+    assert found[1] <= 1.5 * found[0]
+
+
 @pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
 def test_rows_of_integers_are_those_of_the_reference(permuted):
     from psa_kernels.pyramid.triton import build_pyramid
@@ -134,22 +153,23 @@ def test_rows_of_integers_are_those_of_the_reference(permuted):
     spec = AttentionSpec()
     q, k, v = tensors((2, 3, 128), (2300, 2300), gap=8)
     k += 3 * torch.randint(-1, 2, (3, 128), device="cuda")
+    q.copy_((q * 16).round() / 16)  # Sums over the channels are exact then, halves too.
     layout = make_layout(2300, 2300, 5, 95, torch.randperm(2200, device="cuda") if permuted else None)
     poison_free_memory()
     found = quantise_rows(q, build_pyramid(k, v, layout, spec, gathered=True), layout, spec, 0.1)
     for b in range(2):
         for h in range(3):
-            exact = k[b, :, h].double()
-            mean, largest = reference.key_mean_and_largest(exact)
-            torch.testing.assert_close(found.key_means[b, h].double(), mean, rtol=1e-5, atol=1e-5)
+            query, exact = q[b, :, h].double(), k[b, :, h].double()
+            of_queries, of_keys = reference.channel_matrices(reference.channel_scales(query[:, None], exact))
+            mean, largest = reference.key_mean_and_largest(exact @ of_keys)
+            torch.testing.assert_close(found.key_means[b, h].double(), exact.mean(0), rtol=1e-5, atol=1e-5)
             video = exact[layout.video_key_tokens(k.device)]
             rows = [exact[:5], exact[-95:], *(video.unflatten(0, (-1, level)).mean(1) for level in spec.levels)]
             for integers, wanted in zip(found.keys, rows, strict=True):
-                difference = integers[b, h].double() - reference.to_integers(wanted - mean, largest)
+                difference = integers[b, h].double() - reference.to_integers(wanted @ of_keys - mean, largest)
                 assert difference.abs().max() <= 1 and (difference != 0).double().mean() < 1e-3
-            query = q[b, :, h].double()
+            query = query @ of_queries
             entries = reference.largest_of_queries(query)
-            # All that bfloat16 can be is rounded as the definition says, halves too.
             assert torch.equal(found.queries[b, :, h].double(), reference.to_integers(query, entries))
             factors = (entries[:, 0] * largest / 127**2 * 0.1 / math.log(2)).float()
             torch.testing.assert_close(found.factors[b, h], factors, rtol=1e-5, atol=0)
@@ -173,11 +193,13 @@ def test_log_sum_exp(head_dim):
     integers = quantise_rows(q, built, layout, spec, scale)
     hopper.sparse_attention(q, built, lists, layout, spec, scale, lse, integers=integers)
     for h in range(heads):
-        mean, largest = reference.key_mean_and_largest(k[0, :, h].double())
-        keys = reference.quantised(k[0, :, h] - mean, largest)
-        queries = q[0, :, h].double()
-        rounded = reference.quantised(queries, reference.largest_of_queries(queries))
-        logits = (rounded @ keys.T + (queries @ mean)[:, None]) * scale
+        queries, exact = q[0, :, h].double(), k[0, :, h].double()
+        of_queries, of_keys = reference.channel_matrices(reference.channel_scales(queries[:, None], exact))
+        mean, largest = reference.key_mean_and_largest(exact @ of_keys)
+        keys = reference.quantised(exact @ of_keys - mean, largest)
+        rotated = queries @ of_queries
+        rounded = reference.quantised(rotated, reference.largest_of_queries(rotated))
+        logits = (rounded @ keys.T + (rotated @ mean)[:, None]) * scale
         assert (lse[0, h] - logits.logsumexp(-1))[7:-5].abs().max() < 5e-3
         assert lse[0, h, :7].isnan().all() and lse[0, h, -5:].isnan().all()
 

@@ -25,6 +25,7 @@ from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.quantise import triton as quantise  # noqa: E402
+from psa_kernels.quantise import triton_channels  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -199,20 +200,22 @@ def test_pyramid(target):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_quantise(head_dim, ones):
     """Only the kernel for Hopper reads integers."""
-    types = {name: "*fp32" for name in ("partial_ptr", "means_ptr", "largest_ptr", "key_largest_ptr", "factors_ptr")}
-    types["out_ptr"] = "*i8"
-    chunks = {"CHUNK": quantise.CHUNK, "ROWS": quantise.FEW_ROWS}
-    for kernel, constants in (
-        (quantise.statistics_kernel, chunks),
-        (quantise.summary_kernel, {"ROWS": quantise.FEW_ROWS}),
-        (quantise.keys_kernel, {"ROWS": quantise.ROWS}),
-        (quantise.queries_kernel, {"ROWS": quantise.ROWS}),
+    floats = ("partial_ptr", "means_ptr", "rotated_means_ptr", "largest_ptr", "key_largest_ptr", "factors_ptr")
+    types = {**dict.fromkeys(floats, "*fp32"), "out_ptr": "*i8"}
+    runs = {"RUN": quantise.RUN, "ROWS": quantise.ROWS}
+    for kernel, constants, warps, programs, multiplies in (
+        (triton_channels.matrices_kernel, {"ROWS": triton_channels.ROWS}, 8, 1, False),
+        (quantise.statistics_kernel, {"CHUNK": quantise.CHUNK, "ROWS": quantise.ROWS}, 8, 2, True),
+        (quantise.summary_kernel, {"CHUNKS": quantise.FEW_CHUNKS}, 4, 1, False),
+        (quantise.keys_kernel, runs, 4, 3, True),
+        (quantise.queries_kernel, runs, 4, 3, True),
     ):
         constants = {"HEAD_DIM": head_dim, **constants}
         if ones:
-            names = ("heads", "rows", "tokens", "chunks", "first_chunk")
+            names = ("heads", "rows", "tokens", "query_tokens", "key_tokens", "chunks", "first_chunk")
             constants |= {name: 1 for name in names if name in kernel.arg_names}
-        compile_and_check(kernel, 90, constants, {"num_warps": 4}, tensor_cores=False, types=types)
+        options = {"num_warps": warps} | ({"num_stages": 2} if warps == 4 and multiplies else {})
+        compile_and_check(kernel, 90, constants, options, multiplies, programs, types)
 
 
 @pytest.mark.parametrize("key_blocks", [591, 1182, 4725])

@@ -32,8 +32,14 @@ def call_of(batch=1, tokens=64):
 
 @pytest.mark.parametrize(
     ("other", "selections"),
-    [({}, 1), ({"grid": (1, 4, 16)}, 2), ({"batch": 1}, 2)],
-    ids=["same", "another-grid", "another-batch"],
+    [
+        ({}, 1),
+        ({"grid": (1, 4, 16)}, 2),
+        ({"batch": 1}, 2),
+        ({"preset": {"thresholds": [0.2, 0.2, 0.9]}}, 2),
+        ({"preset": {"order": "raster"}}, 2),
+    ],
+    ids=["same", "another-grid", "another-batch", "another-choice", "another-order"],
 )
 def test_lists_serve_calls_of_the_same_grid_and_shape_alone(other, selections, monkeypatch):
     """As many tokens may be another video, and guidance that ends in mid-run halves a batch."""
@@ -41,6 +47,7 @@ def test_lists_serve_calls_of_the_same_grid_and_shape_alone(other, selections, m
     attention, layer, run = TokenAttention(Wan, Fallbacks(strict=True)), layer_of(preset(refresh=2)), Run(steps=4)
     for step, changes in enumerate(({}, other)):
         forward = Forward(run, step, {layer.name: Route(True)}, grid=changes.get("grid", (1, 8, 8)))
+        layer = layer_of(preset(refresh=2, **changes.get("preset", {})))
         qkv, call = call_of(changes.get("batch", 2))
         (head, _), _ = attention.sparse(layer, forward, qkv, call)
         assert head.shape == qkv[0].shape and head.isfinite().all()

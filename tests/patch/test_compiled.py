@@ -54,8 +54,9 @@ def compile_blocks(pipe, backend="eager"):
         (CASES["cogvideox-5b"], "eager", 2),
         # Stock Mochi is no graph: dense and sparse layers share one; the last block, which drops its text, has its own.
         (CASES["mochi"], "eager", 1),
+        (CASES["cosmos2"], "eager", 1),
     ],
-    ids=["wan", "hunyuan-video", "cogvideox", "mochi"],
+    ids=["wan", "hunyuan-video", "cogvideox", "mochi", "cosmos"],
 )
 def test_a_compiled_run_is_that_of_eager_blocks(case, backend, stock_graphs, monkeypatch):
     """Two guidance branches, several layers and steps: none of them makes a graph of its own."""
@@ -85,6 +86,24 @@ def test_what_the_preset_leaves_dense_is_bit_identical_and_noted():
             assert torch.equal(WAN.run(pipe), stock)
         assert list(psa.stats().fallbacks.values()) == [2 * 2 * 4]
     assert all(site_of(block.attn1) is None and site_of(block.attn2) is None for block in pipe.transformer.blocks)
+
+
+def test_rules_for_steps_change_what_a_graph_computes():
+    """The operators behind the graph ask what the layer computes at the step; dense and sparse layers take turns."""
+    pipe = WAN.make()
+    rules = [
+        {"match": "0-50%", "order": "raster", "thresholds": [0.1, 0.1, 0.1]},
+        {"match": 2, "dense": True},
+        {"match": 3, "dense": False},
+    ]
+    chosen = preset(dense_steps=0, dense_last=0.0, steps=rules, layers=[{"match": 1, "dense": True}])
+    with apply_psa(pipe, chosen, strict=True) as psa:
+        eager, stats = WAN.run(pipe), psa.stats()
+        counter = compile_blocks(pipe)
+        assert_equal_to_rounding(WAN.run(pipe), eager)
+        assert psa.stats() == stats and stats.dense_at == [2]
+        assert [row[1] == 1 for row in stats.density] == [True, True, True, False]
+    assert counter.frame_count == 2
 
 
 def test_a_mask_that_is_not_of_padding_runs_dense():

@@ -38,6 +38,11 @@ MISTAKES = [
     ("dense_steps: -0.1", "dense_steps", "-0.1", "from 0 to 1"),
     ("dense_steps: .nan", "dense_steps", "nan", "from 0 to 1"),
     ("dense_steps: null", "dense_steps", "null", "from 0 to 1"),
+    ("dense_steps: 2.0", "dense_steps", "2.0", "a whole number of steps (1, 4)"),
+    ("dense_steps: -1", "dense_steps", "-1", "a whole number of steps"),
+    ("dense_steps: 99999999999", "dense_steps", "99999999999", "a whole number of steps"),
+    ("dense_last: 1.5", "dense_last", "1.5", "from 0 to 1"),
+    ("dense_last: 'all'", "dense_last", "'all'", "from 0 to 1"),
     ("floor: .inf", "floor", "inf", "from 0 to 1"),
     ("block: 64", "block", "64", "mapping of query and key"),
     ("block: {query: 100, key: 64}", "block.query", "100", "32, 64, 128 or 256"),
@@ -112,6 +117,40 @@ MISTAKES = [
         "16, 32, 64, 128 or 256",
     ),
     ("layers: [{match: 3, similarity: [0.5]}]", "layers[0].similarity", "[0.5]", "per level after the first"),
+    ("steps: {match: 0}", "steps", "{'match': 0}", "a list of"),
+    (f"steps: [{', '.join(['{match: 0}'] * 21)}]", "steps", "[{'match': 0}, ", "up to 20"),
+    ("steps: [{match: 0, desne: true}]", "steps[0].desne", "true", "did you mean dense?"),
+    ("steps: [{match: 0, refresh: 2}]", "steps[0].refresh", "2", "thresholds, density, floor"),
+    ("steps: [{match: 0, dense: 1}]", "steps[0].dense", "1", "true or false"),
+    ("steps: [{match: 0, floor: 2}]", "steps[0].floor", "2", "from 0 to 1"),
+    (
+        "steps: [{match: last, dense: true}]",
+        "steps[0].match",
+        "'last': not a list of steps",
+        "shares of the run (0-30%",
+    ),
+    ("steps: [{match: 4-2}]", "steps[0].match", "'4-2': 4-2 runs backwards", "a range or a list"),
+    ("steps: [{match: 1.5}]", "steps[0].match", "1.5: neither text nor an integer", "a range or a list"),
+    ("steps: [{match: '1.5'}]", "steps[0].match", "'1.5': not a list of steps", "a range or a list"),
+    ("steps: [{match: '0-1.5'}]", "steps[0].match", "'0-1.5': not a list of steps", "a range or a list"),
+    ("steps: [{match: '50%'}]", "steps[0].match", "'50%': 50% is a place in the run", "a range or a list"),
+    ("steps: [{match: '0%-3'}]", "steps[0].match", "'0%-3': from a share to a number of a step", "a range or a list"),
+    ("steps: [{match: '3-30%,1,%'}]", "steps[0].match", "'3-30%,1,%': not a list of steps", "a range or a list"),
+    ("steps: [{match: '30-30%'}]", "steps[0].match", "'30-30%': nothing is between 30% and 30%", "a range or a list"),
+    ("steps: [{match: '50-30%'}]", "steps[0].match", "'50-30%': nothing is between 50% and 30%", "a range or a list"),
+    ("steps: [{match: '100%-'}]", "steps[0].match", "'100%-': nothing is between 100% and 100%", "a range or a list"),
+    ("steps: [{match: '0-101%'}]", "steps[0].match", "'0-101%': a share above 100%", "a range or a list"),
+    (f"steps: [{{match: '{','.join(['1'] * 21)}'}}]", "steps[0].match", "'1,1,1,", "a range or a list"),
+    ("steps: [{match: -1}]", "steps[0].match", "-1: out of range", "a range or a list"),
+    ("steps: [{match: 1000}]", "steps[0].match", "1000: out of range", "steps up to 999"),
+    ("steps: [{match: true}]", "steps[0].match", "true: neither text nor an integer", "a range or a list"),
+    ("steps: [{match: 0-50%, levels: [1, 2]}]", "steps[0].levels", "[1, 2]", "divide block.key"),
+    (
+        "steps: [{match: 0-50%, density: 0.4}]",
+        "steps[0].density",
+        "0.4: the rule count takes no",
+        "with the rule budget",
+    ),
     ("layers: [{match: 3, importance: {key_stride: 5}}]", "layers[0].importance.key_stride", "5", "divides block.key"),
 ]
 
@@ -130,6 +169,9 @@ def test_a_rule_without_match_is_told(write):
     path = write("layers: [{match: 1}, {dense: true}]")
     message = message_of(lambda: load_preset(path))
     assert message.startswith(f"{path}: layers[1].match is missing; allowed: a layer, a range")
+    path = write("steps: [{match: 1}, {dense: true}]")
+    message = message_of(lambda: load_preset(path))
+    assert message.startswith(f"{path}: steps[1].match is missing; allowed: a step, a range")
 
 
 BOMB = "a: &a [x, x]\n" + "\n".join(
@@ -295,9 +337,9 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(key=st.sampled_from(sorted(Preset.model_fields)), value=VALUES, in_rule=st.booleans())
-def test_any_value_in_code_is_taken_or_refused(key, value, in_rule):
-    update = {"layers": [{"match": 0, key: value}]} if in_rule else {key: value}
+@given(key=st.sampled_from(sorted(Preset.model_fields)), value=VALUES, rules=st.sampled_from(["", "layers", "steps"]))
+def test_any_value_in_code_is_taken_or_refused(key, value, rules):
+    update = {rules: [{"match": 0, key: value}]} if rules else {key: value}
     try:
         load_preset("psa-3").replace(**update).layer_specs(30)
     except PresetError as error:

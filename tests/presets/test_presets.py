@@ -126,7 +126,7 @@ def test_a_preset_cannot_be_written():
     ("share", "steps", "expected"),
     [
         *[(0.25, 50, 13), (0.3, 50, 15), (0.3, 10, 3), (0.07, 100, 7), (0.1 + 0.2, 10, 3), (0.251, 4, 2)],
-        *[(1 / 3, 3, 1), (0, 50, 0), (1, 50, 50), (1.0, 1, 1), (0.01, 1, 1), (0.25, 0, 0)],
+        *[(1 / 3, 3, 1), (0, 50, 0), (1.0, 50, 50), (1.0, 1, 1), (0.01, 1, 1), (0.25, 0, 0)],
     ],
 )
 def test_dense_step_count_rounds_up_but_not_for_rounding_errors(share, steps, expected):

@@ -87,6 +87,14 @@ def test_the_figures_are_there(tmp_path):
     assert "still missing" not in html
 
 
+def test_a_report_of_an_earlier_version_says_nothing_of_the_dense_steps_share(tmp_path):
+    report = a_report(tmp_path)
+    assert "of the denoising time" not in write_report(tmp_path, [report]).read_text(encoding="utf-8")
+    report["runs"]["psa-3"]["seconds"] |= {"dense_steps": 1, "dense_share": 0.505}
+    page = write_report(tmp_path, [report]).read_text(encoding="utf-8")
+    assert page.count("1 of 2 steps dense: 50 % of the denoising time") == 1
+
+
 def test_a_headline_is_the_mean_of_what_is_known(tmp_path):
     """A prompt whose frames are all equal has no finite PSNR, which is not one of 0 dB."""
     reports = [a_report(tmp_path), a_report(tmp_path, "a dog", "0001-a-dog")]

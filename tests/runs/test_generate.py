@@ -87,6 +87,33 @@ def test_dense_and_sparse_share_the_seed_and_the_pipeline_is_given_back(ask, tmp
     assert sparse[0] == sparse[1]
 
 
+def test_the_report_says_what_share_of_the_time_the_dense_steps_are(ask, saved, tmp_path, monkeypatch):
+    seconds = StepClock.seconds
+    monkeypatch.setattr(StepClock, "seconds", lambda clock: {**seconds(clock), "per_step": [4.1, 1.9, 3.0, 1.0]})
+    (tmp_path / "few.yaml").write_text((saved / "small.yaml").read_text() + "dense_steps: 1\n")
+    carry_out(ask("a cat", preset=str(tmp_path / "few.yaml"), compare=True))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    entry = report["runs"]["few"]
+    assert (entry["seconds"]["dense_steps"], entry["seconds"]["dense_share"]) == (1, pytest.approx(0.41))
+    assert (entry["attention"]["dense_at"], entry["attention"]["dense_last"]) == ([0], 0)
+    assert "dense_share" not in report["runs"]["dense"]["seconds"]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("1 of 4 steps dense: 41 % of the denoising time") == 1
+
+
+def test_dense_steps_at_the_end_and_by_rules_count_too(ask, saved, tmp_path, monkeypatch):
+    seconds = StepClock.seconds
+    monkeypatch.setattr(StepClock, "seconds", lambda clock: {**seconds(clock), "per_step": [4.0, 1.0, 3.0, 2.0]})
+    keys = 'dense_steps: 0\ndense_last: 1\nsteps: [{match: "0-25%", dense: true}]\n'
+    (tmp_path / "few.yaml").write_text((saved / "small.yaml").read_text() + keys)
+    carry_out(ask("a cat", preset=str(tmp_path / "few.yaml")))
+    entry = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())["runs"]["few"]
+    assert (entry["attention"]["dense_at"], entry["attention"]["dense_last"]) == ([0, 3], 1)
+    assert (entry["seconds"]["sparse_steps"], entry["seconds"]["median_sparse_step"]) == (2, 2.0)
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "2 of 4 steps dense: 60 % of the denoising time" in html and "Last steps kept dense" in html
+
+
 def test_a_whole_run_of_dense_steps_equals_dense(ask, saved, tmp_path):
     (tmp_path / "small.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
     summary = carry_out(ask("a cat", preset=str(tmp_path / "small.yaml"), compare=True))

@@ -30,6 +30,10 @@ def model(tmp_path_factory) -> Path:
     (folder / "small.yaml").write_text(
         "block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.5]\nlayers: [{match: 0, dense: true}]\n"
     )
+    (folder / "ends.yaml").write_text(
+        "block: {query: 32, key: 16}\nmin_tokens: 0\ndense_steps: 1\ndense_last: 1\nlayers: [{match: 0, dense: true}]\n"
+        "steps: [{match: 2, dense: true}, {match: 4, dense: false}, {match: 4, thresholds: [0.9, 0.9, 0.9]}]\n"
+    )
     return folder
 
 
@@ -73,6 +77,31 @@ def test_colours_stand_where_their_blocks_are():
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["exact: 25.0%", "pooled 2\u00d7: 12.5%", "pooled 4\u00d7: 12.5%", "skipped: 50.0%"]
     assert "density 0.344" in axes.get_title(loc="left")  # (2 + 1/2 + 1/4) / 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "3"], "--step 3: the sparse steps of this run are 2, 4 to 5 (3 of 6 are dense with ends)"),
+        (["--step", "6"], "--step 6: the sparse steps of this run are 2, 4 to 5 (3 of 6 are dense with ends)"),
+        (["--step", "2", "--layer", "0"], "--layer 0: ends keeps this layer dense"),
+        (["--steps", "2"], "--steps 2: with ends all of them are dense"),
+    ],
+)
+def test_steps_that_are_dense_at_both_ends_and_by_rules_have_no_mask(
+    arguments, message, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert inspect(model, "--steps", "6", *arguments, "a cat", preset="ends.yaml") == 2
+    assert "psa-inspect: error: " + message in capsys.readouterr().err
+
+
+def test_a_mask_is_that_of_the_step_s_rules(model, tmp_path, capsys, monkeypatch):
+    """At the fifth step a rule for steps makes the first layer sparse, and has it keep both key blocks."""
+    monkeypatch.chdir(tmp_path)
+    assert inspect(model, "--steps", "6", "--step", "5", "--layer", "0", "a cat", preset="ends.yaml") == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["layer"], summary["step"], summary["density"]) == ("blocks.0", 5, 1.0)
 
 
 @pytest.mark.parametrize(

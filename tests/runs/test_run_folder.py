@@ -128,6 +128,16 @@ def test_a_killed_run_s_leftovers_are_swept_up(ask, tmp_path):
     assert contents(tmp_path / "out") == ["0000-a-cat", "report.html", "run.json"]
 
 
+def test_one_dense_step_is_not_a_dense_run(ask, tmp_path):
+    """Python holds 1 and 1.0 equal, and a preset does not."""
+    (tmp_path / "mine.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
+    mine = ask("a cat", preset=str(tmp_path / "mine.yaml"))
+    carry_out(mine)
+    (tmp_path / "mine.yaml").write_text("dense_steps: 1\nmin_tokens: 0\n")
+    with pytest.raises(InputError, match=r"holds another run \(preset_rules.dense_steps was 1\.0 and is now 1\);"):
+        carry_out(mine)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,4 +1,8 @@
-"""Queries and keys in 8-bit integers, in Triton: one pass for what keys are quantised by, one that quantises."""
+"""Queries and keys in 8-bit integers, in Triton: one pass for what keys are quantised by, one that quantises.
+
+Each pass turns rows into other channels anew, by products with a matrix: that takes tensor cores less time than memory
+takes to write and read them.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,22 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.quantise import reference
 from psa_kernels.quantise.integers import Integers
+from psa_kernels.quantise.triton_channels import channel_matrices
 from psa_kernels.spec import AttentionSpec
 
 LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
 MIN_ENTRY = tl.constexpr(reference.MIN_ENTRY)
 # Factors of rows are divided by where tiles are mixed. Below this all logits are 0.
 MIN_FACTOR = tl.constexpr(2.0**-100)
-# Added and taken away again, it rounds what is much smaller to an integer: floats of this size are integers.
+# Added to what is much smaller it rounds that to an integer, whose last bits are then those of the sum.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)
-# Rows whose sums, smallest and largest entries one program finds; and rows at a time there, and elsewhere.
+# Rows of which one program finds sums, smallest and largest entries, and of which it makes integers: for fewer it would
+# read more of the matrix than of them.
 CHUNK = 1024
-FEW_ROWS = 16
+RUN = 256
+# Rows at a time, for tensor cores; and chunks at a time.
 ROWS = 64
+FEW_CHUNKS = 16
 
 
 def quantise_rows(
@@ -39,7 +47,8 @@ def quantise_rows(
         scale: factor on the dot products, positive.
     """
     keys = pyramid.key_rows(layout, spec)
-    return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], scale)
+    matrices = channel_matrices(q, pyramid.source_keys)
+    return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], matrices, scale)
 
 
 def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
@@ -49,7 +58,11 @@ def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
 
 
 def quantise(
-    q: torch.Tensor, keys: Sequence[torch.Tensor | None], finest: Sequence[torch.Tensor], scale: float
+    q: torch.Tensor,
+    keys: Sequence[torch.Tensor | None],
+    finest: Sequence[torch.Tensor],
+    matrices: tuple[torch.Tensor, torch.Tensor],
+    scale: float,
 ) -> Integers:
     """Quantise queries and keys as `quantise.reference` says.
 
@@ -57,92 +70,116 @@ def quantise(
         q: `[B, Nq, H, D]`, its last stride 1 and D a power of two.
         keys: tensors `[B, H, rows, D]` whose last stride is 1: keys, or means of keys.
         finest: those of them that hold the finest level and the text.
+        matrices: what `channel_matrices` returned.
         scale: factor on the dot products, positive.
     """
-    means, largest = key_means_and_largest(finest)
-    integers = [None if rows is None else quantise_keys(rows, means, largest) for rows in keys]
-    queries, factors = quantise_queries(q, largest, scale)
+    of_queries, of_keys = matrices
+    means, rotated_means, largest = key_means_and_largest(finest, of_queries, of_keys)
+    integers = [None if rows is None else quantise_keys(rows, of_keys, rotated_means, largest) for rows in keys]
+    queries, factors = quantise_queries(q, of_queries, largest, scale)
     return Integers(queries, integers, factors, means)
 
 
-def key_means_and_largest(finest: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean rows `[B, H, D]` and largest entries less these `[B, H]`, float32, of tensors `[B, H, rows, D]`."""
+def key_means_and_largest(
+    finest: Sequence[torch.Tensor], of_queries: torch.Tensor, of_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What keys `[B, H, rows, D]` are quantised by, in float32.
+
+    Returns:
+        Mean rows `[B, H, D]`; these in the new channels, D times those of the reference, as the matrix of keys is; and
+        the largest entries there less these, `[B, H]`, D times as large too.
+    """
     batch, heads, _, head_dim = finest[0].shape
     chunks = [triton.cdiv(rows.shape[2], CHUNK) for rows in finest]
     empty = partial(torch.empty, dtype=torch.float32, device=finest[0].device)
     parts = empty(batch * heads, 3, sum(chunks), head_dim)
     for index, rows in enumerate(finest):
         statistics_kernel[(chunks[index], batch * heads)](
-            rows, parts, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
-            HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=FEW_ROWS, num_warps=4,
+            rows, of_keys, parts, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
+            HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=ROWS, num_warps=8,
         )  # fmt: skip
-    means, largest = empty(batch, heads, head_dim), empty(batch, heads)
+    means, rotated_means, largest = empty(batch, heads, head_dim), empty(batch, heads, head_dim), empty(batch, heads)
     summary_kernel[(batch * heads,)](
-        parts, means, largest, sum(chunks), sum(rows.shape[2] for rows in finest), HEAD_DIM=head_dim,
-        ROWS=FEW_ROWS, num_warps=4,
+        parts, of_queries, means, rotated_means, largest, sum(chunks), sum(rows.shape[2] for rows in finest),
+        HEAD_DIM=head_dim, CHUNKS=FEW_CHUNKS, num_warps=4,
     )  # fmt: skip
-    return means, largest
+    return means, rotated_means, largest
 
 
-def quantise_keys(rows: torch.Tensor, means: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+def quantise_keys(
+    rows: torch.Tensor, of_keys: torch.Tensor, rotated_means: torch.Tensor, largest: torch.Tensor
+) -> torch.Tensor:
     """Integers of keys `[B, H, rows, D]`, by what `key_means_and_largest` found: int8, contiguous."""
     batch, heads, count, head_dim = rows.shape
     integers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    keys_kernel[(triton.cdiv(count, ROWS), batch * heads)](
-        rows, means, largest, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4
-    )
+    keys_kernel[(triton.cdiv(count, RUN), batch * heads)](
+        rows, of_keys, rotated_means, largest, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, RUN=RUN,
+        ROWS=ROWS, num_warps=4, num_stages=2,
+    )  # fmt: skip
     return integers
 
 
-def quantise_queries(q: torch.Tensor, key_largest: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_queries(
+    q: torch.Tensor, of_queries: torch.Tensor, key_largest: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Integers of queries `[B, Nq, H, D]`, int8 in their shape, and the factors of `Integers`."""
     batch, tokens, heads, head_dim = q.shape
     integers = torch.empty(batch, heads, tokens, head_dim, dtype=torch.int8, device=q.device)
     factors = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     stride_b, stride_n, stride_h = q.stride()[:3]
-    queries_kernel[(triton.cdiv(tokens, ROWS), batch * heads)](
-        q, key_largest, integers, factors, stride_b, stride_h, stride_n, heads, tokens, scale * math.log2(math.e),
-        HEAD_DIM=head_dim, ROWS=ROWS, num_warps=4,
+    queries_kernel[(triton.cdiv(tokens, RUN), batch * heads)](
+        q, of_queries, key_largest, integers, factors, stride_b, stride_h, stride_n, heads, tokens,
+        scale * math.log2(math.e) / head_dim, HEAD_DIM=head_dim, RUN=RUN, ROWS=ROWS, num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     return integers.transpose(1, 2), factors
 
 
 @triton.jit
 def statistics_kernel(
-    x_ptr, partial_ptr, stride_b, stride_h, stride_n, heads, rows, chunks, first_chunk, HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, matrix_ptr, partial_ptr, stride_b, stride_h, stride_n, heads, rows, chunks, first_chunk,
+    HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums, smallest and largest entries of each channel over `CHUNK` rows of one head."""
+    """Sums, smallest and largest entries of each new channel over `CHUNK` rows of one head."""
     head = tl.program_id(1).to(tl.int64)
     x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
     dims = tl.arange(0, HEAD_DIM)
-    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    smallest = tl.full([ROWS, HEAD_DIM], float("inf"), tl.float32)
-    largest = tl.full([ROWS, HEAD_DIM], -float("inf"), tl.float32)
-    for first in tl.range(0, CHUNK, ROWS, loop_unroll_factor=4):
-        row = tl.program_id(0) * CHUNK + first + tl.arange(0, ROWS)
+    matrix = matrix_of(matrix_ptr, head, HEAD_DIM)
+    # Tensor cores leave two rows of every 16 in the same thread, which may as well keep one number for both.
+    GROUPS: tl.constexpr = ROWS // 16
+    sums = tl.zeros([GROUPS, 8, HEAD_DIM], tl.float32)
+    smallest = tl.full([GROUPS, 8, HEAD_DIM], float("inf"), tl.float32)
+    largest = tl.full([GROUPS, 8, HEAD_DIM], -float("inf"), tl.float32)
+    start = tl.program_id(0) * CHUNK
+    for first in tl.range(start, tl.minimum(start + CHUNK, rows), ROWS):
+        row = first + tl.arange(0, ROWS)
         real = row[:, None] < rows
-        x = tl.load(x_head + row.to(tl.int64)[:, None] * stride_n + dims[None, :], mask=real, other=0.0).to(tl.float32)
-        sums += x
-        smallest = tl.minimum(smallest, tl.where(real, x, float("inf")))
-        largest = tl.maximum(largest, tl.where(real, x, -float("inf")))
+        x = tl.load(x_head + row.to(tl.int64)[:, None] * stride_n + dims[None, :], mask=real, other=0.0)
+        x = tl.dot(x, matrix, input_precision="ieee")
+        low, high = tl.where(real, x, float("inf")), tl.where(real, x, -float("inf"))
+        sums += tl.sum(tl.reshape(x, [GROUPS, 2, 8, HEAD_DIM]), 1)
+        smallest = tl.minimum(smallest, tl.min(tl.reshape(low, [GROUPS, 2, 8, HEAD_DIM]), 1))
+        largest = tl.maximum(largest, tl.max(tl.reshape(high, [GROUPS, 2, 8, HEAD_DIM]), 1))
     out = partial_ptr + (head * 3 * chunks + first_chunk + tl.program_id(0)) * HEAD_DIM + dims
-    tl.store(out, tl.sum(sums, 0))
-    tl.store(out + chunks * HEAD_DIM, tl.min(smallest, 0))
-    tl.store(out + 2 * chunks * HEAD_DIM, tl.max(largest, 0))
+    tl.store(out, tl.sum(tl.sum(sums, 0), 0))
+    tl.store(out + chunks * HEAD_DIM, tl.min(tl.min(smallest, 0), 0))
+    tl.store(out + 2 * chunks * HEAD_DIM, tl.max(tl.max(largest, 0), 0))
 
 
 @triton.jit
-def summary_kernel(partial_ptr, means_ptr, largest_ptr, chunks, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
+def summary_kernel(
+    partial_ptr, matrix_ptr, means_ptr, rotated_means_ptr, largest_ptr, chunks, rows, HEAD_DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
     """Mean of one head's keys and the largest entry less it, from what the chunks of its rows gave."""
     head = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
     partial = partial_ptr + head * 3 * chunks * HEAD_DIM
-    sums = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    smallest = tl.full([ROWS, HEAD_DIM], float("inf"), tl.float32)
-    largest = tl.full([ROWS, HEAD_DIM], -float("inf"), tl.float32)
-    for first in range(0, chunks, ROWS):
-        chunk = first + tl.arange(0, ROWS)
+    sums = tl.zeros([CHUNKS, HEAD_DIM], tl.float32)
+    smallest = tl.full([CHUNKS, HEAD_DIM], float("inf"), tl.float32)
+    largest = tl.full([CHUNKS, HEAD_DIM], -float("inf"), tl.float32)
+    for first in range(0, chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
         real = chunk[:, None] < chunks
         place = partial + chunk[:, None] * HEAD_DIM + dims[None, :]
         sums += tl.load(place, mask=real, other=0.0)
@@ -150,10 +187,20 @@ def summary_kernel(partial_ptr, means_ptr, largest_ptr, chunks, rows, HEAD_DIM: 
         smallest = tl.minimum(smallest, tl.load(place, mask=real, other=float("inf")))
         place += chunks * HEAD_DIM
         largest = tl.maximum(largest, tl.load(place, mask=real, other=-float("inf")))
-    mean = tl.sum(sums, 0) / rows
-    entry = tl.max(tl.maximum(tl.max(largest, 0) - mean, mean - tl.min(smallest, 0)), 0)
-    tl.store(means_ptr + head * HEAD_DIM + dims, mean)
-    tl.store(largest_ptr + head, checked(entry, mean, 0))
+    rotated_mean = tl.sum(sums, 0) / rows
+    entry = tl.max(tl.maximum(tl.max(largest, 0) - rotated_mean, rotated_mean - tl.min(smallest, 0)), 0)
+    tl.store(rotated_means_ptr + head * HEAD_DIM + dims, rotated_mean)
+    tl.store(largest_ptr + head, checked(entry, rotated_mean, 0))
+    # The matrix of the queries undoes that of the keys.
+    matrix = matrix_of(matrix_ptr, head, HEAD_DIM).to(tl.float32)
+    tl.store(means_ptr + head * HEAD_DIM + dims, tl.sum(matrix * rotated_mean[None, :], 1) * (1.0 / HEAD_DIM))
+
+
+@triton.jit
+def matrix_of(matrix_ptr, head, HEAD_DIM: tl.constexpr):
+    """The matrix of one head, `[HEAD_DIM, HEAD_DIM]`."""
+    dims = tl.arange(0, HEAD_DIM)
+    return tl.load(matrix_ptr + (head * HEAD_DIM + dims[:, None]) * HEAD_DIM + dims[None, :])
 
 
 @triton.jit
@@ -173,41 +220,50 @@ def to_integers(x, largest):
     # What the product lacks to the quotient: halves, of which bfloat16 has many, are then exact.
     x = tl.fma(tl.fma(-x, denominator, numerator), reciprocal, x)
     x = tl.minimum(tl.maximum(x, -LARGEST_INTEGER), LARGEST_INTEGER)
-    return ((x + ROUNDER) - ROUNDER).to(tl.int8)
+    return (x + ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
 def keys_kernel(
-    x_ptr, means_ptr, largest_ptr, out_ptr, stride_b, stride_h, stride_n, heads, rows, HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
+    x_ptr, matrix_ptr, rotated_means_ptr, largest_ptr, out_ptr, stride_b, stride_h, stride_n, heads, rows,
+    HEAD_DIM: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Integers of `ROWS` rows of keys of one head."""
+    """Integers of `RUN` rows of keys of one head."""
     head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     x_head = x_ptr + head // heads * stride_b + head % heads * stride_h
-    x = tl.load(x_head + row * stride_n + dims[None, :], mask=row < rows, other=0.0).to(tl.float32)
-    mean = tl.load(means_ptr + head * HEAD_DIM + dims)
-    integers = to_integers(x - mean[None, :], tl.load(largest_ptr + head))
-    tl.store(out_ptr + (head * rows + row) * HEAD_DIM + dims[None, :], integers, mask=row < rows)
+    matrix = matrix_of(matrix_ptr, head, HEAD_DIM)
+    mean = tl.load(rotated_means_ptr + head * HEAD_DIM + dims)
+    largest = tl.load(largest_ptr + head)
+    start = tl.program_id(0) * RUN
+    for first in tl.range(start, tl.minimum(start + RUN, rows), ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        x = tl.load(x_head + row * stride_n + dims[None, :], mask=row < rows, other=0.0)
+        integers = to_integers(tl.dot(x, matrix, input_precision="ieee") - mean[None, :], largest)
+        tl.store(out_ptr + (head * rows + row) * HEAD_DIM + dims[None, :], integers, mask=row < rows)
 
 
 @triton.jit
 def queries_kernel(
-    q_ptr, key_largest_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    q_ptr, matrix_ptr, key_largest_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
+    HEAD_DIM: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Integers of `ROWS` queries of one head, and the factors of their products."""
+    """Integers of `RUN` queries of one head, and the factors of their products."""
     head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
-    token = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    real = token < tokens
     q_head = q_ptr + head // heads * stride_b + head % heads * stride_h
-    q = tl.load(q_head + token[:, None] * stride_n + dims[None, :], mask=real[:, None], other=0.0).to(tl.float32)
-    largest = checked(tl.max(tl.abs(q), 1), q, 1)
-    place = head * tokens + token
-    integers = to_integers(q, largest[:, None])
-    tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
-    factor = largest * (1.0 / LARGEST_INTEGER) * (tl.load(key_largest_ptr + head) * (1.0 / LARGEST_INTEGER) * scale)
-    # Not a maximum, which might drop a NaN.
-    tl.store(factors_ptr + place, tl.where(factor < MIN_FACTOR, MIN_FACTOR, factor), mask=real)
+    matrix = matrix_of(matrix_ptr, head, HEAD_DIM)
+    of_keys = tl.load(key_largest_ptr + head) * (1.0 / LARGEST_INTEGER) * scale
+    start = tl.program_id(0) * RUN
+    for first in tl.range(start, tl.minimum(start + RUN, tokens), ROWS):
+        token = (first + tl.arange(0, ROWS)).to(tl.int64)
+        real = token < tokens
+        q = tl.load(q_head + token[:, None] * stride_n + dims[None, :], mask=real[:, None], other=0.0)
+        q = tl.dot(q, matrix, input_precision="ieee")
+        largest = checked(tl.max(tl.abs(q), 1), q, 1)
+        place = head * tokens + token
+        integers = to_integers(q, largest[:, None])
+        tl.store(out_ptr + place[:, None] * HEAD_DIM + dims[None, :], integers, mask=real[:, None])
+        factor = largest * (1.0 / LARGEST_INTEGER) * of_keys
+        # Not a maximum, which might drop a NaN.
+        tl.store(factors_ptr + place, tl.where(factor < MIN_FACTOR, MIN_FACTOR, factor), mask=real)

@@ -13,7 +13,13 @@ from psa_kernels.heads import group_size, key_head
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
-from psa_kernels.quantise.reference import key_mean_and_largest, largest_of_queries, quantised
+from psa_kernels.quantise.reference import (
+    channel_matrices,
+    channel_scales,
+    key_mean_and_largest,
+    largest_of_queries,
+    quantised,
+)
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.threads import run_tasks
 
@@ -66,14 +72,18 @@ def sparse_attention(
             of_keys = key_head(h, group)
             build_pyramid(k[b, :, of_keys], rows, out=keys)
             build_pyramid(v[b, :, of_keys], rows, out=values)
-            integers = spec.precision == "int8_qk" and _round_keys(keys, rows)
+            of_queries = None
+            if spec.precision == "int8_qk":
+                sharing = q[b, :, of_keys * group : (of_keys + 1) * group]
+                of_queries = _round_keys(keys, rows, sharing, k[b, :, of_keys])
             end = min(start + part_blocks, query_blocks)
             for first in range(start, end, BLOCKS_AT_ONCE):
                 blocks = slice(first, min(first + BLOCKS_AT_ONCE, end))
                 tokens = query_tokens[blocks.start * spec.block_query : blocks.stop * spec.block_query]
                 index, lengths = _rows_of_lists(lists.ids[b, h, blocks], counts[b, h, blocks], rows)
                 queries = q[b, :, h].index_select(0, tokens).to(keys.dtype)
-                if integers:
+                if of_queries is not None:
+                    queries = queries @ of_queries
                     queries = quantised(queries, largest_of_queries(queries))
                 queries *= scale
                 attended = torch.empty_like(queries)
@@ -91,13 +101,24 @@ def sparse_attention(
     return out
 
 
-def _round_keys(keys: torch.Tensor, rows: PyramidRows) -> bool:
-    """Replace the keys of a pyramid by multiples of a step, less their mean; not if one is not finite: then False."""
-    mean, largest = key_mean_and_largest(torch.cat([keys[: rows.first_row[1]], keys[rows.first_row[-1] :]]))
+def _round_keys(
+    keys: torch.Tensor, rows: PyramidRows, queries: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor | None:
+    """Replace the keys of a pyramid by multiples of a step, in other channels and less their mean.
+
+    Args:
+        queries, tokens: `[Nq, heads, D]` and `[Nk, D]`, of all heads that read these keys, and the keys themselves.
+
+    Returns:
+        What queries have to be multiplied by, `[D, D]`; None if a key is not finite, and the keys are left as they are.
+    """
+    of_queries, of_keys = channel_matrices(channel_scales(queries, tokens))
+    rotated = keys @ of_keys
+    mean, largest = key_mean_and_largest(torch.cat([rotated[: rows.first_row[1]], rotated[rows.first_row[-1] :]]))
     if not largest.isfinite():
-        return False
-    keys.copy_(quantised(keys - mean, largest))
-    return True
+        return None
+    keys.copy_(quantised(rotated - mean, largest))
+    return of_queries
 
 
 class _BlockAttention:

@@ -1,0 +1,43 @@
+"""What the layers of a transformer compute, which the preset's rules for steps change from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from psa_diffusers.patch.list_cache import keeps_lists
+from psa_diffusers.patch.sites import Layer
+from psa_diffusers.presets import Preset
+
+
+class StepLayers:
+    """The layers of one transformer, made once for all steps at which the same rules apply.
+
+    Attributes:
+        plain: the layers by name, in order, where no rule for steps applies.
+
+    Args:
+        names: of all its layers, in order.
+
+    Raises:
+        PresetError: the preset names layers that the transformer lacks.
+    """
+
+    def __init__(self, preset: Preset, names: Sequence[str]) -> None:
+        self._preset, self._names = preset, tuple(names)
+        self._made: dict[tuple[int, ...], dict[str, Layer]] = {}
+        self.plain = self._under(())
+
+    def at(self, step: int, num_steps: int) -> Mapping[str, Layer]:
+        """The layers by name, in order, at a step of a run; of a run that is not known there are no steps."""
+        return self._under(self._preset.step_rules_at(step, num_steps)) if num_steps else self.plain
+
+    def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
+        if step_rules not in self._made:
+            preset, count = self._preset, len(self._names)
+            rows = zip(
+                self._names, preset.layer_specs(count, step_rules), preset.layer_orders(count, step_rules), strict=True
+            )
+            self._made[step_rules] = {
+                name: Layer(name, preset, spec, order, keeps_lists(preset)) for name, spec, order in rows
+            }
+        return self._made[step_rules]
