@@ -11,6 +11,11 @@ def block_count(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is no smaller than a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def ranks_below(share: float, blocks: int) -> int:
     """How many of the ranks r = 0 .. blocks - 1 have r / blocks < share in float64."""
     rank = min(blocks, max(0, int(share * blocks) - 1))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class TokenLayout:
     video_keys: int
     permutation: torch.Tensor | None = None
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Text tokens before the video keys, video keys, text tokens after them."""
+        return self.text_before, self.video_keys, self.text_after
+
     @cached_property
     def short_permutation(self) -> torch.Tensor | None:
-        """The permutation in int32, which costs the kernels half the registers; all stages share it."""
-        return None if self.permutation is None else self.permutation.to(torch.int32)
+        """The permutation in int32, which costs the kernels half the registers; all calls with it share it."""
+        return None if self.permutation is None else _in_short(self.permutation)
 
     def video_query_tokens(self, device: torch.device) -> torch.Tensor:
         """Index among all queries of each video query, in block order: int64 `[video_queries]`."""
@@ -54,6 +60,20 @@ class TokenLayout:
     def _text_tokens(self, video: int, device: torch.device) -> torch.Tensor:
         tokens = torch.arange(self.text_before + self.text_after, device=device)
         return torch.where(tokens < self.text_before, tokens, tokens + video)
+
+
+# The last few, while the permutations live; with a count of the writes to each.
+_short: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _in_short(permutation: torch.Tensor) -> torch.Tensor:
+    version, short = _short.get(permutation, (None, None))
+    # Those made in inference mode count no writes.
+    if version is None or permutation.is_inference() or version != permutation._version:
+        short = permutation.to(torch.int32)
+        if not permutation.is_inference():
+            _short[permutation] = permutation._version, short
+    return short
 
 
 def make_layout(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,48 +82,59 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     return ranks_below(max(spec.thresholds[-1], spec.floor), key_blocks)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionStats:
     """What one call attended, per batch item and head, over the video tokens; tensors stay on the device.
 
+    A call counts pairs of blocks and no more: the shares are worked out where they are looked at.
+
     Attributes:
-        density: float32 `[B, H]`: mean over pairs of blocks of 1 / pooling factor, 0 where skipped: the share of the
-            FLOPs of dense attention.
-        coverage: float32 `[B, H]`: share of pairs of blocks that are not skipped.
-        level_shares: float32 `[B, H, levels]`: share of pairs of blocks at each level.
+        counts: integer `[B, H, levels]`: pairs of blocks at each level.
+        pairs: how many pairs of blocks a head has.
+        spec: what was computed.
         implementation: what computed the call: `reference`, `triton`, `hopper`, `hopper-int8` or `dense`.
     """
 
-    density: torch.Tensor
-    coverage: torch.Tensor
-    level_shares: torch.Tensor
+    counts: torch.Tensor
+    pairs: int
+    spec: AttentionSpec
     implementation: str
+
+    @property
+    def level_shares(self) -> torch.Tensor:
+        """Share of pairs of blocks at each level: float32 `[B, H, levels]`."""
+        return self.counts.float() / max(self.pairs, 1)
+
+    @property
+    def coverage(self) -> torch.Tensor:
+        """Share of pairs of blocks that are not skipped: float32 `[B, H]`; 1 without any pair."""
+        if not self.pairs or self.spec.rest == "mean":
+            return torch.ones(self.counts.shape[:2], device=self.counts.device)
+        return self.level_shares.sum(-1)
+
+    @property
+    def density(self) -> torch.Tensor:
+        """Mean over pairs of blocks of 1 / pooling factor, 0 where skipped: float32 `[B, H]`; 1 without any pair.
+
+        It is the share of the FLOPs of dense attention.
+        """
+        if not self.pairs:
+            return self.coverage
+        shares = self.level_shares
+        # Plain numbers, one by one: a tensor of them would have to be copied to the device, and the copy waited for.
+        density = shares[..., 0] / self.spec.levels[0]
+        for index, level in enumerate(self.spec.levels[1:], start=1):
+            density = density + shares[..., index] / level
+        return density + (1 - shares.sum(-1)) / self.spec.block_key if self.spec.rest == "mean" else density
 
     @classmethod
     def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:
-        """Sum up the lists of one call; no pair of video blocks at all counts as density 1."""
-        batch, heads, query_blocks, _ = lists.ids.shape
-        pairs = query_blocks * lists.key_blocks
-        if not pairs:
-            ones = torch.ones(batch, heads, device=lists.ids.device)
-            return cls(ones, ones, torch.zeros(batch, heads, len(spec.levels), device=ones.device), implementation)
-        shares = lists.counts.sum(2).float() / pairs
-        # Plain numbers, one by one: a tensor of them would have to be copied to the device, and the copy waited for.
-        density, coverage = shares[..., 0] / spec.levels[0], shares.sum(-1)
-        for index, level in enumerate(spec.levels[1:], start=1):
-            density = density + shares[..., index] / level
-        if spec.rest == "mean":
-            density = density + (1 - coverage) / spec.block_key
-            coverage = torch.ones_like(coverage)
-        return cls(density, coverage, shares, implementation)
+        """Count the pairs of one call."""
+        return cls(lists.counts.sum(2), lists.ids.shape[2] * lists.key_blocks, spec, implementation)
 
     @classmethod
     def of_all_heads(cls, groups: list[AttentionStats]) -> AttentionStats:
         """The statistics of one call, made of those of its groups of heads."""
         if len(groups) == 1:
             return groups[0]
-        density, coverage, shares = (
-            torch.cat([getattr(group, name) for group in groups], dim=1)
-            for name in ("density", "coverage", "level_shares")
-        )
-        return cls(density, coverage, shares, groups[0].implementation)
+        return replace(groups[0], counts=torch.cat([group.counts for group in groups], dim=1))

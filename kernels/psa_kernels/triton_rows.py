@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+
+from psa_kernels.blocks import next_power_of_2
 
 
 def padded_dim(head_dim: int) -> int:
     """Width of a row in registers: a power of two, and no less than a tensor-core instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
-def needs_wide_offsets(*tensors: torch.Tensor) -> bool:
-    """Whether an offset along the tokens of one head passes 2^31 elements in any of these `[B, N, H, D]` tensors."""
-    return any((x.shape[1] - 1) * x.stride(1) + x.shape[3] > 2**31 for x in tensors)
+def are_wide(*tensors: tuple[Sequence[int], Sequence[int]]) -> bool:
+    """Whether an offset along the tokens of one head passes 2^31 elements in tensors of these shapes and strides.
+
+    Args:
+        tensors: shape and strides of each, `[B, N, H, D]`.
+    """
+    return any((shape[1] - 1) * strides[1] + shape[3] > 2**31 for shape, strides in tensors)
 
 
 @triton.jit

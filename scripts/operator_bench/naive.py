@@ -22,7 +22,7 @@ from psa_kernels.pyramid.triton import TritonPyramid
 from psa_kernels.sparse.tiles import log2_of
 from psa_kernels.sparse.triton import LATE_SUM, attend
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import load_real_rows, needs_wide_offsets, padded_dim, row_offsets
+from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets
 
 
 class Tuning(NamedTuple):
@@ -75,7 +75,7 @@ def sparse_attention(
         "BLOCK_QUERY": spec.block_query,
         "BLOCK_KEY": spec.block_key,
         "FACTORS": spec.levels,
-        "WIDE": needs_wide_offsets(q, k, v, out),
+        "WIDE": are_wide(*((x.shape, x.stride()) for x in (q, k, v, out))),
         "LATE_SUM": capability(q.device)[0] in LATE_SUM,
         "TILE_M": tile,
         "STAGES": tuning.stages,

@@ -123,5 +123,6 @@ def test_wide_offsets_change_nothing(monkeypatch):
     spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16)
     q, k, v = inputs(75, heads=1)
     narrow = select_blocks(q, k, spec, v=v, implementation="triton")
-    monkeypatch.setattr(triton_statistics, "needs_wide_offsets", lambda *_: True)
+    monkeypatch.setattr(triton_statistics, "are_wide", lambda *_: True)
+    monkeypatch.setattr(triton_statistics, "_prepared", triton_statistics._prepared.__wrapped__)
     assert torch.equal(select_blocks(q, k, spec, v=v, implementation="triton").ids, narrow.ids)

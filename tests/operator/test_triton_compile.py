@@ -279,7 +279,7 @@ def test_spread(target, name, values, permuted):
         "PERMUTED": permuted,
         "WIDE": permuted,
         "VALUES": values,
-        **triton_statistics.tree(BUDGETS[name]),
+        **dict(triton_statistics.tree(BUDGETS[name])),
         **dict.fromkeys(outputs),
         **({} if permuted else {"permutation": None, "heads": 1, "blocks": 1, "text_before": 1}),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.costs import row_budget, unit_costs
 from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
 
 
 def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec) -> BlockLists:
@@ -25,18 +28,29 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     """
     levels, batch, heads, query_blocks, key_blocks = prices.shape
     rows, device = (batch, heads, query_blocks), prices.device
-    width = list_width(spec, key_blocks)
+    launch, width = _plan(*importance.shape, importance.stride(2), prices.stride(0), prices.stride(3), device, spec)
     ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=device)
     counts = torch.empty(*rows, levels, dtype=torch.int32, device=device)
-    units = unit_costs(spec)
     # Two prices an integer, also of what pads a row.
     words = prices.as_strided((levels, *rows, prices.stride(3)), prices.stride()).view(torch.int32)
-    budget_kernel[(batch * heads * query_blocks,)](
-        importance, prices, words, ids, counts, importance.stride(2), prices.stride(0), prices.stride(3), key_blocks,
-        width, row_budget(spec, key_blocks), key_blocks * units[0], UNITS=tuple(units), SKIP=spec.rest == "skip",
-        HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks),
-    )  # fmt: skip
+    launch(importance, prices, words, ids, counts)
     return BlockLists(ids, counts, key_blocks)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    batch: int, heads: int, query_blocks: int, key_blocks: int, importance_stride: int, level_stride: int,
+    price_stride: int, device: torch.device, spec: AttentionSpec,
+) -> tuple[Launch, int]:  # fmt: skip
+    """What fills the lists, and how many blocks a row has room for."""
+    units, width = unit_costs(spec), list_width(spec, key_blocks)
+    launch = Launch(
+        budget_kernel, (batch * heads * query_blocks,),
+        (importance_stride, level_stride, price_stride, key_blocks, width, row_budget(spec, key_blocks),
+         key_blocks * units[0]),
+        UNITS=tuple(units), SKIP=spec.rest == "skip", HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks),
+    )  # fmt: skip
+    return launch, width
 
 
 def row_shape(key_blocks: int) -> dict[str, int]:

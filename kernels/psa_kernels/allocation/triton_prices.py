@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from psa_kernels.allocation.triton_statistics import (
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
 
 # Rows of prices lie at multiples of so many entries, 16 bytes.
 ROW_UNIT = 8
@@ -52,16 +55,27 @@ def upgrade_prices(
     outputs, totals = mean_outputs(q, importance, centres)
     batch, heads, query_blocks, key_blocks = importance.shape
     prices = empty_prices(len(spec.levels), batch, heads, query_blocks, key_blocks, q.device)
-    padded = energy.fractions.shape[-1]
-    tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
-    price_kernel[(batch * heads, *tiles)](
+    _pricing(
+        *importance.shape, importance.stride(2), prices.stride(3), energy.fractions.shape[-1], q.device, spec
+    )(
         energy.fractions, energy.tops, spread.fractions, spread.tops, varied, centres.fractions, centres.tops,
-        centres.squares, outputs.fractions, outputs.tops, outputs.squares, totals, importance, prices, query_blocks,
-        key_blocks, importance.stride(2), prices.stride(3), PADDED_DIM=padded, LEVELS=spec.levels,
-        POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key, SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE,
-        EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE, HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), **TILE,
+        centres.squares, outputs.fractions, outputs.tops, outputs.squares, totals, importance, prices,
     )  # fmt: skip
     return prices
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _pricing(
+    batch: int, heads: int, query_blocks: int, key_blocks: int, importance_stride: int, price_stride: int, padded: int,
+    device: torch.device, spec: AttentionSpec,
+) -> Launch:  # fmt: skip
+    tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
+    return Launch(
+        price_kernel, (batch * heads, *tiles), (query_blocks, key_blocks, importance_stride, price_stride),
+        PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
+        SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE, EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE,
+        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), **TILE,
+    )  # fmt: skip
 
 
 def empty_prices(
@@ -82,15 +96,24 @@ def mean_outputs(q: torch.Tensor, importance: torch.Tensor, centres: ScaledRows)
     Args:
         q: `[B, Nq, H, D]`: for its shape alone.
     """
-    batch, heads, query_blocks, key_blocks = importance.shape
+    query_blocks = importance.shape[2]
     outputs = empty_rows(q, (), query_blocks, squares=True)
     totals = torch.empty_like(outputs.tops)
-    output_kernel[(batch * heads, block_count(query_blocks, TILE["TILE_M"]))](
-        importance, centres.fractions, centres.tops, outputs.fractions, outputs.tops, outputs.squares, totals,
-        query_blocks, key_blocks, importance.stride(2), PADDED_DIM=centres.fractions.shape[-1],
-        **TILE,
-    )  # fmt: skip
+    _averaging(*importance.shape, importance.stride(2), centres.fractions.shape[-1], q.device)(
+        importance, centres.fractions, centres.tops, outputs.fractions, outputs.tops, outputs.squares, totals
+    )
     return outputs, totals
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _averaging(
+    batch: int, heads: int, query_blocks: int, key_blocks: int, importance_stride: int, padded: int,
+    device: torch.device,
+) -> Launch:  # fmt: skip
+    return Launch(
+        output_kernel, (batch * heads, block_count(query_blocks, TILE["TILE_M"])),
+        (query_blocks, key_blocks, importance_stride), PADDED_DIM=padded, **TILE,
+    )  # fmt: skip
 
 
 @triton.jit

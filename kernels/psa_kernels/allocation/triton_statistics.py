@@ -7,6 +7,8 @@ of every entry that matters, whatever its magnitude, at half the traffic of floa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -15,14 +17,8 @@ import triton.language as tl
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import (
-    load_real_rows,
-    load_rows,
-    needs_wide_offsets,
-    padded_dim,
-    row_offsets,
-    video_tokens,
-)
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_rows import are_wide, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
 
 # Tokens of a block whose loads are written out one after the other; beyond that there is a loop.
 UNROLLED = tl.constexpr(8)
@@ -51,8 +47,11 @@ def query_energy(q: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scal
     """
     blocks = block_count(layout.video_queries, spec.block_query)
     energy = empty_rows(q, (), blocks)
-    _launch(energy_kernel, q, layout, blocks, layout.video_queries, energy.fractions, energy.tops, scale * scale,
-            BLOCK=spec.block_query)  # fmt: skip
+    launch = _prepared(
+        energy_kernel, q.shape, q.stride(), q.dtype, q.device, layout.text_before, layout.video_queries,
+        layout.permutation is not None, blocks, (scale * scale,), (("BLOCK", spec.block_query),),
+    )  # fmt: skip
+    launch(q, layout.short_permutation, energy.fractions, energy.tops)
     return energy
 
 
@@ -64,8 +63,8 @@ def key_spread(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> Sca
     """
     blocks = block_count(layout.video_keys, spec.block_key)
     spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
-    _launch(spread_kernel, k, layout, blocks, layout.video_keys, spread.fractions, spread.tops, None, None,
-            None, **tree(spec), VALUES=False)  # fmt: skip
+    launch = _of_keys(k, layout, spec, blocks, values=False)
+    launch(k, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
     return spread
 
 
@@ -82,8 +81,8 @@ def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> t
     blocks = block_count(layout.video_keys, spec.block_key)
     centres = empty_rows(v, (), blocks, squares=True)
     spread = torch.empty(len(pooled_factors(spec)), *centres.tops.shape, device=v.device)
-    _launch(spread_kernel, v, layout, blocks, layout.video_keys, None, spread, centres.fractions,
-            centres.tops, centres.squares, **tree(spec), VALUES=True)  # fmt: skip
+    launch = _of_keys(v, layout, spec, blocks, values=True)
+    launch(v, layout.short_permutation, None, spread, centres.fractions, centres.tops, centres.squares)
     return centres, spread
 
 
@@ -93,11 +92,12 @@ def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
     return tuple(factor for factor in factors if factor > 1)
 
 
-def tree(spec: AttentionSpec) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def tree(spec: AttentionSpec) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Nested group sizes up to the whole block, among them those whose loads are written out; which ones are wanted."""
     pooled = pooled_factors(spec)
     factors = tuple(sorted({*pooled, UNROLLED.value, spec.block_key}))
-    return {"FACTORS": factors, "WANTED": tuple(factors.index(factor) for factor in pooled)}
+    return ("FACTORS", factors), ("WANTED", tuple(factors.index(factor) for factor in pooled))
 
 
 def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: bool = False) -> ScaledRows:
@@ -109,19 +109,29 @@ def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: 
     return ScaledRows(fractions, tops, torch.empty_like(tops) if squares else None)
 
 
-def _launch(
-    kernel: triton.JITFunction, x: torch.Tensor, layout: TokenLayout, blocks: int, video: int, *arguments: object,
-    **constants: object,
-) -> None:  # fmt: skip
+def _of_keys(x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool) -> Launch:
+    """What finds variances of keys or values `[B, Nk, H, D]`."""
+    return _prepared(
+        spread_kernel, x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.video_keys,
+        layout.permutation is not None, blocks, (), (*tree(spec), ("VALUES", values)),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _prepared(
+    kernel: triton.JITFunction, shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device,
+    text_before: int, video: int, permuted: bool, blocks: int, numbers: tuple[float, ...],
+    constants: tuple[tuple[str, Any], ...],
+) -> Launch:  # fmt: skip
     """One program for every few blocks of a head; heads run fastest: those of one token are neighbours in memory."""
-    batch, _, heads, head_dim = x.shape
+    batch, _, heads, head_dim = shape
     padded = padded_dim(head_dim)
     rows = blocks_at_once(padded)
-    permutation = layout.short_permutation
-    kernel[(batch * heads, triton.cdiv(blocks, rows))](
-        x, permutation, *x.stride()[:3], heads, video, layout.text_before, blocks, *arguments,
-        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=rows, PERMUTED=permutation is not None,
-        WIDE=needs_wide_offsets(x), num_warps=4, **constants,
+    return Launch(
+        kernel, (batch * heads, block_count(blocks, rows)),
+        (*strides[:3], heads, video, text_before, blocks, *numbers),
+        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=rows, PERMUTED=permuted, WIDE=are_wide((shape, strides)),
+        num_warps=4, **dict(constants),
     )  # fmt: skip
 
 
@@ -132,7 +142,7 @@ def blocks_at_once(padded: int) -> int:
 
 @triton.jit
 def energy_kernel(
-    x_ptr, permutation, stride_b, stride_n, stride_h, heads, video, text_before, blocks, fractions_ptr, tops_ptr,
+    x_ptr, permutation, fractions_ptr, tops_ptr, stride_b, stride_n, stride_h, heads, video, text_before, blocks,
     factor, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,8 +167,8 @@ def energy_kernel(
 
 @triton.jit
 def spread_kernel(
-    x_ptr, permutation, stride_b, stride_n, stride_h, heads, video, text_before, blocks, fractions_ptr, spread_ptr,
-    centres_ptr, centre_tops_ptr, centre_squares_ptr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    x_ptr, permutation, fractions_ptr, spread_ptr, centres_ptr, centre_tops_ptr, centre_squares_ptr, stride_b, stride_n,
+    stride_h, heads, video, text_before, blocks, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, WANTED: tl.constexpr,
     VALUES: tl.constexpr,
 ):  # fmt: skip

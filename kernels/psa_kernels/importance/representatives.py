@@ -7,19 +7,16 @@ columns is as good to a matrix product, and here one is made in which those to b
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
-from psa_kernels.triton_rows import (
-    load_real_rows,
-    needs_wide_offsets,
-    padded_dim,
-    row_offsets,
-    video_tokens,
-)
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets, video_tokens
 
 # Representatives that one program makes.
 CHUNK = 32
@@ -65,22 +62,36 @@ def in_tiles(
     Returns:
         `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of x, zeros past the last.
     """
-    strides = [1] * len(dims)
-    for i in reversed(range(len(dims) - 1)):
-        strides[i] = strides[i + 1] * dims[i + 1]
-    tile = strides[0] * dims[0]
-    batch, tokens, heads, head_dim = x.shape
-    video = tokens - layout.text_before - layout.text_after
-    tiles = block_count(block_count(video, stride), tile)
     permutation = layout.short_permutation
-    out = torch.empty(batch * heads, tiles, tile, padded_dim(head_dim), dtype=x.dtype, device=x.device)
-    tile_kernel[(batch * heads, tiles * tile // CHUNK)](
-        x, out, permutation, *x.stride()[:3], stride, layout.text_before, video, heads,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), COUNT=stride if pooled else 1, TILE=tile,
-        SIZES=tuple(dims[i] for i in reversed(natural)), STRIDES=tuple(strides[i] for i in reversed(natural)),
-        PERMUTED=permutation is not None, WIDE=needs_wide_offsets(x), CHUNK=CHUNK, num_warps=4,
+    shape, launch = _tiling(
+        x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.text_after, permutation is not None, stride,
+        pooled, dims, natural,
     )  # fmt: skip
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    launch(x, out, permutation)
     return out
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _tiling(
+    shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device, text_before: int, text_after: int,
+    permuted: bool, stride: int, pooled: bool, dims: Shape, natural: Shape,
+) -> tuple[Shape, Launch]:  # fmt: skip
+    """Shape of the tiles, and what fills them."""
+    steps = [1] * len(dims)
+    for i in reversed(range(len(dims) - 1)):
+        steps[i] = steps[i + 1] * dims[i + 1]
+    tile = steps[0] * dims[0]
+    batch, tokens, heads, head_dim = shape
+    video = tokens - text_before - text_after
+    tiles = block_count(block_count(video, stride), tile)
+    width = padded_dim(head_dim)
+    return (batch * heads, tiles, tile, width), Launch(
+        tile_kernel, (batch * heads, tiles * tile // CHUNK), (*strides[:3], stride, text_before, video, heads),
+        HEAD_DIM=head_dim, PADDED_DIM=width, COUNT=stride if pooled else 1, TILE=tile,
+        SIZES=tuple(dims[i] for i in reversed(natural)), STRIDES=tuple(steps[i] for i in reversed(natural)),
+        PERMUTED=permuted, WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
 
 
 # Inside a kernel, `min` stands for an operation on tensors.

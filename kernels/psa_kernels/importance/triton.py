@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +22,7 @@ from psa_kernels.importance.representatives import (
 )
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import padded_dim
 
 # Scratch entries of an item that are read at a time.
@@ -39,36 +41,65 @@ def block_importance(
     Returns:
         float32 `[B, H, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
     """
+    plan = _plan(*q.shape, q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale)
+    how, pooled = spec.importance, spec.importance.estimator == "pooled"
+    queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS)
+    keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS)
+    importance = torch.empty(plan.padded, device=q.device)[..., : plan.key_blocks]
+    scratch = torch.empty(plan.scratch, dtype=torch.uint16, device=q.device)
+    tops = torch.empty(plan.tops, device=q.device)
+    plan.launch(queries, keys, scratch, tops, importance)
+    return importance
+
+
+class _Plan(NamedTuple):
+    """What the importance of calls of one shape takes.
+
+    Attributes:
+        rows, columns: what the rows of a tile of queries and of keys unfold to.
+        padded: shape of the importance with rows at multiples of 64 bytes, which the allocation reads faster.
+        key_blocks: how much of a row of it there is.
+        scratch, tops: shapes of what each program keeps for itself.
+    """
+
+    rows: Shape
+    columns: Shape
+    padded: Shape
+    key_blocks: int
+    scratch: Shape
+    tops: Shape
+    launch: Launch
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    batch: int, _: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, video_queries: int,
+    video_keys: int, spec: AttentionSpec, scale: float,
+) -> _Plan:  # fmt: skip
     how = spec.importance
-    batch, _, heads, head_dim = q.shape
     columns = spec.block_key // how.key_stride
-    tile = tile_shape(capability(q.device), head_dim, q.element_size(), columns)
-    programs = tile.pop("programs")
-    query_samples = block_count(layout.video_queries, how.query_stride)
-    key_samples = block_count(layout.video_keys, how.key_stride)
-    key_blocks = block_count(layout.video_keys, spec.block_key)
-    query_blocks = block_count(layout.video_queries, spec.block_query)
-    pooled = how.estimator == "pooled"
-    queries = in_tiles(q, layout, how.query_stride, pooled, row_dims(tile["TILE_M"], tile["num_warps"]), NATURAL_ROWS)
-    keys = in_tiles(k, layout, how.key_stride, pooled, column_dims(tile["TILE_N"], columns), NATURAL_COLUMNS)
-    # Rows lie at multiples of 64 bytes, which the allocation reads faster.
-    padded = torch.empty(batch, heads, query_blocks, block_count(key_blocks, 16) * 16, device=q.device)
-    importance = padded[..., :key_blocks]
-    items = queries.shape[0] * queries.shape[1]
-    programs *= multiprocessors(q.device)
+    tile = tile_shape(capability(device), head_dim, dtype.itemsize, columns)
+    programs = tile.pop("programs") * multiprocessors(device)
+    query_samples, key_samples = block_count(video_queries, how.query_stride), block_count(video_keys, how.key_stride)
+    key_blocks, query_blocks = block_count(video_keys, spec.block_key), block_count(video_queries, spec.block_query)
+    query_tiles = block_count(query_samples, tile["TILE_M"])
+    items = batch * heads * query_tiles
     programs = min(items, programs)
-    entries = block_count(keys.shape[1] * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
-    scratch = torch.empty(programs, entries, dtype=torch.uint16, device=q.device)
-    tops = torch.empty(programs, tile["TILE_M"], device=q.device)
-    importance_kernel[(programs,)](
-        queries, keys, scratch, tops, importance, items, queries.shape[1], query_samples, key_samples, query_blocks,
-        key_blocks, importance.stride(2), entries,
-        # Never 0, by which the -inf of absent keys must not be multiplied.
-        max(abs(scale) * math.log2(math.e), 1e-30),
+    row_stride = block_count(key_blocks, 16) * 16
+    key_tiles = block_count(key_samples, tile["TILE_N"])
+    entries = block_count(key_tiles * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
+    launch = Launch(
+        importance_kernel, (programs,),
+        (items, query_tiles, query_samples, key_samples, query_blocks, key_blocks, row_stride, entries,
+         # Never 0, by which the -inf of absent keys must not be multiplied.
+         max(abs(scale) * math.log2(math.e), 1e-30)),
         PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride, COLUMNS=columns,
         LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=tile["num_warps"], READ=READ, **tile,
     )  # fmt: skip
-    return importance
+    return _Plan(
+        tuple(row_dims(tile["TILE_M"], tile["num_warps"])), tuple(column_dims(tile["TILE_N"], columns)),
+        (batch, heads, query_blocks, row_stride), key_blocks, (programs, entries), (programs, tile["TILE_M"]), launch,
+    )  # fmt: skip
 
 
 def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, columns: int) -> dict[str, Any]:

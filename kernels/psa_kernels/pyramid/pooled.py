@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -31,20 +33,13 @@ class TritonPyramid:
     source_values: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
-    def first_row(self, factor: int, tokens: int) -> int:
-        """The row at which the level of a factor starts, for `tokens` video keys."""
-        return sum(block_count(tokens, finer) for finer in self.factors[: self.factors.index(factor)])
-
     def key_rows(self, layout: TokenLayout, spec: AttentionSpec) -> list[torch.Tensor | None]:
         """Keys of the text before and after the video, None where there is none, and of every level: `[B, H, rows, D]`.
 
         Every level has to be runs of rows in memory: a pyramid that is `gathered` where tokens are permuted.
         """
-        return self._rows(self.source_keys, self.keys, layout, spec)
-
-    def value_rows(self, layout: TokenLayout, spec: AttentionSpec) -> list[torch.Tensor | None]:
-        """The same of the values."""
-        return self._rows(*self.needed_values(), layout, spec)
+        places = row_places(self.source_keys.shape, self.source_keys.stride(), layout.counts, self.factors, spec.levels)
+        return [None if place is None else place.rows(self.source_keys, self.keys) for place in places]
 
     def needed_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`source_values` and `values`, which have to be there."""
@@ -52,18 +47,59 @@ class TritonPyramid:
             raise ValueError("the pyramid has no values yet")
         return self.source_values, self.values
 
-    def _rows(
-        self, tokens: torch.Tensor, means: torch.Tensor, layout: TokenLayout, spec: AttentionSpec
-    ) -> list[torch.Tensor | None]:
-        heads_first = tokens.transpose(1, 2)
-        video_end = layout.text_before + layout.video_keys
-        text = [heads_first[:, :, : layout.text_before], heads_first[:, :, video_end:]]
-        views = [rows if rows.shape[2] else None for rows in text]
-        for factor in spec.levels:
-            if factor in self.factors:
-                start = self.first_row(factor, layout.video_keys)
-                rows = means[:, :, start : start + block_count(layout.video_keys, factor)]
-            else:
-                rows = heads_first[:, :, layout.text_before : video_end]
-            views.append(rows)
-        return views
+
+class Place(NamedTuple):
+    """Where rows `[B, H, rows, D]` are, in elements.
+
+    Attributes:
+        pooled: whether they are in the pyramid, and not among the caller's tokens.
+        offset: of the first one.
+    """
+
+    pooled: bool
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def rows(self, tokens: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        """The rows, a view of one of the two."""
+        source = means if self.pooled else tokens
+        return source.as_strided(self.shape, self.strides, source.storage_offset() + self.offset)
+
+
+@lru_cache(maxsize=64)
+def row_places(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    counts: tuple[int, int, int],
+    factors: tuple[int, ...],
+    levels: tuple[int, ...],
+) -> tuple[Place | None, ...]:
+    """Where the rows of the text before and after the video, None where there is none, and of every level are.
+
+    Args:
+        shape, strides: of the tokens `[B, N, H, D]`.
+        counts: of text tokens before the video, of video tokens, of text tokens after it.
+        factors: of the pyramid, whose means are `[B, H, rows, D]`, one level after the other.
+        levels: pooling factors of the spec.
+    """
+    batch, _, heads, head_dim = shape
+    before, video, after = counts
+
+    def tokens(first: int, count: int) -> Place | None:
+        if not count:
+            return None
+        in_order = (strides[0], strides[2], strides[1], strides[3])
+        return Place(False, first * strides[1], (batch, heads, count, head_dim), in_order)
+
+    rows = [block_count(video, factor) for factor in factors]
+    in_means = (heads * sum(rows) * head_dim, sum(rows) * head_dim, head_dim, 1)
+    found = [tokens(0, before), tokens(before + video, after)]
+    for level in levels:
+        if level not in factors:
+            found.append(tokens(before, video))
+            continue
+        index = factors.index(level)
+        offset = sum(rows[:index]) * head_dim
+        found.append(Place(True, offset, (batch, heads, rows[index], head_dim), in_means))
+    return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,13 +14,8 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.pyramid.similarity import coarsest_level
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import (
-    load_real_rows,
-    needs_wide_offsets,
-    padded_dim,
-    row_offsets,
-    video_tokens,
-)
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets, video_tokens
 
 
 def build_pyramid(
@@ -87,31 +83,43 @@ def pool_tokens(
     Returns:
         `[B, H, sum of groups, D]` in the dtype of x; and int32 `[B, H, key blocks]` or None.
     """
-    batch, tokens, heads, head_dim = x.shape
-    video = tokens - layout.text_before - layout.text_after
-    rows = sum(block_count(video, factor) for factor in factors)
-    means = torch.empty(batch, heads, rows, head_dim, dtype=x.dtype, device=x.device)
     cap = similarity if similarity is not None and similarity.similarity is not None else None
-    coarsest = None
-    if cap is not None:
-        blocks = block_count(video, cap.block_key)
-        coarsest = torch.empty(batch, heads, blocks, dtype=torch.int32, device=x.device)
-    if not factors and coarsest is None:
-        return means, None
+    permutation = layout.short_permutation
+    shapes, launch = _pooling(
+        x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.text_after, permutation is not None, factors,
+        cap,
+    )  # fmt: skip
+    means = torch.empty(shapes[0], dtype=x.dtype, device=x.device)
+    coarsest = None if cap is None else torch.empty(shapes[1], dtype=torch.int32, device=x.device)
+    if launch is not None:
+        launch(x, means, coarsest, permutation)
+    return means, coarsest
 
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _pooling(
+    shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device, text_before: int, text_after: int,
+    permuted: bool, factors: tuple[int, ...], cap: AttentionSpec | None,
+) -> tuple[tuple[Shape, Shape], Launch | None]:  # fmt: skip
+    """Shapes of the means and of the coarsest levels, and what fills them; None where there is nothing to fill."""
+    batch, tokens, heads, head_dim = shape
+    video = tokens - text_before - text_after
+    rows = sum(block_count(video, factor) for factor in factors)
     block_key = 1 if cap is None else cap.block_key
+    shapes = (batch, heads, rows, head_dim), (batch, heads, block_count(video, block_key))
+    if not factors and cap is None:
+        return shapes, None
     # A program holds whole blocks, and enough groups to give 16 bytes of a token to each of its threads.
     largest = factors[-1] if factors else 1
     groups = max(16 if largest <= 16 else 8, block_key // largest)
-    permutation = layout.short_permutation
-    pool_kernel[(triton.cdiv(video, groups * largest), batch * heads)](
-        x, means, coarsest, permutation, *x.stride()[:3], heads, video, layout.text_before, rows,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups,
-        CAP=cap is not None, BLOCK_KEY=block_key, LEVELS=() if cap is None else cap.levels,
-        THRESHOLDS=() if cap is None else cap.similarity, PERMUTED=permutation is not None,
-        WIDE=needs_wide_offsets(x), num_warps=4,
+    return shapes, Launch(
+        pool_kernel, (block_count(video, groups * largest), batch * heads),
+        (*strides[:3], heads, video, text_before, rows),
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups, CAP=cap is not None,
+        BLOCK_KEY=block_key, LEVELS=() if cap is None else cap.levels,
+        THRESHOLDS=() if cap is None or cap.similarity is None else cap.similarity, PERMUTED=permuted,
+        WIDE=are_wide((shape, strides)), num_warps=4,
     )  # fmt: skip
-    return means, coarsest
 
 
 @triton.jit

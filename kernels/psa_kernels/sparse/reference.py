@@ -148,9 +148,15 @@ def text_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layout: TokenLayout, scale: float
 ) -> None:
     """Let the text queries attend every key, densely, and write their rows of `out`; all tensors `[B, N, H, D]`."""
-    tokens = layout.text_query_tokens(q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q.index_select(1, tokens), k, v))
-    out.index_copy_(1, tokens, F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2))
+    before, after = layout.text_before, q.shape[1] - layout.text_after
+    # Slices are views; a gather of the rows would take longer than their attention.
+    text = [q[:, :before]] * bool(before) + [q[:, after:]] * bool(layout.text_after)
+    q, k, v = (x.transpose(1, 2) for x in (text[0] if len(text) == 1 else torch.cat(text, dim=1), k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if before:
+        out[:, :before] = attended[:, :before]
+    if layout.text_after:
+        out[:, after:] = attended[:, before:]
 
 
 def _blocks_per_level(lists: BlockLists, spec: AttentionSpec) -> torch.Tensor:

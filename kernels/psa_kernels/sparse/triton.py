@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_rows import (
-    load_real_rows,
-    load_rows,
-    needs_wide_offsets,
-    padded_dim,
-    row_offsets,
-    video_tokens,
-)
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_rows import are_wide, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
 
 # Tiles whose flags one program looks at, when only some tiles are to be computed.
 FLAGS = 64
@@ -73,25 +69,42 @@ def launch(
     Args:
         only: None, or int32 `[B * H * tiles of 128 queries]`: compute just the tiles where it is not 0.
     """
-    batch, query_tokens, heads, head_dim = q.shape
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
-    # Tokens are read from the originals also where the pyramid has them.
-    means = [x[:, :, layout.video_keys if 1 in pyramid.factors else 0 :] for x in (pyramid.keys, value_means)]
+    keys, values = pyramid.keys, value_means
+    if 1 in pyramid.factors:
+        # Tokens are read from the originals also where the pyramid has them.
+        keys, values = keys[:, :, layout.video_keys :], values[:, :, layout.video_keys :]
     permutation = layout.short_permutation
-    gpu = capability(q.device)
-    tile = tile_shape(gpu, head_dim, q.element_size(), spec.block_query)
-    tiles = triton.cdiv(layout.video_queries, tile["TILE_M"]) * batch * heads
-    programs = tiles if only is None else triton.cdiv(tiles, FLAGS)
-    attention_kernel[(programs,)](
-        q, k, v, *means, out, lse, lists.ids, lists.counts, permutation, only, tiles,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, layout.video_queries, layout.video_keys, lists.ids.shape[3], pyramid.keys.shape[2],
-        layout.text_before, layout.text_before + layout.text_after, query_tokens, abs(scale) * math.log2(math.e),
+    plan = _plan(
+        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape[1],
+        layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
+        lists.ids.shape[3], lists.ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
+    )  # fmt: skip
+    plan(q, k, v, keys, values, out, lse, lists.ids, lists.counts, permutation, only)
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    shape: Shape, dtype: torch.dtype, device: torch.device, strides: tuple[Shape, Shape, Shape, Shape],
+    key_tokens: int, text_before: int, text_after: int, video_queries: int, video_keys: int, permuted: bool,
+    list_width: int, ids: torch.dtype, pyramid_rows: int, spec: AttentionSpec, scale: float, no_lse: bool,
+    all_tiles: bool,
+) -> Launch:  # fmt: skip
+    """The kernel for calls of one shape."""
+    batch, query_tokens, heads, head_dim = shape
+    gpu = capability(device)
+    tile = tile_shape(gpu, head_dim, dtype.itemsize, spec.block_query)
+    tiles = block_count(video_queries, tile["TILE_M"]) * batch * heads
+    of_keys = (batch, key_tokens, heads, head_dim)
+    wide = are_wide(*zip((shape, of_keys, of_keys, shape), strides, strict=True))
+    return Launch(
+        attention_kernel, (tiles if all_tiles else block_count(tiles, FLAGS),),
+        (tiles, *(step for each in strides for step in each[:3]), heads, video_queries, video_keys, list_width,
+         pyramid_rows, text_before, text_before + text_after, query_tokens, abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
-        NEGATIVE_SCALE=scale < 0, PERMUTED=permutation is not None, STORE_LSE=lse is not None,
-        WIDE=needs_wide_offsets(q, k, v, out), ONLY=only is not None, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
-        **tile,
+        NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
+        LATE_SUM=gpu[0] in LATE_SUM, **tile,
     )  # fmt: skip
 
 

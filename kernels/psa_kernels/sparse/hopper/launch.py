@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
-import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.blocks import block_count
@@ -13,12 +15,16 @@ from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
-from psa_kernels.pyramid.pooled import TritonPyramid
+from psa_kernels.pyramid.pooled import Place, TritonPyramid, row_places
 from psa_kernels.quantise.integers import Integers
 from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper.kernel import attention_kernel
 from psa_kernels.sparse.hopper.tiles import TILE_M, panel_columns, tile_layout
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Rows, Shape
+
+# Integers that the programs share before the one of each item: two, and as many more as keep that at 16 bytes.
+COUNTERS = 4
 
 
 def sparse_attention(
@@ -40,51 +46,121 @@ def sparse_attention(
             keys in 8-bit integers. A tile whose sums run over, or which has numbers that are not finite, is computed in
             bfloat16.
     """
-    batch, query_tokens, heads, head_dim = q.shape
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     permutation = layout.short_permutation
-    items = triton.cdiv(layout.video_queries, TILE_M.value) * batch * heads
-    # In half precision, weights relative to any but the largest logit could overflow.
-    online = q.dtype == torch.float16
-    counters = torch.zeros(2 + items, dtype=torch.int32, device=q.device)
-    redo = counters[2:]
-    queries, factors = q, None
-    keys = pyramid.key_rows(layout, spec)
-    if integers is not None:
-        queries, factors, keys = integers.queries, integers.factors, integers.keys
-    values = pyramid.value_rows(layout, spec)
-    unit = 16 // queries.element_size()
-    # Where there is no permutation or log-sum-exp, any pointer will do.
-    arguments = (
-        queries, factors, *_descriptors(keys, spec), *_descriptors(values, spec), out,
-        counters if lse is None else lse, lists.ids, lists.counts, counters if permutation is None else permutation,
-        counters, redo, *(stride // unit for stride in queries.stride()[:3]), *out.stride()[:3], heads, items,
-        layout.video_queries, layout.video_keys, lists.ids.shape[3], layout.text_before, layout.text_after,
-        query_tokens, scale * math.log2(math.e),
+    k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
+    queries, factors = (q, None) if integers is None else (integers.queries, integers.factors)
+    plan = _plan(
+        q.shape, queries.stride(), (q.dtype, queries.dtype, lists.ids.dtype), q.device,
+        (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
+        layout.video_queries, layout.video_keys, permutation is not None, lists.ids.shape[3], spec, scale,
+        lse is not None, keeps_in_step(layout, spec, k),
     )  # fmt: skip
-    options = {
-        "HEAD_DIM": head_dim,
-        "BLOCK_QUERY": spec.block_query,
-        "BLOCK_KEY": spec.block_key,
-        "FACTORS": spec.levels,
-        "TEXT": layout.text_before + layout.text_after > 0,
-        "PERMUTED": permutation is not None,
-        "STORE_LSE": lse is not None,
-        "ONLINE": online,
-        "IN_STEP": keeps_in_step(layout, spec, pyramid.source_keys),
-        "num_warps": 4,
-        **pipeline(head_dim),
-    }
-    programs = min(items, multiprocessors(q.device))
-    attention_kernel[(programs,)](*arguments, **options)
+    counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
+    redo = counters[COUNTERS:]
+    keys = plan.boxes(k, pyramid.keys) if integers is None else plan.boxes_of(integers.keys)
+    values = plan.boxes(v, value_means)
+    # Where there is no permutation or log-sum-exp, any pointer will do.
+    plan.launch(
+        queries, factors, *keys, *values, out, counters if lse is None else lse, lists.ids, lists.counts,
+        counters if permutation is None else permutation, counters, redo,
+    )  # fmt: skip
     if integers is not None and lse is not None:
         # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
         video = slice(layout.text_before, layout.text_before + layout.video_queries)
         lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), integers.key_means) * scale
-    if not online:
+    if not plan.online:
         portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo)
     return out
+
+
+class _Plan(NamedTuple):
+    """What calls of one shape take.
+
+    Attributes:
+        items: tiles of queries, of all heads.
+        online: whether weights are relative to the largest logit so far; in half precision they could overflow,
+            relative to any other.
+        heights: rows of a box of text before and after the video, and of each level.
+        places: for keys and values of these strides, where the rows of each are.
+    """
+
+    launch: Launch
+    items: int
+    online: bool
+    heights: tuple[int, ...]
+    places: dict[Shape, tuple[Place | None, ...]]
+
+    def boxes(self, tokens: torch.Tensor, means: torch.Tensor) -> list[Boxes | None]:
+        """Where the boxes of text and of every level come from; each ends where its rows end: zeros follow."""
+        found: list[Boxes | None] = []
+        for place, height in zip(self.places[tokens.stride()], self.heights, strict=True):
+            if place is None:
+                found.append(None)
+                continue
+            source = means if place.pooled else tokens
+            found.append(Boxes(source, place.offset, place.shape, place.strides, height))
+        return found + [None] * (2 + MAX_HOPPER_LEVELS - len(found))
+
+    def boxes_of(self, views: Sequence[torch.Tensor | None]) -> list[Boxes | None]:
+        """The same of tensors `[B, H, rows, D]`."""
+        found = [
+            None if rows is None else Boxes(rows, 0, rows.shape, rows.stride(), height)
+            for rows, height in zip(views, self.heights, strict=True)
+        ]
+        return found + [None] * (2 + MAX_HOPPER_LEVELS - len(found))
+
+
+class Boxes(Rows):
+    """Rows `[B, H, rows, D]` that are fetched some at a time.
+
+    Args:
+        source: the tensor that they are in.
+        offset: of the first one, in elements.
+        height: rows of a box.
+    """
+
+    __slots__ = ("_height", "_offset", "_source")
+
+    def __init__(self, source: torch.Tensor, offset: int, shape: Shape, strides: Shape, height: int) -> None:
+        super().__init__(source.data_ptr() + offset * source.element_size(), shape, strides)
+        self._source, self._offset, self._height = source, offset, height
+
+    def descriptor(self) -> TensorDescriptor:
+        """As `Rows.descriptor`."""
+        source, bits = self._source, 8 * self._source.element_size()
+        rows = source.as_strided(self.shape, self.strides, source.storage_offset() + self._offset)
+        width = self.shape[3]
+        return TensorDescriptor.from_tensor(
+            rows, [1, 1, self._height, panel_columns(width, bits)], tile_layout(width, bits, 4)
+        )
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    shape: Shape, query_strides: Shape, dtypes: tuple[torch.dtype, ...], device: torch.device,
+    others: tuple[Shape, Shape, Shape, Shape], factors: tuple[int, ...], text_before: int, text_after: int,
+    video_queries: int, video_keys: int, permuted: bool, list_width: int, spec: AttentionSpec, scale: float,
+    store_lse: bool, in_step: bool,
+) -> _Plan:  # fmt: skip
+    batch, query_tokens, heads, head_dim = shape
+    items = block_count(video_queries, TILE_M.value) * batch * heads
+    dtype, query_dtype, _ = dtypes
+    online, unit = dtype == torch.float16, 16 // query_dtype.itemsize
+    launch = Launch(
+        attention_kernel, (min(items, multiprocessors(device)),),
+        (*(stride // unit for stride in query_strides[:3]), *others[3][:3], heads, items, video_queries, video_keys,
+         list_width, text_before, text_after, query_tokens, scale * math.log2(math.e)),
+        HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key, FACTORS=spec.levels,
+        TEXT=text_before + text_after > 0, PERMUTED=permuted, STORE_LSE=store_lse, ONLINE=online, IN_STEP=in_step,
+        num_warps=4, **pipeline(head_dim),
+    )  # fmt: skip
+    heights = (spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels))
+    of_keys, key_strides, value_strides, _ = others
+    counts = (text_before, video_keys, text_after)
+    places = {each: row_places(of_keys, each, counts, factors, spec.levels) for each in (key_strides, value_strides)}
+    return _Plan(launch, items, online, heights, places)
 
 
 def pipeline(head_dim: int) -> dict[str, int | bool]:
@@ -100,17 +176,3 @@ def keeps_in_step(layout: TokenLayout, spec: AttentionSpec, keys: torch.Tensor) 
     rows = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
     head_bytes = 2 * rows * keys.shape[3] * keys.element_size()
     return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache_bytes(keys.device) // 2
-
-
-def _descriptors(views: list[torch.Tensor | None], spec: AttentionSpec) -> list[TensorDescriptor | None]:
-    """Where the boxes of text and of every level come from; each ends where its rows end, so that zeros follow."""
-    heights = [spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels)]
-    boxes = [None if rows is None else _boxes(rows, height) for rows, height in zip(views, heights, strict=True)]
-    return boxes + [None] * (MAX_HOPPER_LEVELS - len(spec.levels))
-
-
-def _boxes(rows: torch.Tensor, height: int) -> TensorDescriptor:
-    bits = 8 * rows.element_size()
-    return TensorDescriptor.from_tensor(
-        rows, [1, 1, height, panel_columns(rows.shape[3], bits)], tile_layout(rows.shape[3], bits, 4)
-    )
