@@ -44,7 +44,7 @@ def main() -> None:
         for row in measure(grid, heads, head_dim, options):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    write(document(WHAT, rows, device="cuda", calls=CALLS, repeats=options.repeats), options.output)
+            write(document(WHAT, rows, device="cuda", calls=CALLS, repeats=options.repeats), options.output)
 
 
 def measure(

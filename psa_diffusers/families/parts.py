@@ -55,7 +55,8 @@ def rotate_tokens(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | N
     """Rotate `[B, N, H, D]` by a model's tables `[N, D]`, cosines and sines, that hold each angle twice."""
     if tables is None:
         return x
-    cos, sin = (table[:, None, ::2] for table in tables)
+    # EasyAnimate makes them on the CPU.
+    cos, sin = (table[:, None, ::2].to(x.device) for table in tables)
     return rotate_pairs(x, cos, sin)
 
 

@@ -7,12 +7,14 @@ import warnings
 
 import diffusers.models.attention_processor
 import pytest
+import torch
 from diffusers.models.transformers import transformer_ltx, transformer_skyreels_v2, transformer_wan
 
 from psa_diffusers import PSAProcessor
 from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.cogvideox import CogVideoX
 from psa_diffusers.families.ltx import LTXVideo
+from psa_diffusers.families.parts import rotate_tokens
 from psa_diffusers.families.skyreels_v2 import SkyReelsV2
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.modules import attention_modules, find_transformers
@@ -82,3 +84,9 @@ def test_a_family_names_its_own():
     for family in FAMILIES:
         assert family.processors and all("AttnProcessor" in name for name in family.processors), family
         assert family.name in family.why_not_imitated(object())
+
+
+def test_tables_may_be_elsewhere():
+    """As EasyAnimate's are, which it makes on the CPU."""
+    tables = (torch.ones(4, 8), torch.zeros(4, 8))
+    assert rotate_tokens(torch.empty(1, 4, 2, 8, device="meta"), tables).device.type == "meta"

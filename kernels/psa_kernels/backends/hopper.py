@@ -14,9 +14,9 @@ from psa_kernels.lists import BlockLists
 
 # Gluon changes from one release of Triton to the next.
 GLUON_VERSIONS = ("3.6.",)
-# Floating point operations of dense attention below which the kernel, whose launch takes the host half a millisecond
-# longer, spares the GPU less than that.
-MIN_HOPPER_WORK = 1e12
+# Floating point operations of dense attention below which the kernel, whose launch takes the host a tenth of a
+# millisecond longer, spares the GPU less than that (docs/benchmarks/host.json).
+MIN_HOPPER_WORK = 4e11
 
 
 class Hopper(Triton):
