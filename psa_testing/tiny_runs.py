@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.runs import generate
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 
 STEPS, FRAMES, SIZE, LAYERS = 4, 5, 64, 2
 

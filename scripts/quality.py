@@ -27,7 +27,8 @@ from quality_lab.plot import plot
 from quality_lab.settings import Setting
 from quality_lab.store import Store, read
 
-from psa_diffusers.checkpoints.load import Model, load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
 
 Row = dict[str, Any]

@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def ask(saved, tmp_path):
     """Makes a request for a small run into tmp_path / "out"."""
-    from psa_diffusers.runs.plan import Request
+    from psa_diffusers.runs.request import Request
     from psa_testing.tiny_runs import FRAMES, SIZE, STEPS
 
     def make(*prompts, **changes):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import psa_diffusers
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.presets import PresetError, load_preset
 from psa_diffusers.runs.folder import RunFolder

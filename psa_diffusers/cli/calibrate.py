@@ -80,7 +80,8 @@ def _calibrate(
     from psa_diffusers.calibrate.prompts import split_prompts
     from psa_diffusers.calibrate.targets import one_target
     from psa_diffusers.errors import InputError
-    from psa_diffusers.runs.plan import Request, make_plan
+    from psa_diffusers.runs.plan import make_plan
+    from psa_diffusers.runs.request import Request
 
     if not 1 <= measured_steps <= 100:
         raise InputError(f"--measured-steps {measured_steps}: must be from 1 to 100")

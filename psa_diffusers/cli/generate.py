@@ -119,7 +119,8 @@ def _generate(
     version: Version = False,
 ) -> None:
     prepare_libraries()
-    from psa_diffusers.runs.plan import Request, make_plan
+    from psa_diffusers.runs.plan import make_plan
+    from psa_diffusers.runs.request import Request
 
     plan = make_plan(
         Request(

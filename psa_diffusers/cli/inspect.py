@@ -69,7 +69,8 @@ def _inspect(
 ) -> None:
     prepare_libraries()
     from psa_diffusers.errors import InputError
-    from psa_diffusers.runs.plan import Request, make_plan
+    from psa_diffusers.runs.plan import make_plan
+    from psa_diffusers.runs.request import Request
 
     if Path(output).suffix.lower() != ".png":
         raise InputError(f"--output {output}: must end in .png")

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
-from psa_diffusers.checkpoints.load import Model, resolve_model
 from psa_diffusers.checkpoints.lora import Lora, resolve_loras
+from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
+from psa_diffusers.runs.request import Request, given, in_range, one_of
 from psa_diffusers.runs.vbench import check_names
+from psa_diffusers.runs.video_options import fit_image, frame_count, frame_rate, load_image, step_count, video_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,40 +22,6 @@ if TYPE_CHECKING:
 DENSE = "dense"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command's options as given; None means the model's own default.
-
-    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone.
-    """
-
-    prompts: tuple[str, ...]
-    model: str = "demo"
-    preset: str = "psa-3"
-    preset_2: str | None = None
-    compare: bool = False
-    output: str | None = None
-    seed: int = 0
-    samples: int = 1
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    fps: int | None = None
-    negative_prompt: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    offload: str = "none"
-    image: str | None = None
-    overwrite: bool = False
-    strict: bool = False
-    vbench: bool = False
-    literal: bool = False
-    lora: tuple[str, ...] = ()
-    lora_2: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,11 +106,11 @@ def make_plan(request: Request) -> Plan:
         InputError: the first thing that is wrong, in one line.
     """
     prompts = request.prompts if request.literal else read_prompts(request.prompts)
-    _one_of("--dtype", request.dtype, DTYPES)
-    _one_of("--offload", request.offload, OFFLOADS)
+    one_of("--dtype", request.dtype, DTYPES)
+    one_of("--offload", request.offload, OFFLOADS)
     if request.compare and request.preset == DENSE:
         raise InputError("--compare needs a sparse --preset; dense is what it is compared with")
-    samples = _in_range("--samples", request.samples, 1, 1000)
+    samples = in_range("--samples", request.samples, 1, 1000)
     if request.vbench:
         check_names(prompts, samples)
     preset = _load_preset("--preset", request.preset)
@@ -158,8 +125,8 @@ def make_plan(request: Request) -> Plan:
             raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
         _fits_model("--preset-2", preset_2, model)
     _check_guided(request, model)
-    image, digest = _load_image(request.image, model)
-    height, width = _size(request, model, image)
+    image, digest = load_image(request.image, model)
+    height, width = video_size(request, model, image)
     loras = resolve_loras(request.lora, request.lora_2, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
     settings = Settings(
@@ -170,16 +137,16 @@ def make_plan(request: Request) -> Plan:
         preset_rules=None if preset is None else preset.model_dump(mode="json"),
         preset_2_rules=None if preset_2 is None else preset_2.model_dump(mode="json"),
         compare=request.compare,
-        seed=_in_range("--seed", request.seed, 0, 2**63 - 1),
+        seed=in_range("--seed", request.seed, 0, 2**63 - 1),
         samples=samples,
-        steps=_steps(request.steps, model),
-        guidance=_in_range("--guidance", _given(request.guidance, card.guidance), 0.0, 100.0),
+        steps=step_count(request.steps, model),
+        guidance=in_range("--guidance", given(request.guidance, card.guidance), 0.0, 100.0),
         guidance_2=card.guidance_2 if request.guidance is None and model.experts == 2 else None,
         flow_shift=card.flow_shift,
         height=height,
         width=width,
-        frames=_frames(_given(request.frames, card.frames), model),
-        fps=_fps(request.fps, model),
+        frames=frame_count(given(request.frames, card.frames), model),
+        fps=frame_rate(request.fps, model),
         negative_prompt=card.negative_prompt if negative is None else only_words("--negative-prompt", negative),
         dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
@@ -191,7 +158,7 @@ def make_plan(request: Request) -> Plan:
         arguments=dict(card.arguments),
     )
     if image is not None and model.kind.begins_with_image and model.image_size is None:
-        image = _fit_image(image, height, width)
+        image = fit_image(image, height, width)
     output = Path(request.output) if request.output else default_output(settings, prompts)
     repeated = tuple(prompt for prompt in prompts for _ in range(samples))
     return Plan(settings, model, preset, repeated, output, request.overwrite, image, request.vbench, preset_2, loras)
@@ -255,102 +222,3 @@ def _pick_dtype(dtype: str, device: str, trained: str) -> str:
     if dtype == "auto":
         return "float32" if device == "cpu" else trained
     return dtype
-
-
-def _load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, str | None]":
-    if path is None:
-        if model.kind.image == "first":
-            raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
-        return None, None
-    if not model.takes_image:
-        able = ", ".join(card.name for card in MODELS.values() if PIPELINE_KINDS[card.pipeline].takes_image)
-        raise InputError(f"--image: {model.name} makes a video from words alone; models that take an image: {able}")
-    from PIL import Image, ImageOps
-
-    try:
-        content = Path(path).read_bytes()
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB"), hashlib.sha256(content).hexdigest()[:32]
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image {path}: cannot be read as an image ({type(error).__name__})") from error
-
-
-def _size(request: Request, model: Model, image: "Image.Image | None") -> tuple[int, int]:
-    step, card = model.size_step, model.card
-    if model.fixed_size is not None:
-        asked = (_given(request.height, card.height), _given(request.width, card.width))
-        if asked != model.fixed_size:
-            fixed = " x ".join(map(str, model.fixed_size))
-            raise InputError(f"--height {asked[0]} --width {asked[1]}: {model.name} makes videos of {fixed} only")
-        return asked
-    if model.image_size is not None and image is not None:
-        made = model.image_size(image.height, image.width)
-        asked = (_given(request.height, made[0]), _given(request.width, made[1]))
-        if asked != made:
-            raise InputError(
-                f"--height {asked[0]} --width {asked[1]}: {model.name} makes {made[0]} x {made[1]} of this image, "
-                "and no other size"
-            )
-        return made
-    if image is not None and model.kind.begins_with_image and request.height is None and request.width is None:
-        area, ratio = card.height * card.width, image.height / image.width
-        height = max(step, round((area * ratio) ** 0.5) // step * step)
-        width = max(step, round((area / ratio) ** 0.5) // step * step)
-        return height, width
-    height, width = _given(request.height, card.height), _given(request.width, card.width)
-    for option, value in (("--height", height), ("--width", width)):
-        if value < step or value % step:
-            below = max(step, value // step * step)
-            near = f"{below} or {below + step}" if value > step else f"{step}"
-            raise InputError(f"{option} {value}: {model.name} needs a multiple of {step}, such as {near}")
-    return height, width
-
-
-def _fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
-    """Scale to cover the video's size and crop what hangs over, so that nothing is squeezed."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def _frames(frames: int, model: Model) -> int:
-    step, rest, only = model.frame_step, model.kind.frame_rest, model.kind.only_frames
-    if only is not None and frames != only:
-        raise InputError(f"--frames {frames}: {model.name} makes {only} frames, and no other number")
-    fewest, most = model.kind.frame_range or (frames, frames)
-    if not fewest <= frames <= most:
-        raise InputError(f"--frames {frames}: {model.name} makes videos of {fewest} to {most} frames")
-    if frames < 1 or (frames - rest) % step:
-        below = max(rest or step, (frames - rest) // step * step + rest)
-        form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
-        raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
-    return frames
-
-
-def _fps(asked: int | None, model: Model) -> int:
-    only = model.kind.fps
-    if only is not None and asked not in (None, only):
-        raise InputError(f"--fps {asked}: {model.name} makes videos of {only} frames a second only")
-    return _in_range("--fps", _given(asked, only or model.card.fps), 1, 240)
-
-
-def _steps(steps: int | None, model: Model) -> int:
-    card = model.card
-    if card.fixed_steps and steps not in (None, card.steps):
-        raise InputError(f"--steps {steps}: {model.name} is distilled for {card.steps} steps of given noise levels")
-    return _in_range("--steps", _given(steps, card.steps), 1 + model.kind.idle_steps, 1000)
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
-
-
-def _in_range(option: str, value: Any, low: Any, high: Any) -> Any:
-    if not low <= value <= high:  # also false for NaN
-        raise InputError(f"{option} {value}: must be from {low} to {high}")
-    return value
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} {value}: must be one of {', '.join(allowed)}")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError

@@ -9,8 +9,9 @@ from diffusers import WanPipeline
 
 from psa_diffusers.checkpoints import hub
 from psa_diffusers.checkpoints import lora as lora_files
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.checkpoints.lora import resolve_loras
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.families import find_family
 from psa_testing.families import SAVED

@@ -11,11 +11,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT, DISTILLED_SIGMA_VALUES
 
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.families.ltx2 import CARDS
 from psa_diffusers.runs.pipeline_call import generate_video
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 from psa_testing.families.ltx2 import tiny_ltx2
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from psa_diffusers.checkpoints import load as pipelines
+from psa_diffusers.checkpoints import configurations, resolve
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
-from psa_diffusers.checkpoints.load import resolve_model
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.families import FAMILIES, MODULES
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 from psa_testing.families import PUBLISHED
 from psa_testing.tiny_pipelines import tiny_image
 
@@ -34,8 +35,8 @@ def hub(monkeypatch, tmp_path):
         path.write_text(json.dumps(files[file]))
         return path
 
-    monkeypatch.setattr(pipelines, "_from_hub", fetch)
-    monkeypatch.setattr(pipelines, "is_installed", lambda package: True)
+    monkeypatch.setattr(configurations, "_from_hub", fetch)
+    monkeypatch.setattr(resolve, "is_installed", lambda package: True)
     return files
 
 
@@ -97,7 +98,7 @@ def test_a_model_that_needs_more_than_the_command_can_give(hub):
 
 
 def test_a_pipeline_that_needs_other_packages(hub, monkeypatch):
-    monkeypatch.setattr(pipelines, "is_installed", lambda package: package != "cosmos_guardrail")
+    monkeypatch.setattr(resolve, "is_installed", lambda package: package != "cosmos_guardrail")
     message = (
         "^--model cosmos-7b: CosmosTextToWorldPipeline needs the package cosmos_guardrail, which is not installed$"
     )
@@ -106,7 +107,7 @@ def test_a_pipeline_that_needs_other_packages(hub, monkeypatch):
 
 
 def test_packages_are_looked_for_without_being_imported():
-    assert pipelines.is_installed("tabnanny") and not pipelines.is_installed("no_such_package")
+    assert resolve.is_installed("tabnanny") and not resolve.is_installed("no_such_package")
 
 
 def test_a_pipeline_in_a_branch_of_its_repository(hub, tmp_path):

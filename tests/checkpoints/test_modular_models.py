@@ -13,10 +13,10 @@ from diffusers import WanModularPipeline
 from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from safetensors.torch import load_file, save_file
 
-from psa_diffusers.checkpoints import load as loading
-from psa_diffusers.checkpoints import modular
+from psa_diffusers.checkpoints import configurations, modular
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
-from psa_diffusers.checkpoints.load import load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_testing.lora_files import save_lora
 from psa_testing.modular_wan import COMPONENTS, KIND, save_modular_wan
@@ -161,7 +161,7 @@ def test_a_repository_that_has_only_a_modular_index(model, monkeypatch):
             raise InputError(f"--model {repository}: it has no {file}, so it is not a saved pipeline")
         return model / file
 
-    monkeypatch.setattr(loading, "_from_hub", fetch)
+    monkeypatch.setattr(configurations, "_from_hub", fetch)
     assert resolve_model("someone/wan").card.pipeline == "WanModularPipeline"
     (model / INDEX).write_text(json.dumps({"_class_name": "Other"}))
     with pytest.raises(InputError, match="it is a Other; supported are"):

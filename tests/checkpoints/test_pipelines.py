@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline, resolve_model
+from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline
+from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.families.card import IMAGE_TO_VIDEO, Part
 

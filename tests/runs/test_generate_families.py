@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from psa_diffusers.checkpoints import load
+from psa_diffusers.checkpoints import resolve
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.runs.generate import run
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 from psa_testing.families import SAVED
 from psa_testing.tiny_pipelines import tiny_image
 
@@ -21,7 +22,7 @@ def test_a_saved_pipeline_runs(name, tmp_path, monkeypatch):
     saved, pipe = SAVED[name], SAVED[name].build()
     pipe.save_pretrained(tmp_path / "model")
     # What other packages do, stand-ins do here.
-    monkeypatch.setattr(load, "is_installed", lambda package: True)
+    monkeypatch.setattr(resolve, "is_installed", lambda package: True)
     for method, stand_in in saved.stand_ins.items():
         monkeypatch.setattr(type(pipe), method, stand_in)
     (tmp_path / "small.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\nthresholds: [0.3, 0.5, 0.7]\n")

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from psa_diffusers.checkpoints import load
+from psa_diffusers.checkpoints import resolve
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.sound import read_sound
 from psa_diffusers.report.video import read_video
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 from psa_testing.saved_h3 import save_h3, without_text_encoder
 from psa_testing.tiny_pipelines import tiny_image
 from psa_testing.tiny_runs import carry_out, edit_pipeline
@@ -21,7 +22,7 @@ RATE = 8000
 @pytest.fixture
 def h3(tmp_path, monkeypatch):
     """Makes a request for a dense run."""
-    monkeypatch.setattr(load, "is_installed", lambda package: True)
+    monkeypatch.setattr(resolve, "is_installed", lambda package: True)
     with without_text_encoder():
         save_h3(tmp_path / "h3")
 
@@ -98,6 +99,6 @@ def test_what_its_blocks_would_refuse_is_refused_before_weights_load(h3, changes
 
 
 def test_what_its_text_encoder_needs_is_asked_for_before_weights_load(h3, monkeypatch):
-    monkeypatch.setattr(load, "is_installed", lambda package: package != "torchvision")
+    monkeypatch.setattr(resolve, "is_installed", lambda package: package != "torchvision")
     with pytest.raises(InputError, match="MiniMaxH3ModularPipeline needs the package torchvision, which is not inst"):
         make_plan(h3())

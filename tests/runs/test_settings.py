@@ -7,7 +7,8 @@ import pytest
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs import plan as plan_module
 from psa_diffusers.runs.pipeline_arguments import call_arguments
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
+from psa_diffusers.runs.request import Request
 from psa_testing.tiny_pipelines import tiny_image
 
 

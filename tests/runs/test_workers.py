@@ -20,9 +20,10 @@ from psa_diffusers.errors import InputError
 from psa_diffusers.runs import generate
 from psa_diffusers.runs import processes as workers
 from psa_diffusers.runs.folder import RunFolder
-from psa_diffusers.runs.plan import Request, make_plan
+from psa_diffusers.runs.plan import make_plan
 from psa_diffusers.runs.processes import run_shared
 from psa_diffusers.runs.rank import Place
+from psa_diffusers.runs.request import Request
 from psa_testing.tiny_pipelines import tiny_wan
 
 ROOT = Path(__file__).parents[2]
