@@ -11,14 +11,16 @@ import torch
 
 
 def brute_force(q, k, v, spec, text_before=0, text_after=0, permutation=None, scale=None):
-    """Return the output `[B, Nq, H, D]` in float64 and the density `[B, H]`."""
+    """Return the output `[B, Nq, Hq, D]` in float64 and the density `[B, Hq]`; k and v have Hkv heads."""
     q, k, v = (x.double() for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.full((q.shape[0], q.shape[1], q.shape[2], q.shape[3]), math.nan, dtype=torch.float64)
     density = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float64)
+    # As many neighbouring heads of the queries read the same head of the keys.
+    sharing = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            one = (q[b, :, h], k[b, :, h], v[b, :, h])
+            one = (q[b, :, h], k[b, :, h // sharing], v[b, :, h // sharing])
             out[b, :, h], density[b, h] = _one_head(*one, spec, text_before, text_after, permutation, scale)
     return out, density
 

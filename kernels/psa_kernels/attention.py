@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
 from psa_kernels.head_groups import head_groups
+from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.lists import AttentionStats, BlockLists
 from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
@@ -41,8 +41,9 @@ def psa_attention(
     those of one head): where those of all heads would take more, the stages run for one group of heads after the other.
 
     Args:
-        q, k, v: `[B, N, H, D]`, floating point, one dtype and device; the last stride is 1, the others are free. The
-            number of queries may differ from the number of keys.
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, floating point, one dtype and device; the last stride is
+            1, the others are free. Nq and Nk may differ. Hq is Hkv or a multiple of it (grouped-query attention): head
+            h of the queries reads head `h // (Hq / Hkv)` of the keys and values, which are never repeated in memory.
         spec: what to compute.
         text_before, text_after: how many of the first and last tokens, of the queries and of the keys, are text. Text
             keys are attended exactly by all queries, text queries attend all keys exactly.
@@ -61,8 +62,8 @@ def psa_attention(
             spares a caller who keeps them a second pass over the keys.
 
     Returns:
-        The attention output `[B, Nq, H, D]`, contiguous; or a tuple of it, with `return_stats` an `AttentionStats`, and
-        with `return_lists` the `BlockLists`.
+        The attention output `[B, Nq, Hq, D]`, contiguous; or a tuple of it, with `return_stats` an `AttentionStats`,
+        and with `return_lists` the `BlockLists`; both have an entry for every head of the queries.
 
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
@@ -81,7 +82,8 @@ def psa_attention(
         groups = [slice(None)]
         if backend.has_pyramid:
             head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
-            groups = head_groups(q.shape[2], head_bytes, out.nbytes)
+            group = group_size(q, k)
+            groups = [query_heads(part, group) for part in head_groups(k.shape[2], head_bytes, out.nbytes)]
         used, stats = [], []
         for heads in groups:
             if len(groups) == 1:
@@ -147,5 +149,4 @@ def select_blocks(
 
 def _all_dense(call: Call) -> torch.Tensor:
     """Without video queries or video keys there is nothing to leave out."""
-    q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    return F.scaled_dot_product_attention(q, k, v, scale=call.scale).transpose(1, 2).contiguous()
+    return dense_attention(call.q, call.k, call.v, call.scale).contiguous()

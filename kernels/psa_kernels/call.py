@@ -18,7 +18,7 @@ class Call:
     """What a backend is asked to compute; `make_call` makes it, so that it is known to be sound.
 
     Attributes:
-        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, in the order of the model.
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, in the order of the model; Hq is a multiple of Hkv.
         layout: where text and video stand among the tokens.
         spec: what to compute.
         scale: factor on the dot products.
@@ -42,10 +42,10 @@ class Call:
     @property
     def dense_work(self) -> int:
         """Floating point operations of dense attention over the same tensors."""
-        return 4 * self.q.shape[1] * self.k.shape[1:].numel() * self.q.shape[0]
+        return 4 * self.q.shape.numel() * self.k.shape[1]
 
     def of_heads(self, heads: slice) -> Call:
-        """The same call for some neighbouring heads of the queries."""
+        """The same call for some neighbouring heads of the queries, all those that share a head of the keys."""
         of_keys = key_heads(heads, group_size(self.q, self.k))
         q, k, v = self.q[:, :, heads], self.k[:, :, of_keys], self.v[:, :, of_keys]
         return Call(q, k, v, self.layout, self.spec, self.scale)
@@ -100,12 +100,13 @@ def make_call(
     (batch, query_tokens, heads, head_dim), (_, key_tokens, kv_heads, _) = q.shape, k.shape
     if k.shape != v.shape or (batch, head_dim) != (k.shape[0], k.shape[3]):
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected [B, Nq, H, D] and "
-            "twice [B, Nk, H, D]"
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
+            "[B, Nq, Hq, D] and twice [B, Nk, Hkv, D]"
         )
-    if heads != kv_heads:
+    if heads % kv_heads:
         raise ValueError(
-            f"q of {heads} heads and k of {kv_heads} do not fit: expected as many heads of keys as of queries"
+            f"q of {heads} heads and k of {kv_heads} do not fit: expected as many heads of queries as of keys, or a "
+            "multiple"
         )
     layout = make_layout(query_tokens, key_tokens, text_before, text_after, permutation)
     return Call(q, k, v, layout, spec, head_dim**-0.5 if scale is None else scale)

@@ -14,9 +14,9 @@ def head_groups(heads: int, head_bytes: int, output_bytes: int) -> list[slice]:
     """Cut the heads into as few groups as the memory of their pyramids allows; sizes differ by one at most.
 
     Args:
-        heads: number of heads.
+        heads: number of heads of the keys.
         head_bytes: memory of the pyramids of keys and values of one head, of all batch items.
-        output_bytes: memory of the output of all heads.
+        output_bytes: memory of the output of all heads of the queries.
 
     Returns:
         The groups, larger ones first: smaller ones then fit into the memory that they leave.

@@ -25,6 +25,15 @@ def are_wide(*tensors: tuple[Sequence[int], Sequence[int]]) -> bool:
 
 
 @triton.jit
+def key_head(query_head, GROUP: tl.constexpr):
+    """The head of the keys that a head of the queries reads, where `GROUP` share one: of one batch item, or of all."""
+    if GROUP == 1:
+        return query_head
+    else:
+        return query_head // GROUP
+
+
+@triton.jit
 def row_offsets(rows, stride, WIDE: tl.constexpr):
     """Element offsets of rows, in 64 bits where 32 do not suffice."""
     if WIDE:

@@ -29,6 +29,7 @@ CASES = [
     (64, 64, (1, 2, 4), "bf16", {"TEXT": True}),
     (128, 128, (1, 2, 4, 8), "fp16", {"PERMUTED": True, "STORE_LSE": True}),
     (128, 64, (1, 2, 4), "fp16", {}),
+    (128, 64, (1, 2, 4), "bf16", {"GROUP": 7}),
     (128, 32, (2, 4), "bf16", {"BLOCK_QUERY": 256, "STORE_LSE": True}),
 ]
 INT8_CASES = [
@@ -49,6 +50,7 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants, int8=False):
         "STORE_LSE": False,
         "ONLINE": dtype == "fp16",
         "IN_STEP": False,
+        "GROUP": 1,
         **pipeline(head_dim),
         **constants,
     }

@@ -36,12 +36,16 @@ def rounded(x, step):
     return [step * max(-127, min(127, round(entry / step))) for entry in x]
 
 
-def new_channels(q, k):
-    """What rows of q and of k, `[N][D]`, become in other channels: a function for each, of the same products."""
+def new_channels(heads, k):
+    """What rows of q and of k, `[N][D]`, become in other channels: a function for each, of the same products.
+
+    `heads` are those of the queries, `[heads][N][D]`, that read these keys.
+    """
     dims = range(len(k[0]))
 
     def scale(d):
-        some_q, some_k = ([rows[i * len(rows) // 256][d] for i in range(256)] for rows in (q, k))
+        some_k, *others = ([rows[i * len(rows) // 256][d] for i in range(256)] for rows in (k, *heads))
+        some_q = [entry for rows in others for entry in rows]
         return 2 ** math.floor(math.log2((max(some_k) - min(some_k)) / max(map(abs, some_q))) / 2)
 
     def sign(i, j):
@@ -55,9 +59,12 @@ def new_channels(q, k):
     )
 
 
-def by_hand(q, k, v, spec, lists, before, after, permutation, scale):
-    """One head, in plain numbers: q, k, v `[N][D]` to the output of each video query."""
-    of_query, of_key = new_channels(q, k)
+def by_hand(q, k, v, spec, lists, before, after, permutation, scale, heads=None):
+    """One head, in plain numbers: q, k, v `[N][D]` to the output of each video query.
+
+    `heads` are all those of the queries that read these keys, if there are others.
+    """
+    of_query, of_key = new_channels(heads or [q], k)
     q, k = [of_query(row) for row in q], [of_key(row) for row in k]
     video = range(before, len(k) - after)
     order = [video[p] for p in permutation] if permutation is not None else list(video)
@@ -106,6 +113,22 @@ def test_the_reference_is_the_maths_written_down(levels, permuted):
         one = (x[0, :, h].tolist() for x in (q, k, v))
         order = None if permutation is None else permutation.tolist()
         expected = by_hand(*one, spec, lists.levels()[0, h].tolist(), 2, 3, order, q.shape[-1] ** -0.5)
+        for token, row in expected.items():
+            torch.testing.assert_close(out[0, token, h], out.new_tensor(row), rtol=1e-9, atol=1e-9)
+
+
+def test_heads_that_share_keys_share_their_channels():
+    """Each channel's scale is that of the largest entry in any of these heads."""
+    q, k, v = inputs(53, heads=4)
+    q = q * 2.0 ** torch.randint(-4, 5, q.shape[2:])
+    k, v = k[:, :, :2], v[:, :, :2]
+    spec = replace(INT8, thresholds=(0.2, 0.5, 0.8))
+    lists = select_blocks(q, k, spec)
+    out = psa_attention(q, k, v, spec, lists=lists)
+    for h in range(4):
+        sharing = q[0, :, h // 2 * 2 : h // 2 * 2 + 2].transpose(0, 1).tolist()
+        one = q[0, :, h].tolist(), k[0, :, h // 2].tolist(), v[0, :, h // 2].tolist()
+        expected = by_hand(*one, spec, lists.levels()[0, h].tolist(), 0, 0, None, 0.25, heads=sharing)
         for token, row in expected.items():
             torch.testing.assert_close(out[0, token, h], out.new_tensor(row), rtol=1e-9, atol=1e-9)
 

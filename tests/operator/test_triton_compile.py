@@ -88,10 +88,13 @@ def cuobjdump(compiled, option):
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize(
+    ("head_dim", "permuted", "group"),
+    [*((head_dim, permuted, 1) for head_dim in (64, 96, 128) for permuted in (False, True)), (128, False, 7)],
+    ids=str,
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_attention(target, head_dim, permuted):
+def test_attention(target, head_dim, permuted, group):
     tile = sparse.tile_shape(divmod(target, 10), head_dim, 2, 128)
     warps = tile.pop("num_warps")
     constants = {
@@ -110,16 +113,20 @@ def test_attention(target, head_dim, permuted):
         "FLAGS": 64,
         "only_ptr": None,
         "LATE_SUM": target // 10 in sparse.LATE_SUM,
+        "GROUP": group,
         **tile,
         **({} if permuted else {"permutation": None}),
     }
     compile_and_check(sparse.attention_kernel, target, constants, {"num_warps": warps})
 
 
-@pytest.mark.parametrize("statistic", ["max", "mean"])
-@pytest.mark.parametrize("columns", [4, 8, 16, 32])
+@pytest.mark.parametrize(
+    ("columns", "statistic", "group"),
+    [*((columns, statistic, 1) for columns in (4, 8, 16, 32) for statistic in ("max", "mean")), (8, "max", 7)],
+    ids=str,
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_importance(target, columns, statistic):
+def test_importance(target, columns, statistic, group):
     tile = importance.tile_shape(divmod(target, 10), 128, 2, columns)
     options = {name: tile.pop(name) for name in ("num_warps", "maxnreg")}
     programs = tile.pop("programs")
@@ -131,6 +138,7 @@ def test_importance(target, columns, statistic):
         "NEGATIVE_SCALE": False,
         "WARPS": options["num_warps"],
         "READ": importance.READ,
+        "GROUP": group,
         **tile,
     }
     compile_and_check(importance.importance_kernel, target, constants, options, programs=programs)
@@ -170,6 +178,7 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
         "WIDE": True,
         "ONLY": True,
         "LATE_SUM": True,
+        "GROUP": 1,
         "FLAGS": 64,
         "TILE_M": 64,
         "TILE_N": 32,
@@ -196,9 +205,12 @@ def test_pyramid(target):
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
-@pytest.mark.parametrize("ones", [False, True], ids=["", "scalars that equal 1"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_quantise(head_dim, ones):
+@pytest.mark.parametrize(
+    ("head_dim", "ones", "group"),
+    [(64, False, 1), (64, True, 1), (128, False, 1), (128, True, 1), (128, False, 7)],
+    ids=str,
+)
+def test_quantise(head_dim, ones, group):
     """Only the kernel for Hopper reads integers."""
     floats = ("partial_ptr", "means_ptr", "rotated_means_ptr", "largest_ptr", "key_largest_ptr", "factors_ptr")
     types = {**dict.fromkeys(floats, "*fp32"), "out_ptr": "*i8"}
@@ -211,6 +223,8 @@ def test_quantise(head_dim, ones):
         (quantise.queries_kernel, runs, 4, 3, True),
     ):
         constants = {"HEAD_DIM": head_dim, **constants}
+        if "GROUP" in kernel.arg_names:
+            constants["GROUP"] = group
         if ones:
             names = ("heads", "rows", "tokens", "query_tokens", "key_tokens", "chunks", "first_chunk")
             constants |= {name: 1 for name in names if name in kernel.arg_names}
@@ -301,17 +315,21 @@ def test_energy(target):
     compile_and_check(triton_statistics.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
-@pytest.mark.parametrize("padded", [128, 256])
+@pytest.mark.parametrize(("padded", "group"), [(128, 1), (256, 1), (128, 7)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_outputs(target, padded):
+def test_outputs(target, padded, group):
     tile = dict(triton_prices.TILE)
     options = {"num_warps": tile.pop("num_warps")}
-    compile_and_check(triton_prices.output_kernel, target, {"PADDED_DIM": padded, **tile}, options)
+    compile_and_check(triton_prices.output_kernel, target, {"PADDED_DIM": padded, "GROUP": group, **tile}, options)
 
 
-@pytest.mark.parametrize(("name", "padded"), [("psa-3", 64), ("psa-3", 128), ("five levels, mean", 256)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "padded", "group"),
+    [("psa-3", 64, 1), ("psa-3", 128, 1), ("five levels, mean", 256, 1), ("psa-3", 128, 7)],
+    ids=str,
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_prices(target, name, padded):
+def test_prices(target, name, padded, group):
     spec = BUDGETS[name]
     tile = dict(triton_prices.TILE)
     options = {"num_warps": tile.pop("num_warps")}
@@ -326,6 +344,7 @@ def test_prices(target, name, padded):
         "STEPS": prices.STEPS_PER_OCTAVE,
         "HIGHEST": prices.HIGHEST_PRICE,
         "DEPTH": min(64, padded),
+        "GROUP": group,
         **tile,
     }
     compile_and_check(triton_prices.price_kernel, target, constants, options)

@@ -49,20 +49,19 @@ def upgrade_prices(
     """At which price of cost each level of each pair of blocks pays.
 
     Args:
-        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, all tokens, in the order of the model.
-        importance: `[B, H, query blocks, key blocks]`; shares of its sums over a row stand for m.
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
+        importance: `[B, Hq, query blocks, key blocks]`; shares of its sums over a row stand for m.
         scale: factor on the dot products.
 
     Returns:
-        int16 `[levels, B, H, query blocks, key blocks]`, from 0 to `HIGHEST_PRICE`: entry l is the logarithm of the
+        int16 `[levels, B, Hq, query blocks, key blocks]`, from 0 to `HIGHEST_PRICE`: entry l is the logarithm of the
         highest price at which level l or a finer one is the best choice. It does not decrease from level to level, so
         that at a price of x a pair gets the level whose number is the count of its entries below x.
     """
     prices = torch.empty(len(spec.levels), *importance.shape, dtype=torch.int16, device=q.device)
     query_tokens, key_tokens = layout.video_query_tokens(q.device), layout.video_key_tokens(k.device)
     group = group_size(q, k)
-    # Heads at a time: one on a CPU, where threads share them; on a GPU so many that its launches are worth while.
-    heads = max(1, TOKENS_AT_ONCE // len(key_tokens)) if q.is_cuda else 1
+    heads = heads_at_once(q.is_cuda, group, len(key_tokens))
 
     def worker(tasks: Iterator[tuple[int, int]]) -> None:
         for b, first in tasks:
@@ -72,29 +71,45 @@ def upgrade_prices(
                 x[b, :, read].index_select(0, tokens).transpose(0, 1).to(compute_dtype(x))
                 for x, read, tokens in ((q, part, query_tokens), (k, of_keys, key_tokens), (v, of_keys, key_tokens))
             )
+            # Heads of the queries beside those of the keys that they read: `[Hkv, heads that share one, ...]`.
+            shared = len(keys), -1
+            queries, mass = queries.unflatten(0, shared), importance[b, part].unflatten(0, shared)
             # The scale goes to the queries, so that what comes of them are variances of logits.
-            errors = _errors(queries * scale, keys, values, importance[b, part], spec)
-            prices[:, b, part] = _prices(errors, spec)
+            errors = _errors(queries * scale, keys[:, None], values[:, None], mass, spec)
+            prices[:, b, part] = _prices(errors, spec).flatten(1, 2)
 
     run_tasks(product(range(q.shape[0]), range(0, q.shape[2], heads)), worker, q.device)
     return prices
 
 
+def heads_at_once(on_gpu: bool, group: int, key_tokens: int) -> int:
+    """Heads of the queries that are priced at a time, where so many share one of the keys.
+
+    One on a CPU, where threads share them; on a GPU so many that its launches are worth while, in whole groups.
+    """
+    return group * max(1, TOKENS_AT_ONCE // (group * key_tokens)) if on_gpu else 1
+
+
 def _errors(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec
 ) -> torch.Tensor:
-    """Squared error of each level, and last of what `rest` does: `[levels + 1, H, query blocks, key blocks]`."""
+    """Squared error of each level, and last of what `rest` does: `[levels + 1, ..., query blocks, key blocks]`.
+
+    Args:
+        queries, keys, values: `[..., N, D]` each, whose leading dimensions are broadcast.
+        importance: `[..., query blocks, key blocks]`.
+    """
     mass = importance.to(keys.dtype)
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     centres = group_means(values, spec.block_key)
     outputs = mass @ centres
-    distance = outputs.square().sum(-1)[..., None] + centres.square().sum(-1)[:, None] - 2 * outputs @ centres.mT
+    distance = outputs.square().sum(-1)[..., None] + centres.square().sum(-1)[..., None, :] - 2 * outputs @ centres.mT
     distance = distance.clamp_min(0)
     energy = group_means(queries.square(), spec.block_query)
     errors = []
     for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
         noise = energy @ _spread(keys, factor, spec.block_key).mT
-        spread = _spread(values, factor, spec.block_key).sum(-1)[:, None]
+        spread = _spread(values, factor, spec.block_key).sum(-1)[..., None, :]
         errors.append(COVARIANCE * factor / spec.block_key * noise * spread + noise.square() * distance / 4)
     if spec.rest == "skip":
         errors.append(distance)

@@ -12,8 +12,8 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     """Give every pair of blocks a level.
 
     Args:
-        importance: non-negative `[B, H, query blocks, key blocks]`.
-        coarsest: None, or int64 `[B, H, key blocks]`: index of the coarsest level a key block may have.
+        importance: non-negative `[B, Hq, query blocks, key blocks]`.
+        coarsest: None, or int64 `[B, Hkv, key blocks]`: index of the coarsest level a key block may have.
 
     Returns:
         The lists; no row of them is empty.
@@ -24,7 +24,8 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     level = torch.empty_like(ranked).scatter_(-1, ordered.indices, ranked)
     if coarsest is not None:
         attended = level < len(spec.levels)
-        level = torch.where(attended, torch.minimum(level, coarsest[:, :, None]), level)
+        caps = coarsest.repeat_interleave(level.shape[1] // coarsest.shape[1], dim=1)
+        level = torch.where(attended, torch.minimum(level, caps[:, :, None]), level)
     return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]))
 
 

@@ -19,15 +19,16 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     """Give every pair of blocks a level.
 
     Args:
-        importance: non-negative float32 `[B, H, query blocks, key blocks]` whose rows lie at equal distances; fastest
+        importance: non-negative float32 `[B, Hq, query blocks, key blocks]` whose rows lie at equal distances; fastest
             where these are multiples of 16.
-        coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level a key block may have.
+        coarsest: None, or int32 `[B, Hkv, key blocks]`: index of the coarsest level a key block may have.
 
     Returns:
         The same lists as the reference.
     """
     key_blocks, device = importance.shape[3], importance.device
-    ids_shape, counts_shape, launch = _plan(*importance.shape, importance.stride(2), device, coarsest is not None, spec)
+    cap_heads = None if coarsest is None else coarsest.shape[1]
+    ids_shape, counts_shape, launch = _plan(*importance.shape, importance.stride(2), device, cap_heads, spec)
     ids = torch.empty(ids_shape, dtype=id_dtype(key_blocks), device=device)
     counts = torch.empty(counts_shape, dtype=torch.int32, device=device)
     launch(importance, coarsest, ids, counts)
@@ -36,17 +37,18 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
-    batch: int, heads: int, query_blocks: int, key_blocks: int, row_stride: int, device: torch.device, capped: bool,
-    spec: AttentionSpec,
+    batch: int, heads: int, query_blocks: int, key_blocks: int, row_stride: int, device: torch.device,
+    cap_heads: int | None, spec: AttentionSpec,
 ) -> tuple[Shape, Shape, Launch]:  # fmt: skip
     """Shapes of the ids and of the counts, and what fills them."""
     rows, width = (batch, heads, query_blocks), list_width(spec, key_blocks)
+    rows_of_cap = query_blocks * heads // (cap_heads or heads)
     return (*rows, width), (*rows, len(spec.levels)), Launch(
-        allocation_kernel, (batch * heads * query_blocks,), (row_stride, query_blocks, key_blocks, width),
+        allocation_kernel, (batch * heads * query_blocks,), (row_stride, rows_of_cap, key_blocks, width),
         # Shares of the count depend on no data, so the ranks at which levels end are known here, exactly.
         ENDS=tuple(ranks_below(threshold, key_blocks) for threshold in spec.thresholds),
         FLOOR=ranks_below(spec.floor, key_blocks), THRESHOLDS=spec.thresholds, MASS=spec.rule == "mass",
-        CAP=capped, **row_shape(key_blocks, spec.rule == "mass"),
+        CAP=cap_heads is not None, **row_shape(key_blocks, spec.rule == "mass"),
     )  # fmt: skip
 
 
@@ -66,11 +68,15 @@ def row_shape(key_blocks: int, mass: bool) -> dict[str, int | tuple[int, ...]]:
 
 @triton.jit
 def allocation_kernel(
-    importance_ptr, coarsest_ptr, ids_ptr, counts_ptr, row_stride, query_blocks, key_blocks, list_width,
+    importance_ptr, coarsest_ptr, ids_ptr, counts_ptr, row_stride, rows_of_cap, key_blocks, list_width,
     ENDS: tl.constexpr, FLOOR: tl.constexpr, THRESHOLDS: tl.constexpr, MASS: tl.constexpr, CAP: tl.constexpr,
     WIDTHS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The boundaries of one row's levels, then its list."""
+    """The boundaries of one row's levels, then its list.
+
+    Args:
+        rows_of_cap: how many neighbouring rows have the same coarsest levels, those of one head of the keys.
+    """
     row = tl.program_id(0).to(tl.int64)
     importance = importance_ptr + row * row_stride
     keys = (load_keys(importance, tl.arange(0, WIDTHS[0]), row_stride, key_blocks),)
@@ -97,7 +103,7 @@ def allocation_kernel(
 
     caps = ()
     if CAP:
-        caps += (coarsest_ptr + row // query_blocks * key_blocks,)
+        caps += (coarsest_ptr + row // rows_of_cap * key_blocks,)
     write_list(
         ids_ptr, counts_ptr, row, key_blocks, list_width, kind_of,
         (importance, caps, row_stride, boundaries, lasts), len(ENDS), CHUNK,

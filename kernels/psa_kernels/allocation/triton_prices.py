@@ -19,9 +19,11 @@ from psa_kernels.allocation.triton_statistics import (
     value_spread,
 )
 from psa_kernels.blocks import block_count
+from psa_kernels.heads import group_size
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
+from psa_kernels.triton_rows import key_head
 
 # Rows of prices lie at multiples of so many entries, 16 bytes.
 ROW_UNIT = 8
@@ -42,8 +44,8 @@ def upgrade_prices(
     """At which price of cost each level of each pair of blocks pays.
 
     Args:
-        q, k, v: `[B, Nq, H, D]` and twice `[B, Nk, H, D]`, all tokens, in the order of the model.
-        importance: float32 `[B, H, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
+        importance: float32 `[B, Hq, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
         scale: factor on the dot products.
 
     Returns:
@@ -56,7 +58,8 @@ def upgrade_prices(
     batch, heads, query_blocks, key_blocks = importance.shape
     prices = empty_prices(len(spec.levels), batch, heads, query_blocks, key_blocks, q.device)
     _pricing(
-        *importance.shape, importance.stride(2), prices.stride(3), energy.fractions.shape[-1], q.device, spec
+        *importance.shape, group_size(q, k), importance.stride(2), prices.stride(3), energy.fractions.shape[-1],
+        q.device, spec,
     )(
         energy.fractions, energy.tops, spread.fractions, spread.tops, varied, centres.fractions, centres.tops,
         centres.squares, outputs.fractions, outputs.tops, outputs.squares, totals, importance, prices,
@@ -66,15 +69,15 @@ def upgrade_prices(
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _pricing(
-    batch: int, heads: int, query_blocks: int, key_blocks: int, importance_stride: int, price_stride: int, padded: int,
-    device: torch.device, spec: AttentionSpec,
+    batch: int, heads: int, query_blocks: int, key_blocks: int, group: int, importance_stride: int, price_stride: int,
+    padded: int, device: torch.device, spec: AttentionSpec,
 ) -> Launch:  # fmt: skip
     tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
     return Launch(
         price_kernel, (batch * heads, *tiles), (query_blocks, key_blocks, importance_stride, price_stride),
         PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
         SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE, EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE,
-        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), **TILE,
+        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
     )  # fmt: skip
 
 
@@ -91,15 +94,17 @@ def empty_prices(
 
 
 def mean_outputs(q: torch.Tensor, importance: torch.Tensor, centres: ScaledRows) -> tuple[ScaledRows, torch.Tensor]:
-    """Means of the blocks' mean values, weighted by importance: `[B, H, query blocks, D]`; the sums of these weights.
+    """Means of the blocks' mean values, weighted by importance: `[B, Hq, query blocks, D]`; the sums of these weights.
 
     Args:
-        q: `[B, Nq, H, D]`: for its shape alone.
+        q: `[B, Nq, Hq, D]`: for its shape alone.
+        centres: `[B, Hkv, key blocks, D]`.
     """
     query_blocks = importance.shape[2]
     outputs = empty_rows(q, (), query_blocks, squares=True)
     totals = torch.empty_like(outputs.tops)
-    _averaging(*importance.shape, importance.stride(2), centres.fractions.shape[-1], q.device)(
+    _, key_heads, _, padded = centres.fractions.shape
+    _averaging(*importance.shape, q.shape[2] // key_heads, importance.stride(2), padded, q.device)(
         importance, centres.fractions, centres.tops, outputs.fractions, outputs.tops, outputs.squares, totals
     )
     return outputs, totals
@@ -107,12 +112,12 @@ def mean_outputs(q: torch.Tensor, importance: torch.Tensor, centres: ScaledRows)
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _averaging(
-    batch: int, heads: int, query_blocks: int, key_blocks: int, importance_stride: int, padded: int,
+    batch: int, heads: int, query_blocks: int, key_blocks: int, group: int, importance_stride: int, padded: int,
     device: torch.device,
 ) -> Launch:  # fmt: skip
     return Launch(
         output_kernel, (batch * heads, block_count(query_blocks, TILE["TILE_M"])),
-        (query_blocks, key_blocks, importance_stride), PADDED_DIM=padded, **TILE,
+        (query_blocks, key_blocks, importance_stride), PADDED_DIM=padded, GROUP=group, **TILE,
     )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def _averaging(
 def output_kernel(
     importance_ptr, centres_ptr, centre_tops_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr,
     query_blocks, key_blocks, importance_stride, PADDED_DIM: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
+    TILE_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Weighted means of one head's centres, for `TILE_M` query blocks."""
     head_index = tl.program_id(0).to(tl.int64)
@@ -137,7 +142,7 @@ def output_kernel(
             mask=real_row[:, None] & real[None, :], other=0.0,
         )  # fmt: skip
         total += tl.sum(weight, 1)
-        keys = head_index * key_blocks
+        keys = key_head(head_index, GROUP) * key_blocks
         centres = load_fractions(centres_ptr, keys, block, real, 0, PADDED_DIM, PADDED_DIM)
         tops = tl.load(centre_tops_ptr + keys + block, mask=real, other=0.0)
         # In float16: of even importance each weight is about 1, of all importance on one block `key_blocks`.
@@ -159,15 +164,15 @@ def price_kernel(
     query_blocks, key_blocks, importance_stride, price_stride, PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr,
     POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr, SKIP: tl.constexpr, COVARIANCE: tl.constexpr,
     EXPONENT: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    DEPTH: tl.constexpr,
+    DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Prices of `TILE_M` query blocks and `TILE_N` key blocks of one head."""
     head_index = tl.program_id(0).to(tl.int64)
     # Offsets inside a head fit 32 bits.
-    all_keys = tl.num_programs(0).to(tl.int64) * key_blocks
+    all_keys = key_head(tl.num_programs(0), GROUP).to(tl.int64) * key_blocks
     all_queries = tl.num_programs(0).to(tl.int64) * query_blocks
     queries = head_index * query_blocks
-    keys = head_index * key_blocks
+    keys = key_head(head_index, GROUP) * key_blocks
     row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
     real_row = row < query_blocks
     block = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)

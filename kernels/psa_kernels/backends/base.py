@@ -38,7 +38,7 @@ class Backend(ABC):
         """The reason why it cannot serve a call, in one line, or None. Asked at every call, so it has to be cheap."""
 
     def pyramid_rows(self, call: Call) -> int:
-        """Rows that the pyramid of one head has, its keys and its values each."""
+        """Rows that the pyramid of one head of the keys has, its keys and its values each."""
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but not of how many rows")
 
     def pool_keys(self, call: Call, selects: bool) -> Any:

@@ -10,6 +10,7 @@ from psa_kernels.backends.hopper import Hopper
 from psa_kernels.blocks import block_count
 from psa_kernels.call import Call
 from psa_kernels.devices import is_hopper
+from psa_kernels.heads import group_size
 from psa_kernels.lists import BlockLists
 
 
@@ -33,8 +34,9 @@ class HopperInt8(Hopper):
     def pyramid_rows(self, call: Call) -> int:
         from psa_kernels.quantise.triton import quantised_rows
 
+        rows = quantised_rows(call.layout, call.spec, group_size(call.q, call.k))
         # Counted as rows of keys and of values in 16 bits, 4 bytes an entry.
-        return super().pyramid_rows(call) + block_count(quantised_rows(call.layout, call.spec), 4)
+        return super().pyramid_rows(call) + block_count(rows, 4)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values

@@ -27,11 +27,11 @@ def block_importance(
     blocks i and j. Nothing is random.
 
     Args:
-        q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, all queries and keys, in the order of the model.
+        q, k: `[B, Nq, Hq, D]` and `[B, Nk, Hkv, D]`, all queries and keys, in the order of the model.
         scale: factor on the dot products.
 
     Returns:
-        float32 (float64 for float64 inputs) `[B, H, query blocks, key blocks]`, non-negative.
+        float32 (float64 for float64 inputs) `[B, Hq, query blocks, key blocks]`, non-negative.
     """
     how = spec.importance
     query_tokens, key_tokens = layout.video_query_tokens(q.device), layout.video_key_tokens(k.device)

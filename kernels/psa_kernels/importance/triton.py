@@ -12,6 +12,7 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability, multiprocessors
+from psa_kernels.heads import group_size
 from psa_kernels.importance.representatives import (
     NATURAL_COLUMNS,
     NATURAL_ROWS,
@@ -23,7 +24,7 @@ from psa_kernels.importance.representatives import (
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import padded_dim
+from psa_kernels.triton_rows import key_head, padded_dim
 
 # Scratch entries of an item that are read at a time.
 READ = 16384
@@ -35,13 +36,13 @@ def block_importance(
     """Importance S of every pair of video blocks.
 
     Args:
-        q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, all queries and keys, in the order of the model.
+        q, k: `[B, Nq, Hq, D]` and `[B, Nk, Hkv, D]`, all queries and keys, in the order of the model.
         scale: factor on the dot products.
 
     Returns:
-        float32 `[B, H, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
+        float32 `[B, Hq, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
     """
-    plan = _plan(*q.shape, q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale)
+    plan = _plan(*q.shape, group_size(q, k), q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale)
     how, pooled = spec.importance, spec.importance.estimator == "pooled"
     queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS)
     keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS)
@@ -73,8 +74,8 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
-    batch: int, _: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, video_queries: int,
-    video_keys: int, spec: AttentionSpec, scale: float,
+    batch: int, _: int, heads: int, head_dim: int, group: int, dtype: torch.dtype, device: torch.device,
+    video_queries: int, video_keys: int, spec: AttentionSpec, scale: float,
 ) -> _Plan:  # fmt: skip
     how = spec.importance
     columns = spec.block_key // how.key_stride
@@ -94,7 +95,8 @@ def _plan(
          # Never 0, by which the -inf of absent keys must not be multiplied.
          max(abs(scale) * math.log2(math.e), 1e-30)),
         PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride, COLUMNS=columns,
-        LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=tile["num_warps"], READ=READ, **tile,
+        LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=tile["num_warps"], READ=READ, GROUP=group,
+        **tile,
     )  # fmt: skip
     return _Plan(
         tuple(row_dims(tile["TILE_M"], tile["num_warps"])), tuple(column_dims(tile["TILE_N"], columns)),
@@ -123,7 +125,7 @@ def importance_kernel(
     query_ptr, key_ptr, scratch_ptr, tops_ptr, importance_ptr, items, query_tiles, query_samples, key_samples,
     query_blocks, key_blocks, row_stride, scratch_width, scale, PADDED_DIM: tl.constexpr, SAMPLES: tl.constexpr,
     COLUMNS: tl.constexpr, LARGEST: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, READ: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, READ: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Items of `TILE_M` query representatives of one head, one after the other.
 
@@ -139,7 +141,7 @@ def importance_kernel(
     last = (key_samples - 1) // TILE_N
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         head_index = (item // query_tiles).to(tl.int64)
-        k_head = key_ptr + head_index * (last + 1) * (TILE_N * PADDED_DIM) + cells
+        k_head = key_ptr + key_head(head_index, GROUP) * (last + 1) * (TILE_N * PADDED_DIM) + cells
         again = True
         for attempt in range(2):
             if again:

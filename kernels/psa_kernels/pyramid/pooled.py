@@ -18,11 +18,11 @@ class TritonPyramid:
     """Keys and values as the attention kernel reads them: single tokens from the originals, means from here.
 
     Attributes:
-        source_keys: `[B, N, H, D]`, the caller's tensor.
-        keys: `[B, H, R, D]` in its dtype: the means of some levels, one level after the other; the last group of a
+        source_keys: `[B, Nk, Hkv, D]`, the caller's tensor.
+        keys: `[B, Hkv, R, D]` in its dtype: the means of some levels, one level after the other; the last group of a
             level may stand for fewer tokens.
         factors: the pooling factors of these levels.
-        coarsest: None, or int32 `[B, H, key blocks]`: index of the coarsest level each key block may have.
+        coarsest: None, or int32 `[B, Hkv, key blocks]`: index of the coarsest level each key block may have.
         source_values, values: as those of the keys; None until they are needed.
     """
 

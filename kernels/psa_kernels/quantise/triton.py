@@ -21,6 +21,7 @@ from psa_kernels.quantise import reference
 from psa_kernels.quantise.integers import Integers
 from psa_kernels.quantise.triton_channels import channel_matrices
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_rows import key_head
 
 LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
 MIN_ENTRY = tl.constexpr(reference.MIN_ENTRY)
@@ -40,7 +41,7 @@ FEW_CHUNKS = 16
 def quantise_rows(
     q: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec, scale: float
 ) -> Integers:
-    """The queries `[B, Nq, H, D]`, and the keys of the text and of every level, in 8-bit integers.
+    """The queries `[B, Nq, Hq, D]`, and the keys of the text and of every level, in 8-bit integers.
 
     Args:
         pyramid: of the keys, perhaps without values yet; `gathered` where tokens are permuted.
@@ -51,10 +52,10 @@ def quantise_rows(
     return quantise(q, keys, [rows for rows in keys[:3] if rows is not None], matrices, scale)
 
 
-def quantised_rows(layout: TokenLayout, spec: AttentionSpec) -> int:
-    """Rows of one head that `quantise_rows` makes, of head_dim bytes each."""
+def quantised_rows(layout: TokenLayout, spec: AttentionSpec, group: int = 1) -> int:
+    """Rows of head_dim bytes that `quantise_rows` makes of a head of the keys and of `group` heads that read it."""
     levels = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
-    return layout.video_queries + levels + 2 * (layout.text_before + layout.text_after)
+    return group * layout.video_queries + levels + (1 + group) * (layout.text_before + layout.text_after)
 
 
 def quantise(
@@ -67,8 +68,8 @@ def quantise(
     """Quantise queries and keys as `quantise.reference` says.
 
     Args:
-        q: `[B, Nq, H, D]`, its last stride 1 and D a power of two.
-        keys: tensors `[B, H, rows, D]` whose last stride is 1: keys, or means of keys.
+        q: `[B, Nq, Hq, D]`, its last stride 1 and D a power of two.
+        keys: tensors `[B, Hkv, rows, D]` whose last stride is 1: keys, or means of keys.
         finest: those of them that hold the finest level and the text.
         matrices: what `channel_matrices` returned.
         scale: factor on the dot products, positive.
@@ -122,15 +123,20 @@ def quantise_keys(
 def quantise_queries(
     q: torch.Tensor, of_queries: torch.Tensor, key_largest: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers of queries `[B, Nq, H, D]`, int8 in their shape, and the factors of `Integers`."""
+    """Integers of queries `[B, Nq, Hq, D]`, int8 in their shape, and the factors of `Integers`.
+
+    Args:
+        of_queries: `[B, Hkv, D, D]`.
+        key_largest: `[B, Hkv]`.
+    """
     batch, tokens, heads, head_dim = q.shape
     integers = torch.empty(batch, heads, tokens, head_dim, dtype=torch.int8, device=q.device)
     factors = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     stride_b, stride_n, stride_h = q.stride()[:3]
     queries_kernel[(triton.cdiv(tokens, RUN), batch * heads)](
         q, of_queries, key_largest, integers, factors, stride_b, stride_h, stride_n, heads, tokens,
-        scale * math.log2(math.e) / head_dim, HEAD_DIM=head_dim, RUN=RUN, ROWS=ROWS, num_warps=4,
-        num_stages=2,
+        scale * math.log2(math.e) / head_dim, HEAD_DIM=head_dim, RUN=RUN, ROWS=ROWS,
+        GROUP=heads // of_queries.shape[1], num_warps=4, num_stages=2,
     )  # fmt: skip
     return integers.transpose(1, 2), factors
 
@@ -246,14 +252,14 @@ def keys_kernel(
 @triton.jit
 def queries_kernel(
     q_ptr, matrix_ptr, key_largest_ptr, out_ptr, factors_ptr, stride_b, stride_h, stride_n, heads, tokens, scale,
-    HEAD_DIM: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Integers of `RUN` queries of one head, and the factors of their products."""
     head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
     q_head = q_ptr + head // heads * stride_b + head % heads * stride_h
-    matrix = matrix_of(matrix_ptr, head, HEAD_DIM)
-    of_keys = tl.load(key_largest_ptr + head) * (1.0 / LARGEST_INTEGER) * scale
+    matrix = matrix_of(matrix_ptr, key_head(head, GROUP), HEAD_DIM)
+    of_keys = tl.load(key_largest_ptr + key_head(head, GROUP)) * (1.0 / LARGEST_INTEGER) * scale
     start = tl.program_id(0) * RUN
     for first in tl.range(start, tl.minimum(start + RUN, tokens), ROWS):
         token = (first + tl.arange(0, ROWS)).to(tl.int64)

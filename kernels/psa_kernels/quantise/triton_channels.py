@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.heads import group_size
 from psa_kernels.quantise import reference
 
 SAMPLES = tl.constexpr(reference.SAMPLES)
@@ -23,17 +24,17 @@ def channel_matrices(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
     The one of keys is D times as large here: then all entries are powers of two.
 
     Args:
-        q, k: `[B, Nq, H, D]` and `[B, Nk, H, D]`, their last stride 1 and D a power of two from 16 to 256.
+        q, k: `[B, Nq, Hq, D]` and `[B, Nk, Hkv, D]`, their last stride 1 and D a power of two from 16 to 256.
 
     Returns:
-        `[B, H, D, D]`, of queries and of keys.
+        `[B, Hkv, D, D]`, of queries and of keys; heads of queries that share keys have the same.
     """
-    batch, _, heads, head_dim = q.shape
+    batch, _, heads, head_dim = k.shape
     empty = partial(torch.empty, batch, heads, head_dim, head_dim, dtype=q.dtype, device=q.device)
     of_queries, of_keys = empty(), empty()
     matrices_kernel[(batch * heads,)](
         q, k, of_queries, of_keys, *q.stride()[:3], *k.stride()[:3], heads, q.shape[1], k.shape[1], HEAD_DIM=head_dim,
-        ROWS=ROWS, num_warps=8,
+        ROWS=ROWS, GROUP=group_size(q, k), num_warps=8,
     )  # fmt: skip
     return of_queries, of_keys
 
@@ -41,18 +42,22 @@ def channel_matrices(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
 @triton.jit
 def matrices_kernel(
     q_ptr, k_ptr, of_queries_ptr, of_keys_ptr, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, heads,
-    query_tokens, key_tokens, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    query_tokens, key_tokens, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Both matrices of one head."""
+    """Both matrices of one head of the keys."""
     head = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM)
-    q_head = q_ptr + head // heads * stride_qb + head % heads * stride_qh
+    q_head = q_ptr + head // heads * stride_qb + head % heads * GROUP * stride_qh
     k_head = k_ptr + head // heads * stride_kb + head % heads * stride_kh
     of_queries = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     smallest = tl.full([ROWS, HEAD_DIM], INFINITY, tl.float32)
     largest = tl.full([ROWS, HEAD_DIM], -INFINITY, tl.float32)
     for first in tl.static_range(0, SAMPLES, ROWS):
         of_queries = tl.maximum(of_queries, tl.abs(sampled(q_head, first, query_tokens, stride_qn, dims, ROWS)))
+        if GROUP > 1:
+            for member in range(1, GROUP):
+                queries = sampled(q_head + member * stride_qh, first, query_tokens, stride_qn, dims, ROWS)
+                of_queries = tl.maximum(of_queries, tl.abs(queries))
         keys = sampled(k_head, first, key_tokens, stride_kn, dims, ROWS)
         smallest = tl.minimum(smallest, keys)
         largest = tl.maximum(largest, keys)

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 
 from psa_kernels.blocks import block_count
-from psa_kernels.heads import group_size, key_head
+from psa_kernels.heads import dense_attention, group_size, key_head
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.reference import PyramidRows, build_pyramid, pyramid_rows
@@ -46,8 +45,8 @@ def sparse_attention(
     the other by each thread, so that only as many pyramids exist at a time as there are threads.
 
     Args:
-        q, k, v: `[B, N, H, D]`, all tokens, in the order of the model.
-        out: where the result goes: `[B, Nq, H, D]` in the dtype of q; a new tensor if None.
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
+        out: where the result goes: `[B, Nq, Hq, D]` in the dtype of q; a new tensor if None.
 
     Returns:
         `out`; the rows of text queries are not written.
@@ -147,12 +146,11 @@ class _BlockAttention:
 def text_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layout: TokenLayout, scale: float
 ) -> None:
-    """Let the text queries attend every key, densely, and write their rows of `out`; all tensors `[B, N, H, D]`."""
+    """Let the text queries attend every key, densely, and write their rows of `out`, all as in `sparse_attention`."""
     before, after = layout.text_before, q.shape[1] - layout.text_after
     # Slices are views; a gather of the rows would take longer than their attention.
     text = [q[:, :before]] * bool(before) + [q[:, after:]] * bool(layout.text_after)
-    q, k, v = (x.transpose(1, 2) for x in (text[0] if len(text) == 1 else torch.cat(text, dim=1), k, v))
-    attended = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    attended = dense_attention(text[0] if len(text) == 1 else torch.cat(text, dim=1), k, v, scale)
     if before:
         out[:, :before] = attended[:, :before]
     if layout.text_after:

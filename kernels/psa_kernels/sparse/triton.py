@@ -17,7 +17,7 @@ from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
+from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
 
 # Tiles whose flags one program looks at, when only some tiles are to be computed.
 FLAGS = 64
@@ -39,10 +39,11 @@ def sparse_attention(
     """Let the video queries attend the listed blocks at their levels, and all text.
 
     Args:
-        q: `[B, Nq, H, D]`, all queries, in the order of the model.
-        lse: None, or a contiguous float32 `[B, H, Nq]`, of which the video queries are filled with ln of the sum of exp
-            over their logits.
-        out: where the result goes: `[B, Nq, H, D]` in the dtype of q, its last stride 1; a new tensor if None.
+        q: `[B, Nq, Hq, D]`, all queries, in the order of the model.
+        pyramid: of Hkv heads, of which Hq is a multiple.
+        lse: None, or a contiguous float32 `[B, Hq, Nq]`, of which the video queries are filled with ln of the sum of
+            exp over their logits.
+        out: where the result goes: `[B, Nq, Hq, D]` in the dtype of q, its last stride 1; a new tensor if None.
 
     Returns:
         `out`; the rows of text queries are not written.
@@ -67,7 +68,7 @@ def launch(
     """Fill the rows of video queries of `out`, and of `lse` if there is one, as `sparse_attention` describes.
 
     Args:
-        only: None, or int32 `[B * H * tiles of 128 queries]`: compute just the tiles where it is not 0.
+        only: None, or int32 `[B * Hq * tiles of 128 queries]`: compute just the tiles where it is not 0.
     """
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     keys, values = pyramid.keys, value_means
@@ -76,7 +77,7 @@ def launch(
         keys, values = keys[:, :, layout.video_keys :], values[:, :, layout.video_keys :]
     permutation = layout.short_permutation
     plan = _plan(
-        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape[1],
+        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
         layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
         lists.ids.shape[3], lists.ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
     )  # fmt: skip
@@ -86,7 +87,7 @@ def launch(
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
     shape: Shape, dtype: torch.dtype, device: torch.device, strides: tuple[Shape, Shape, Shape, Shape],
-    key_tokens: int, text_before: int, text_after: int, video_queries: int, video_keys: int, permuted: bool,
+    of_keys: Shape, text_before: int, text_after: int, video_queries: int, video_keys: int, permuted: bool,
     list_width: int, ids: torch.dtype, pyramid_rows: int, spec: AttentionSpec, scale: float, no_lse: bool,
     all_tiles: bool,
 ) -> Launch:  # fmt: skip
@@ -95,7 +96,6 @@ def _plan(
     gpu = capability(device)
     tile = tile_shape(gpu, head_dim, dtype.itemsize, spec.block_query)
     tiles = block_count(video_queries, tile["TILE_M"]) * batch * heads
-    of_keys = (batch, key_tokens, heads, head_dim)
     wide = are_wide(*zip((shape, of_keys, of_keys, shape), strides, strict=True))
     return Launch(
         attention_kernel, (tiles if all_tiles else block_count(tiles, FLAGS),),
@@ -104,7 +104,7 @@ def _plan(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
-        LATE_SUM=gpu[0] in LATE_SUM, **tile,
+        LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2], **tile,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
     FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
     STORE_LSE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set."""
     first, last = tl.program_id(0), tl.program_id(0) + 1
@@ -152,8 +152,7 @@ def attention_kernel(
                 permutation, stride_qb, stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn,
                 stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, list_width, pyramid_rows,
                 text_before, text_keys, query_tokens, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
-                LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES,
-                LATE_SUM,
+                LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES, LATE_SUM, GROUP,
             )  # fmt: skip
 
 
@@ -165,7 +164,7 @@ def attend_tile(
     text_keys, query_tokens, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    STAGES: tl.constexpr, LATE_SUM: tl.constexpr,
+    STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`TILE_M` queries of one head against their list; neighbouring items share a head and its keys in the cache."""
     query_tiles = tl.cdiv(video_queries, TILE_M)
@@ -174,10 +173,10 @@ def attend_tile(
     batch, head = head_index // heads, head_index % heads
     list_row = head_index * tl.cdiv(video_queries, BLOCK_QUERY) + query_tile // (BLOCK_QUERY // TILE_M)
     ids = ids_ptr + list_row * list_width
-    k_head = k_ptr + batch * stride_kb + head * stride_kh
-    v_head = v_ptr + batch * stride_vb + head * stride_vh
-    pooled_k = pooled_k_ptr + head_index * pyramid_rows * HEAD_DIM
-    pooled_v = pooled_v_ptr + head_index * pyramid_rows * HEAD_DIM
+    k_head = k_ptr + batch * stride_kb + key_head(head, GROUP) * stride_kh
+    v_head = v_ptr + batch * stride_vb + key_head(head, GROUP) * stride_vh
+    pooled_k = pooled_k_ptr + key_head(head_index, GROUP) * pyramid_rows * HEAD_DIM
+    pooled_v = pooled_v_ptr + key_head(head_index, GROUP) * pyramid_rows * HEAD_DIM
 
     dims = tl.arange(0, PADDED_DIM)
     position = query_tile * TILE_M + tl.arange(0, TILE_M)

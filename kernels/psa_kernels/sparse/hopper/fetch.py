@@ -97,10 +97,12 @@ def load_factors(pointer, factors, slot, query_tile, video_queries, text_before,
 def fetch_rows(
     schedule, rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr,
     BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, REPORTS: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile.
 
     REPORTS: tell the other programs when the last level is begun.
+    GROUP: how many neighbouring heads of the queries read the same head of the keys and values.
     """
     ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
     tile = gl.to_tensor(0)
@@ -109,6 +111,8 @@ def fetch_rows(
     while item < items:
         head_index, batch, head, query_tile = item_at(item, heads, video_queries)
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
+        if GROUP > 1:
+            head = head // GROUP
         ids = ids_ptr + row * list_width
         place = gl.to_tensor(0)
         if TEXT:

@@ -51,20 +51,22 @@ def attention_kernel(
     text_after, query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
     IN_STEP: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
     Args:
         q_ptr: queries, in the type of the values or in 8-bit integers.
-        factors_ptr: None, or float32 `[B, H, Nq]`: by what the products of each query of integers are multiplied.
-        k_*, v_*: descriptors `[B, H, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, columns of
-            a panel]`; keys have the type of the queries.
+        factors_ptr: None, or float32 `[B, Hq, Nq]`: by what the products of each query of integers are multiplied.
+        k_*, v_*: descriptors `[B, Hkv, rows, D]` of the text and of each level, with boxes `[1, 1, rows a box, columns
+            of a panel]`; keys have the type of the queries.
         counter_ptr: int32 `[2]`, 0: the number of items that were taken, and of those that are nearly done.
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
         stride_q*: in units of 16 bytes, which tells the compiler how far it may widen its reads.
         scale: by what all products are multiplied where there is no `factors_ptr`.
         ONLINE: keep a running row maximum instead of that of the first tile.
         IN_STEP: let programs wait for each other. Their items should take equally long.
+        GROUP: how many neighbouring heads of the queries read the same head of the keys and values.
         TURNS: let the two warpgroups issue products in turns, and release keys and values at once.
     """
     key_type: gl.constexpr = q_ptr.dtype.element_ty
@@ -136,12 +138,12 @@ def attention_kernel(
             (
                 fetch_rows,
                 (schedule, k_rows, k_tiles, k_full, k_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 IN_STEP, STAGES),
+                 IN_STEP, STAGES, GROUP),
             ),
             (
                 fetch_rows,
                 (schedule, v_rows, v_tiles, v_full, v_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 False, STAGES),
+                 False, STAGES, GROUP),
             ),
         ],
         [4, 1, 1, 1],

@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import cache_bytes, multiprocessors
+from psa_kernels.heads import group_size
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
@@ -69,7 +70,8 @@ def sparse_attention(
     if integers is not None and lse is not None:
         # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
         video = slice(layout.text_before, layout.text_before + layout.video_queries)
-        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), integers.key_means) * scale
+        means = integers.key_means.repeat_interleave(group_size(q, k), dim=1)
+        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), means) * scale
     if not plan.online:
         portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo)
     return out
@@ -154,7 +156,7 @@ def _plan(
          list_width, text_before, text_after, query_tokens, scale * math.log2(math.e)),
         HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key, FACTORS=spec.levels,
         TEXT=text_before + text_after > 0, PERMUTED=permuted, STORE_LSE=store_lse, ONLINE=online, IN_STEP=in_step,
-        num_warps=4, **pipeline(head_dim),
+        GROUP=heads // others[0][2], num_warps=4, **pipeline(head_dim),
     )  # fmt: skip
     heights = (spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels))
     of_keys, key_strides, value_strides, _ = others
