@@ -99,9 +99,9 @@ def _coarsest(k, block, spec):
     return coarsest
 
 
-def _levels(importance, coarsest, spec):
-    """Level index of each key block of one row, None past the last threshold."""
-    order = sorted(range(len(importance)), key=lambda j: (-importance[j], j))
+def _levels(importance, coarsest, spec, kept=()):
+    """Level index of each key block of one row, None past the last threshold; those that are kept come first."""
+    order = sorted(range(len(importance)), key=lambda j: (j not in kept, j if j in kept else -importance[j], j))
     total = sum(importance)
     levels = [None] * len(importance)
     mass_before = 0.0
@@ -113,6 +113,8 @@ def _levels(importance, coarsest, spec):
         if count_before < spec.floor:
             level = 0
         levels[j] = None if level is None else min(level, coarsest[j])
+        if j in kept:
+            levels[j] = 0
     return levels
 
 

@@ -9,6 +9,7 @@ import torch
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
+from psa_kernels.causal import attention as causal_attention
 from psa_kernels.head_groups import head_groups
 from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.lists import AttentionStats, BlockLists
@@ -26,6 +27,7 @@ def psa_attention(
     text_after: int = 0,
     permutation: torch.Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
     implementation: str = "auto",
     strict: bool = False,
     return_stats: bool = False,
@@ -50,6 +52,13 @@ def psa_attention(
         permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
+        causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. Not in a
+            kernel yet: on a GPU only with `implementation="reference"`. A query block reads its diagonal, the keys that
+            stand where it does, exactly, each query up to itself; and of the key blocks before it those that are
+            listed. So no output depends on the keys and values of later tokens; only which blocks are listed is chosen
+            for a query block as a whole, from all its queries and from the keys up to its end. `text_before` and
+            `text_after` then count keys: text queries are those at their positions, and exact. `permutation` has to be
+            None, `block_query` a multiple of `block_key`, the precision native.
         implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
             (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
             that serves the call.
@@ -70,11 +79,11 @@ def psa_attention(
             gradient is asked for.
         RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device, or the precision.
     """
-    call = make_call(q, k, v, spec, text_before, text_after, permutation, scale)
+    call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
         out, used = _all_dense(call), [call.no_lists()]
-        stats = [AttentionStats.from_lists(used[0], spec, "dense")]
+        stats = [call.stats(used[0], "dense")]
     else:
         if lists is not None:
             lists = call.check_lists(lists)
@@ -92,11 +101,13 @@ def psa_attention(
                 part, rows = call.of_heads(heads), out[:, :, heads]
                 found = _attend(part, backend, None if lists is None else lists[:, heads], rows)
             if return_stats:
-                stats.append(AttentionStats.from_lists(found, spec, backend.name))
+                stats.append(call.stats(found, backend.name))
             if return_lists:
                 used.append(found)
             del found  # A group's lists need not outlive it.
-        if text_before or text_after:
+        if call.causal is not None:
+            causal_attention.text_attention(q, k, v, out, call.causal, call.scale)
+        elif text_before or text_after:
             text_attention(q, k, v, out, call.layout, call.scale)
     if not return_stats and not return_lists:
         return out
@@ -127,6 +138,7 @@ def select_blocks(
     text_after: int = 0,
     permutation: torch.Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
     implementation: str = "auto",
     strict: bool = False,
 ) -> BlockLists:
@@ -140,7 +152,7 @@ def select_blocks(
         if spec.rule == "budget":
             raise ValueError("v=None: the rule 'budget' needs the values")
         v = k
-    call = make_call(q, k, v, spec, text_before, text_after, permutation, scale)
+    call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
         return call.no_lists()
@@ -149,4 +161,6 @@ def select_blocks(
 
 def _all_dense(call: Call) -> torch.Tensor:
     """Without video queries or video keys there is nothing to leave out."""
+    if call.causal is not None:
+        return causal_attention.dense_causal_attention(call.q, call.k, call.v, call.scale)
     return dense_attention(call.q, call.k, call.v, call.scale).contiguous()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from psa_kernels.blocks import block_count
+from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.heads import group_size, key_heads
 from psa_kernels.layout import TokenLayout, make_layout
-from psa_kernels.lists import BlockLists, list_width
+from psa_kernels.lists import AttentionStats, BlockLists, list_width
 from psa_kernels.spec import AttentionSpec
 
 
@@ -19,9 +20,10 @@ class Call:
 
     Attributes:
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, in the order of the model; Hq is a multiple of Hkv.
-        layout: where text and video stand among the tokens.
+        layout: where text and video stand among the tokens; of a causal call, among the keys.
         spec: what to compute.
         scale: factor on the dot products.
+        causal: None, or which tokens are whose past.
     """
 
     q: torch.Tensor
@@ -30,9 +32,12 @@ class Call:
     layout: TokenLayout
     spec: AttentionSpec
     scale: float
+    causal: CausalLayout | None = None
 
     @property
     def query_blocks(self) -> int:
+        if self.causal is not None:
+            return len(self.causal.rows)
         return block_count(self.layout.video_queries, self.spec.block_query)
 
     @property
@@ -48,7 +53,7 @@ class Call:
         """The same call for some neighbouring heads of the queries, all those that share a head of the keys."""
         of_keys = key_heads(heads, group_size(self.q, self.k))
         q, k, v = self.q[:, :, heads], self.k[:, :, of_keys], self.v[:, :, of_keys]
-        return Call(q, k, v, self.layout, self.spec, self.scale)
+        return Call(q, k, v, self.layout, self.spec, self.scale, self.causal)
 
     def no_lists(self) -> BlockLists:
         """The lists of a call without video queries or without video keys."""
@@ -71,7 +76,19 @@ class Call:
                 f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and "
                 f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
             )
+        if self.causal is not None:
+            level = lists.levels()
+            for index, row in enumerate(self.causal.rows):
+                if (level[:, :, index, self.causal.candidates(row) :] < levels).any():
+                    raise ValueError(f"lists: made for another call: row {index} lists blocks that are not past")
         return lists if lists.ids.is_contiguous() and lists.counts.is_contiguous() else lists[:]
+
+    def stats(self, lists: BlockLists, implementation: str) -> AttentionStats:
+        """What a call with these lists attends."""
+        if self.causal is None:
+            return AttentionStats.from_lists(lists, self.spec, implementation)
+        pairs, diagonal = self.causal.pairs, self.causal.diagonal_blocks
+        return AttentionStats(lists.counts.sum(2), pairs, self.spec, implementation, diagonal)
 
 
 def make_call(
@@ -83,6 +100,7 @@ def make_call(
     text_after: int = 0,
     permutation: torch.Tensor | None = None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> Call:
     """Check the arguments of `psa_attention`, which has their meaning and the errors."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -108,5 +126,27 @@ def make_call(
             f"q of {heads} heads and k of {kv_heads} do not fit: expected as many heads of queries as of keys, or a "
             "multiple"
         )
-    layout = make_layout(query_tokens, key_tokens, text_before, text_after, permutation)
-    return Call(q, k, v, layout, spec, head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    if causal:
+        _check_causal(query_tokens, key_tokens, spec, permutation)
+        layout = make_layout(key_tokens, key_tokens, text_before, text_after, None)
+        past = CausalLayout(*layout.counts, key_tokens - query_tokens, spec.block_query, spec.block_key)
+        return Call(q, k, v, replace(layout, video_queries=past.video_queries), spec, scale, past)
+    for name in ("keep_first", "keep_last"):
+        if getattr(spec, name):
+            raise ValueError(f"{name}={getattr(spec, name)}: expected 0 without causal=True")
+    return Call(q, k, v, make_layout(query_tokens, key_tokens, text_before, text_after, permutation), spec, scale)
+
+
+def _check_causal(query_tokens: int, key_tokens: int, spec: AttentionSpec, permutation: torch.Tensor | None) -> None:
+    if key_tokens < query_tokens:
+        raise ValueError(f"causal=True: expected no fewer keys than queries, got {key_tokens} and {query_tokens}")
+    if permutation is not None:
+        raise ValueError("causal=True: expected permutation=None, tokens in the order in which they follow each other")
+    if spec.block_query % spec.block_key:
+        raise ValueError(
+            f"causal=True: expected a block_query that is a multiple of block_key={spec.block_key}, got "
+            f"{spec.block_query}"
+        )
+    if spec.precision != "native":
+        raise ValueError(f"causal=True: expected precision='native', got {spec.precision!r}")

@@ -90,19 +90,22 @@ class AttentionStats:
 
     Attributes:
         counts: integer `[B, H, levels]`: pairs of blocks at each level.
-        pairs: how many pairs of blocks a head has.
+        pairs: how many pairs of blocks a head has; in a causal call those that are not wholly in the future.
         spec: what was computed.
         implementation: what computed the call: `reference`, `triton`, `hopper`, `hopper-int8` or `dense`.
+        diagonal: how many of the pairs of a causal call are on its diagonal: exact, and in no list. They count in full,
+            as they are computed.
     """
 
     counts: torch.Tensor
     pairs: int
     spec: AttentionSpec
     implementation: str
+    diagonal: int = 0
 
     @property
     def level_shares(self) -> torch.Tensor:
-        """Share of pairs of blocks at each level: float32 `[B, H, levels]`."""
+        """Share of pairs of blocks that are listed at each level: float32 `[B, H, levels]`."""
         return self.counts.float() / max(self.pairs, 1)
 
     @property
@@ -110,7 +113,7 @@ class AttentionStats:
         """Share of pairs of blocks that are not skipped: float32 `[B, H]`; 1 without any pair."""
         if not self.pairs or self.spec.rest == "mean":
             return torch.ones(self.counts.shape[:2], device=self.counts.device)
-        return self.level_shares.sum(-1)
+        return self.level_shares.sum(-1) + self.diagonal / self.pairs
 
     @property
     def density(self) -> torch.Tensor:
@@ -125,7 +128,9 @@ class AttentionStats:
         density = shares[..., 0] / self.spec.levels[0]
         for index, level in enumerate(self.spec.levels[1:], start=1):
             density = density + shares[..., index] / level
-        return density + (1 - shares.sum(-1)) / self.spec.block_key if self.spec.rest == "mean" else density
+        density = density + self.diagonal / self.pairs
+        rest = 1 - shares.sum(-1) - self.diagonal / self.pairs
+        return density + rest / self.spec.block_key if self.spec.rest == "mean" else density
 
     @classmethod
     def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:

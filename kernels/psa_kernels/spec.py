@@ -58,6 +58,8 @@ class AttentionSpec:
             `quantise/reference.py` makes them, where a kernel can; importance and lists are the same. Values and their
             weights keep the precision of the tensors.
         density: of the rule `budget`: the share of the cost of dense attention, above 0 and at most 1.
+        keep_first, keep_last: of causal calls: how many of the first and of the last key blocks before the diagonal of
+            a query block are always exact. The finest level has to be 1.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and what is allowed.
@@ -74,6 +76,8 @@ class AttentionSpec:
     rest: str = "skip"
     density: float | None = None
     precision: str = "native"
+    keep_first: int = 0
+    keep_last: int = 0
 
     def __post_init__(self) -> None:
         # Lists are accepted and stored as tuples, so that a spec can always be hashed.
@@ -94,6 +98,7 @@ class AttentionSpec:
             self._check_thresholds()
             self._check_similarity()
         self._check_strides()
+        self._check_kept()
 
     def _check_levels(self) -> None:
         if not isinstance(self.levels, tuple) or not self.levels:
@@ -149,6 +154,13 @@ class AttentionSpec:
         ):
             if block % stride:
                 raise ValueError(f"importance.{name}={stride}: expected a divisor of the block of {block} tokens")
+
+    def _check_kept(self) -> None:
+        for name, value in (("keep_first", self.keep_first), ("keep_last", self.keep_last)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: expected a number of blocks, 0 or more")
+            if value and self.levels[0] != 1:
+                raise ValueError(f"{name}={value!r}: expected 0 where levels={self.levels!r} begin with another than 1")
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -26,10 +26,25 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     Returns:
         The lists; the cost of a row is at most the budget, and less than it by less than a step between two levels.
     """
+    level = budget_levels(prices, importance, spec)
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, prices.shape[-1]))
+
+
+def budget_levels(
+    prices: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The level of every pair of blocks: int64 `[B, H, query blocks, key blocks]`, that after the last where skipped.
+
+    Args:
+        prices, importance: as in `allocate_budget`.
+        kept: None, or bool `[key blocks]`: those that get the finest level whatever that costs.
+    """
     units = unit_costs(spec)
     key_blocks = prices.shape[-1]
     budget = row_budget(spec, key_blocks)
     prices = prices.int()
+    if kept is not None:
+        prices = prices.masked_fill(kept, HIGHEST_PRICE + 1)
     if spec.rest == "skip":
         most_important = importance.argmax(-1, keepdim=True)
         prices[-1].scatter_(-1, most_important, HIGHEST_PRICE + 1)
@@ -56,4 +71,4 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     level = torch.where(upgraded, finer, level)
     affordable = cost_of <= cost_of[level.gather(-1, first)] + left
     level.scatter_(-1, first, affordable.int().argmax(-1, keepdim=True))
-    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, key_blocks))
+    return level

@@ -18,15 +18,29 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
     Returns:
         The lists; no row of them is empty.
     """
+    level = ranked_levels(importance, coarsest, spec)
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]))
+
+
+def ranked_levels(
+    importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The level of every pair of blocks: int64 `[B, Hq, query blocks, key blocks]`, that after the last where skipped.
+
+    Args:
+        importance, coarsest: as in `allocate`.
+        kept: None, or bool `[key blocks]`: those that are before all others and get the finest level in any case.
+    """
     # Equal importance keeps the order of the blocks, so the result does not depend on the sorting algorithm.
-    ordered = importance.sort(dim=-1, descending=True, stable=True)
-    ranked = _levels_by_rank(ordered.values, spec)
-    level = torch.empty_like(ranked).scatter_(-1, ordered.indices, ranked)
+    first = importance if kept is None else importance.masked_fill(kept, torch.inf)
+    order = first.sort(dim=-1, descending=True, stable=True).indices
+    ranked = _levels_by_rank(importance.gather(-1, order), spec)
+    level = torch.empty_like(ranked).scatter_(-1, order, ranked)
     if coarsest is not None:
         attended = level < len(spec.levels)
         caps = coarsest.repeat_interleave(level.shape[1] // coarsest.shape[1], dim=1)
         level = torch.where(attended, torch.minimum(level, caps[:, :, None]), level)
-    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]))
+    return level if kept is None else level.masked_fill(kept, 0)
 
 
 def _levels_by_rank(importance: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

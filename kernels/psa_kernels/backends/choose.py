@@ -27,13 +27,18 @@ def choose(call: Call, wanted: str = "auto", strict: bool = False) -> Backend:
         strict: raise instead of that warning.
 
     Raises:
-        ValueError: the wanted implementation cannot serve the call.
+        ValueError: the wanted implementation cannot serve the call; or the call is causal and on a GPU, which has no
+            kernel for it, and the reference is not asked for by name.
         RuntimeError: strict, and `auto` would take a slower implementation than the device has, or one without the
             precision that the spec asks for.
     """
     if wanted != "auto":
         return _named(call, wanted)
     precision, device = call.spec.precision, call.q.device.type
+    if call.causal is not None and any(device in backend.devices for backend in BACKENDS[:-1]):
+        raise ValueError(
+            f"causal=True on {device}: not yet in a kernel; implementation='reference' computes it, slowly"
+        )
     for backend in BACKENDS[:-1]:
         exact = precision in backend.precisions
         if device not in backend.devices or not (exact or "native" in backend.precisions) or not backend.pays(call):

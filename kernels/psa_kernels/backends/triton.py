@@ -26,6 +26,8 @@ class Triton(Backend):
 
     def why_not(self, call: Call) -> str | None:
         q, spec, permutation = call.q, call.spec, call.layout.permutation
+        if call.causal is not None:
+            return "causal=True: not yet in a kernel"
         if not has_triton():
             return "the package triton is not installed"
         # On a CPU they run in Triton's interpreter: slow, and wrong in bfloat16.
