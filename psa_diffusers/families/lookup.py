@@ -11,7 +11,7 @@ _APART = "its layers attend within one frame or along time, never over the whole
 REASONS = {
     "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "LatteTransformer3DModel": "it attends space and time apart, in short sequences",
-    "Cosmos3OmniTransformer": "its keys have fewer heads than its queries, which sparse attention cannot do here yet",
+    "Cosmos3OmniTransformer": "its tokens are packed without a batch axis, which no family describes yet",
     "WanAnimate2Transformer3DModel": "each of its video tokens also attends, from a cache, the reference tokens of "
     "its own frame and of no other",
     "AnyFlowFARTransformer3DModel": "its attention is causal from chunk to chunk, with a cache of earlier keys",

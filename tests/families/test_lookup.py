@@ -80,7 +80,7 @@ def test_other_models_are_refused_with_their_reason():
 def test_cosmos_3_is_refused_for_its_keys():
     if not hasattr(diffusers, "Cosmos3OmniTransformer"):
         pytest.skip("this diffusers has no Cosmos 3")
-    with pytest.raises(UnsupportedModelError, match="because its keys have fewer heads than its queries"):
+    with pytest.raises(UnsupportedModelError, match="because its tokens are packed without a batch axis"):
         find_family(made_of(diffusers.Cosmos3OmniTransformer))
 
 
