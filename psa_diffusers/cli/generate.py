@@ -191,7 +191,7 @@ def _how_to_go_on(plan: "Plan", summary: dict[str, Any], purpose: str) -> str:
 
 def _figures(entry: dict[str, Any]) -> str:
     parts = [f"{name} {seconds:.1f} s" for name, seconds in entry["seconds"].items()]
-    forms = {"density": "density {:.2f}", "psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}"}
+    forms = {"density": "density {:.2f}", "psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "flicker": "flicker {:.1f}"}
     parts += [form.format(entry[key]) for key, form in forms.items() if entry[key] is not None]
     return f"{entry['folder']}: {', '.join(parts)}"
 

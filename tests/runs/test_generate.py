@@ -43,6 +43,8 @@ def test_the_report_of_a_prompt_is_complete_and_consistent(ask, tmp_path):
     assert report["runs"]["small"]["seconds"]["sparse_steps"] == STEPS - 1
     assert len(report["comparison"]["psnr"]["per_frame"]) == FRAMES
     assert report["comparison"]["psnr"]["mean"] == summary["prompts"][0]["psnr"]
+    assert len(report["comparison"]["flicker"]["per_frame"]) == FRAMES
+    assert report["comparison"]["flicker"]["mean"] == summary["prompts"][0]["flicker"] > 0
     assert report["comparison"]["psnr"]["identical_frames"] == 0  # the sparse run is another computation
     assert report["settings"]["flow_shift"] == 7.0
     assert report["settings"]["preset_rules"]["thresholds"] == [0.3, 0.5, 0.7]
