@@ -52,7 +52,8 @@ def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) 
 def _title(report: dict[str, Any]) -> str:
     if "title" in report:
         return report["title"]
-    preset = report["preset"]
+    density = report["settings"].get("density")
+    preset = report["preset"] + (f" at density {density:g}" if density else "")
     return f"{preset} against dense attention" if "comparison" in report else f"{preset} attention"
 
 
