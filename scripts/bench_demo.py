@@ -18,6 +18,7 @@ from diffusers import WanPipeline
 from results import publish
 
 from psa_diffusers import apply_psa
+from psa_diffusers.report.flicker import flicker
 from psa_diffusers.report.metrics import psnr_and_ssim
 from psa_diffusers.runs.step_clock import StepClock
 
@@ -77,6 +78,7 @@ def main() -> None:
                     "coverage": stats.coverage_sparse,
                     "psnr": figures["psnr"]["mean"],
                     "ssim": figures["ssim"]["mean"],
+                    "flicker": flicker(dense, video)["mean"],
                     "denoise_seconds": seconds["denoise"],
                     "step_seconds": median(seconds["per_step"][stats.dense_steps :]),
                 }
@@ -87,10 +89,10 @@ def main() -> None:
         {"preset": name, **{key: round(mean(run[key] for run in results), 4) for key in results[0]}}
         for name, results in runs.items()
     ]
-    print(f"\n{'preset':10}{'density':>9}{'PSNR':>8}{'SSIM':>8}{'s a step':>10}{'s denoising':>13}")
+    print(f"\n{'preset':10}{'density':>9}{'PSNR':>8}{'SSIM':>8}{'flicker':>9}{'s a step':>10}{'s denoising':>13}")
     for row in rows:
-        density, psnr, ssim = (row.get(key) for key in ("density_sparse", "psnr", "ssim"))
-        figures = f"{density:>9.3f}{psnr:>8.2f}{ssim:>8.3f}" if psnr else f"{1:>9}{'-':>8}{'-':>8}"
+        density, psnr, ssim, flick = (row.get(key) for key in ("density_sparse", "psnr", "ssim", "flicker"))
+        figures = f"{density:>9.3f}{psnr:>8.2f}{ssim:>8.3f}{flick:>9.2f}" if psnr else f"{1:>9}{'-':>8}{'-':>8}{'-':>9}"
         print(f"{row['preset']:10}{figures}{row['step_seconds']:>10.2f}{row['denoise_seconds']:>13.1f}")
     what = "demo model, 33 x 192 x 192, guidance 4, fp32, means over prompts; sparse steps only in step_seconds"
     publish(what, rows, options.output, prompts=options.prompts, steps=options.steps, threads=options.threads)

@@ -117,6 +117,7 @@ def _line(name: str, row: Row) -> str:
     parts = [f"{name:12}{row['setting']:30} density {row['density']:.4f}"]
     parts.append(f"PSNR {with_interval(row['psnr'], row['psnr_ci'])}")
     parts.append("SSIM -" if row["ssim"] is None else f"SSIM {row['ssim']:.4f}")
+    parts.append(f"flicker {row['flicker']:.2f}")
     parts.append(f"{row['seconds']:.2f} s a video")
     if row["delta_psnr"] is not None and row["against"] != row["setting"]:
         parts.append(f"{with_interval(row['delta_psnr'], row['delta_ci'], '+')} dB to {row['against']}")

@@ -47,7 +47,7 @@ def _calibrate(
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: of denoising, on this machine.")] = None,
     model: ModelName = "demo",
-    base_preset: Annotated[str, typer.Option(help="What shapes are variations of; its dense steps stay.")] = "psa-3",
+    base_preset: Annotated[str, typer.Option(help="What shapes are variations of; its dense steps stay.")] = "psa-auto",
     held_out: Annotated[int, typer.Option(help="How many of the last prompts to verify on.")] = 2,
     verify: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other prompts to verify on, instead of the last ones.")

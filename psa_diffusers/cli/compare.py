@@ -8,7 +8,7 @@ import typer
 from psa_diffusers.cli.options import Version
 from psa_diffusers.cli.shell import new_app, note, print_json, run_command
 
-COMPARE_HELP = """Compare two videos of one size and length: side by side, filmstrip, PSNR and SSIM, in one report.html.
+COMPARE_HELP = """Compare two videos of one size and length: side by side, PSNR, SSIM and flicker, in one report.html.
 
 [bold]Example[/bold]
 

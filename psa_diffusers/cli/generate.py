@@ -8,6 +8,7 @@ import typer
 from psa_diffusers.cli.options import (
     OWN_DEFAULT,
     PLACE,
+    Density,
     Device,
     Dtype,
     Frames,
@@ -40,6 +41,7 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
 
   psa-generate --compare "a large red circle moving right"
   psa-generate --model wan --preset psa-3 prompts.txt
+  psa-generate --model wan --density 0.2 "a fox in snow"
   psa-generate --model wan2.2-14b --offload model --compare "a fox in snow"
   psa-generate --model wan-i2v-14b-480p --image fox.jpg "the fox looks up"
   psa-generate --model wan --lora fast.safetensors:0.8 --steps 4 "a fox in snow"
@@ -74,7 +76,14 @@ def _generate(
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
-    preset: Annotated[str, typer.Option(help="Name (see --list), path of a YAML file, or 'dense'.")] = "psa-3",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Name (see --list), path of a YAML file, or 'dense' "
+            "[dim](default: psa-3, with --density psa-auto)[/dim]."
+        ),
+    ] = None,
+    density: Density = None,
     preset_2: Annotated[
         str | None, typer.Option(help="Another preset for the second of two transformers (Wan 2.2).")
     ] = None,
@@ -127,6 +136,7 @@ def _generate(
             prompts=tuple(prompts or ()),
             model=model,
             preset=preset,
+            density=density,
             preset_2=preset_2,
             compare=compare,
             output=output,
@@ -191,7 +201,7 @@ def _how_to_go_on(plan: "Plan", summary: dict[str, Any], purpose: str) -> str:
 
 def _figures(entry: dict[str, Any]) -> str:
     parts = [f"{name} {seconds:.1f} s" for name, seconds in entry["seconds"].items()]
-    forms = {"density": "density {:.2f}", "psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}"}
+    forms = {"density": "density {:.2f}", "psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "flicker": "flicker {:.1f}"}
     parts += [form.format(entry[key]) for key, form in forms.items() if entry[key] is not None]
     return f"{entry['folder']}: {', '.join(parts)}"
 

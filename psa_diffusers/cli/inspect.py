@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from psa_diffusers.cli.options import (
+    Density,
     Device,
     Dtype,
     FirstFrame,
@@ -43,7 +44,14 @@ def _inspect(
         typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a text file or pipe that holds one; - is stdin."),
     ],
     model: ModelName = "demo",
-    preset: Annotated[str, typer.Option(help="Name (see psa-generate --list) or path of a YAML file.")] = "psa-3",
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Name (see psa-generate --list) or path of a YAML file "
+            "[dim](default: psa-3, with --density psa-auto)[/dim]."
+        ),
+    ] = None,
+    density: Density = None,
     layer: Annotated[
         int | None, typer.Option(help="Self-attention layer, from 0 [dim](default: the middle one)[/dim].")
     ] = None,
@@ -79,6 +87,7 @@ def _inspect(
             prompts=(prompt,),
             model=model,
             preset=preset,
+            density=density,
             seed=seed,
             steps=steps,
             guidance=guidance,

@@ -16,6 +16,12 @@ def _show_version(wanted: bool) -> None:
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
 ModelName = Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")]
+Density = Annotated[
+    float | None,
+    typer.Option(
+        help="What attention may cost, as a share of dense attention (0.25 is a quarter): the preset at this density."
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)]
 Height = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]

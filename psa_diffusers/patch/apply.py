@@ -44,9 +44,10 @@ class PSAHandle:
 
 def apply_psa(
     pipe: Any,
-    preset: str | Path | Preset = "psa-3",
+    preset: str | Path | Preset | None = None,
     *,
     preset_2: str | Path | Preset | None = None,
+    density: float | None = None,
     strict: bool = False,
 ) -> PSAHandle:
     """Make the video self-attention of all the pipeline's transformers sparse.
@@ -59,6 +60,6 @@ def apply_psa(
     Arguments and errors are those of `PSAProcessor`; with `strict` also `PSAFallbackError`, where a layer that the
     preset wants sparse has a processor of another's.
     """
-    processor = PSAProcessor(pipe, preset, preset_2=preset_2, strict=strict)
+    processor = PSAProcessor(pipe, preset, preset_2=preset_2, density=density, strict=strict)
     processor.install()
     return PSAHandle(processor)

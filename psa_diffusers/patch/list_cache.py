@@ -30,7 +30,8 @@ class ListCache:
 
     A set takes 2 bytes for each query block and attended key block, head and batch item (4 beyond 32,767 key blocks);
     for Wan2.1-14B at 720p with psa-3 that is 25 MB a layer and branch. With the mass rule or `rest: mean` skipped key
-    blocks take as much, 56 MB in all. Nothing is kept with `refresh` 1 and separate branches.
+    blocks take as much, 56 MB in all; under the rule `budget` a row has room for all that it could pay for, with
+    psa-auto as many. Nothing is kept with `refresh` 1 and separate branches.
 
     Attributes:
         one_step_only: whether lists serve only the step that they were made at. So it is in a run over windows: the

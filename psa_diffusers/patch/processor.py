@@ -25,7 +25,7 @@ from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.step_layers import StepLayers
-from psa_diffusers.presets import Preset, load_preset
+from psa_diffusers.presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 
@@ -47,8 +47,11 @@ class PSAProcessor(PatchingProcessor):
 
     Args:
         pipe: a diffusers pipeline of a supported model; it is not kept alive.
-        preset: name of a shipped preset, path of a YAML file, or a `Preset`.
+        preset: name of a shipped preset, path of a YAML file, or a `Preset`; by default `psa-3`, or `psa-auto` where
+            a density is given.
         preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
+        density: what attention may cost in sparse layers, as a share of dense attention, above 0 and up to 1: the
+            presets are then taken `at_density`.
         strict: raise instead of falling back to dense attention.
 
     Attributes:
@@ -57,16 +60,17 @@ class PSAProcessor(PatchingProcessor):
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
-        PresetError: a preset cannot be read, or names layers that the transformer lacks.
+        PresetError: a preset cannot be read, cannot have the density, or names layers that the transformer lacks.
         ValueError: `preset_2` is given, but the pipeline has one transformer.
     """
 
     def __init__(
         self,
         pipe: Any,
-        preset: str | Path | Preset = "psa-3",
+        preset: str | Path | Preset | None = None,
         *,
         preset_2: str | Path | Preset | None = None,
+        density: float | None = None,
         strict: bool = False,
     ) -> None:
         transformers = find_transformers(pipe)
@@ -74,9 +78,9 @@ class PSAProcessor(PatchingProcessor):
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
         let_guiders_find(PSAProcessor, lambda attn: attn.processor._sites[attn].original)
         self.strict = strict
-        self.presets = dict.fromkeys(transformers, load_preset(preset))
+        self.presets = dict.fromkeys(transformers, choose_preset(preset, density))
         if preset_2 is not None:
-            self.presets["transformer_2"] = load_preset(preset_2)
+            self.presets["transformer_2"] = choose_preset(preset_2, density)
         self._family = find_family(next(iter(transformers.values())))
         self._fallbacks = Fallbacks(strict)
         self._attention = TokenAttention(self._family, self._fallbacks, strict)

@@ -11,7 +11,10 @@ from psa_diffusers.presets.files import read_mapping, shipped_folder
 from psa_diffusers.presets.layers import TokenOrder
 from psa_diffusers.presets.model import Preset
 
-__all__ = ["Preset", "PresetError", "TokenOrder", "list_presets", "load_preset"]
+__all__ = ["Preset", "PresetError", "TokenOrder", "choose_preset", "list_presets", "load_preset"]
+
+DEFAULT = "psa-3"
+DEFAULT_OF_DENSITY = "psa-auto"
 
 
 def list_presets() -> list[str]:
@@ -40,6 +43,21 @@ def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
     if _looks_like_path(preset) or _is_file(preset):
         return _load_file(Path(preset))
     raise PresetError(_not_found(preset, names), f"preset {show(preset)}")
+
+
+def choose_preset(preset: str | os.PathLike[str] | Preset | None, density: float | None = None) -> Preset:
+    """The preset that a user means who gives a preset, a density, both or neither.
+
+    Args:
+        preset: as of `load_preset`; None is `psa-3`, or `psa-auto` where a density is given.
+        density: above 0 and up to 1; the preset is then taken `at_density`.
+
+    Raises:
+        PresetError: as `load_preset` and `Preset.at_density`.
+    """
+    if density is None:
+        return load_preset(DEFAULT if preset is None else preset)
+    return load_preset(DEFAULT_OF_DENSITY if preset is None else preset).at_density(density)
 
 
 def _load_file(path: Path) -> Preset:

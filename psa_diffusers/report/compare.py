@@ -83,6 +83,7 @@ def compare_files(first: str, second: str, output: str | None = None, overwrite:
         "report": str(folder / REPORT_FILE),
         "psnr": report["comparison"]["psnr"]["mean"],
         "ssim": report["comparison"]["ssim"]["mean"],
+        "flicker": report["comparison"]["flicker"]["mean"],
         "lpips": report["comparison"]["lpips"]["mean"],
         "vmaf": report["comparison"]["vmaf"]["mean"],
         "frames": len(clips[0].frames),

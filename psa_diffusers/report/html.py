@@ -10,6 +10,7 @@ from psa_diffusers.report.svg import data_uri, line_plot, map_gradient, value_ma
 # Beyond this a browser gets slow; the report then shows the strip and links to the file.
 MAX_VIDEO_BYTES = 100 * 2**20
 ABSENT = "\u2013"
+FLICKER_NOTE = "How differently a frame changes from the one before it, root mean square; 0 is equal."
 
 
 def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) -> Path:
@@ -51,7 +52,8 @@ def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) 
 def _title(report: dict[str, Any]) -> str:
     if "title" in report:
         return report["title"]
-    preset = report["preset"]
+    density = report["settings"].get("density")
+    preset = report["preset"] + (f" at density {density:g}" if density else "")
     return f"{preset} against dense attention" if "comparison" in report else f"{preset} attention"
 
 
@@ -67,7 +69,7 @@ def _subtitle(report: dict[str, Any], count: int, missing: int) -> str:
 
 
 def _headlines(reports: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The four figures that answer "how fast and how close", means over the prompts."""
+    """The figures that answer "how fast and how close", means over the prompts."""
     attention = [entry["attention"] for report in reports for entry in report["runs"].values() if entry["attention"]]
     compared = [report["comparison"] for report in reports if "comparison" in report]
     gains = [entry["speedup"] for entry in compared if "speedup" in entry]
@@ -76,6 +78,12 @@ def _headlines(reports: list[dict[str, Any]]) -> list[dict[str, str]]:
         (_mean([gain["sparse_step"] for gain in gains]), "{:.2f}\u00d7", "in a sparse step", "median against median"),
         (_mean([entry["psnr"]["mean"] for entry in compared]), "{:.1f} dB", "PSNR", "mean over frames"),
         (_mean([entry["ssim"]["mean"] for entry in compared]), "{:.3f}", "SSIM", "mean over frames; 1 is equal"),
+        (
+            _mean([entry["flicker"]["mean"] for entry in compared if "flicker" in entry]),
+            "{:.1f}",
+            "flicker",
+            "other changes from frame to frame, of 255; 0 is equal",
+        ),
         (
             _mean([entry["density_run"] for entry in attention]),
             "{:.2f}",
@@ -143,9 +151,15 @@ def _quality(comparison: dict[str, Any] | None) -> list[tuple[str, str]]:
     ]
     if psnr["identical_frames"]:
         rows.insert(2, ("Equal frames, not in the PSNR", str(psnr["identical_frames"])))
+    flicker = comparison.get("flicker")  # this and VMAF are absent from reports of earlier versions
+    if flicker:
+        change = flicker["change"]
+        rows.append(("Flicker, mean over frames; 0 is equal", _number(flicker["mean"], "{:.2f} of 255")))
+        rows.append(("Flicker, worst frame", _number(flicker["worst"], "{:.2f} of 255")))
+        rows.append(("Change from frame to frame, against the reference", _number(change["ratio"], "{:.2f}\u00d7")))
     measured = _number(lpips["mean"], "{:.4f}")
     rows.append(("LPIPS (AlexNet)", f"not measured: {lpips['reason']}" if lpips["reason"] else measured))
-    vmaf = comparison.get("vmaf")  # absent from reports of earlier versions, which a continued run reads too
+    vmaf = comparison.get("vmaf")
     if vmaf:
         measured = _number(vmaf["mean"], "{:.1f} of 100")
         rows.append(("VMAF, mean over frames", f"not measured: {vmaf['reason']}" if vmaf["reason"] else measured))
@@ -215,6 +229,10 @@ def _plots(report: dict[str, Any]) -> list[dict[str, Any]]:
         plots.append(
             _plot("SSIM by frame", "1 is equal.", line_plot([("", []), ("SSIM", ssim)], "frame", "SSIM", span=0.03))
         )
+        if "flicker" in comparison:
+            flicker = [("", []), ("flicker", comparison["flicker"]["per_frame"])]
+            svg = line_plot(flicker, "frame", "flicker", from_zero=True)
+            plots.append(_plot("Flicker by frame, grey levels of 255", FLICKER_NOTE, svg))
     return [plot for plot in plots if plot["svg"]]
 
 

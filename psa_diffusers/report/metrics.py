@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers.report.flicker import flicker
 from psa_diffusers.report.vmaf import vmaf
 
 MIN_SIDE = 11  # the SSIM window
@@ -20,12 +21,13 @@ LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """PSNR, SSIM and, where they can be had, LPIPS and VMAF of `other` against `reference`, as JSON values.
+    """PSNR, SSIM, flicker and, where they can be had, LPIPS and VMAF of `other` against `reference`, as JSON values.
 
     Returns:
         psnr (dB) and ssim: mean, worst and per_frame. A frame equal to its reference has no finite PSNR: it is None in
         per_frame, counted in identical_frames and left out of the mean (None if all are equal). A frame that is not
         finite has None for both. SSIM is Wang et al.'s (11 x 11 Gaussian window); None for frames smaller than that.
+        flicker: as `flicker` says.
         lpips, vmaf: mean and per_frame, or None and the reason.
 
     Raises:
@@ -33,7 +35,12 @@ def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     """
     if reference.shape != other.shape:
         raise ValueError(f"the two videos differ in shape: {reference.shape} and {other.shape}")
-    return {**psnr_and_ssim(reference, other), "lpips": lpips(reference, other), "vmaf": vmaf(reference, other)}
+    return {
+        **psnr_and_ssim(reference, other),
+        "flicker": flicker(reference, other),
+        "lpips": lpips(reference, other),
+        "vmaf": vmaf(reference, other),
+    }
 
 
 def psnr_and_ssim(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:

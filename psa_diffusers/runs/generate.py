@@ -196,6 +196,7 @@ def _summary(report: dict[str, Any]) -> dict[str, Any]:
         "density": attention["density_run"] if attention else None,
         "psnr": comparison["psnr"]["mean"] if comparison else None,
         "ssim": comparison["ssim"]["mean"] if comparison else None,
+        "flicker": comparison["flicker"]["mean"] if "flicker" in comparison else None,
         "vmaf": comparison["vmaf"]["mean"] if "vmaf" in comparison else None,
         "speedup": comparison["speedup"]["total"] if comparison else None,
         "warnings": [

@@ -29,9 +29,9 @@ class Settings:
     """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
 
     `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
-    it has its own, `image_digest` the first half of the image file's SHA-256. The videos of a prompt (`samples`) have
-    the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings` tells of each, in order,
-    `arguments` what the card adds to the pipeline's call.
+    it has its own, both at `density` where one was asked for, `image_digest` the first half of the image file's
+    SHA-256. The videos of a prompt (`samples`) have the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings`
+    tells of each, in order, `arguments` what the card adds to the pipeline's call.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Settings:
     preset: str
     preset_rules: dict[str, Any] | None
     preset_2_rules: dict[str, Any] | None
+    density: float | None
     compare: bool
     seed: int
     samples: int
@@ -63,7 +64,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values; what earlier versions did not have is left out where it is empty."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("loras", "arguments")}
+        later = ("loras", "arguments", "density")
+        return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,9 @@ def make_plan(request: Request) -> Plan:
     samples = in_range("--samples", request.samples, 1, 1000)
     if request.vbench:
         check_names(prompts, samples)
-    preset = _load_preset("--preset", request.preset)
-    preset_2 = None if request.preset_2 is None else _load_preset("--preset-2", request.preset_2)
+    density = _check_density(request)
+    preset = _load_preset("--preset", request.preset, density)
+    preset_2 = None if request.preset_2 is None else _load_preset("--preset-2", request.preset_2, density)
     device = _pick_device(request.device, request.offload)
     model = resolve_model(request.model)
     card = model.card
@@ -136,6 +139,7 @@ def make_plan(request: Request) -> Plan:
         preset=DENSE if preset is None else preset.name,
         preset_rules=None if preset is None else preset.model_dump(mode="json"),
         preset_2_rules=None if preset_2 is None else preset_2.model_dump(mode="json"),
+        density=density,
         compare=request.compare,
         seed=in_range("--seed", request.seed, 0, 2**63 - 1),
         samples=samples,
@@ -170,15 +174,26 @@ def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
     return Path("psa-output", f"{slug(settings.model)}-{slug(settings.preset)}-{slug(prompts[0], 24)}-{digest}")
 
 
-def _load_preset(option: str, name: str) -> "Preset | None":
+def _check_density(request: Request) -> float | None:
+    if request.density is None:
+        return None
+    if not 0 < request.density <= 1:  # also true for NaN
+        raise InputError(f"--density {request.density:g}: must be above 0 and up to 1, a share of dense attention")
+    if request.preset == DENSE:
+        raise InputError(f"--density {request.density:g}: needs a sparse --preset, and it is dense")
+    return float(request.density)
+
+
+def _load_preset(option: str, name: str | None, density: float | None) -> "Preset | None":
     if name == DENSE:
         return None
-    from psa_diffusers.presets import PresetError, load_preset
+    from psa_diffusers.presets import PresetError, choose_preset
 
     try:
-        return load_preset(name)
+        return choose_preset(name, density)
     except PresetError as error:
-        raise InputError(f"{option} {error.at(name)}") from error
+        also = "" if density is None else f"--density {density:g} with "
+        raise InputError(f"{also}{option} {error.at(str(name))}") from error
 
 
 def _fits_model(option: str, preset: "Preset", model: Model) -> None:

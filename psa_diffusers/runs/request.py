@@ -8,15 +8,16 @@ from psa_diffusers.errors import InputError
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options as given; None means the model's own default.
+    """The command's options as given; None means the model's own default, and of `preset` that of `choose_preset`.
 
     `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone.
     """
 
     prompts: tuple[str, ...]
     model: str = "demo"
-    preset: str = "psa-3"
+    preset: str | None = None
     preset_2: str | None = None
+    density: float | None = None
     compare: bool = False
     output: str | None = None
     seed: int = 0

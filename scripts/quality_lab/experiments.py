@@ -99,6 +99,8 @@ def rules() -> Iterator[Setting]:
     ways = {
         "count": {},
         "budget": {"rule": "budget"},
+        "psa-auto": {"rule": "budget", "share_guidance": True},
+        "psa-auto, refresh 4": {"rule": "budget", "share_guidance": True, "refresh": 4},
         "budget, levels to 8": {"rule": "budget", "levels": [1, 2, 4, 8]},
         "count, rest mean": {"rest": "mean"},
         "budget, rest mean": {"rule": "budget", "rest": "mean"},

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of videos, and differences prompt by prompt."""
+"""PSNR, SSIM and flicker of videos, and differences prompt by prompt."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def ssim(reference: torch.Tensor, video: torch.Tensor) -> list[float | None]:
     pairs = zip(reference, video, strict=True)
     frames = ([video.permute(0, 2, 3, 1).float().cpu().numpy() for video in pair] for pair in pairs)
     return [psnr_and_ssim(*pair)["ssim"]["mean"] for pair in frames]
+
+
+def flicker(reference: torch.Tensor, video: torch.Tensor) -> list[float]:
+    """Mean over frames of each video's flicker as `psa_diffusers.report.flicker` defines it, in grey levels of 255."""
+    change = (video - reference).diff(dim=1).square().mean((2, 3, 4)).double().sqrt()
+    return [round(255 * value, 4) for value in change.mean(1).tolist()]
 
 
 def paired(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:

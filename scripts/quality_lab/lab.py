@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from quality_lab.figures import psnr, ssim
+from quality_lab.figures import flicker, psnr, ssim
 from quality_lab.prompts import prompts_for
 from quality_lab.settings import Setting
 
@@ -71,19 +71,21 @@ class Lab:
         """The figures of one setting.
 
         `density` and `coverage` are means over prompts and sparse calls, `density_run` over all calls; `psnr` has an
-        entry a prompt; `seconds` are those a video takes in the fastest batch, with its decoding.
+        entry a prompt; `flicker` is a mean over prompts; `seconds` are those a video takes in the fastest batch, with
+        its decoding.
 
         Raises:
             InputError: attention could not be sparse.
         """
         reference = self.dense(setting.content)
         runs: list[tuple[int, RunStats]] = []
-        psnrs, ssims, seconds = [], [], []
+        psnrs, ssims, flickers, seconds = [], [], [], []
         with apply_psa(self._pipe, setting.preset) as psa:
             for videos, taken in self._batches(setting.content):
                 start = len(psnrs)
                 dense = reference.videos[start : start + len(videos)]
                 psnrs += psnr(dense, videos)
+                flickers += flicker(dense, videos)
                 with_ssim = max(0, self._conditions.ssim_prompts - start)
                 ssims += ssim(dense[:with_ssim], videos[:with_ssim])
                 seconds.append(taken)
@@ -99,6 +101,7 @@ class Lab:
             "psnr": psnrs,
             "ssim": round(mean(ssims), 5) if ssims and None not in ssims else None,
             "ssim_prompts": len(ssims),
+            "flicker": round(mean(flickers), 4),
             "seconds": round(min(seconds), 4),
             "implementation": runs[0][1].implementation,
         }

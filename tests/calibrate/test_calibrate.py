@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
+from typer.main import get_command
 
 from psa_diffusers import Preset, apply_psa, load_preset
 from psa_diffusers.calibrate import runner, shapes, verify
@@ -43,6 +45,9 @@ def models(tmp_path_factory) -> Path:
         experts.transformer_2.blocks[0].attn1.to_out[0].weight.mul_(20)
     experts.save_pretrained(folder / "experts")
     (folder / "base.yaml").write_text(BASE_YAML)
+    auto = load_preset("psa-auto").model_dump(mode="json", exclude_unset=True)
+    auto |= {"block": {"query": 32, "key": 16}, "min_tokens": 0, "dense_steps": 0.5}
+    (folder / "auto.yaml").write_text(yaml.safe_dump(auto))
     (folder / "rules.yaml").write_text('steps: [{match: "0-50%", floor: 0.2}]\n')
     (folder / "short.yaml").write_text("dense_steps: 2\ndense_last: 2\n")
     (folder / "early.yaml").write_text("block: {query: 32, key: 16}\nmin_tokens: 0\ndense_steps: 0.0\n")
@@ -146,6 +151,20 @@ def test_densities_are_corrected_by_what_whole_videos_have(calibrate, monkeypatc
     assert densities[f"trying {BASE} again"] == pytest.approx(0.4, abs=0.01)
     assert densities["verifying"] == densities["verifying, the base preset"] == pytest.approx(0.4, abs=0.01)
     assert summary["expected"]["density"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_the_preset_that_it_starts_from_keeps_its_rule_and_its_sharing(calibrate, monkeypatch):
+    monkeypatch.setattr(shapes, "SHAPES", {BASE: {}, "raster": {"order": "raster"}})
+    given = {parameter.name: parameter.default for parameter in get_command(cli_calibrate.calibrate_app).params}
+    assert given["base_preset"] == "psa-auto"
+    code, summary, _ = calibrate("--density", "0.3", "--frames", "17", base="auto.yaml")
+    assert code == 0 and summary["met"]
+    for which in ("calibrated", "uniform"):
+        assert summary["verified"][which]["density"] == pytest.approx(0.3, abs=0.01)
+    preset = load_preset(Path("mine.yaml"))
+    assert preset.share_guidance
+    densities = [spec.density for spec in preset.layer_specs(4) if spec.rule == "budget"]
+    assert densities == pytest.approx([0.3] * 4, abs=0.04)  # the budget of a row is rounded down to what blocks cost
 
 
 def test_a_psnr_is_tried_end_to_end(calibrate):

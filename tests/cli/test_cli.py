@@ -37,7 +37,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
-    *("--preset-2", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
+    *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
 }
 
 
@@ -110,6 +110,7 @@ def test_version(capsys):
         (["--frames", "abc", "a cat"], "Invalid value for '--frames'"),
         (["--colour", "red"], "No such option: --colour"),
         (["--preset", "nothing.yaml", "a cat"], "--preset nothing.yaml"),
+        (["--density", "1.2", "a cat"], "--density 1.2: must be above 0 and up to 1, a share of dense attention"),
         (["--seed", "-5", "a cat"], "--seed -5: must be from 0"),
     ],
 )

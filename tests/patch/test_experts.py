@@ -6,6 +6,7 @@ import pytest
 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.presets import PresetError, load_preset
 from psa_testing.tiny_families import preset
 from psa_testing.tiny_pipelines import tiny_wan
 from psa_testing.wan_latents import run
@@ -50,6 +51,22 @@ def test_an_expert_that_was_left_out_is_named(patched, left_out):
     getattr(pipe, patched).set_attn_processor(strict)
     with pytest.raises(PSAFallbackError, match=f"pipe.{left_out} was not patched"):
         run(pipe, num_inference_steps=6)
+
+
+def test_a_density_is_that_of_both_experts_presets():
+    pipe = tiny_wan(two_stage=True)
+    second = load_preset("psa-3").replace(block={"query": 32, "key": 16}, min_tokens=0)
+    processor = PSAProcessor(pipe, preset_2=second, density=0.3)
+    assert processor.presets == {
+        "transformer": load_preset("psa-auto").at_density(0.3),
+        "transformer_2": second.at_density(0.3),
+    }
+    with apply_psa(pipe, preset(dense_steps=0.0), density=0.5) as psa:
+        run(pipe, num_inference_steps=6)
+    assert psa.stats().density_sparse == pytest.approx(0.5, abs=0.1)
+    with pytest.raises(PresetError, match="density = 0: not a share of dense attention"):
+        apply_psa(pipe, density=0)
+    assert not PSAProcessor(pipe).is_set()
 
 
 def test_each_expert_may_have_its_own_preset():

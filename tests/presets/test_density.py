@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from psa_diffusers.presets import Preset, load_preset
+from psa_diffusers.presets import Preset, PresetError, choose_preset, load_preset
 from psa_diffusers.presets.files import shipped_folder
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.allocation.reference import allocate
@@ -68,6 +68,16 @@ def test_the_density_is_the_one_that_was_asked(settings, density):
 def test_the_rule_budget_is_given_another_budget():
     preset = Preset(rule="budget", density=0.5, levels=[1, 2, 8])
     assert preset.at_density(0.3) == preset.replace(density=0.3) and preset.at_density(1).density == 1
+
+
+def test_a_density_alone_means_psa_auto_and_nothing_psa_3():
+    assert choose_preset(None) == load_preset("psa-3")
+    assert choose_preset(None, 0.2) == load_preset("psa-auto").at_density(0.2) != load_preset("psa-auto")
+    assert choose_preset("psa-3", 0.2) == load_preset("psa-3").at_density(0.2)
+    mine = Preset(rule="budget", density=0.5)
+    assert choose_preset(mine) is mine and choose_preset(mine, 0.2).density == 0.2
+    with pytest.raises(PresetError, match=r"psa-auto.*density = 1.5: not a share of dense attention; allowed"):
+        choose_preset(None, 1.5)
 
 
 def test_past_the_coarsest_threshold_the_finer_ones_grow():

@@ -58,11 +58,13 @@ def test_published_allocations(name):
     assert preset.dense_steps == 0.25 and preset.order == "hilbert" and "2512.04025" in preset.source
 
 
-def test_the_recommended_preset_is_psa_3_in_the_order_of_the_model_with_smaller_blocks():
-    changed = {"name", "source", "block", "order"}
+def test_the_recommended_preset_is_psa_3_with_a_budget_and_shared_guidance():
+    changed = {"name", "source", "rule", "density", "share_guidance"}
     auto, published = load_preset("psa-auto"), load_preset("psa-3")
     assert auto.model_dump(exclude=changed) == published.model_dump(exclude=changed)
-    assert (auto.block.query, auto.block.key, auto.order) == (128, 32, "raster")
+    assert (auto.rule, auto.density, auto.share_guidance) == ("budget", 0.25, True)
+    assert auto.order == "hilbert" and auto.refresh == 1 and "docs/quality.md" in auto.source
+    assert auto.at_density(0.15) == auto.replace(density=0.15)
 
 
 @pytest.mark.parametrize("name", AUTHORS_MASS)

@@ -33,6 +33,9 @@ def test_all_files_are_written_and_agree(clips, tmp_path):
     expected = np.mean(-10 * np.log10((error**2).mean(axis=(1, 2, 3))))
     assert summary["psnr"] == pytest.approx(expected, abs=1e-3)
     assert report["comparison"]["psnr"]["mean"] == summary["psnr"]
+    flicker = 255 * np.sqrt((np.diff(error, axis=0) ** 2).mean(axis=(1, 2, 3)))
+    assert summary["flicker"] == report["comparison"]["flicker"]["mean"] == pytest.approx(flicker.mean(), abs=1e-3)
+    assert report["comparison"]["flicker"]["per_frame"] == pytest.approx([None, *flicker], abs=1e-3)
     joined = read_video(tmp_path / "out" / "side-by-side.mp4")
     assert joined.frames.shape == (9, MIN_PANEL_WIDTH + bar_height(MIN_PANEL_WIDTH), 2 * MIN_PANEL_WIDTH + GAP, 3)
     assert joined.fps == 8

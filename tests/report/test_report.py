@@ -82,7 +82,8 @@ def test_the_figures_are_there(tmp_path):
     html = write_report(tmp_path, [a_report(tmp_path)]).read_text(encoding="utf-8")
     figures = ("1.50\u00d7", "2.00\u00d7", "0.75", "1.25", "1 of 3 frames are all black", "not measured")
     settings = ("9.9.9", "a processor", "thresholds", "[0.15, 0.25, 0.45]")
-    for text in (*figures, *settings, "Density by layer and step", "PSNR by frame", "SSIM by frame"):
+    plots = ("Density by layer and step", "PSNR by frame", "SSIM by frame", "Flicker by frame")
+    for text in (*figures, *settings, *plots):
         assert text in html
     assert "still missing" not in html
 
@@ -93,6 +94,17 @@ def test_a_report_of_an_earlier_version_says_nothing_of_the_dense_steps_share(tm
     report["runs"]["psa-3"]["seconds"] |= {"dense_steps": 1, "dense_share": 0.505}
     page = write_report(tmp_path, [report]).read_text(encoding="utf-8")
     assert page.count("1 of 2 steps dense: 50 % of the denoising time") == 1
+
+
+def test_the_flicker_is_shown_and_missed_where_an_earlier_version_did_not_measure_it(tmp_path):
+    report = a_report(tmp_path)
+    change = {"reference": 2.0, "other": 3.0, "ratio": 1.5}
+    report["comparison"]["flicker"] = {"mean": 4.321, "worst": 8.765, "per_frame": [None, 4.0, 8.765], "change": change}
+    page = write_report(tmp_path, [report]).read_text(encoding="utf-8")
+    assert "4.32 of 255" in page and "8.77 of 255" in page and "<b>4.3</b><span>flicker</span>" in page
+    assert "<td>1.50\u00d7</td>" in page
+    del report["comparison"]["flicker"]
+    assert "licker" not in write_report(tmp_path, [report]).read_text(encoding="utf-8")
 
 
 def test_a_headline_is_the_mean_of_what_is_known(tmp_path):

@@ -43,11 +43,24 @@ def test_the_report_of_a_prompt_is_complete_and_consistent(ask, tmp_path):
     assert report["runs"]["small"]["seconds"]["sparse_steps"] == STEPS - 1
     assert len(report["comparison"]["psnr"]["per_frame"]) == FRAMES
     assert report["comparison"]["psnr"]["mean"] == summary["prompts"][0]["psnr"]
+    assert len(report["comparison"]["flicker"]["per_frame"]) == FRAMES
+    assert report["comparison"]["flicker"]["mean"] == summary["prompts"][0]["flicker"] > 0
     assert report["comparison"]["psnr"]["identical_frames"] == 0  # the sparse run is another computation
     assert report["settings"]["flow_shift"] == 7.0
     assert report["settings"]["preset_rules"]["thresholds"] == [0.3, 0.5, 0.7]
     assert report["seed"] == 3 and {"torch", "diffusers"} <= set(report["versions"])
     assert report["load_seconds"] > 0 and report["hardware"]["device"] == "cpu"
+
+
+def test_a_density_is_met_and_shown_and_another_one_is_another_run(ask, tmp_path):
+    carry_out(ask("a cat", density=1.0, compare=True))
+    report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
+    assert report["settings"]["density"] == 1 and report["settings"]["preset_rules"]["thresholds"] == [1, 1, 1]
+    assert report["runs"]["small"]["attention"]["density_sparse"] == 1  # the preset's own keeps less
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "small at density 1 against dense attention" in page
+    with pytest.raises(InputError, match=r"density was 1\.0 and is now 0\.6"):
+        carry_out(ask("a cat", density=0.6, compare=True))
 
 
 def test_a_speedup_is_dense_time_over_sparse_time(ask, tmp_path, monkeypatch):

@@ -57,6 +57,14 @@ def test_a_mask_is_drawn_and_its_density_printed(model, tmp_path, capsys, monkey
         assert picture.width > 1000
 
 
+def test_a_mask_is_that_of_the_density_asked_for(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert inspect(model, "--density", "1", "--step", "2", "a cat") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["density"] == 1
+    assert inspect(model, "--density", "0", "--step", "2", "a cat", output="other.png") == 2
+    assert "psa-inspect: error: --density 0: must be above 0 and up to 1" in capsys.readouterr().err
+
+
 ORDER = TokenOrder("hilbert", (4, 4, 4))
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.presets import load_preset
 from psa_diffusers.runs import plan as plan_module
 from psa_diffusers.runs.pipeline_arguments import call_arguments
 from psa_diffusers.runs.plan import make_plan
@@ -36,6 +37,20 @@ def tiny_request(folder, **changes) -> Request:
         ({"device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
         ({"image": "cat.png"}, r"--image: .* makes a video from words alone; .*wan-i2v-14b-480p"),
         ({"compare": True}, r"--compare needs a sparse --preset"),
+        ({"density": 0.0, "preset": "psa-3"}, r"--density 0: must be above 0 and up to 1"),
+        ({"density": -0.1, "preset": "psa-3"}, r"--density -0.1: must be above 0 and up to 1"),
+        ({"density": 1.01, "preset": None}, r"--density 1.01: must be above 0 and up to 1"),
+        ({"density": float("nan"), "preset": "psa-3"}, r"--density nan: must be above 0 and up to 1"),
+        ({"density": 0.2}, r"--density 0.2: needs a sparse --preset, and it is dense"),
+        (
+            {"density": 0.2, "preset": "mass-wan2.1-14b"},
+            r"--density 0.2 with --preset mass-wan2.1-14b: rule = 'mass': the density depends on the video; allowed: ",
+        ),
+        (
+            {"density": 0.2, "preset": "psa-3", "preset_2": "mass-wan2.1-14b"},
+            r"--density 0.2 with --preset-2 mass-wan2.1-14b: rule = 'mass'",
+        ),
+        ({"density": 0.2, "preset": "psa-33"}, r"--preset psa-33: no such file \(did you mean psa-3\?\)"),
         ({"preset": "psa-33"}, r"--preset psa-33: no such file \(did you mean psa-3\?\)"),
         ({"prompts": ()}, r"no prompt given"),
         ({"prompts": (" ",)}, r"a prompt is empty"),
@@ -76,6 +91,24 @@ def test_equal_runs_share_a_default_folder_and_others_do_not(saved):
     assert first == make_plan(tiny_request(saved / "wan")).output
     assert first != make_plan(tiny_request(saved / "wan", seed=1)).output
     assert first != make_plan(tiny_request(saved / "wan", prompts=("a cat", "a dog"))).output
+
+
+def test_a_density_makes_runs_of_their_own(saved):
+    """Alone it means psa-auto; beside presets, each of them at it; a run without one is what it was."""
+    plain = make_plan(tiny_request(saved / "wan", preset="psa-3"))
+    assert plain.settings.density is None and "density" not in plain.settings.to_dict()
+    low, high, paper = (
+        make_plan(tiny_request(saved / "wan", preset=preset, density=density))
+        for preset, density in ((None, 0.15), (None, 0.3), ("psa-3", 0.3))
+    )
+    assert low.preset == load_preset("psa-auto").at_density(0.15) and low.settings.preset == "psa-auto"
+    assert paper.preset == load_preset("psa-3").at_density(0.3) and paper.settings.preset == "psa-3"
+    assert (low.settings.to_dict()["density"], high.settings.to_dict()["density"]) == (0.15, 0.3)
+    assert low.settings.preset_rules == low.preset.model_dump(mode="json") != high.settings.preset_rules
+    assert len({plan.output for plan in (plain, low, high, paper)}) == 4
+    experts = make_plan(tiny_request(saved / "experts", preset=None, preset_2="psa-5", density=0.2))
+    assert experts.preset == load_preset("psa-auto").at_density(0.2)
+    assert experts.preset_2 == load_preset("psa-5").at_density(0.2)
 
 
 def test_the_bundled_demo_needs_nothing_but_a_prompt():

@@ -51,6 +51,7 @@ def test_an_experiment_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture,
         assert 0 < row["density"] < 1 and row["density"] < row["density_run"] < 1 and 0 < row["coverage"] <= 1
         assert len(row["psnr_each"]) == 1 and 5 < row["psnr"] == row["psnr_each"][0] < 100
         assert row["psnr_ci"] is None and row["delta_psnr"] == 0 and 0 < row["ssim"] < 1
+        assert 0 < row["flicker"] < 100
         assert row["preset"]["order"] == "hilbert" and row["preset"]["importance"]["query_stride"] == 8
     assert (tmp_path / "order.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["order.json", "order.png"]
@@ -91,7 +92,9 @@ def test_figures_agree_with_the_libraries() -> None:
     ]
     assert figures.psnr(dense, video) == pytest.approx([found["psnr"]["mean"] for found in expected], abs=1e-3)
     assert figures.ssim(dense, video) == [found["ssim"]["mean"] for found in expected]
-    assert figures.psnr(dense, dense) == [100, 100]
+    flickers = [found["flicker"]["mean"] for found in expected]
+    assert figures.flicker(dense, video) == pytest.approx(flickers, abs=1e-3) and min(flickers) > 50
+    assert figures.psnr(dense, dense) == [100, 100] and figures.flicker(dense, dense) == [0, 0]
     values = torch.randn(32, generator=draw).tolist()
     for count in (4, 8, 32):
         interval = stats.t.interval(0.95, count - 1, loc=0, scale=stats.sem(values[:count]))
