@@ -18,7 +18,7 @@ from psa_diffusers.diffusers_internals import keeps_state_between_forwards, para
 from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
-from psa_diffusers.patch.dense_reasons import Facts, dense_reason
+from psa_diffusers.patch.dense_reasons import Facts, can_be_full, dense_reason
 from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
@@ -168,7 +168,9 @@ class Patch(NotPickled):
                 wanted = wanted and forward.step not in run.dense[self.name].steps
             facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
             reason = dense_reason(facts) if wanted else None
-            routes[site.layer.name] = Route(wanted and reason is None, reason)
+            full = not wanted and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
+            full = full and self.attention.full.is_on(_device(transformer, inputs))
+            routes[site.layer.name] = Route(wanted and reason is None, reason, full)
         watch = run.watch and not run.model_not_finite
         forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
         self._note_unreached(forward)
@@ -189,7 +191,7 @@ class Patch(NotPickled):
                 self.sync_stock_settings(transformer, site)
             if isinstance(site, LayerSite):
                 site.skips_scores = skips_attention_scores(attn)
-                site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
+                site.in_graph = self.forward.routes[site.layer.name].ours or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
@@ -237,6 +239,12 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
             return frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
+
+
+def _device(transformer: Any, inputs: Mapping[str, Any]) -> torch.device:
+    """Where a forward is computed: weights that are offloaded may be elsewhere."""
+    video = inputs.get("hidden_states")
+    return video.device if torch.is_tensor(video) else transformer.device
 
 
 @functools.cache
