@@ -16,6 +16,7 @@ from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.list_cache import Moment
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
+from psa_diffusers.patch.served_calls import ServedCalls
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
 from psa_diffusers.patch.token_order import Grid, permutation_on
@@ -45,6 +46,7 @@ class TokenAttention:
         self._family, self._fallbacks, self._strict = family, fallbacks, strict
         self.guard = FiniteGuard(fallbacks, strict)
         self.full = FullAttention(fallbacks)
+        self._served = ServedCalls()
         self._text_lengths = TextLengths()
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
@@ -61,6 +63,8 @@ class TokenAttention:
         if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
             return Route(False, f"the sequence has {tokens} tokens, but the video's grid is {grid}")
+        if (refused := self._served.earlier(layer, call)) is not None and self.compute is None:
+            return Route(False, refused)
         try:
             self._real_text(call)
             return route
@@ -76,10 +80,14 @@ class TokenAttention:
         except DenseOnlyError:
             return False
 
-    def settle(self, layer: Layer, route: Route, call: AttentionCall, qkv: QKV) -> Route:
+    def settle(self, forward: Forward, layer: Layer, route: Route, call: AttentionCall, qkv: QKV) -> Route:
         """What `decide` said of a call, unless no kernel serves its queries, keys and values."""
         if route.full and not self.full.serves(layer, call, qkv):
             return Route(False)
+        if route.sparse and self.compute is None:
+            video = math.prod(self._with_all_videos(forward, call).attended_grid)
+            if (reason := self._served.why_not(layer, call, qkv, video)) is not None:
+                return Route(False, reason)
         return route
 
     def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
@@ -109,7 +117,7 @@ class TokenAttention:
             qkv = forward.share.gather_tokens(qkv, before, after)
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
-        route = route or self.settle(layer, self.decide(forward, layer, call), call, qkv)
+        route = route or self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
         forward = self._with_all_videos(forward, call)
         if route.ours:
             head, tail = self._ours_or_again(forward, layer, qkv, call, route)

@@ -198,9 +198,11 @@ class PSAProcessor(PatchingProcessor):
             self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
             return None
         qkv = self._family.project(attn, call)
-        if route is not None and not (route := self._attention.settle(site.layer, route, call, qkv)).ours:
-            self._attention.note_dense(forward, site.layer, route.reason)
-            return None
+        if route is not None:
+            route = self._attention.settle(forward, site.layer, route, call, qkv)
+            if not route.ours:
+                self._attention.note_dense(forward, site.layer, route.reason)
+                return None
         head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, call.text_tokens, route)
         return self._output(attn, call, head, tail)
 

@@ -73,6 +73,7 @@ class Preset(LayerSettings):
     share_guidance: bool = Field(default=False, strict=True, description="true or false")
     min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
     dense_attention: Literal["stock", "psa"] = Field(default="stock", description="stock or psa")
+    float32_on_gpu: Literal["dense", "sparse"] = Field(default="dense", description="dense or sparse")
     layers: Annotated[tuple[LayerRule, ...], AsTuple, Field(max_length=200)] = Field(
         default=(), description="a list of up to 200 mappings of match and the keys to change"
     )
