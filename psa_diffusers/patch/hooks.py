@@ -28,6 +28,12 @@ from psa_diffusers.patch.step_layers import StepLayers
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
 
+CAPTURED = (
+    "a forward of a transformer patched with PSAProcessor cannot be captured into a CUDA graph: at each forward the "
+    "step, the text's lengths and the lists that are kept are looked up, and a replay would keep those of the capture. "
+    'torch.compile(mode="reduce-overhead") leaves the attention out of its graphs; or call restore() before the capture'
+)
+
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 
 
@@ -125,9 +131,15 @@ class Patch(NotPickled):
     # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook, which comes before anything else touches the inputs."""
+        """A forward pre-hook, which comes before anything else touches the inputs.
+
+        Raises:
+            RuntimeError: the forward is being captured into a CUDA graph.
+        """
         if not self.attached:  # a copy's
             return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(CAPTURED)
         if self.processor() is None:  # taken off by hand, and forgotten
             self.detach()
         elif not self.holds() and (rivals := self.rivals()):
