@@ -17,6 +17,7 @@ from psa_diffusers.families import find_family
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import context_parallel_plan
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.processor import PSAProcessor
 from psa_testing.cases import UNEVEN
 from psa_testing.expectations import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
@@ -111,6 +112,18 @@ def compiled_blocks(ranks: int, name: str) -> None:
     assert_equal_to_rounding(case.run(pipe), eager)
     assert processor.stats() == stats
     assert stats.density_sparse is not None and stats.density_sparse < 0.5
+
+
+def dense_by_the_operator(ranks: int, name: str) -> None:
+    """With `dense_attention: psa`, for which the reference stands in here, each rank computes its heads."""
+    FullAttention.implementation = "reference"
+    case, pipe = MODELS[name], MODELS[name].make()
+    stock = case.run(pipe)
+    enable(pipe, ulysses_degree=ranks)
+    processor = patch(pipe, preset(dense_steps=1.0, dense_attention="psa"), strict=True)
+    assert_equal_to_rounding(case.run(pipe), stock)
+    stats = processor.stats()
+    assert stats.dense_implementation == "reference" and stats.density_run == 1 and stats.fallbacks == {}
 
 
 def a_spoiled_layer(ranks: int, name: str) -> None:

@@ -227,13 +227,13 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     return relative_error(sparse, dense)
 
 
-def compile_blocks(transformer: torch.nn.Module, backend: str) -> None:
+def compile_blocks(transformer: torch.nn.Module, backend: str, fullgraph: bool = True) -> None:
     """diffusers' regional compilation, also for models that lack it."""
     if transformer._repeated_blocks:
-        transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
+        transformer.compile_repeated_blocks(fullgraph=fullgraph, backend=backend)
     else:
         for block in transformer.transformer_blocks:
-            block.compile(fullgraph=True, backend=backend)
+            block.compile(fullgraph=fullgraph, backend=backend)
 
 
 def project(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.patch.dense_reasons import Fallbacks
-from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FiniteGuard, all_finite
+from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
+from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.list_cache import Moment
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
+from psa_diffusers.patch.served_calls import ServedCalls
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
 from psa_diffusers.patch.token_order import Grid, permutation_on
@@ -34,6 +36,7 @@ class TokenAttention:
 
     Attributes:
         guard: told of what is not finite.
+        full: computes dense layers where the preset has the operator do so.
         compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it; it is given
             this object, and without statistics the call counts as a dense one.
         mask_recorder: is given the block lists of sparse calls.
@@ -42,6 +45,8 @@ class TokenAttention:
     def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
         self._family, self._fallbacks, self._strict = family, fallbacks, strict
         self.guard = FiniteGuard(fallbacks, strict)
+        self.full = FullAttention(fallbacks)
+        self._served = ServedCalls()
         self._text_lengths = TextLengths()
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
@@ -49,6 +54,8 @@ class TokenAttention:
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
         """Whether a call is sparse: the layer's route, unless the call's tensors say otherwise."""
         route = forward.routes[layer.name]
+        if route.full:
+            return route if self._can_be_full(layer, call) else Route(False)
         if not route.sparse:
             return route
         forward = self._with_all_videos(forward, call)
@@ -56,11 +63,32 @@ class TokenAttention:
         if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
             return Route(False, f"the sequence has {tokens} tokens, but the video's grid is {grid}")
+        if (refused := self._served.earlier(layer, call)) is not None and self.compute is None:
+            return Route(False, refused)
         try:
             self._real_text(call)
             return route
         except DenseOnlyError as error:
             return Route(False, str(error))
+
+    def _can_be_full(self, layer: Layer, call: AttentionCall) -> bool:
+        if self.full.was_refused(layer, call):
+            return False
+        try:
+            self._real_text(call)
+            return True
+        except DenseOnlyError:
+            return False
+
+    def settle(self, forward: Forward, layer: Layer, route: Route, call: AttentionCall, qkv: QKV) -> Route:
+        """What `decide` said of a call, unless no kernel serves its queries, keys and values."""
+        if route.full and not self.full.serves(layer, call, qkv):
+            return Route(False)
+        if route.sparse and self.compute is None:
+            video = math.prod(self._with_all_videos(forward, call).attended_grid)
+            if (reason := self._served.why_not(layer, call, qkv, video)) is not None:
+                return Route(False, reason)
+        return route
 
     def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
         """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
@@ -82,17 +110,17 @@ class TokenAttention:
         Args:
             mask: the attention mask as the model made it.
             text: number of text tokens, padding included.
-            route: what `decide` said of the call, if it was asked.
+            route: what `settle` said of the call, if it was asked.
         """
         before, after = (text, 0) if self._family.text == "before" else (0, text)
         if forward.share is not None:
             qkv = forward.share.gather_tokens(qkv, before, after)
         # Of the hidden states that the block had, only the number of tokens matters.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
-        route = route or self.decide(forward, layer, call)
+        route = route or self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
         forward = self._with_all_videos(forward, call)
-        if route.sparse:
-            head, tail = self._sparse_or_again(forward, layer, qkv, call)
+        if route.ours:
+            head, tail = self._ours_or_again(forward, layer, qkv, call, route)
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
@@ -104,9 +132,13 @@ class TokenAttention:
             return forward
         return replace(forward, videos=max(1, call.hidden_states.shape[1] // math.prod(forward.grid)))
 
-    def _sparse_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall) -> Parts:
-        """Sparse attention, or dense attention in its place where it is looked at and not finite."""
-        if self.compute is None:
+    def _ours_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
+        """Attention by the operator, or PyTorch's dense one in its place where it is looked at and not finite."""
+        stats: list[AttentionStats] = []
+        if route.full:
+            after = call.text_tokens if self._family.text == "after" else 0
+            parts = self.full.attend(forward.run, qkv, after, self._real_text(call))
+        elif self.compute is None:
             parts, stats = self.sparse(layer, forward, qkv, call)
         else:
             parts, stats = self.compute(self, layer, forward, qkv, call)
@@ -114,13 +146,13 @@ class TokenAttention:
             for figures in stats:
                 forward.note(layer, figures)
             if not stats:
-                forward.note(layer, None)
+                forward.note(layer, None, full_by=self.full.implementation if route.full else None)
             return parts
         forward.run.lists.forget_step(forward.step)
-        parts = self.dense(qkv, call)
-        forward.note(layer, None, COMPUTED_AGAIN)
+        parts, reason = self.dense(qkv, call), FULL_COMPUTED_AGAIN if route.full else COMPUTED_AGAIN
+        forward.note(layer, None, reason)
         if all_finite(*parts):
-            self.guard.record_sparse_not_finite(forward, layer.name)
+            self.guard.record_not_finite(forward, layer.name, reason)
         else:
             self.guard.report_model_not_finite(forward, f"the attention of {layer.name}")
         return parts

@@ -14,11 +14,11 @@ from psa_diffusers.patch.token_order import Grid
 
 
 class PSAFallbackWarning(UserWarning):
-    """Calls run dense although the preset asked for sparse attention."""
+    """Calls run dense although the preset asked for sparse attention, or otherwise slower than it asked for."""
 
 
 class PSAFallbackError(RuntimeError):
-    """With `strict=True`: a call would have run dense although the preset asked for sparse attention."""
+    """With `strict=True`: in place of a `PSAFallbackWarning`."""
 
 
 class Fallbacks:
@@ -39,6 +39,18 @@ class Fallbacks:
         if reason not in self._told:
             self._told.add(reason)
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
+
+    def tell(self, what: str) -> None:
+        """Tell of what the preset asks for and does not get, where attention would be dense in any case.
+
+        Raises:
+            PSAFallbackError: instead of the warning, with `strict`.
+        """
+        if self._strict:
+            raise PSAFallbackError(f"strict: {what}")
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(what, PSAFallbackWarning, stacklevel=4)
 
 
 class Facts(NamedTuple):
@@ -112,6 +124,15 @@ REASONS: tuple[Callable[[Facts], str | None], ...] = (
 )
 
 
+# Dense attention needs no blocks, and where a sequence is short the kernel says so itself.
+FULL_REASONS = tuple(ask for ask in REASONS if ask not in (unknown_grid, too_short))
+
+
 def dense_reason(facts: Facts) -> str | None:
     """Why a layer cannot be sparse, as far as is known before the forward; None if it can."""
     return next((reason for ask in REASONS if (reason := ask(facts))), None)
+
+
+def can_be_full(facts: Facts) -> bool:
+    """Whether the operator can compute a layer that is dense as the preset has it."""
+    return not any(ask(facts) for ask in FULL_REASONS)

@@ -21,6 +21,7 @@ from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.run import Forward
 
 COMPUTED_AGAIN = "its sparse output held values that are not finite, so that it was computed again"
+FULL_COMPUTED_AGAIN = "its dense output by PSA's kernel held values that are not finite, so that it was computed again"
 
 
 class FiniteGuard:
@@ -30,20 +31,20 @@ class FiniteGuard:
         self._fallbacks, self._strict = fallbacks, strict
 
     def is_spoiled(self, forward: Forward, output: Any) -> bool:
-        """Whether what a transformer gave is not finite, and its sparse attention may be why."""
-        if forward.run.model_not_finite or not any(note.stats for note in forward.notes):
+        """Whether what a transformer gave is not finite, and the operator's attention may be why."""
+        if forward.run.model_not_finite or not any(note.stats or note.full_by for note in forward.notes):
             return False
         return not is_finite(output)
 
-    def record_sparse_not_finite(self, forward: Forward, layer: str) -> None:
-        """Note that a sparse attention was not finite where dense attention is."""
+    def record_not_finite(self, forward: Forward, layer: str, reason: str) -> None:
+        """Note that attention of the operator was not finite where PyTorch's dense attention is."""
         run = forward.run
         first = layer not in run.not_finite
         steps = run.not_finite.setdefault(layer, [])
         if forward.step not in steps:
             steps.append(forward.step)
         if first:
-            self._fallbacks.warn_or_raise(f"{layer} at step {forward.step + 1} of {run.steps}: {COMPUTED_AGAIN}")
+            self._fallbacks.warn_or_raise(f"{layer} at step {forward.step + 1} of {run.steps}: {reason}")
 
     def report_model_not_finite(self, forward: Forward, place: str) -> None:
         """Note that dense attention is not finite either; nothing is computed again in the rest of the run."""

@@ -4,17 +4,29 @@ All layers of a kind share one graph, at all steps, so a graph may hold neither 
 them (statistics, kept lists, text lengths, which kernels run) is behind two operators that `torch.compile` does not
 look into, and they are told the layer by a tensor: a number would be compiled in. Whether a layer is dense or sparse is
 decided before each forward, and is the one thing that graphs are chosen by.
+
+For the same reason a CUDA graph must not hold them: a replay runs no Python, and would attend as the layer and the step
+did that were captured. The operators say so, and `mode="reduce-overhead"` captures what is around them alone. A PyTorch
+that has no such tag yet captures nothing of a graph with an argument on the CPU, as the layer's number is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from psa_diffusers.patch.sites import site_numbered
 
+_NOT_CAPTURED: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
 
 # The argument is said to be changed, because an operator without effect and result would be dropped from the graph.
-@torch.library.custom_op("psa_diffusers::note_dense", mutates_args=("site",), schema="(Tensor(a!) site) -> ()")
+@torch.library.custom_op(
+    "psa_diffusers::note_dense", mutates_args=("site",), schema="(Tensor(a!) site) -> ()", **_NOT_CAPTURED
+)
 def note_dense(site: torch.Tensor) -> None:
     """Note that a layer is dense in this forward."""
     found = site_numbered(site)
@@ -26,6 +38,7 @@ def note_dense(site: torch.Tensor) -> None:
     "psa_diffusers::attend",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor site, int text, bool text_last) -> (Tensor, Tensor)",
+    **_NOT_CAPTURED,
 )
 def attend(
     q: torch.Tensor,

@@ -18,7 +18,7 @@ from psa_diffusers.diffusers_internals import keeps_state_between_forwards, para
 from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
-from psa_diffusers.patch.dense_reasons import Facts, dense_reason
+from psa_diffusers.patch.dense_reasons import Facts, can_be_full, dense_reason
 from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
@@ -27,6 +27,12 @@ from psa_diffusers.patch.sites import LayerSite, NotPickled, PatchingProcessor, 
 from psa_diffusers.patch.step_layers import StepLayers
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
+
+CAPTURED = (
+    "a forward of a transformer patched with PSAProcessor cannot be captured into a CUDA graph: at each forward the "
+    "step, the text's lengths and the lists that are kept are looked up, and a replay would keep those of the capture. "
+    'torch.compile(mode="reduce-overhead") leaves the attention out of its graphs; or call restore() before the capture'
+)
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 
@@ -125,9 +131,15 @@ class Patch(NotPickled):
     # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook, which comes before anything else touches the inputs."""
+        """A forward pre-hook, which comes before anything else touches the inputs.
+
+        Raises:
+            RuntimeError: the forward is being captured into a CUDA graph.
+        """
         if not self.attached:  # a copy's
             return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(CAPTURED)
         if self.processor() is None:  # taken off by hand, and forgotten
             self.detach()
         elif not self.holds() and (rivals := self.rivals()):
@@ -168,7 +180,9 @@ class Patch(NotPickled):
                 wanted = wanted and forward.step not in run.dense[self.name].steps
             facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
             reason = dense_reason(facts) if wanted else None
-            routes[site.layer.name] = Route(wanted and reason is None, reason)
+            full = not wanted and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
+            full = full and self.attention.full.is_on(_device(transformer, inputs))
+            routes[site.layer.name] = Route(wanted and reason is None, reason, full)
         watch = run.watch and not run.model_not_finite
         forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
         self._note_unreached(forward)
@@ -189,7 +203,7 @@ class Patch(NotPickled):
                 self.sync_stock_settings(transformer, site)
             if isinstance(site, LayerSite):
                 site.skips_scores = skips_attention_scores(attn)
-                site.in_graph = self.forward.routes[site.layer.name].sparse or joint or not self._family.stock_traceable
+                site.in_graph = self.forward.routes[site.layer.name].ours or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
@@ -237,6 +251,12 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
             return frame.f_locals["args"], frame.f_locals["kwargs"]
         frame = frame.f_back
     return None
+
+
+def _device(transformer: Any, inputs: Mapping[str, Any]) -> torch.device:
+    """Where a forward is computed: weights that are offloaded may be elsewhere."""
+    video = inputs.get("hidden_states")
+    return video.device if torch.is_tensor(video) else transformer.device
 
 
 @functools.cache

@@ -191,17 +191,22 @@ class PSAProcessor(PatchingProcessor):
             return None
         forward, route = site.patch.forward, None
         # Where ranks share the forward they have to go the same way, so it was decided before.
-        ours = forward.routes[site.layer.name].sparse if forward.share is None else site.in_graph
+        ours = forward.routes[site.layer.name].ours if forward.share is None else site.in_graph
         call = self._family.call(site.by_name(args, kwargs)) if ours else None
         if ours and call is None:
             return None
         if call is not None and forward.share is None:
             route = self._attention.decide(forward, site.layer, call)
-            ours = route.sparse
+            ours = route.ours
         if call is None or not ours:
             self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
             return None
         qkv = self._family.project(attn, call)
+        if route is not None:
+            route = self._attention.settle(forward, site.layer, route, call, qkv)
+            if not route.ours:
+                self._attention.note_dense(forward, site.layer, route.reason)
+                return None
         head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, call.text_tokens, route)
         return self._output(attn, call, head, tail)
 

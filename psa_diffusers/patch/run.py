@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -13,25 +13,38 @@ from psa_diffusers.patch.list_cache import ListCache
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
 from psa_diffusers.presets import Preset
-from psa_kernels import AttentionStats
+from psa_kernels import AttentionStats, BlockLists
 
 NO_GRID: Grid = (0, 0, 0)
 
 
 class Route(NamedTuple):
-    """Whether a layer is sparse, and if it is not although the preset wants it so, why."""
+    """Whether a layer is sparse, and if it is not although the preset wants it so, why.
+
+    With `full` it is dense as the preset has it, and the operator's kernel is to compute it, if it can.
+    """
 
     sparse: bool
     reason: str | None = None
+    full: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether the layer goes to the operator rather than to its module's own processor."""
+        return self.sparse or self.full
 
 
 class Note(NamedTuple):
-    """One attention call: its statistics if it was sparse, and why it was dense if that is against the preset."""
+    """One attention call: its statistics if it was sparse, and why it was dense if that is against the preset.
+
+    `full_by` is what computed it, if it was dense and went to the operator.
+    """
 
     step: int
     layer: str
     stats: AttentionStats | None
     reason: str | None = None
+    full_by: str | None = None
 
 
 class DenseSteps(NamedTuple):
@@ -66,6 +79,7 @@ class Run:
         pipe_timesteps: the same of the pipeline that was patched, whose run it may not be.
         step: the current one, counted from 0.
         lists: importance lists for later steps and other guidance branches.
+        full_lists: by shape, the lists of dense calls that the operator computes.
         notes: of each forward, its attention calls.
         watch: whether each sparse attention is looked at for values that are not finite.
         model_not_finite: what was not finite with dense attention either; from then on nothing is computed again.
@@ -80,6 +94,7 @@ class Run:
     pipe_timesteps: torch.Tensor | None = None
     step: int = 0
     lists: ListCache = field(default_factory=ListCache)
+    full_lists: dict[Any, BlockLists] = field(default_factory=dict)
     notes: list[list[Note]] = field(default_factory=list)
     watch: bool = False
     model_not_finite: str | None = None
@@ -150,6 +165,8 @@ class Forward:
         frames, height, width = self.grid
         return self.videos * frames, height, width
 
-    def note(self, layer: Layer, stats: AttentionStats | None, reason: str | None = None) -> None:
+    def note(
+        self, layer: Layer, stats: AttentionStats | None, reason: str | None = None, full_by: str | None = None
+    ) -> None:
         """Note one attention call of a layer; `stats` is None if it was dense."""
-        self.notes.append(Note(self.step, layer.name, stats, reason))
+        self.notes.append(Note(self.step, layer.name, stats, reason, full_by))

@@ -31,6 +31,8 @@ class RunStats:
         density_run: mean of `density` over all steps and layers that ran.
         density_sparse, coverage_sparse: means over the layers and steps that were sparse; None if there were none.
         implementation: what computed the sparse calls; None if there were none.
+        dense_implementation: what of the operator computed dense calls, where the preset has `dense_attention: psa`;
+            None if the modules' own processors computed them all.
         fallbacks: why calls ran dense although the preset asked for sparse ones, and how many did; those after the run
             that belong to none that is known are counted too.
         not_finite: layers whose sparse output held NaN or infinite values, and at which steps, counted from 0; it was
@@ -51,6 +53,7 @@ class RunStats:
     density_sparse: float | None = None
     coverage_sparse: float | None = None
     implementation: str | None = None
+    dense_implementation: str | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     model_not_finite: str | None = None
@@ -96,6 +99,7 @@ def summed_up(run: Run, layers: Sequence[str], strays: Mapping[str, int], missed
         density_sparse=_mean(sparse, 0),
         coverage_sparse=_mean(sparse, 1),
         implementation=next((note.stats.implementation for note in reversed(notes) if note.stats), None),
+        dense_implementation=next((note.full_by for note in reversed(notes) if note.full_by), None),
         fallbacks=dict(reasons + Counter(strays)),
         not_finite={layer: list(steps) for layer, steps in run.not_finite.items()},
         model_not_finite=run.model_not_finite,

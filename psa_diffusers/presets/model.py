@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
@@ -72,6 +72,8 @@ class Preset(LayerSettings):
     refresh: Positive = Field(default=1, description="a positive integer")
     share_guidance: bool = Field(default=False, strict=True, description="true or false")
     min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
+    dense_attention: Literal["stock", "psa"] = Field(default="stock", description="stock or psa")
+    float32_on_gpu: Literal["dense", "sparse"] = Field(default="dense", description="dense or sparse")
     layers: Annotated[tuple[LayerRule, ...], AsTuple, Field(max_length=200)] = Field(
         default=(), description="a list of up to 200 mappings of match and the keys to change"
     )

@@ -190,5 +190,7 @@ def test_offload_on_a_gpu(kind, name):
                 part.to("cuda")
     else:
         getattr(pipe, f"enable_{kind}_cpu_offload")()
-    with apply_psa(pipe, EVERYTHING, strict=False):
+    served = EVERYTHING.replace(block={"query": 64, "key": 16}, float32_on_gpu="sparse")
+    with apply_psa(pipe, served, strict=False) as psa:
         torch.testing.assert_close(case.run(pipe).cpu(), stock, rtol=0, atol=2e-3)
+    assert psa.stats().density_sparse == 1 and psa.stats().implementation != "reference"

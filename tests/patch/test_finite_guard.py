@@ -267,7 +267,7 @@ def test_one_value_anywhere_is_found(device, dtype):
 def test_on_a_gpu(spoil):
     pipe = WAN.make().to("cuda")
     spoil()
-    big = {"block": {"query": 64, "key": 16}}
+    big = {"block": {"query": 64, "key": 16}, "float32_on_gpu": "sparse"}
     with apply_psa(pipe, preset(**big)) as psa, pytest.warns(PSAFallbackWarning, match=SAID):
         assert WAN.run(pipe).isfinite().all()
     assert psa.stats().not_finite == {LAYER: [STEP]}

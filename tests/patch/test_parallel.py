@@ -54,6 +54,11 @@ def test_compiled_blocks(on_ranks, name):
     on_ranks(2, parallel_ranks.compiled_blocks, name)
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
+def test_dense_steps_by_the_operator(on_ranks, name):
+    on_ranks(2, parallel_ranks.dense_by_the_operator, name)
+
+
 def test_ring_attention_is_dense_and_says_why(on_ranks):
     on_ranks(2, parallel_ranks.ring_is_dense)
 

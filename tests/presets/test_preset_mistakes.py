@@ -88,6 +88,8 @@ MISTAKES = [
     ("refresh: 99999999999", "refresh", "99999999999", "a positive integer"),
     ("share_guidance: 1", "share_guidance", "1", "true or false"),
     ("share_guidance: 'true'", "share_guidance", "'true'", "true or false"),
+    ("float32_on_gpu: true", "float32_on_gpu", "true", "dense or sparse"),
+    ("dense_attention: fa3", "dense_attention", "'fa3'", "stock or psa"),
     ("min_tokens: -1", "min_tokens", "-1", "0 or more"),
     ("min_tokens: 2e3", "min_tokens", "'2e3'", "0 or more"),
     ("layers: {match: 0}", "layers", "{'match': 0}", "a list of"),

@@ -1,0 +1,232 @@
+"""Time what a whole run takes as one thing after the other is switched on: `python scripts/bench_stack.py`.
+
+    python scripts/bench_stack.py --workload wan2.1-14b-720p --output docs/benchmarks/stack.json
+
+Needs a CUDA device, but for `--tiny`; the 8-bit line needs torchao. Weights are random. Lines: compiled blocks and
+cuDNN attention; PSA at density 0.15; linear layers in float8; kept lists; dense steps by PSA's kernel; diffusers'
+first-block cache. Each is with all before it; one that does not run here is a row with its error, and those after it do
+without.
+
+The time of a run of 50 steps is a sum of measured forwards: a quarter of the steps dense, both guidance branches, lists
+made anew as often as the preset says, and of the cache as many forwards skipped as it skips on the demo model, whose
+PSNR against its stock videos stands beside each line (`demo_psnr`, dB). `speedup` is against the first line.
+docs/recipes.md has each line as a user types it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_model import Models, attempt, clock, compile_blocks
+from dense_attention import prefer_cudnn
+from earlier_rows import read_rows
+from one_step import STEPS, OneStep
+from random_models import WORKLOADS, Machine, Workload, make_inputs, pick_machine
+from results import document, publish, write
+from stack_lines import Line, cached, lines, quantise_linear
+from stack_quality import Demo
+
+from psa_diffusers import PSAProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+WHAT = "runs of 50 steps as sums of measured forwards, random weights, medians"
+CHOSEN = ("wan2.1-14b-720p", "hunyuanvideo-720p", "wan2.1-1.3b-480p", "h3-10s")
+NEVER, ALWAYS = -1.0, 1e9  # thresholds of the cache that skip no forward, and each that can be
+
+
+def main() -> None:
+    options = _arguments()
+    machine = pick_machine(options.tiny, "bench_stack")
+    rows = read_rows(options.merge, options.output, machine.device)
+    quality = Quality(machine, options)
+    for name in options.workload or CHOSEN:
+        rows = [row for row in rows if row["workload"] != name]
+        for row in measure(WORKLOADS[name], options, machine, quality):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if options.output:
+                write(document(WHAT, rows, device=machine.device), options.output)
+    publish(WHAT, rows, options.output, device=machine.device)
+
+
+class Quality:
+    """Figures of the demo model, measured once a line; none without `--demo-prompts`."""
+
+    def __init__(self, machine: Machine, options: argparse.Namespace) -> None:
+        self._machine, self._prompts = machine, options.demo_prompts
+        self._demo: Demo | None = None
+        self._figures: dict[Line, dict[str, Any]] = {}
+
+    def of(self, line: Line) -> dict[str, Any]:
+        """As `Demo.figures`."""
+        if line not in self._figures:
+            self._demo = self._demo or Demo(self._machine, self._prompts)
+            self._figures[line] = self._demo.figures(line)
+        return self._figures[line]
+
+
+def measure(
+    workload: Workload, options: argparse.Namespace, machine: Machine, quality: Quality
+) -> Iterator[dict[str, Any]]:
+    """Rows of all lines on one workload."""
+    torch.manual_seed(0)
+    transformer = Models(machine).get(workload.checkpoint)
+    inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents, sizes=workload.sizes)
+    failed: dict[str, Any] = {}
+    first: float | None = None
+    for field, line in lines(options.cache):
+        line = replace(line, **failed)
+        row = {"workload": workload.name, "stack": line.name, "cache": line.cache}
+        figures, reason = attempt(
+            lambda line=line, field=field: run(transformer, inputs, line, field, workload, options, machine, quality),
+            machine,
+        )
+        if figures is None:
+            if field:
+                failed[field] = getattr(Line(), field)
+            yield {**row, "error": reason}
+            continue
+        first = figures["seconds_50"] if first is None and not field else first
+        speedup = None if first is None else round(first / figures["seconds_50"], 3)
+        yield {**row, **figures, "speedup": speedup}
+
+
+def run(
+    transformer: torch.nn.Module,
+    inputs: dict[str, Any],
+    line: Line,
+    field: str,
+    workload: Workload,
+    options: argparse.Namespace,
+    machine: Machine,
+    quality: Quality,
+) -> dict[str, Any]:
+    """Times of one line; the transformer is left as it was, but that its linear layers stay in 8 bits.
+
+    Args:
+        field: what the line switches on.
+    """
+    if field == "float8":
+        quantise_linear(transformer)
+    demo = quality.of(line)
+    with prefer_cudnn(), torch.no_grad():
+        # A step of the cache's own: it stands still while forwards are timed, and the forward that it skips is timed
+        # beside those that it lets through.
+        passed = None if line.cache is None else NEVER
+        dense, dense_peak = forward(transformer, inputs, line, 0, passed, options, machine)
+        sparse, sparse_peak, made = dense, dense_peak, None
+        if line.psa:
+            sparse, sparse_peak = forward(transformer, inputs, line, STEPS - 1, passed, options, machine)
+        if line.kept:
+            made, _ = forward(transformer, inputs, replace(line, kept=False), STEPS - 1, passed, options, machine)
+            served = line.forwards_a_list(workload.branches)
+            sparse = (made + (served - 1) * sparse) / served
+        skipped = None
+        if line.cache is not None:
+            skipped, _ = forward(transformer, inputs, line, STEPS - 1, ALWAYS, options, machine)
+    seconds = seconds_of_a_run(dense, sparse, workload.branches, skipped, demo)
+    return {
+        "ms_dense": round(dense, 2),
+        "ms_sparse": round(sparse, 2),
+        "ms_lists_made": None if made is None else round(made, 2),
+        "ms_skipped": None if skipped is None else round(skipped, 2),
+        "seconds_50": round(seconds, 2) if not machine.tiny else seconds,
+        "peak_gib": None if machine.tiny else max(dense_peak or 0.0, sparse_peak or 0.0),
+        "demo_psnr": demo["psnr"],
+        "skipped_dense": demo["skipped_dense"],
+        "skipped_sparse": demo["skipped_sparse"],
+    }
+
+
+def seconds_of_a_run(
+    dense: float, sparse: float, branches: int, skipped: float | None, shares: dict[str, Any]
+) -> float:
+    """Seconds of 50 steps, of which the first quarter is dense.
+
+    Args:
+        dense, sparse: milliseconds of a forward that is computed.
+        branches: forwards a step.
+        skipped: milliseconds of a forward that the cache skips; None without a cache.
+        shares: of the forwards of either kind that are skipped, `skipped_dense` and `skipped_sparse`.
+    """
+    if skipped is not None:
+        dense += shares["skipped_dense"] * (skipped - dense)
+        sparse += shares["skipped_sparse"] * (skipped - sparse)
+    dense_steps = math.ceil(0.25 * STEPS)
+    return branches * (dense_steps * dense + (STEPS - dense_steps) * sparse) / 1000
+
+
+def forward(
+    transformer: torch.nn.Module,
+    inputs: dict[str, Any],
+    line: Line,
+    step: int,
+    threshold: float | None,
+    options: argparse.Namespace,
+    machine: Machine,
+) -> tuple[float, float | None]:
+    """Median milliseconds and peak memory in GiB of a forward at a step; lists that are kept are there already."""
+    pipe = OneStep(transformer, inputs, step=step)
+    processor = PSAProcessor(pipe, line.preset(machine)) if line.psa else None
+    try:
+        with nullcontext() if threshold is None else cached(transformer, threshold):
+            if processor:
+                processor.install()
+            # The cache decides outside of graphs, which breaks them.
+            compile_blocks(transformer, machine.backend, fullgraph=threshold is None)
+            call: Callable[[], torch.Tensor] = lambda: transformer(**inputs, return_dict=False)[0]  # noqa: E731
+            call()
+            if threshold is not None:  # graphs that the cache breaks are made anew at the second call
+                call()
+            ms, peak, _ = clock(call, options.repeats, machine)
+            if processor and threshold != ALWAYS:
+                _check(processor, line, dense=not step)
+            return ms, peak
+    finally:
+        if processor:
+            processor.restore()
+        for module in transformer.modules():
+            module._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
+def _check(processor: PSAProcessor, line: Line, dense: bool) -> None:
+    """That a forward was what its line says.
+
+    Raises:
+        RuntimeError: it was not.
+    """
+    stats = processor.stats()
+    if dense and line.dense_psa and stats.dense_implementation is None:
+        raise RuntimeError("PSA's kernel computed no dense step")
+    if not dense and stats.density_sparse is None:
+        raise RuntimeError(f"attention was dense: {'; '.join(stats.fallbacks)}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help=f"default: {CHOSEN}")
+    parser.add_argument("--cache", type=float, default=0.05, help="threshold of the first-block cache; default: 0.05")
+    parser.add_argument("--demo-prompts", type=int, default=3, help="videos of the demo model a line; default: 3")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"
+    )
+    parser.add_argument("--merge", type=Path, help="JSON of an earlier run on the same machine, to complete")
+    parser.add_argument("--output", type=Path, help="default: docs/benchmarks/stack.json, and none with --tiny")
+    options = parser.parse_args()
+    if options.output is None and not options.tiny:
+        options.output = ROOT / "docs/benchmarks/stack.json"
+    return options
+
+
+if __name__ == "__main__":
+    main()
