@@ -12,14 +12,14 @@ from test_triton_compile import cuobjdump  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from psa_kernels.backends.hopper import GLUON_VERSIONS  # noqa: E402
+from psa_kernels.backends.hopper import KNOWN_VERSIONS  # noqa: E402
 from psa_kernels.limits import MAX_HOPPER_LEVELS  # noqa: E402
 from psa_kernels.sparse.hopper.kernel import attention_kernel  # noqa: E402
 from psa_kernels.sparse.hopper.launch import pipeline  # noqa: E402
 from psa_kernels.sparse.hopper.tiles import panel_columns, tile_layout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
-    not triton.__version__.startswith(GLUON_VERSIONS), reason="Gluon changes from one release of Triton to the next"
+    not triton.__version__.startswith(KNOWN_VERSIONS), reason="Gluon changes from one release of Triton to the next"
 )
 TYPES = {"scale": "fp32", "lse_ptr": "*fp32", "ids_ptr": "*i16", "factors_ptr": "*fp32"}
 POINTERS_TO_INTS = ("counts_ptr", "permutation", "counter_ptr", "redo_ptr")
