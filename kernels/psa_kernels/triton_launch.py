@@ -67,10 +67,12 @@ class Rows(ABC):
     Attributes:
         shape, strides: of the rows, in elements.
         padding: what lies past their ends.
+        round_f32_to_tf32: whether float32 is rounded on its way; read by Triton 3.7 and newer.
     """
 
     __slots__ = ("_address", "shape", "strides")
     padding = "zero"
+    round_f32_to_tf32 = False
 
     def __init__(self, address: int, shape: Shape, strides: Shape) -> None:
         self._address, self.shape, self.strides = address, shape, strides

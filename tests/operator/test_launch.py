@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,31 @@ def test_a_descriptor_is_made_where_it_is_looked_at_only():
     assert kernel.looked_at[0][1] == ("descriptor", x, 7, 0.5)
     launch(rows, x)
     assert kernel.launched[0][1] == (rows, x.data_ptr(), 7, 0.5, 2, 4) and made == [(4, 16)]
+
+
+def test_the_installed_triton_reads_of_rows_what_it_reads_of_a_descriptor(monkeypatch):
+    """What its launcher makes of both, where the two halves of the driver that need a GPU only note their arguments."""
+    pytest.importorskip("triton")
+    from triton.backends.nvidia import driver
+
+    from psa_kernels.sparse.hopper.launch import Boxes
+
+    noted = []
+    utils = SimpleNamespace(
+        fill_tma_descriptor=lambda *arguments: noted.append(arguments),
+        fill_tma_descriptor_tiled=lambda *arguments: noted.append(arguments),
+    )
+    stand_in = SimpleNamespace(active=SimpleNamespace(utils=utils))
+    monkeypatch.setattr(driver.triton.runtime, "driver", stand_in)
+    metadata = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 1, 32, 64], "fp4_padded": False}
+    x = torch.zeros(2, 40, 3, 64, dtype=torch.bfloat16)
+    rows = Boxes(x, 3 * 64, (2, 3, 39, 64), (40 * 3 * 64, 64, 3 * 64, 1), 32)
+    further = [None] * (len(inspect.signature(driver.make_tensordesc_arg).parameters) - 2)
+    of_rows, of_descriptor = (
+        driver.make_tensordesc_arg(arg, metadata, *further)[1:] for arg in (rows, rows.descriptor())
+    )
+    assert len(noted) == 2 and noted[0] == noted[1]
+    assert list(of_rows) == list(of_descriptor)
 
 
 @pytest.mark.parametrize(("before", "after"), itertools.product((0, 3), (0, 5)))

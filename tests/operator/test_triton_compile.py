@@ -1,16 +1,19 @@
 """The Triton kernels compiled for every supported architecture, which needs no GPU: they spill nothing and fit.
 
-What is compiled are the tile shapes that the launchers choose for bfloat16.
+With other versions of Triton than the installed one: `PYTHONPATH=<a folder with it> pytest <this file>`; what those are
+known to spill is in `known_spills.py`. What is compiled are the tile shapes that the launchers choose for bfloat16.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from known_spills import known_stack
 
 triton = pytest.importorskip("triton")
 
@@ -74,10 +77,36 @@ def compile_and_check(kernel, target, constants, options, tensor_cores=True, pro
     # Of what a multiprocessor has, each program takes one KiB more than it asks for.
     assert compiled.metadata.shared <= (most_shared + 1024) // programs - 1024
     usage = cuobjdump(compiled, "-res-usage")
-    assert re.search(r"STACK:(\d+)", usage).group(1) == "0"
+    check_stack(compiled, usage)
     assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * options["num_warps"] * programs <= 65536
     if tensor_cores:
         assert re.search(rf"\b{instruction}\b", cuobjdump(compiled, "--dump-sass"))
+
+
+def check_stack(compiled, usage):
+    """Nothing is spilled; or what is known of this version of Triton, and that not where time is spent."""
+    stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+    case = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].removesuffix(" (call)")
+    most, touched = known_stack(triton.__version__, case)
+    assert stack <= most
+    if stack:
+        assert len(stack_accesses_in_products(cuobjdump(compiled, "--dump-sass"))) <= touched
+
+
+def stack_accesses_in_products(sass):
+    """Accesses to the stack in the innermost loops that multiply on tensor cores: from a branch's target back to it."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    places = {int(address, 16): place for place, (address, _) in enumerate(lines)}
+    loops = []
+    for place, (address, text) in enumerate(lines):
+        target = re.search(r"\bBRA\b.* `?\(?0x([0-9a-f]+)", text)
+        if target and int(target.group(1), 16) in places and int(target.group(1), 16) < int(address, 16):
+            loop = range(places[int(target.group(1), 16)], place)
+            # Longer ones jump back from code that was moved out of the way, or go over whole items.
+            if len(loop) < 1000 and any("MMA" in lines[at][1] for at in loop):
+                loops.append(loop)
+    innermost = [loop for loop in loops if not any(other != loop and set(other) <= set(loop) for other in loops)]
+    return [lines[at][1] for loop in innermost for at in loop if re.search(r"\b(STL|LDL)\b", lines[at][1])]
 
 
 def cuobjdump(compiled, option):
@@ -86,6 +115,15 @@ def cuobjdump(compiled, option):
         pytest.skip("this build of triton has no cuobjdump")
     path = Path(triton.runtime.cache.get_cache_manager(compiled.hash).get_file(f"{compiled.metadata.name}.cubin"))
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_an_access_to_the_stack_in_a_loop_that_multiplies_is_seen(place):
+    """The inner loop goes from the third instruction to the fifth, the outer one begins with the second."""
+    texts = ["MOV R1, R2", "IADD3 R3, R3, 1", "HGMMA.64x128x16.F32.BF16 R24, R4", "NOP", "@P0 BRA 0x20", "@P1 BRA 0x10"]
+    texts[place] = "LDL.LU R2, [R1]"
+    sass = "\n".join(f"        /*{16 * number:04x}*/    {text} ;" for number, text in enumerate(texts))
+    assert bool(stack_accesses_in_products(sass)) is (place == 3)
 
 
 @pytest.mark.parametrize(

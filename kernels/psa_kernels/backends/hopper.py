@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 
+from psa_kernels.backends import self_test
 from psa_kernels.backends.triton import Triton, triton_version
 from psa_kernels.call import Call
 from psa_kernels.devices import is_hopper
 from psa_kernels.limits import MAX_HOPPER_LEVELS, MIN_HOPPER_ROWS
 from psa_kernels.lists import BlockLists
 
-# Gluon changes from one release of Triton to the next.
-GLUON_VERSIONS = ("3.6.",)
+# Gluon changes from one release of Triton to the next: with any but these a self-test decides.
+KNOWN_VERSIONS = ("3.6.",)
 # Floating point operations of dense attention below which the kernel, whose launch takes the host a tenth of a
 # millisecond longer, spares the GPU less than that (docs/benchmarks/host.json).
 MIN_HOPPER_WORK = 4e11
@@ -28,14 +29,15 @@ class Hopper(Triton):
         return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
 
     def why_not(self, call: Call) -> str | None:
-        return super().why_not(call) or self._why_not_beside_triton(call)
+        obstacle = super().why_not(call) or self._why_not_beside_triton(call)
+        if obstacle is None and not triton_version().startswith(KNOWN_VERSIONS):
+            return self_test.obstacle(self, call)
+        return obstacle
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         q, spec = call.q, call.spec
         if not is_hopper(q.device):
             return f"device {q.device}: expected a GPU of compute capability (9, 0)"
-        if not triton_version().startswith(GLUON_VERSIONS):
-            return f"triton {triton_version()}: expected {' or '.join(f'{start}*' for start in GLUON_VERSIONS)}"
         if q.dtype not in (torch.bfloat16, torch.float16):
             return f"dtype {q.dtype}: expected torch.bfloat16 or torch.float16"
         if q.shape[-1] not in (64, 128):

@@ -24,8 +24,8 @@ class HopperInt8(Hopper):
         # Where it cannot be had at all, whoever asked for integers is told; a small call is faster without.
         return super().pays(call) or not is_hopper(call.q.device)
 
-    def why_not(self, call: Call) -> str | None:
-        obstacle = super().why_not(call)
+    def _why_not_beside_triton(self, call: Call) -> str | None:
+        obstacle = super()._why_not_beside_triton(call)
         # What runs over is computed anew only under a frozen maximum, which float16 has not the range for.
         if obstacle is None and call.q.dtype != torch.bfloat16:
             obstacle = f"dtype {call.q.dtype}: expected torch.bfloat16"

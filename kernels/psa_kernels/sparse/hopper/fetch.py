@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
+from psa_kernels.sparse.hopper.names import copy_boxes, copy_rows, reinterpret
 from psa_kernels.sparse.hopper.plan import plan_tiles, run_ends
 from psa_kernels.sparse.hopper.step import MAX_LOOKS, report_nearly_done, wait_for_others
 from psa_kernels.sparse.hopper.tiles import (
@@ -55,7 +56,7 @@ def fetch_queries(
             if PERMUTED:
                 token = gl.load(permutation + position) + text_before
             half = q_tiles.index(slot * 2 + divide(part * ROWS, 64))
-            async_copy.async_copy_global_to_shared(
+            copy_rows(
                 half.slice(part * ROWS % 64, ROWS, dim=0),
                 base + token.to(gl.int64)[:, None] * stride_qn * UNIT + dims[None, :],
                 eviction_policy="evict_first",
@@ -204,9 +205,9 @@ def copy_box(
     PANELS: gl.constexpr = HEAD_DIM // PANEL
     BOXES: gl.constexpr = TILE_N // ROWS
     stage, _ = in_ring(tile, STAGES)
-    boxes = tiles._reinterpret(
-        tiles.dtype, [STAGES * PANELS * BOXES, 1, 1, ROWS, PANEL], tile_layout(HEAD_DIM, BITS, 4)
+    boxes = reinterpret(
+        tiles, tiles.dtype, [STAGES * PANELS * BOXES, 1, 1, ROWS, PANEL], tile_layout(HEAD_DIM, BITS, 4)
     )
     for panel in gl.static_range(PANELS):
         box = boxes.index((stage * PANELS + panel) * BOXES + place // ROWS)
-        tma.async_copy_global_to_shared(source, [batch, head, first, panel * PANEL], full.index(stage), box)
+        copy_boxes(source, [batch, head, first, panel * PANEL], full.index(stage), box)
