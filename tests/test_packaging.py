@@ -60,6 +60,8 @@ def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
         "psa_diffusers/configs/psa-3.yaml",
         "psa_diffusers/demo/model_index.json",
         "psa_diffusers/report/templates/report.html.j2",
+        "psa_diffusers/py.typed",
+        "psa_kernels/py.typed",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names
