@@ -104,7 +104,9 @@ def test_nothing_else_is_wrong(said):
 
 def test_what_type_checkers_see_is_what_there_is():
     source = ast.parse(Path(psa_diffusers.__file__).read_text(encoding="utf-8"))
-    (checked,) = (node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    (checked,) = (
+        node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
     seen = {}
     for node in checked.body:
         assert isinstance(node, ast.ImportFrom)
