@@ -11,12 +11,14 @@ from psa_diffusers.presets.files import read_mapping, shipped_folder
 from psa_diffusers.presets.layers import TokenOrder
 from psa_diffusers.presets.model import Preset
 
+EXAMPLE = "example"  # it lies among them to be copied, and is read by its path
+
 __all__ = ["Preset", "PresetError", "TokenOrder", "list_presets", "load_preset"]
 
 
 def list_presets() -> list[str]:
     """The names of the shipped presets, sorted."""
-    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml") if path.stem != EXAMPLE)
 
 
 def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
@@ -39,6 +41,10 @@ def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
         return _load_file(shipped_folder() / f"{preset}.yaml")
     if _looks_like_path(preset) or _is_file(preset):
         return _load_file(Path(preset))
+    if preset == EXAMPLE:
+        raise PresetError(
+            f"no preset, but a file to copy: {shipped_folder() / 'example.yaml'}", f"preset {show(preset)}"
+        )
     raise PresetError(_not_found(preset, names), f"preset {show(preset)}")
 
 
