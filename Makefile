@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
 
-# One process a core, each with one thread: tiny models gain nothing from threads.
+# One process a core, each with one thread: tiny models gain nothing from threads. The table of what was skipped ends it.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"

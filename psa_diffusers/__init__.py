@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow `__getat
     from psa_diffusers.patch.context_parallel import context_parallel_plan as context_parallel_plan
     from psa_diffusers.patch.dense_reasons import PSAFallbackError as PSAFallbackError
     from psa_diffusers.patch.dense_reasons import PSAFallbackWarning as PSAFallbackWarning
+    from psa_diffusers.patch.patched import NotPatchedError as NotPatchedError
+    from psa_diffusers.patch.patched import disable_psa as disable_psa
+    from psa_diffusers.patch.patched import psa_stats as psa_stats
     from psa_diffusers.patch.processor import PSAProcessor as PSAProcessor
     from psa_diffusers.patch.stats import RunStats as RunStats
     from psa_diffusers.patch.token_order import token_permutation as token_permutation
@@ -31,6 +34,7 @@ if importlib.util.find_spec("psa_kernels") is None and (_kernels / "psa_kernels"
 
 # Imported when first used: the command line should not wait for PyTorch and diffusers to print its help.
 _HOMES = {
+    "NotPatchedError": "patch.patched",
     "PSAFallbackError": "patch.dense_reasons",
     "PSAFallbackWarning": "patch.dense_reasons",
     "PSAHandle": "patch.apply",
@@ -41,18 +45,22 @@ _HOMES = {
     "UnsupportedModelError": "families",
     "apply_psa": "patch.apply",
     "context_parallel_plan": "patch.context_parallel",
+    "disable_psa": "patch.patched",
     "list_presets": "presets",
     "load_preset": "presets",
+    "psa_stats": "patch.patched",
     "token_permutation": "patch.token_order",
 }
 
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # type checkers would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

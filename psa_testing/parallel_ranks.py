@@ -235,3 +235,10 @@ def raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None
         assert re.search(message, str(error)), error
     else:
         raise AssertionError(f"no {kind.__name__}")
+
+
+def an_example(ranks: int, path: str, settings: dict[str, Any]) -> None:
+    """What a script of examples/ does on each rank."""
+    import runpy
+
+    runpy.run_path(path)["main"](**settings)

@@ -5,6 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from psa_testing.skip_table import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
 
 @pytest.fixture
 def one_thread():

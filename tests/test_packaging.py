@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
         "psa_diffusers/configs/psa-3.yaml",
         "psa_diffusers/demo/model_index.json",
         "psa_diffusers/report/templates/report.html.j2",
+        "psa_diffusers/py.typed",
+        "psa_kernels/py.typed",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names
@@ -87,8 +90,12 @@ def test_a_checkout_works_without_installing(where, tmp_path):
     assert all(Path(place).is_relative_to(ROOT) for place in places)
 
 
-def test_versions_agree():
-    assert f'version = "{version()}"' in (ROOT / "pyproject.toml").read_text()
+def test_the_version_is_in_one_place(wheel):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project and project["dynamic"] == ["version"]
+    with zipfile.ZipFile(wheel) as opened:
+        metadata = opened.read(f"psa_diffusers-{version()}.dist-info/METADATA").decode()
+    assert f"\nVersion: {version()}\n" in metadata
 
 
 def test_the_kernels_folder_is_no_package():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -15,6 +15,83 @@ from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.lists import AttentionStats, BlockLists
 from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
+
+
+class Options(TypedDict, total=False):
+    """What `psa_attention` takes by name, whatever it is asked to return."""
+
+    text_before: int
+    text_after: int
+    permutation: torch.Tensor | None
+    scale: float | None
+    implementation: str
+    strict: bool
+    lists: BlockLists | None
+
+
+@overload
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    return_stats: Literal[False] = False,
+    return_lists: Literal[False] = False,
+    **options: Unpack[Options],
+) -> torch.Tensor: ...
+
+
+@overload
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    return_stats: Literal[True],
+    return_lists: Literal[False] = False,
+    **options: Unpack[Options],
+) -> tuple[torch.Tensor, AttentionStats]: ...
+
+
+@overload
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    return_stats: Literal[False] = False,
+    return_lists: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[torch.Tensor, BlockLists]: ...
+
+
+@overload
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    return_stats: Literal[True],
+    return_lists: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[torch.Tensor, AttentionStats, BlockLists]: ...
+
+
+@overload
+def psa_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: AttentionSpec,
+    *,
+    return_stats: bool = False,
+    return_lists: bool = False,
+    **options: Unpack[Options],
+) -> Any: ...
 
 
 def psa_attention(

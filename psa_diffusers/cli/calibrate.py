@@ -19,6 +19,7 @@ from psa_diffusers.cli.options import (
     NegativePrompt,
     Offload,
     Steps,
+    Version,
     Width,
 )
 from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
@@ -73,6 +74,7 @@ def _calibrate(
     image: FirstFrame = None,
     lora: Lora = None,
     lora_2: Lora2 = None,
+    version: Version = False,
 ) -> None:
     prepare_libraries()
     from psa_diffusers.calibrate.calibration import calibrate

@@ -12,6 +12,7 @@ from psa_diffusers.cli.options import (
     Device,
     Dtype,
     Frames,
+    Guidance,
     Height,
     Lora,
     Lora2,
@@ -94,9 +95,7 @@ def _generate(
     seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
     samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
     steps: Steps = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale (of both experts).", rich_help_panel=OWN_DEFAULT)
-    ] = None,
+    guidance: Guidance = None,
     height: Height = None,
     width: Width = None,
     frames: Frames = None,

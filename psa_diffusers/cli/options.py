@@ -22,11 +22,22 @@ Density = Annotated[
         help="What attention may cost, as a share of dense attention (0.25 is a quarter): the preset at this density."
     ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=OWN_DEFAULT)]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=OWN_DEFAULT)]
+# Each by a short name and by that of diffusers' pipelines.
+Steps = Annotated[
+    int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.", rich_help_panel=OWN_DEFAULT)
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", "--guidance-scale", help="Guidance scale (of both experts).", rich_help_panel=OWN_DEFAULT
+    ),
+]
 Height = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
 Width = Annotated[int | None, typer.Option(help="Pixels.", rich_help_panel=OWN_DEFAULT)]
-Frames = Annotated[int | None, typer.Option(help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT)]
+Frames = Annotated[
+    int | None,
+    typer.Option("--frames", "--num-frames", help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT),
+]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16, float16 or float32; the VAE is float32.", rich_help_panel=PLACE)

@@ -15,11 +15,12 @@ __all__ = ["Preset", "PresetError", "TokenOrder", "choose_preset", "list_presets
 
 DEFAULT = "psa-3"
 DEFAULT_OF_DENSITY = "psa-auto"
+EXAMPLE = "example"  # it lies among them to be copied, and is read by its path
 
 
 def list_presets() -> list[str]:
     """The names of the shipped presets, sorted."""
-    return sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+    return sorted(path.stem for path in shipped_folder().glob("*.yaml") if path.stem != EXAMPLE)
 
 
 def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
@@ -42,6 +43,10 @@ def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
         return _load_file(shipped_folder() / f"{preset}.yaml")
     if _looks_like_path(preset) or _is_file(preset):
         return _load_file(Path(preset))
+    if preset == EXAMPLE:
+        raise PresetError(
+            f"no preset, but a file to copy: {shipped_folder() / 'example.yaml'}", f"preset {show(preset)}"
+        )
     raise PresetError(_not_found(preset, names), f"preset {show(preset)}")
 
 

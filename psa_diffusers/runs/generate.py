@@ -3,6 +3,8 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.runs.plan import DENSE, Plan
+from psa_diffusers.runs.progress import FILES, Progress, duration, tell
 from psa_diffusers.runs.rank import ALONE, Place
 from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
 from psa_diffusers.runs.vbench import lay_out
@@ -89,30 +92,48 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
     )
     for line in told:
         print(f"warning: {line}", file=sys.stderr)
+    seconds = time.perf_counter() - started
     about = {
         "settings": {**settings.to_dict(), "flow_shift": current_flow_shift(pipe)},
         "versions": versions(),
         "hardware": hardware(settings.device),
-        "load_seconds": time.perf_counter() - started,
+        "load_seconds": seconds,
     }
     if told:
         about["warnings"] = told
+    tell(f"{plan.model.name} is loaded, in {duration(seconds)}")
     folder.begin()
-    for index in todo:
+    progress = Progress(len(todo), _videos(plan), place.ranks)
+    for number, index in enumerate(todo):
         stopping.check()
         with folder.claim(index) as mine:
             if mine:
                 with folder.writing(index) as path:
-                    _make_prompt(plan, pipe, index, path, about)
+                    results = _make_videos(plan, pipe, index, partial(progress.stage, number))
+                    with progress.stage(number, FILES):
+                        _write_prompt(plan, index, results, path, about)
 
 
-def _make_prompt(plan: Plan, pipe: Any, index: int, path: Path, about: dict[str, Any]) -> None:
-    prompt, name, seed = plan.prompts[index], plan.name, plan.settings.seed + plan.sample(index)
+def _videos(plan: Plan) -> list[str]:
+    """What each prompt's videos are called, in the order in which they are made."""
+    dense = [DENSE] if plan.preset is None or plan.settings.compare else []
+    return dense if plan.preset is None else [*dense, plan.name]
+
+
+def _make_videos(plan: Plan, pipe: Any, index: int, stage: Callable[[str], Any]) -> dict[str, Generated]:
+    prompt, seed = plan.prompts[index], plan.settings.seed + plan.sample(index)
     results: dict[str, Generated] = {}
-    if plan.preset is None or plan.settings.compare:
-        results[DENSE] = generate_video(pipe, plan, prompt, DENSE, seed)
-    if plan.preset is not None:
-        results[name] = generate_sparse(pipe, plan, plan.preset, prompt, seed)
+    for name in _videos(plan):
+        with stage(name):
+            if name == DENSE or plan.preset is None:
+                results[name] = generate_video(pipe, plan, prompt, name, seed)
+            else:
+                results[name] = generate_sparse(pipe, plan, plan.preset, prompt, seed)
+    return results
+
+
+def _write_prompt(plan: Plan, index: int, results: dict[str, Generated], path: Path, about: dict[str, Any]) -> None:
+    prompt, name, seed = plan.prompts[index], plan.name, plan.settings.seed + plan.sample(index)
     report: dict[str, Any] = {"prompt": prompt, "index": index, "seed": seed, "preset": plan.settings.preset}
     report["sample"] = plan.sample(index)
     report["runs"] = {key: _as_json(result) for key, result in results.items()}

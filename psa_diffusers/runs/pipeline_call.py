@@ -18,7 +18,8 @@ from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_arguments import call_arguments
 from psa_diffusers.runs.pipeline_output import read_output
 from psa_diffusers.runs.plan import Plan
-from psa_diffusers.runs.step_clock import StepClock
+from psa_diffusers.runs.progress import StepLog
+from psa_diffusers.runs.step_clock import StepClock, step_count
 
 if TYPE_CHECKING:
     from psa_diffusers.patch.apply import PSAHandle
@@ -59,7 +60,7 @@ def generate_video(
     """Run the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
 
     Args:
-        name: what the progress bar calls the run.
+        name: what the progress bar, or in a log the lines about steps, call the run.
         after_step: told the number of each step, from 0, when it is done; may raise to end the run.
     """
     (result,) = generate_videos(pipe, plan, (prompt,), name, (seed,), after_step)
@@ -75,12 +76,13 @@ def generate_videos(
     after_step: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """`generate_video` for several prompts at once, each with its seed; seconds and memory are those of all of them."""
-    settings, kind, clock = plan.settings, plan.model.kind, StepClock(plan.settings.device)
+    settings, kind, clock, log = plan.settings, plan.model.kind, StepClock(plan.settings.device), StepLog(name)
 
     def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         stopping.check()
         if after_step is not None:
             after_step(index)
+        log.done(index, step_count(pipe))
         return clock.step(pipe, index, timestep, values)
 
     arguments = call_arguments(pipe, plan, prompts, seeds, step_done)

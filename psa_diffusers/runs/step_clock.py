@@ -10,6 +10,11 @@ from types import MethodType
 from typing import Any
 
 
+def step_count(pipe: Any) -> int:
+    """How many denoising steps the run has that is going on; modular pipelines do not tell themselves."""
+    return getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))
+
+
 @dataclass
 class StepClock:
     """The times of a pipeline run: start, first transformer call, end of every step, end. GPUs are waited for."""
@@ -42,8 +47,7 @@ class StepClock:
     def step(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """For `callback_on_step_end`; changes nothing."""
         self._marks.append(self._now())
-        # Modular pipelines do not tell how many there are.
-        if index + 1 == getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)):
+        if index + 1 == step_count(pipe):
             self.finite = self.finite and bool(values["latents"].isfinite().all())
         return {}
 

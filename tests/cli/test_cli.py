@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from psa_diffusers import __version__
 from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.cli.calibrate import calibrate_app
+from psa_diffusers.cli.compare import compare_app
 from psa_diffusers.cli.generate import generate_app
+from psa_diffusers.cli.inspect import inspect_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import write_video
@@ -37,6 +42,7 @@ OPTIONS = {
         "--overwrite",
         "--strict",
     ),
+    *("--num-inference-steps", "--num-frames", "--guidance-scale"),  # as diffusers says it
     *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
 }
 
@@ -69,7 +75,7 @@ def test_help_names_every_option_and_no_other():
     result = CliRunner().invoke(generate_app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert result.exit_code == 0
     for option in OPTIONS:
-        assert f"{option} " in result.output
+        assert re.search(rf"{option}[ ,]", result.output), option
     assert "Examples" in result.output
     parameters = typer.main.get_command(generate_app).params
     assert {name for parameter in parameters for name in parameter.opts} - {"prompts", "-o"} == OPTIONS
@@ -94,6 +100,7 @@ def test_list_shows_every_model_and_preset(capsys):
     lines = capsys.readouterr().out.splitlines()
     for card in MODELS.values():
         assert any(line.split()[:2] == [card.name, card.hub_id or "(bundled)"] for line in lines)
+    assert not any(line.split()[:1] == ["example"] for line in lines)
     for preset in ("psa-1", "psa-2", "psa-3", "psa-4", "psa-5", "dense"):
         assert any(line.split()[:1] == [preset] and len(line.split()) > 3 for line in lines)
 
@@ -101,6 +108,31 @@ def test_list_shows_every_model_and_preset(capsys):
 def test_version(capsys):
     assert psa_generate("--version") == 0
     assert "torch 2" in capsys.readouterr().out
+
+
+COMMANDS = {"generate": generate_app, "compare": compare_app, "inspect": inspect_app, "calibrate": calibrate_app}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_version_and_short_and_long_names(name, capsys):
+    assert run_command(f"psa-{name}", COMMANDS[name], ["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"psa-diffusers {__version__}, python 3")
+    names = [tuple(parameter.opts) for parameter in typer.main.get_command(COMMANDS[name]).params]
+    if name != "compare":
+        long = {"--steps": "--num-inference-steps", "--frames": "--num-frames", "--guidance": "--guidance-scale"}
+        assert set(long.items()) <= set(names)
+
+
+def test_diffusers_names_mean_the_same(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(generate, "run", lambda plan, place: seen.append(plan))
+    short = ["--frames", "5", "--steps", "2", "--guidance", "3"]
+    long = ["--num-frames", "5", "--num-inference-steps", "2", "--guidance-scale", "3"]
+    for given in (short, long):
+        assert psa_generate("--model", model, "--height", "64", "--width", "64", *given, "a cat") == 0
+    first, second = (plan.settings.to_dict() for plan in seen)
+    assert first == second and (first["frames"], first["steps"], first["guidance"]) == (5, 2, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import ContextParallelConfig
 
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.context_parallel import share_of
+from psa_diffusers.report.video import read_video
 from psa_testing import parallel_ranks
 from psa_testing.families import PARALLEL
 from psa_testing.tiny_pipelines import tiny_transformer
@@ -57,6 +59,14 @@ def test_compiled_blocks(on_ranks, name):
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
 def test_dense_steps_by_the_operator(on_ranks, name):
     on_ranks(2, parallel_ranks.dense_by_the_operator, name)
+
+
+def test_the_example_for_two_gpus(on_ranks, saved, tmp_path):
+    output, example = tmp_path / "made.mp4", Path(__file__).parents[2] / "examples" / "two_gpus.py"
+    settings = {"model": str(saved / "wan"), "preset": str(saved / "small.yaml"), "device": "cpu"}
+    settings |= {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "output": str(output)}
+    on_ranks(2, parallel_ranks.an_example, str(example), settings)
+    assert read_video(output).frames.shape == (5, 64, 64, 3)
 
 
 def test_ring_attention_is_dense_and_says_why(on_ranks):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from psa_diffusers.presets import Preset, load_preset
 from psa_diffusers.presets.fields import LayerRule, StepRule
+from psa_diffusers.presets.files import shipped_folder
 from psa_diffusers.presets.layers import MAX_CASES
 from psa_diffusers.presets.steps import possible_sets, rules_at
 from psa_testing.preset_checks import message_of, write_file
@@ -62,7 +63,9 @@ def test_an_integer_is_a_number_of_steps_and_a_float_a_share(write):
 
 
 def test_dense_last_is_none_unless_it_is_asked_for():
-    assert {load_preset(name).dense_last_count(50) for name in ("psa-1", "psa-3", "example")} == {0}
+    assert {
+        load_preset(name).dense_last_count(50) for name in ("psa-1", "psa-3", shipped_folder() / "example.yaml")
+    } == {0}
 
 
 @pytest.mark.parametrize(

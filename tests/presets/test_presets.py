@@ -8,12 +8,13 @@ import pickle
 import pytest
 import yaml
 
-from psa_diffusers.presets import Preset, list_presets, load_preset
+from psa_diffusers.presets import Preset, PresetError, list_presets, load_preset
 from psa_diffusers.presets.fields import LayerRule
 from psa_diffusers.presets.files import shipped_folder
 from psa_kernels import AttentionSpec, Importance
 from psa_testing.preset_checks import message_of, write_file
 
+EXAMPLE = shipped_folder() / "example.yaml"
 PUBLISHED = {  # share of blocks in percent at pooling 1, 2, 4 and skipped
     "psa-1": (25, 0, 0, 75),
     "psa-2": (0, 0, 100, 0),
@@ -38,7 +39,7 @@ def write(tmp_path):
 
 def test_the_shipped_presets_are_listed_and_load_under_their_name():
     names = list_presets()
-    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, *AUTHORS_COUNT, "example", "psa-auto"} <= set(names)
+    assert names == sorted(names) and {*PUBLISHED, *AUTHORS_MASS, *AUTHORS_COUNT, "psa-auto"} <= set(names)
     for name in names:
         preset = load_preset(name)
         assert preset.name == name and preset.source
@@ -94,6 +95,13 @@ def test_the_authors_count_presets(name):
     assert "be122cf" in preset.source and "ziplab" in preset.source
 
 
+def test_the_example_is_a_file_to_copy_and_no_preset():
+    assert "example" not in list_presets() and load_preset(str(EXAMPLE)) == load_preset(EXAMPLE)
+    with pytest.raises(PresetError, match=r"no preset, but a file to copy: .*configs/example.yaml") as caught:
+        load_preset("example")
+    assert "\n" not in str(caught.value)
+
+
 def test_the_example_names_every_key():
     text = (shipped_folder() / "example.yaml").read_text()
     assert set(yaml.safe_load(text)) == set(Preset.model_fields)
@@ -113,9 +121,9 @@ def test_names_and_paths_work_from_any_working_directory(tmp_path, monkeypatch, 
 
 
 def test_a_preset_survives_pickling_and_dumping():
-    preset = load_preset("example")
+    preset = load_preset(EXAMPLE)
     assert pickle.loads(pickle.dumps(preset)) == preset == Preset(**preset.model_dump(exclude_unset=True))
-    assert hash(preset) == hash(load_preset("example"))
+    assert hash(preset) == hash(load_preset(EXAMPLE))
     assert preset != load_preset("psa-3")
 
 
@@ -260,8 +268,8 @@ def test_replace_takes_nested_mappings_and_ready_made_parts():
 
 
 def test_replace_leaves_the_preset_as_it_was():
-    preset = load_preset("example")
-    assert preset.replace(floor=0.5).floor == 0.5 and preset == load_preset("example")
+    preset = load_preset(EXAMPLE)
+    assert preset.replace(floor=0.5).floor == 0.5 and preset == load_preset(EXAMPLE)
     assert preset.replace() == preset == preset.model_copy() and preset.model_copy() is not preset
     assert preset.replace(floor=0.5).model_dump(exclude_unset=True) == {
         **preset.model_dump(exclude_unset=True),
@@ -300,7 +308,7 @@ def test_a_bad_change_is_refused_at_once(changes, expected):
 
 def test_a_bad_part_is_refused_where_it_is_used():
     """What pydantic copies or constructs without a check goes no further."""
-    preset = load_preset("example")
+    preset = load_preset(EXAMPLE)
     block = preset.block.model_copy(update={"key": 65})
     assert "block.key = 65" in message_of(lambda: preset.replace(block=block))
     rule = LayerRule.model_construct({"match", "floor"}, match="0", floor=2)
@@ -318,7 +326,7 @@ def test_a_preset_made_in_code_is_named_in_messages():
 def test_a_preset_is_checked_when_it_is_made_and_not_again(monkeypatch):
     made, check = [], Preset.__init__
     monkeypatch.setattr(Preset, "__init__", lambda self, /, **settings: made.append(1) or check(self, **settings))
-    preset = load_preset("example")
+    preset = load_preset(EXAMPLE)
     assert len(made) == 1
     preset.layer_specs(30), preset.layer_orders(30), preset.dense_step_count(50)
     assert load_preset(preset) is preset and pickle.loads(pickle.dumps(preset)) == preset and len(made) == 1
