@@ -24,6 +24,7 @@ class Options(TypedDict, total=False):
     text_after: int
     permutation: torch.Tensor | None
     scale: float | None
+    causal: bool
     implementation: str
     strict: bool
     lists: BlockLists | None
