@@ -43,10 +43,11 @@ def find_recordings(folders: Sequence[Path]) -> list[Path]:
     Raises:
         InputError: there are none; the message says what to download.
     """
-    longer = [file for folder in folders for file in folder.rglob("*.wav") if file.stat().st_size > 64_000]
+    files = {file.resolve() for folder in folders for file in folder.rglob("*.wav")}
+    longer = [file for file in files if file.stat().st_size > 64_000]
     if not longer:
         raise InputError(
             f"no recordings: `apt-get download {RECORDINGS}`, unpack it with `dpkg-deb -x`, and give its folder (or "
             "another of WAV files of 8 kHz) to --packages"
         )
-    return sorted(longer, key=lambda file: file.name)
+    return sorted(longer, key=lambda file: (file.name, file))

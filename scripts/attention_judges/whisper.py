@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from attention_judges.judges import Judge, Projections, Sample
 from attention_judges.packages import find_file, find_recordings
 
+from psa_diffusers.errors import InputError
+
 WINDOWS, SECONDS, RATE = 2, 30, 8000
+QUIET = 0.02
 WIDTH, LAYERS, HEADS = 384, 4, 6
 # Types in the file, by number.
 TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
@@ -89,15 +92,28 @@ def load(path: Path) -> Any:
 
 
 def window(files: Sequence[Path], number: int) -> np.ndarray:
-    """The window of that number of the recordings, one after another: 16 kHz."""
+    """The window of that number of the recordings, one after another: 16 kHz, in -1..1.
+
+    Recordings of silence are left out: on nothing but silence the encoder's attention is another one.
+
+    Raises:
+        InputError: a recording is of another kind, or all of them are too short.
+    """
     length, start = SECONDS * RATE, number * SECONDS * RATE
     parts: list[np.ndarray] = []
     for file in files:
         if sum(map(len, parts)) >= start + length:
             break
         with wave.open(str(file)) as recording:
+            found = recording.getframerate(), recording.getnchannels(), 8 * recording.getsampwidth()
             frames = recording.readframes(recording.getnframes())
-        parts.append(np.frombuffer(frames, np.int16).astype(np.float32) / 32768)
+        if found != (RATE, 1, 16):
+            raise InputError(f"{file}: has {found} Hz, channels and bits; expected {(RATE, 1, 16)}")
+        samples = np.frombuffer(frames, np.int16).astype(np.float32) / 32768
+        if np.abs(samples).max(initial=0) > QUIET:
+            parts.append(samples)
+    if sum(map(len, parts)) < start + length:
+        raise InputError(f"the recordings end before {(number + 1) * SECONDS} s of speech; expected more of them")
     speech = torch.from_numpy(np.concatenate(parts)[start : start + length])
     return F.interpolate(speech[None, None], scale_factor=2, mode="linear")[0, 0].numpy()
 

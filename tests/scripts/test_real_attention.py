@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import wave
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from attention_judges.measure import Measuring, highest_scale
 from attention_judges.packages import find_file, find_recordings
 from attention_judges.rows import Lines, error_at, joined
 from attention_judges.settings import PYRAMID, Setting, settings_for
-from attention_judges.whisper import read_tensors
+from attention_judges.whisper import RATE, SECONDS, read_tensors, window
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.patch.token_order import token_permutation
@@ -171,6 +172,21 @@ def test_a_ctranslate2_file_is_read(tmp_path):
     found = read_tensors(path)
     assert found["a/weight"].tolist() == [[1, 2], [3, 4]]
     assert found["b"].tolist() == [5, 6, 7]
+
+
+def test_windows_of_speech_hold_no_silent_recordings(tmp_path):
+    files = []
+    for name, level, seconds in (("a", 1, 20), ("b", 8000, 40), ("c", 4000, 20)):
+        files.append(tmp_path / f"{name}.wav")
+        with wave.open(str(files[-1]), "wb") as file:
+            file.setparams((1, 2, RATE, 0, "NONE", ""))
+            file.writeframes(struct.pack("<h", level) * (seconds * RATE))
+    first, second = (window(files, number) for number in (0, 1))
+    assert len(first) == len(second) == 2 * SECONDS * RATE
+    assert first.min() == first.max() == pytest.approx(8000 / 32768)
+    assert second[0] == pytest.approx(8000 / 32768) and second[-1] == pytest.approx(4000 / 32768)
+    with pytest.raises(InputError, match="end before 90 s"):
+        window(files, 2)
 
 
 def test_what_is_missing_is_named(tmp_path):
