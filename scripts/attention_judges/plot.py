@@ -41,7 +41,7 @@ def plot(rows: Sequence[dict[str, Any]], judges: Sequence[str], path: Path) -> N
         panel.set_xlabel("density")
         panel.set_ylim(bottom=0)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     panels.flat[0].set_ylabel("relative error of the attention's output")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
