@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from psa_diffusers import apply_psa
 from psa_diffusers.patch import finite_guard, full_attention
@@ -156,6 +156,8 @@ def test_what_is_not_finite_is_computed_again(by_reference, monkeypatch):
 
 def test_the_backend_of_diffusers_reaches_dense_steps(monkeypatch):
     """As FlashAttention 3 is chosen; `stock` hands it on to the processors that compute the dense phase."""
+    # diffusers sets it for all models of the process.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     pipe = WAN.make()
     with apply_psa(pipe, preset(dense_steps=1.0, dense_attention="stock"), strict=True) as psa:
         pipe.transformer.set_attention_backend("_native_math")
