@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_model import Models, attempt, clock, compile_blocks
+from bench_model import Models, attempt, compile_blocks
 from dense_attention import prefer_cudnn
 from earlier_rows import read_rows
+from gpu_clock import repeated
 from one_step import STEPS, OneStep
 from random_models import WORKLOADS, Machine, Workload, make_inputs, pick_machine
 from results import document, publish, write
@@ -80,66 +82,61 @@ def measure(
     torch.manual_seed(0)
     transformer = Models(machine).get(workload.checkpoint)
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents, sizes=workload.sizes)
+    started = time.perf_counter()
+    forwards = Forwards(transformer, inputs, options.repeats, machine)
     failed: dict[str, Any] = {}
     first: float | None = None
     for field, line in lines(options.cache):
         line = replace(line, **failed)
         row = {"workload": workload.name, "stack": line.name, "cache": line.cache}
         figures, reason = attempt(
-            lambda line=line, field=field: run(transformer, inputs, line, field, workload, options, machine, quality),
-            machine,
+            lambda line=line, field=field: run(forwards, line, field, workload.branches, quality), machine
         )
         if figures is None:
             if field:
                 failed[field] = getattr(Line(), field)
             yield {**row, "error": reason}
             continue
+        print(f"{line.name}: {time.perf_counter() - started:.0f} s in all", flush=True)
         first = figures["seconds_50"] if first is None and not field else first
         speedup = None if first is None else round(first / figures["seconds_50"], 3)
         yield {**row, **figures, "speedup": speedup}
 
 
-def run(
-    transformer: torch.nn.Module,
-    inputs: dict[str, Any],
-    line: Line,
-    field: str,
-    workload: Workload,
-    options: argparse.Namespace,
-    machine: Machine,
-    quality: Quality,
-) -> dict[str, Any]:
+def run(forwards: Forwards, line: Line, field: str, branches: int, quality: Quality) -> dict[str, Any]:
     """Times of one line; the transformer is left as it was, but that its linear layers stay in 8 bits.
 
     Args:
         field: what the line switches on.
+        branches: forwards a step.
     """
     if field == "float8":
-        quantise_linear(transformer)
+        quantise_linear(forwards.transformer)
     demo = quality.of(line)
     with prefer_cudnn(), torch.no_grad():
         # A step of the cache's own: it stands still while forwards are timed, and the forward that it skips is timed
         # beside those that it lets through.
         passed = None if line.cache is None else NEVER
-        dense, dense_peak = forward(transformer, inputs, line, 0, passed, options, machine)
+        dense, dense_peak = forwards.dense(line, passed)
         sparse, sparse_peak, made = dense, dense_peak, None
         if line.psa:
-            sparse, sparse_peak = forward(transformer, inputs, line, STEPS - 1, passed, options, machine)
+            sparse, sparse_peak = forwards.sparse(line, passed)
         if line.kept:
-            made, _ = forward(transformer, inputs, replace(line, kept=False), STEPS - 1, passed, options, machine)
-            served = line.forwards_a_list(workload.branches)
+            made, _ = forwards.sparse(replace(line, kept=False), passed)
+            served = line.forwards_a_list(branches)
             sparse = (made + (served - 1) * sparse) / served
         skipped = None
         if line.cache is not None:
-            skipped, _ = forward(transformer, inputs, line, STEPS - 1, ALWAYS, options, machine)
-    seconds = seconds_of_a_run(dense, sparse, workload.branches, skipped, demo)
+            skipped, _ = forwards.sparse(line, ALWAYS)
+    seconds = seconds_of_a_run(dense, sparse, branches, skipped, demo)
+    tiny = forwards.machine.tiny
     return {
         "ms_dense": round(dense, 2),
         "ms_sparse": round(sparse, 2),
         "ms_lists_made": None if made is None else round(made, 2),
         "ms_skipped": None if skipped is None else round(skipped, 2),
-        "seconds_50": round(seconds, 2) if not machine.tiny else seconds,
-        "peak_gib": None if machine.tiny else max(dense_peak or 0.0, sparse_peak or 0.0),
+        "seconds_50": seconds if tiny else round(seconds, 2),
+        "peak_gib": None if tiny else max(dense_peak or 0.0, sparse_peak or 0.0),
         "demo_psnr": demo["psnr"],
         "skipped_dense": demo["skipped_dense"],
         "skipped_sparse": demo["skipped_sparse"],
@@ -164,38 +161,70 @@ def seconds_of_a_run(
     return branches * (dense_steps * dense + (STEPS - dense_steps) * sparse) / 1000
 
 
-def forward(
-    transformer: torch.nn.Module,
-    inputs: dict[str, Any],
-    line: Line,
-    step: int,
-    threshold: float | None,
-    options: argparse.Namespace,
-    machine: Machine,
-) -> tuple[float, float | None]:
-    """Median milliseconds and peak memory in GiB of a forward at a step; lists that are kept are there already."""
-    pipe = OneStep(transformer, inputs, step=step)
-    processor = PSAProcessor(pipe, line.preset(machine)) if line.psa else None
-    try:
-        with nullcontext() if threshold is None else cached(transformer, threshold):
+class Forwards:
+    """Forwards of one transformer, timed; lines whose forward is the same share one figure.
+
+    Args:
+        repeats: timed forwards, whose median counts.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, inputs: dict[str, Any], repeats: int, machine: Machine) -> None:
+        self.transformer, self.machine = transformer, machine
+        self._inputs, self._repeats = inputs, repeats
+        self._known: dict[tuple[Line, int, float | None], tuple[float, float | None]] = {}
+
+    def dense(self, line: Line, threshold: float | None) -> tuple[float, float | None]:
+        """Median milliseconds and peak memory in GiB of a forward of the dense phase.
+
+        There are no lists in it, and unless PSA's kernel computes it, it is stock.
+        """
+        return self._once(replace(line, psa=line.dense_psa, kept=False), 0, threshold)
+
+    def sparse(self, line: Line, threshold: float | None) -> tuple[float, float | None]:
+        """Those of a forward at a sparse step; lists that are kept are there already."""
+        return self._once(replace(line, dense_psa=False), STEPS - 1, threshold)
+
+    def _once(self, line: Line, step: int, threshold: float | None) -> tuple[float, float | None]:
+        key = (line, step, threshold)
+        if key not in self._known:
+            self._known[key] = self._time(line, step, threshold)
+        return self._known[key]
+
+    def _time(self, line: Line, step: int, threshold: float | None) -> tuple[float, float | None]:
+        transformer, machine = self.transformer, self.machine
+        pipe = OneStep(transformer, self._inputs, step=step)
+        processor = PSAProcessor(pipe, line.preset(machine)) if line.psa else None
+        try:
+            with nullcontext() if threshold is None else cached(transformer, threshold):
+                if processor:
+                    processor.install()
+                # The cache decides outside of graphs, which breaks them.
+                compile_blocks(transformer, machine.backend, fullgraph=threshold is None)
+                call: Callable[[], torch.Tensor] = lambda: transformer(**self._inputs, return_dict=False)[0]  # noqa: E731
+                finite = bool(call().isfinite().all())
+                if threshold is not None:  # graphs that the cache breaks are made anew at the second call
+                    call()
+                if not finite:
+                    raise RuntimeError("the output is not finite")
+                ms, peak = clock(call, self._repeats, machine)
+                if processor and threshold != ALWAYS:
+                    _check(processor, line, dense=not step)
+                return ms, peak
+        finally:
             if processor:
-                processor.install()
-            # The cache decides outside of graphs, which breaks them.
-            compile_blocks(transformer, machine.backend, fullgraph=threshold is None)
-            call: Callable[[], torch.Tensor] = lambda: transformer(**inputs, return_dict=False)[0]  # noqa: E731
-            call()
-            if threshold is not None:  # graphs that the cache breaks are made anew at the second call
-                call()
-            ms, peak, _ = clock(call, options.repeats, machine)
-            if processor and threshold != ALWAYS:
-                _check(processor, line, dense=not step)
-            return ms, peak
-    finally:
-        if processor:
-            processor.restore()
-        for module in transformer.modules():
-            module._compiled_call_impl = None
-        torch._dynamo.reset()
+                processor.restore()
+            for module in transformer.modules():
+                module._compiled_call_impl = None
+            torch._dynamo.reset()
+
+
+def clock(call: Callable[[], torch.Tensor], repeats: int, machine: Machine) -> tuple[float, float | None]:
+    """Median milliseconds and peak memory in GiB of calls that ran before."""
+    if not machine.tiny:
+        return repeated(call, repeats)
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1000, None
 
 
 def _check(processor: PSAProcessor, line: Line, dense: bool) -> None:

@@ -84,7 +84,9 @@ def quantise_linear(transformer: torch.nn.Module) -> None:
             return False
         return module.weight.dtype is torch.bfloat16 and not any(size % 16 for size in module.weight.shape)
 
-    quantize_(transformer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=is_served)
+    # torchao would turn on a search among kernels that takes longer than all other lines together.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(transformer, config, filter_fn=is_served)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 - `sdpa-fa2`, `sdpa-cudnn`: PyTorch's backends; `flex`: its FlexAttention with a block mask that is given for free.
 - `fa3`: `fa3_fwd_interface` of the wheel fa3-fwd.
 - `psa-authors`: `psa_triton` of ziplab/Pyramid-Sparse-Attention, only at key block 128, where its kernel is right.
+- `sol-int8`: `sol_attn` of the package comfy-kitchen.
 - `sol-attn`: `sol_kernel` of Saganaki22/ComfyUI-sol-attn, a port of Sol-Attn's Triton path.
 
 All but ours treat text like video.
@@ -13,11 +14,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
+from operator_bench import sol_int8
 from operator_bench.workloads import LEVELS, THRESHOLDS, Case, skip
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -35,15 +38,16 @@ def dense_cases(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[C
 
 def sparse_cases(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Case]:
     """Sparse peers, each on the layout that it wants."""
-    yield from _cases({"flex": _flex, "psa-authors": _authors, "sol-attn": _sol}, q, k, v)
+    yield from _cases({"flex": _flex, "psa-authors": _authors, "sol-int8": _sol_int8, "sol-attn": _sol}, q, k, v)
 
 
 def versions() -> dict[str, str]:
     """Of the peers that are installed as packages and are not among what every benchmark names."""
-    try:
-        return {"fa3-fwd": version("fa3-fwd")}
-    except PackageNotFoundError:
-        return {}
+    found = {}
+    for name in ("fa3-fwd", "comfy-kitchen"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _cases(makers: dict[str, Maker], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Case]:
@@ -126,6 +130,15 @@ def authors_density(thresholds: tuple[float, ...], blocks: int) -> float:
     """Their `topk` rounds every bound down to whole blocks."""
     ends = [0, *(int(blocks * threshold) for threshold in thresholds)]
     return sum((ends[index + 1] - ends[index]) / level for index, level in enumerate(LEVELS)) / blocks
+
+
+def _sol_int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Case]:
+    if q.shape[-1] != sol_int8.HEAD_DIM:
+        raise ImportError(f"head_dim={q.shape[-1]}: expected {sol_int8.HEAD_DIM}")
+    for rule in sol_int8.RULES:
+        call = rule((q, k, v))
+        call()  # says so if it cannot run here
+        yield Case(("sol-int8",), rule.density(q, k), "total", call)
 
 
 def _sol(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[Case]:

@@ -13,7 +13,19 @@ Row = dict[str, Any]
 COLOURS = dict(
     zip(
         METHODS,
-        ("#c9ccd1", "#a3a8b0", "#7c828c", "#8fc1b5", "#d9a55b", "#c58fae", "#6c9bd2", "#1f4e8c", "#44679c", "#0b1f3f"),
+        (
+            "#c9ccd1",
+            "#a3a8b0",
+            "#7c828c",
+            "#8fc1b5",
+            "#d9a55b",
+            "#c98a3a",
+            "#c58fae",
+            "#6c9bd2",
+            "#1f4e8c",
+            "#44679c",
+            "#0b1f3f",
+        ),
         strict=True,
     )
 )

@@ -17,6 +17,7 @@ METHODS = (
     "fa3",
     "flex",
     "sol-attn",
+    "sol-int8",
     "psa-authors",
     "psa-triton",
     "psa-hopper",

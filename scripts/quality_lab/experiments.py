@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from demo.captions import BACKGROUNDS
-from quality_lab.settings import Setting, at_density, published, vary, vary_if_known
+from quality_lab.settings import SAMPLED, Setting, at_density, published, vary, vary_if_known
 
 from psa_diffusers import Preset, load_preset
 from psa_diffusers.presets.density import scaled_thresholds
@@ -20,9 +20,14 @@ MASS_THRESHOLDS = (0.7, 0.8, 0.9)
 FLOOR = 0.12
 STRIDES = (4, 8, 16)
 SIMILARITY = [0.7, 0.65]
-RASTER = {
+SMALL = {"query": 128, "key": 32}
+RASTER: dict[str, dict[str, Any]] = {
     "raster": {"order": "raster"},
-    "raster, 32 keys": {"order": "raster", "block": {"query": 128, "key": 32}},
+    "raster, 32 keys": {"order": "raster", "block": SMALL},
+}
+FINE = {**SAMPLED, "query_stride": 4, "key_stride": 4}
+MEANS = {
+    f"{estimator} mean": {**SAMPLED, "estimator": estimator, "statistic": "mean"} for estimator in ("sampled", "pooled")
 }
 
 
@@ -122,6 +127,48 @@ def rules() -> Iterator[Setting]:
         yield Setting(f"mass, floor {floor}, {name}", preset, f"count {share}", f"mass, {name}")
 
 
+def auto() -> Iterator[Setting]:
+    """What `psa-auto` could be: rule budget with shared guidance, and one thing changed at a time."""
+    ways: dict[str, dict[str, Any]] = {
+        "hilbert": {},
+        "raster": {"order": "raster"},
+        "tiles": {"order": "tiles", "tile": [1, 8, 8]},
+        "hilbert, 32 keys": {"block": SMALL},
+        "raster, 32 keys": RASTER["raster, 32 keys"],
+        "hilbert, levels to 8": {"levels": [1, 2, 4, 8]},
+        "raster, levels to 8": {"levels": [1, 2, 4, 8], "order": "raster"},
+        "raster, 32 keys, levels to 8": {"levels": [1, 2, 4, 8], **RASTER["raster, 32 keys"]},
+        "hilbert, strides 4": {"importance": FINE},
+        "hilbert, refresh 4": {"refresh": 4},
+        "hilbert, not shared": {"share_guidance": False},
+        **{f"hilbert, {name}": {"importance": how} for name, how in MEANS.items()},
+        **{f"hilbert, 32 keys, {name}": {"block": SMALL, "importance": how} for name, how in MEANS.items()},
+        **{f"raster, 32 keys, {name}": RASTER["raster, 32 keys"] | {"importance": how} for name, how in MEANS.items()},
+        "hilbert, levels to 8, pooled mean": {"levels": [1, 2, 4, 8], "importance": MEANS["pooled mean"]},
+        "hilbert, 32 keys, strides 4": {"block": SMALL, "importance": FINE},
+        "raster, 32 keys, strides 4": RASTER["raster, 32 keys"] | {"importance": FINE},
+    }
+    falls = {"falling": (1.5, 1.0, 0.5), "falling steeply": (2.0, 0.7, 0.3), "rising": (0.5, 1.0, 1.5)}
+    for share in (0.15, 0.25):
+        first = f"psa-3 {share}"
+        yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
+        shared = vary("psa-3", thresholds=at_density(share), share_guidance=True)
+        yield Setting(f"psa-3, shared {share}", shared, first, "psa-3, shared")
+        for way, changes in ways.items():
+            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
+        for (way, parts), order in product(falls.items(), ("hilbert", "raster")):
+            preset = vary("psa-auto", density=share, order=order, steps=_over_steps(share, parts))
+            yield Setting(f"{order}, {way} {share}", preset, first, f"{order}, {way}")
+        edges = vary("psa-auto", density=share * 0.8, layers=[{"match": "0,7", "density": share * 1.6}])
+        yield Setting(f"hilbert, denser ends {share}", edges, first, "hilbert, denser ends")
+
+
+def _over_steps(share: float, parts: tuple[float, float, float]) -> list[dict[str, Any]]:
+    """Rules that give each third of the sparse steps of a run its part of the density, whose mean is `share`."""
+    places = ("25-50%", "50-75%", "75%-")
+    return [{"match": match, "density": share * part} for match, part in zip(places, parts, strict=True)]
+
+
 def _count(scale: float) -> tuple[float, ...]:
     return scaled_thresholds(load_preset("psa-3").thresholds, scale)
 
@@ -141,5 +188,6 @@ EXPERIMENTS = {
     "similarity": Experiment("the similarity cap over backgrounds from plain to busy", similarity, "density"),
     "order": Experiment("the order of the tokens", order),
     "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
+    "auto": Experiment("what psa-auto could be, at the same densities", auto),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
 }
