@@ -18,13 +18,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_model import clock
+from bench_model import clock, compile_blocks
 from dense_attention import prefer_cudnn
 from diffusers import ContextParallelConfig
 from one_step import OneStep, scaled_preset
@@ -36,6 +37,7 @@ from psa_diffusers import Preset, PSAProcessor, context_parallel_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("wan2.1-14b-720p", "hunyuanvideo-720p", "cogvideox-5b")
+METHODS = ("sdpa-cudnn", "psa")
 DENSITY = 0.15
 # Relative L2; in bfloat16 the order of a sum shows, and so may a block whose importance is a near tie.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
@@ -84,21 +86,35 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents)
     sparse = scaled_preset(machine, options.density)
     methods = {"sdpa-cudnn": sparse.replace(dense_steps=1.0), "psa": sparse}
+    methods = {name: preset for name, preset in methods.items() if name in options.method}
     alone: dict[str, torch.Tensor] = {}
     for gpus in sorted({1, dist.get_world_size()}):
         if gpus > 1:
             config = ContextParallelConfig(ulysses_degree=gpus)
             transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
-        for method, preset in methods.items():
-            result, figures = run(transformer, inputs, preset, options.repeats, machine)
+        for compiled, method in product((False, True) if options.compiled else (False,), methods):
+            with compiled_blocks(transformer, machine) if compiled else nullcontext():
+                result, figures = run(transformer, inputs, methods[method], options.repeats, machine)
             if gpus == 1:
-                alone[method] = result
+                alone.setdefault(method, result)
             else:
                 distance = (result.float() - alone[method].float()).norm() / alone[method].float().norm()
                 figures["error"] = max(gather(float(distance)))
                 if not figures["error"] <= TOLERANCE[machine.dtype]:
                     raise RuntimeError(f"{workload.name}, {method}: {gpus} ranks differ by {figures['error']:.1e}")
-            yield {"workload": workload.name, "method": method, "gpus": gpus, **figures}
+            yield {"workload": workload.name, "method": method, "gpus": gpus, "compiled": compiled, **figures}
+
+
+@contextmanager
+def compiled_blocks(transformer: torch.nn.Module, machine: Machine) -> Iterator[None]:
+    """Its blocks compiled; graphs may break, as they do where diffusers splits and joins the tokens."""
+    compile_blocks(transformer, machine.backend, fullgraph=False)
+    try:
+        yield
+    finally:
+        for module in transformer.modules():
+            module._compiled_call_impl = None
+        torch._dynamo.reset()
 
 
 def run(
@@ -157,15 +173,24 @@ def gather(value: float) -> list[float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, with how many times as fast as on one GPU."""
-    names = ("workload", "method", "density", "GPUs", "ms", "speedup", "peak GiB", "communication", "imbalance")
+    names = (
+        "workload",
+        "method",
+        "blocks",
+        "density",
+        "GPUs",
+        "ms",
+        "speedup",
+        "peak GiB",
+        "communication",
+        "imbalance",
+    )
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
-        one = next(
-            other["ms"]
-            for other in rows
-            if (other["workload"], other["method"], other["gpus"]) == (row["workload"], row["method"], 1)
-        )
-        cells = [row["workload"], row["method"], f"{row['density']:.3f}", row["gpus"], row["ms"]]
+        same = ("workload", "method", "compiled")
+        one = next(other["ms"] for other in rows if other["gpus"] == 1 and all(other[key] == row[key] for key in same))
+        blocks = "compiled" if row["compiled"] else "eager"
+        cells = [row["workload"], row["method"], blocks, f"{row['density']:.3f}", row["gpus"], row["ms"]]
         cells += [f"{one / row['ms']:.2f}", row["peak_gib"] or "", row["communication"], row["imbalance"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -175,6 +200,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help=f"default: {' '.join(NAMES)}")
     parser.add_argument("--density", type=float, default=DENSITY, help="of psa; default: %(default)s")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="default: both")
+    parser.add_argument("--compiled", action="store_true", help="with compiled blocks too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"

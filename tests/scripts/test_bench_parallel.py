@@ -7,21 +7,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {"workload", "method", "density", "gpus", "ms", "peak_gib", "communication", "imbalance"}
 
 
-def test_a_toy_of_every_kind_runs_on_two_ranks(tmp_path):
+ALL = ("wan2.1-14b-720p", "hunyuanvideo-720p", "cogvideox-5b")
+
+
+@pytest.mark.parametrize(("workloads", "compiled"), [(ALL, False), (("cogvideox-5b",), True)])
+def test_a_toy_runs_on_two_ranks(tmp_path, workloads, compiled):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = [str(ROOT / "scripts/bench_parallel.py"), "--tiny", "--output", str(tmp_path / "rows.json")]
+    script += ["--workload", *workloads, *(["--compiled"] if compiled else [])]
     done = subprocess.run([*torchrun, *script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert json.loads(done.stdout.splitlines()[-1])["rows"] == rows
-    assert [(row["workload"], row["method"], row["gpus"]) for row in rows] == [
-        (workload, method, gpus)
-        for workload in ("wan2.1-14b-720p", "hunyuanvideo-720p", "cogvideox-5b")
+    assert [(row["workload"], row["method"], row["compiled"], row["gpus"]) for row in rows] == [
+        (workload, method, with_graphs, gpus)
+        for workload in workloads
         for gpus in (1, 2)
+        for with_graphs in ((False, True) if compiled else (False,))
         for method in ("sdpa-cudnn", "psa")
     ]
     for row in rows:
