@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -56,20 +56,26 @@ class TokenAttention:
         route = forward.routes[layer.name]
         if route.full:
             return route if self._can_be_full(layer, call) else Route(False)
-        if not route.sparse:
+        if not route.sparse and not route.corrects:
             return route
+        if (obstacle := self._why_not_sparse(forward, layer, call)) is None:
+            return route
+        # Of a layer that the preset has dense there is nothing to tell.
+        return Route(False, obstacle if route.sparse else None)
+
+    def _why_not_sparse(self, forward: Forward, layer: Layer, call: AttentionCall) -> str | None:
         forward = self._with_all_videos(forward, call)
         tokens, video = call.hidden_states.shape[1], math.prod(forward.attended_grid)
         if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
-            return Route(False, f"the sequence has {tokens} tokens, but the video's grid is {grid}")
+            return f"the sequence has {tokens} tokens, but the video's grid is {grid}"
         if (refused := self._served.earlier(layer, call)) is not None and self.compute is None:
-            return Route(False, refused)
+            return refused
         try:
             self._real_text(call)
-            return route
+            return None
         except DenseOnlyError as error:
-            return Route(False, str(error))
+            return str(error)
 
     def _can_be_full(self, layer: Layer, call: AttentionCall) -> bool:
         if self.full.was_refused(layer, call):
@@ -84,10 +90,10 @@ class TokenAttention:
         """What `decide` said of a call, unless no kernel serves its queries, keys and values."""
         if route.full and not self.full.serves(layer, call, qkv):
             return Route(False)
-        if route.sparse and self.compute is None:
+        if (route.sparse or route.corrects) and self.compute is None:
             video = math.prod(self._with_all_videos(forward, call).attended_grid)
             if (reason := self._served.why_not(layer, call, qkv, video)) is not None:
-                return Route(False, reason)
+                return Route(False, reason if route.sparse else None)
         return route
 
     def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
@@ -135,6 +141,9 @@ class TokenAttention:
     def _ours_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
         """Attention by the operator, or PyTorch's dense one in its place where it is looked at and not finite."""
         stats: list[AttentionStats] = []
+        if route.corrects:
+            forward.note(layer, None)
+            return self._dense_and_corrected(layer, forward, qkv, call)
         if route.full:
             after = call.text_tokens if self._family.text == "after" else 0
             parts = self.full.attend(forward.run, qkv, after, self._real_text(call))
@@ -161,12 +170,45 @@ class TokenAttention:
         self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call that `decide` lets be so, and its statistics."""
+        (head, tail), stats = self._without_correction(layer, forward, qkv, call)
+        if layer.preset.correction and not forward.run.lists.one_step_only:
+            first = self._first_video(forward, qkv, call)
+
+            def dense_rows(tokens: torch.Tensor) -> torch.Tensor:
+                return self._dense_rows(qkv[0][:, first + tokens], qkv, call)
+
+            video = self.video_of(head, forward.attended_grid)
+            last = forward.step + 1 >= forward.run.steps
+            forward.run.corrections.add(layer, _moment(forward), _fits(forward, video), video, dense_rows, last)
+        return (head, tail), stats
+
+    def _dense_and_corrected(self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall) -> Parts:
+        """Dense attention of a call; what sparse attention leaves out of it is kept for later steps."""
+        parts = self.dense(qkv, call)
+        grid, moment, corrections = forward.attended_grid, _moment(forward), forward.run.corrections
+        dense = self.video_of(parts[0], grid)
+        layers = sum(route.corrects for route in forward.routes.values())
+        if not forward.run.lists.one_step_only and corrections.has_room(moment, dense, layers, self._fallbacks):
+            (head, _), _ = self._without_correction(layer, forward, qkv, call)
+            corrections.keep(layer, moment, _fits(forward, dense), dense, self.video_of(head, grid))
+        return parts
+
+    def _first_video(self, forward: Forward, qkv: QKV, call: AttentionCall) -> int:
+        """Place of the first video token."""
+        if self._family.appended:
+            return 0
+        after = call.text_tokens if self._family.text == "after" else 0
+        return qkv[0].shape[1] - math.prod(forward.attended_grid) - after
+
+    def _without_correction(
+        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
+    ) -> tuple[Parts, list[AttentionStats]]:
         assert layer.spec is not None, "a layer without a spec is never routed here"
         query, grid, lists, kept = qkv[0], forward.attended_grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
         beside = query.shape[1] - math.prod(grid) - after
         behind = beside if self._family.appended else 0
-        moment = Moment(forward.step, forward.window, forward.branch)
+        moment = _moment(forward)
         # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
         fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
         if layer.keeps_lists:
@@ -196,19 +238,26 @@ class TokenAttention:
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""
         after = call.text_tokens if self._family.text == "after" else 0
-        first, padding, mask = qkv[0].shape[1] - after, 0, None
+        padding = self._common_padding(call)
+        q, first = qkv[0], qkv[0].shape[1] - after
+        out = self._dense_rows(q[:, : q.shape[1] - (padding or 0)], qkv, call)
+        # Results of an operator behind a graph may share no memory.
+        return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding or 0)) if after else out[:, :0].clone()
+
+    def _dense_rows(self, q: torch.Tensor, qkv: QKV, call: AttentionCall) -> torch.Tensor:
+        """Dense attention of some queries of a call, `[B, n, H, D]`, over all its keys that are no padding."""
+        padding = self._common_padding(call)
+        mask = self._dense_mask(call) if padding is None else None
+        k, v = (x[:, : x.shape[1] - (padding or 0)].transpose(1, 2) for x in qkv[1:])
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
+
+    def _common_padding(self, call: AttentionCall) -> int | None:
+        """How much of the text is padding, at its end, in all samples; None if they differ, or a mask is needed."""
         try:
             lengths = set(self._real_text(call))
         except DenseOnlyError:
-            lengths = set()
-        if len(lengths) == 1:
-            padding = call.text_tokens - lengths.pop()
-        else:
-            mask = self._dense_mask(call)
-        q, k, v = (x[:, : x.shape[1] - padding].transpose(1, 2) for x in qkv)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-        # Results of an operator behind a graph may share no memory.
-        return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding)) if after else out[:, :0].clone()
+            return None
+        return call.text_tokens - lengths.pop() if len(lengths) == 1 else None
 
     def _dense_mask(self, call: AttentionCall) -> torch.Tensor | None:
         """The call's mask as `scaled_dot_product_attention` takes it."""
@@ -226,3 +275,12 @@ class TokenAttention:
         if mask is None or call.attention_mask is None:
             return [call.text_tokens] * len(call.hidden_states)
         return self._text_lengths.of(call.attention_mask, mask)
+
+
+def _moment(forward: Forward) -> Moment:
+    return Moment(forward.step, forward.window, forward.branch)
+
+
+def _fits(forward: Forward, video: torch.Tensor) -> Hashable:
+    """What must be equal at two steps for one's correction to be the other's."""
+    return video.shape, video.device, forward.attended_grid

@@ -23,7 +23,7 @@ from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
-from psa_diffusers.patch.sites import LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
+from psa_diffusers.patch.sites import Layer, LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
 from psa_diffusers.patch.step_layers import StepLayers
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
@@ -180,13 +180,25 @@ class Patch(NotPickled):
                 wanted = wanted and forward.step not in run.dense[self.name].steps
             facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
             reason = dense_reason(facts) if wanted else None
-            full = not wanted and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
+            corrects = not wanted and self._corrects(forward, site.layer) and dense_reason(facts) is None
+            full = not wanted and not corrects and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
             full = full and self.attention.full.is_on(_device(transformer, inputs))
-            routes[site.layer.name] = Route(wanted and reason is None, reason, full)
+            routes[site.layer.name] = Route(wanted and reason is None, reason, full, corrects)
         watch = run.watch and not run.model_not_finite
         forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
         self._note_unreached(forward)
         return forward
+
+    def _corrects(self, forward: Forward, layer: Layer) -> bool:
+        """Whether this is the last step of the dense phase, at which what sparse attention leaves out is kept.
+
+        Of a layer that rules keep dense, or whose settings they change at the next step, nothing is kept.
+        """
+        run, step = forward.run, forward.step
+        if not layer.preset.correction or layer.spec is None or not step + 1 < run.steps:
+            return False
+        dense = run.dense[self.name]
+        return step + 1 == dense.first and step + 1 not in dense.steps
 
     def _note_unreached(self, forward: Forward) -> None:
         """Note the layers that never call the processor, for it is not in its place."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from psa_diffusers.patch.context_parallel import Ulysses
+from psa_diffusers.patch.corrections import Corrections
 from psa_diffusers.patch.list_cache import ListCache
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
@@ -21,17 +22,19 @@ NO_GRID: Grid = (0, 0, 0)
 class Route(NamedTuple):
     """Whether a layer is sparse, and if it is not although the preset wants it so, why.
 
-    With `full` it is dense as the preset has it, and the operator's kernel is to compute it, if it can.
+    With `full` it is dense as the preset has it, and the operator's kernel is to compute it, if it can. With `corrects`
+    it is dense likewise, and what sparse attention leaves out there is kept.
     """
 
     sparse: bool
     reason: str | None = None
     full: bool = False
+    corrects: bool = False
 
     @property
     def ours(self) -> bool:
         """Whether the layer goes to the operator rather than to its module's own processor."""
-        return self.sparse or self.full
+        return self.sparse or self.full or self.corrects
 
 
 class Note(NamedTuple):
@@ -79,6 +82,7 @@ class Run:
         pipe_timesteps: the same of the pipeline that was patched, whose run it may not be.
         step: the current one, counted from 0.
         lists: importance lists for later steps and other guidance branches.
+        corrections: what sparse attention left out at the last dense step, where the preset wants it added later.
         full_lists: by shape, the lists of dense calls that the operator computes.
         notes: of each forward, its attention calls.
         watch: whether each sparse attention is looked at for values that are not finite.
@@ -94,6 +98,7 @@ class Run:
     pipe_timesteps: torch.Tensor | None = None
     step: int = 0
     lists: ListCache = field(default_factory=ListCache)
+    corrections: Corrections = field(default_factory=Corrections)
     full_lists: dict[Any, BlockLists] = field(default_factory=dict)
     notes: list[list[Note]] = field(default_factory=list)
     watch: bool = False

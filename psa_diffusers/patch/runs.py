@@ -43,7 +43,7 @@ class Runs:
     ) -> None:
         self._schedule = Schedule(pipe, expected)
         self._presets, self._layers = presets, layers
-        self._keeps_lists = {name: keeps_lists(preset) for name, preset in presets.items()}
+        self._keeps = {name: keeps_lists(preset) or preset.correction for name, preset in presets.items()}
         self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
@@ -69,7 +69,7 @@ class Runs:
                 first = min(first, run.first)
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
-        window, branch = run.enter(step, name, latents if self._keeps_lists[name] else None)
+        window, branch = run.enter(step, name, latents if self._keeps[name] else None)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward

@@ -71,6 +71,7 @@ class Preset(LayerSettings):
     dense_last: ShareOrSteps = Field(default=0.0, description=SHARE_OR_STEPS)
     refresh: Positive = Field(default=1, description="a positive integer")
     share_guidance: bool = Field(default=False, strict=True, description="true or false")
+    correction: bool = Field(default=False, strict=True, description="true or false")
     min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
     dense_attention: Literal["stock", "psa"] = Field(default="stock", description="stock or psa")
     float32_on_gpu: Literal["dense", "sparse"] = Field(default="dense", description="dense or sparse")

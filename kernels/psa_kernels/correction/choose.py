@@ -1,0 +1,33 @@
+"""Corrections by the kernels where they run, else by the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from psa_kernels.backends.triton import has_triton
+from psa_kernels.correction import reference
+from psa_kernels.correction.reference import Correction
+from psa_kernels.devices import capability
+
+
+def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
+    """As `reference.left_out`."""
+    if not _has_kernel(dense):
+        return reference.left_out(dense, sparse)
+    from psa_kernels.correction import triton
+
+    return triton.left_out(dense, sparse)
+
+
+def add_correction(out: torch.Tensor, correction: Correction, weights: torch.Tensor) -> None:
+    """As `reference.add_correction`."""
+    if not _has_kernel(out):
+        reference.add_correction(out, correction, weights)
+        return
+    from psa_kernels.correction import triton
+
+    triton.add_correction(out, correction, weights)
+
+
+def _has_kernel(x: torch.Tensor) -> bool:
+    return x.is_cuda and has_triton() and (torch.version.hip is not None or capability(x.device) >= (8, 0))

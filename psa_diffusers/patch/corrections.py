@@ -1,0 +1,104 @@
+"""What sparse attention left out at the last dense step, which is added to its outputs at the steps that follow.
+
+Between neighbouring steps that changes little. How much of it still holds is told at each step, head by head, by the
+dense attention of a few queries, so that nothing is added where nothing holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+
+from psa_diffusers.patch.dense_reasons import Fallbacks
+from psa_diffusers.patch.list_cache import Moment
+from psa_diffusers.patch.sites import Layer
+from psa_kernels.correction.choose import add_correction, left_out
+from psa_kernels.correction.reference import Correction, correction_weights, sample_tokens
+
+NO_ROOM = "correction: true has no effect: it would take {need:.1f} GiB on {device}, of which {free:.1f} are free"
+
+
+class Place(NamedTuple):
+    """Which calls of a run are each other's at different steps."""
+
+    layer: str
+    window: int
+    branch: int
+
+
+class Corrections:
+    """The corrections of one run, one a layer, window and guidance branch.
+
+    Each takes a byte for every number of the layer's output of video tokens, and 4 for every token and head: for
+    Wan2.1-14B at 720p 31 GiB in all with guidance, for Wan2.1-1.3B at 480p 2.9.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Place, tuple[Hashable, Correction]] = {}
+        self._room: dict[tuple[int, int, int], bool] = {}
+
+    def has_room(self, moment: Moment, output: torch.Tensor, layers: int, fallbacks: Fallbacks) -> bool:
+        """Whether corrections of all layers of a forward fit into the device's memory; tells of it if they do not.
+
+        Args:
+            output: `[B, N, H, D]`, as large as a layer's output of video tokens.
+            layers: how many layers keep one.
+
+        Raises:
+            PSAFallbackError: they do not, with `strict`.
+        """
+        if moment not in self._room:
+            need = layers * (output.numel() + 4 * output[..., 0].numel())
+            free = free_bytes(output.device)
+            self._room[moment] = free is None or need <= free
+            if free is not None and need > free:
+                gib = 2**30
+                fallbacks.tell(NO_ROOM.format(need=need / gib, device=output.device, free=free / gib))
+        return self._room[moment]
+
+    def keep(self, layer: Layer, moment: Moment, fits: Hashable, dense: torch.Tensor, sparse: torch.Tensor) -> None:
+        """Keep what sparse attention leaves out of a layer's video tokens, both `[B, N, H, D]`.
+
+        Args:
+            fits: whatever must be equal for the correction to be added: shapes, grid, device.
+        """
+        self._kept[_place(layer, moment)] = fits, left_out(dense, sparse)
+
+    def add(
+        self,
+        layer: Layer,
+        moment: Moment,
+        fits: Hashable,
+        sparse: torch.Tensor,
+        dense_rows: Callable[[torch.Tensor], torch.Tensor],
+        last: bool,
+    ) -> None:
+        """Add what still holds of a correction to a sparse output, in place; nothing if there is none.
+
+        Args:
+            sparse: of the video tokens, `[B, N, H, D]`.
+            dense_rows: gives the dense attention `[B, n, H, D]` of some video tokens, named by int64 `[n]`.
+            last: whether no later step needs the correction, whose memory what follows the run may need.
+        """
+        place = _place(layer, moment)
+        entry = self._kept.pop(place, None) if last else self._kept.get(place)
+        if entry is None or entry[0] != fits:
+            return
+        correction = entry[1]
+        tokens = sample_tokens(sparse.shape[1], sparse.device)
+        weights = correction_weights(dense_rows(tokens), sparse[:, tokens], correction.of_tokens(tokens))
+        add_correction(sparse, correction, weights)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that nothing takes and no forward so far took while it ran; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+
+
+def _place(layer: Layer, moment: Moment) -> Place:
+    return Place(layer.name, moment.window, moment.branch)
