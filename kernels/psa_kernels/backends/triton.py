@@ -25,6 +25,15 @@ class Triton(Backend):
     name = implementation = "triton"
 
     def why_not(self, call: Call) -> str | None:
+        if call.q.device.type != "cuda":  # the interpreter may come and go
+            return self._why_not_such(call)
+        key = self.name, "why not"
+        if key not in call.answers:
+            call.answers[key] = self._why_not_such(call)
+        return call.answers[key]
+
+    def _why_not_such(self, call: Call) -> str | None:
+        """The reason why it serves no calls of these shapes and settings."""
         q, spec, permutation = call.q, call.spec, call.layout.permutation
         if call.causal is not None:
             return "causal=True: not yet in a kernel"
@@ -57,9 +66,16 @@ class Triton(Backend):
         return None
 
     def pyramid_rows(self, call: Call) -> int:
-        from psa_kernels.pyramid.triton import pyramid_rows
+        return self._rows_once(call, gathered=False)
 
-        return pyramid_rows(call.layout, call.spec)
+    def _rows_once(self, call: Call, gathered: bool) -> int:
+        """Rows of the pyramid, worked out once for calls like this one."""
+        key = self.name, "pyramid rows"
+        if key not in call.answers:
+            from psa_kernels.pyramid.triton import pyramid_rows
+
+            call.answers[key] = pyramid_rows(call.layout, call.spec, gathered)
+        return call.answers[key]
 
     def pool_keys(self, call: Call, selects: bool) -> Any:
         from psa_kernels.pyramid.triton import pool_keys
