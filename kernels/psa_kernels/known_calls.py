@@ -75,7 +75,7 @@ def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, flo
 
 def keep(key: tuple, layout: TokenLayout, scale: float, answers: dict[Any, Any]) -> None:
     """Note a sound call, and forget the oldest ones past the last few."""
-    permutation = layout.permutation
+    permutation: Any = layout.permutation
     of_permutation = None
     if permutation is not None:
         of_permutation = weakref.ref(permutation), permutation.data_ptr(), permutation._version
