@@ -44,7 +44,7 @@ class Launch:
 
         Args:
             tensors: what the kernel takes first: tensors, None, and `Rows`, at every call the same kinds in the same
-                places.
+                places, and `Rows` of the same shapes and strides.
         """
         if self._run is not None:
             arguments, addresses = self._arguments[:], 0

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from psa_kernels import triton_runner
+from psa_kernels.triton_launch import Rows
 from psa_kernels.triton_runner import runner
 
 triton = pytest.importorskip("triton")
@@ -92,3 +94,38 @@ def test_what_is_not_as_known_goes_the_way_of_triton(compiled, change, monkeypat
     monkeypatch.setattr(type(compiled), "__getitem__", lambda self, grid: lambda *given: used.append((grid, given)))
     runner(compiled, GRID)([128, 7])
     assert used == [(GRID, (128, 7))] and not launcher.noted
+
+
+def test_a_descriptor_is_made_once_for_each_place_and_address(compiled, monkeypatch):
+    if not triton.__version__.startswith(triton_runner.FIRST_ORDER):
+        pytest.skip("other versions of Triton make them at each launch")
+    from triton.backends.nvidia import driver
+
+    class Described(Rows):
+        def descriptor(self):
+            raise AssertionError("asked of a prepared launch")
+
+    def rows(address, width=16):
+        return Described(address, (4, width), (width, 1))
+
+    made = []
+    monkeypatch.setattr(triton_runner, "KEPT_DESCRIPTORS", 3)
+    triton.runtime.driver.active.utils = SimpleNamespace(
+        fill_tma_descriptor=lambda address, *others: made.append(address) or ("map", address, *others)
+    )
+    launcher, signature = compiled.run, {0: "*bf16", 1: "tensordesc<x>", 2: "constexpr", 3: "tensordesc<y>", 4: "i32"}
+    metadata = [
+        {"swizzle": swizzle, "elem_size": 2, "elem_type": 10, "block_size": [2, 16], "fp4_padded": False}
+        for swizzle in (1, 3)
+    ]
+    launcher.launch = driver.wrap_handle_tensordesc(launcher.launch, signature, metadata)
+    run = runner(compiled, GRID)
+    for first, second in ((16, 32), (16, 32), (32, 16), (16, 64)):
+        given = [128, rows(first), 2, rows(second, 32), 7]
+        compiled[GRID](*given)
+        by_triton = launcher.noted.pop()
+        asked = len(made)
+        run(given)
+        assert launcher.noted.pop() == without_hooks(by_triton)
+        made[asked - 2 : asked] = []
+    assert made == [32, 16, 16, 32, 64, 16]  # the last was kept at first, and dropped when there were three
