@@ -66,10 +66,8 @@ class Hopper(Triton):
     def pyramid_rows(self, call: Call) -> int:
         return self._rows_once(call, gathered=True)
 
-    def pool_keys(self, call: Call, selects: bool) -> Any:
-        from psa_kernels.pyramid.triton import pool_keys
-
-        return pool_keys(call.k, call.layout, call.spec, selects, gathered=True)
+    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
+        return self._pool_keys(call, selects, alone, gathered=True)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values

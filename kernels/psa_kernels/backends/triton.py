@@ -18,6 +18,9 @@ from psa_kernels.devices import capability
 from psa_kernels.limits import MAX_BLOCK_SAMPLES, MAX_KEY_BLOCKS
 from psa_kernels.lists import BlockLists
 
+# Bytes of values that are pooled before there are lists: a launch less for a small call.
+FEW_VALUES = 1 << 26
+
 
 class Triton(Backend):
     """One source for every GPU; only tile sizes differ."""
@@ -77,10 +80,15 @@ class Triton(Backend):
             call.answers[key] = pyramid_rows(call.layout, call.spec, gathered)
         return call.answers[key]
 
-    def pool_keys(self, call: Call, selects: bool) -> Any:
+    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
+        return self._pool_keys(call, selects, alone, gathered=False)
+
+    def _pool_keys(self, call: Call, selects: bool, alone: bool, gathered: bool) -> Any:
+        """The pyramid of keys, with values where it costs no memory to speak of to have them during the selection."""
         from psa_kernels.pyramid.triton import pool_keys
 
-        return pool_keys(call.k, call.layout, call.spec, selects)
+        v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
+        return pool_keys(call.k, call.layout, call.spec, selects, gathered, v)
 
     def select(self, call: Call, keys: Any) -> BlockLists:
         from psa_kernels.allocation.triton import allocate
