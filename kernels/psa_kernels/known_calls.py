@@ -65,7 +65,7 @@ def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, flo
         return known.layout, known.scale, known.answers
     alive, address, version = known.permutation
     # Another tensor may have got the name of one that is gone.
-    if alive() is not permutation or address != permutation.data_ptr() or version != permutation._version:
+    if (address, version) != (permutation.data_ptr(), permutation._version) or alive() is not permutation:
         return None
     plain = known.layout
     layout = TokenLayout(plain.text_before, plain.text_after, plain.video_queries, plain.video_keys, permutation)
@@ -75,7 +75,7 @@ def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, flo
 
 def keep(key: tuple, layout: TokenLayout, scale: float, answers: dict[Any, Any]) -> None:
     """Note a sound call, and forget the oldest ones past the last few."""
-    permutation: Any = layout.permutation
+    permutation = layout.permutation
     of_permutation = None
     if permutation is not None:
         of_permutation = weakref.ref(permutation), permutation.data_ptr(), permutation._version
