@@ -174,7 +174,7 @@ def psa_attention(
         used, stats = [], []
         for heads in groups:
             if len(groups) == 1:
-                found = _attend(call, backend, lists, out)
+                found = _attend(call, backend, lists, out, True)
             else:
                 part, rows = call.of_heads(heads), out[:, :, heads]
                 found = _attend(part, backend, None if lists is None else lists[:, heads], rows)
@@ -197,9 +197,11 @@ def psa_attention(
     return tuple(results)
 
 
-def _attend(call: Call, backend: Backend, lists: BlockLists | None, out: torch.Tensor) -> BlockLists:
+def _attend(
+    call: Call, backend: Backend, lists: BlockLists | None, out: torch.Tensor, alone: bool = False
+) -> BlockLists:
     """All stages for a group of heads: fill the rows of video queries of `out`, and return the lists that were used."""
-    keys = backend.pool_keys(call, lists is None) if backend.has_pyramid else None
+    keys = backend.pool_keys(call, lists is None, alone) if backend.has_pyramid else None
     if lists is None:
         lists = backend.select(call, keys)
     backend.attend(call, keys, lists, out)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 
 from psa_kernels.blocks import ranks_below
 from psa_kernels.costs import most_attended
 from psa_kernels.spec import AttentionSpec
+
+# Counts of one call that its statistics may hold, uncounted: a run keeps the statistics of thousands of calls.
+FEW_BYTES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class BlockLists:
     def __getitem__(self, part: slice | tuple[slice, slice]) -> BlockLists:
         """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them."""
         return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous(), self.key_blocks)
+
+    def to_count(self) -> torch.Tensor:
+        """What `AttentionStats.listed` holds of these lists."""
+        return self.counts if self.counts.nbytes <= FEW_BYTES else self.counts.sum(2)
 
     @classmethod
     def from_levels(cls, level: torch.Tensor, num_levels: int, width: int | None = None) -> BlockLists:
@@ -68,6 +76,7 @@ def id_dtype(key_blocks: int) -> torch.dtype:
     return torch.int16 if key_blocks <= torch.iinfo(torch.int16).max else torch.int32
 
 
+@lru_cache(maxsize=256)
 def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     """How many key blocks a row of the lists has room for.
 
@@ -86,10 +95,11 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
 class AttentionStats:
     """What one call attended, per batch item and head, over the video tokens; tensors stay on the device.
 
-    A call counts pairs of blocks and no more: the shares are worked out where they are looked at.
+    A call counts pairs of blocks at most, a small one not even these: the rest is worked out where it is looked at.
 
     Attributes:
-        counts: integer `[B, H, levels]`: pairs of blocks at each level.
+        listed: integer `[B, H, levels]`: pairs of blocks at each level; or, where that is little to hold, integer
+            `[B, H, query blocks, levels]`: those of each query block.
         pairs: how many pairs of blocks a head has; in a causal call those that are not wholly in the future.
         spec: what was computed.
         implementation: what computed the call: `reference`, `triton`, `hopper`, `hopper-int8` or `dense`.
@@ -97,11 +107,16 @@ class AttentionStats:
             as they are computed.
     """
 
-    counts: torch.Tensor
+    listed: torch.Tensor
     pairs: int
     spec: AttentionSpec
     implementation: str
     diagonal: int = 0
+
+    @cached_property
+    def counts(self) -> torch.Tensor:
+        """Pairs of blocks at each level: integer `[B, H, levels]`."""
+        return self.listed if self.listed.dim() == 3 else self.listed.sum(2)
 
     @property
     def level_shares(self) -> torch.Tensor:
@@ -134,12 +149,12 @@ class AttentionStats:
 
     @classmethod
     def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:
-        """Count the pairs of one call."""
-        return cls(lists.counts.sum(2), lists.ids.shape[2] * lists.key_blocks, spec, implementation)
+        """What is to be counted of one call."""
+        return cls(lists.to_count(), lists.ids.shape[2] * lists.key_blocks, spec, implementation)
 
     @classmethod
     def of_all_heads(cls, groups: list[AttentionStats]) -> AttentionStats:
         """The statistics of one call, made of those of its groups of heads."""
         if len(groups) == 1:
             return groups[0]
-        return replace(groups[0], counts=torch.cat([group.counts for group in groups], dim=1))
+        return replace(groups[0], listed=torch.cat([group.counts for group in groups], dim=1))

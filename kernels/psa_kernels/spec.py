@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import TypeGuard
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeGuard
 
 RULES = ("count", "mass", "budget")
 RESTS = ("skip", "mean")
@@ -35,8 +35,15 @@ class Importance:
         _require_positive_int("importance.key_stride", self.key_stride)
 
 
+class _Hashed:
+    """A place for a hash, which is asked several times a call, beside the fields that it is of."""
+
+    __slots__ = ("_hash",)
+    _hash: int
+
+
 @dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(_Hashed):
     """Parameters of one call of Pyramid Sparse Attention; the default is the paper's PSA-3.
 
     Attributes:
@@ -78,6 +85,17 @@ class AttentionSpec:
     precision: str = "native"
     keep_first: int = 0
     keep_last: int = 0
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash(tuple(getattr(self, each.name) for each in fields(self))))
+            return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the hash: another process hashes strings to other numbers.
+        return dict(vars(self))
 
     def __post_init__(self) -> None:
         # Lists are accepted and stored as tuples, so that a spec can always be hashed.

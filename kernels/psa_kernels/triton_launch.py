@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from psa_kernels.triton_runner import runner
+
 Shape = tuple[int, ...]
 
 # Of each kernel. A pipeline calls it for few shapes: its layers are alike.
@@ -31,34 +33,46 @@ class Launch:
     def __init__(self, kernel: Any, grid: Sequence[int], numbers: Sequence[float] = (), **constants: Any) -> None:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
         self._numbers, self._constants = tuple(numbers), constants
-        self._last: tuple = ()
-        self._compiled: Callable[..., None] | None = None
+        # Of a prepared launch: all arguments, with gaps for the addresses, and where tensors and rows stand.
+        self._arguments: list[Any] = []
+        self._tensors: list[int] = []
+        self._rows: list[int] = []
+        self._run: Callable[[list[Any]], None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """Launch it on the current stream.
 
         Args:
-            tensors: what the kernel takes first: tensors, None, and `Rows`.
+            tensors: what the kernel takes first: tensors, None, and `Rows`, at every call the same kinds in the same
+                places, and `Rows` of the same shapes and strides.
         """
-        arguments: list[Any] = []
-        addresses = 0
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                address = tensor.data_ptr()
+        if self._run is not None:
+            arguments, addresses = self._arguments[:], 0
+            for place in self._tensors:
+                arguments[place] = address = tensors[place].data_ptr()
                 addresses |= address
-                arguments.append(address)
-            else:
-                arguments.append(0 if tensor is None else tensor)
-        # What was compiled for addresses at multiples of 16 bytes must not be given others.
-        if self._compiled is not None and not addresses & 15:
-            self._compiled(*arguments, *self._last)
-            return
+            for place in self._rows:
+                arguments[place] = tensors[place]
+            # What was compiled for addresses at multiples of 16 bytes must not be given others.
+            if not addresses & 15:
+                self._run(arguments)
+                return
         described = [tensor.descriptor() if isinstance(tensor, Rows) else tensor for tensor in tensors]
         found = self._kernel[self._grid](*described, *self._numbers, **self._constants)
-        if not addresses & 15 and hasattr(found, "function"):  # Triton's interpreter compiles nothing
-            names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
-            self._last = (*self._numbers, *(self._constants[name] for name in names))
-            self._compiled = found[self._grid]
+        if hasattr(found, "function"):  # Triton's interpreter compiles nothing
+            self._keep(found, tensors)
+
+    def _keep(self, compiled: Any, tensors: Sequence[Any]) -> None:
+        """Note what was compiled, if it was for addresses at multiples of 16 bytes."""
+        places = [place for place, tensor in enumerate(tensors) if isinstance(tensor, torch.Tensor)]
+        if any(tensors[place].data_ptr() & 15 for place in places):
+            return
+        names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
+        absent: list[Any] = [0] * len(tensors)
+        self._arguments = [*absent, *self._numbers, *(self._constants[name] for name in names)]
+        self._tensors = places
+        self._rows = [place for place, tensor in enumerate(tensors) if isinstance(tensor, Rows)]
+        self._run = runner(compiled, self._grid)
 
 
 class Rows(ABC):

@@ -239,6 +239,23 @@ def test_log_sum_exp():
     assert lse[:, :, 0].isnan().all() and lse[:, :, 73:].isnan().all()
 
 
+@pytest.mark.parametrize("similarity", [None, (0.01, 0.0)])
+def test_keys_and_values_of_one_launch_are_those_of_two(similarity):
+    _, k, v = inputs(70, batch=2, heads=2)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)  # strides of its own
+    spec = AttentionSpec(block_query=64, block_key=16, levels=(1, 2, 4), similarity=similarity)
+    layout = make_layout(70, 70, 2, 0, torch.randperm(68))
+    for gathered in (False, True):
+        two = triton_pyramid.build_pyramid(k, v, layout, spec, True, gathered)
+        one = triton_pyramid.pool_keys(k, layout, spec, True, gathered, v)
+        assert triton_pyramid.add_values(one, v, layout) is one
+        assert torch.equal(one.keys, two.keys) and torch.equal(one.values, two.values)
+        assert one.source_values is v and one.factors == two.factors
+        assert (one.coarsest is None) == (similarity is None)
+        if similarity is not None:
+            assert torch.equal(one.coarsest, two.coarsest)
+
+
 def test_groups_of_heads_change_nothing(monkeypatch):
     """Each kernel writes into its part of the output, and reads its part of the lists."""
     q, k, v = inputs(70, batch=2, heads=2)

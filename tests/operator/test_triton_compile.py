@@ -226,8 +226,9 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
     compile_and_check(sparse.attention_kernel, 90, constants, {"num_warps": 4})
 
 
+@pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_pyramid(target):
+def test_pyramid(target, values):
     constants = {
         "HEAD_DIM": 128,
         "PADDED_DIM": 128,
@@ -239,6 +240,7 @@ def test_pyramid(target):
         "THRESHOLDS": (0.7, 0.65),
         "PERMUTED": True,
         "WIDE": False,
+        "VALUES": values,
     }
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 

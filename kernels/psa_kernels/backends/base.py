@@ -41,8 +41,13 @@ class Backend(ABC):
         """Rows that the pyramid of one head of the keys has, its keys and its values each."""
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but not of how many rows")
 
-    def pool_keys(self, call: Call, selects: bool) -> Any:
-        """The pyramid of keys, whatever that is here; `selects` says whether `select` will be given it."""
+    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
+        """The pyramid of keys, whatever that is here, and of values if it likes.
+
+        Args:
+            selects: whether `select` will be given it.
+            alone: whether it is that of all heads, so that there is memory for values too before `attend`.
+        """
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but pools no keys")
 
     @abstractmethod

@@ -29,10 +29,13 @@ class Hopper(Triton):
         return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
 
     def why_not(self, call: Call) -> str | None:
-        obstacle = super().why_not(call) or self._why_not_beside_triton(call)
+        obstacle = super().why_not(call) or _why_not_at_these_addresses(call)
         if obstacle is None and not triton_version().startswith(KNOWN_VERSIONS):
             return self_test.obstacle(self, call)
         return obstacle
+
+    def _why_not_such(self, call: Call) -> str | None:
+        return super()._why_not_such(call) or self._why_not_beside_triton(call)
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         q, spec = call.q, call.spec
@@ -56,19 +59,15 @@ class Hopper(Triton):
         if not call.scale > 0:
             return f"scale={call.scale}: expected more than 0"
         for name, x in (("q", q), ("k", call.k), ("v", call.v)):
-            if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
-                return f"{name}: expected rows at multiples of 16 bytes, got strides {x.stride()}"
+            if any(stride % 8 for stride in x.stride()[:3]):
+                return _misaligned(name, x)
         return None
 
     def pyramid_rows(self, call: Call) -> int:
-        from psa_kernels.pyramid.triton import pyramid_rows
+        return self._rows_once(call, gathered=True)
 
-        return pyramid_rows(call.layout, call.spec, gathered=True)
-
-    def pool_keys(self, call: Call, selects: bool) -> Any:
-        from psa_kernels.pyramid.triton import pool_keys
-
-        return pool_keys(call.k, call.layout, call.spec, selects, gathered=True)
+    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
+        return self._pool_keys(call, selects, alone, gathered=True)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values
@@ -76,3 +75,14 @@ class Hopper(Triton):
 
         pyramid = add_values(keys, call.v, call.layout)
         sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+
+
+def _why_not_at_these_addresses(call: Call) -> str | None:
+    for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
+        if x.data_ptr() % 16:
+            return _misaligned(name, x)
+    return None
+
+
+def _misaligned(name: str, x: torch.Tensor) -> str:
+    return f"{name}: expected rows at multiples of 16 bytes, got strides {x.stride()}"

@@ -18,6 +18,9 @@ from psa_kernels.devices import capability
 from psa_kernels.limits import MAX_BLOCK_SAMPLES, MAX_KEY_BLOCKS
 from psa_kernels.lists import BlockLists
 
+# Bytes of values that are pooled before there are lists: a launch less for a small call.
+FEW_VALUES = 1 << 26
+
 
 class Triton(Backend):
     """One source for every GPU; only tile sizes differ."""
@@ -25,6 +28,15 @@ class Triton(Backend):
     name = implementation = "triton"
 
     def why_not(self, call: Call) -> str | None:
+        if call.q.device.type != "cuda":  # the interpreter may come and go
+            return self._why_not_such(call)
+        key = self.name, "why not"
+        if key not in call.answers:
+            call.answers[key] = self._why_not_such(call)
+        return call.answers[key]
+
+    def _why_not_such(self, call: Call) -> str | None:
+        """The reason why it serves no calls of these shapes and settings."""
         q, spec, permutation = call.q, call.spec, call.layout.permutation
         if call.causal is not None:
             return "causal=True: not yet in a kernel"
@@ -57,14 +69,26 @@ class Triton(Backend):
         return None
 
     def pyramid_rows(self, call: Call) -> int:
-        from psa_kernels.pyramid.triton import pyramid_rows
+        return self._rows_once(call, gathered=False)
 
-        return pyramid_rows(call.layout, call.spec)
+    def _rows_once(self, call: Call, gathered: bool) -> int:
+        """Rows of the pyramid, worked out once for calls like this one."""
+        key = self.name, "pyramid rows"
+        if key not in call.answers:
+            from psa_kernels.pyramid.triton import pyramid_rows
 
-    def pool_keys(self, call: Call, selects: bool) -> Any:
+            call.answers[key] = pyramid_rows(call.layout, call.spec, gathered)
+        return call.answers[key]
+
+    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
+        return self._pool_keys(call, selects, alone, gathered=False)
+
+    def _pool_keys(self, call: Call, selects: bool, alone: bool, gathered: bool) -> Any:
+        """The pyramid of keys, with values where it costs no memory to speak of to have them during the selection."""
         from psa_kernels.pyramid.triton import pool_keys
 
-        return pool_keys(call.k, call.layout, call.spec, selects)
+        v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
+        return pool_keys(call.k, call.layout, call.spec, selects, gathered, v)
 
     def select(self, call: Call, keys: Any) -> BlockLists:
         from psa_kernels.allocation.triton import allocate

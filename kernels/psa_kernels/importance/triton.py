@@ -46,7 +46,7 @@ def block_importance(
     how, pooled = spec.importance, spec.importance.estimator == "pooled"
     queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS)
     keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS)
-    importance = torch.empty(plan.padded, device=q.device)[..., : plan.key_blocks]
+    importance = torch.empty(plan.padded, device=q.device).narrow(3, 0, plan.key_blocks)
     scratch = torch.empty(plan.scratch, dtype=torch.uint16, device=q.device)
     tops = torch.empty(plan.tops, device=q.device)
     plan.launch(queries, keys, scratch, tops, importance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -35,22 +34,34 @@ def build_pyramid(
 
 
 def pool_keys(
-    k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, similarity: bool = False, gathered: bool = False
+    k: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    similarity: bool = False,
+    gathered: bool = False,
+    v: torch.Tensor | None = None,
 ) -> TritonPyramid:
     """The pyramid of keys `[B, N, H, D]`.
 
     Args:
         similarity: find the coarsest levels in the same pass, where the spec asks for a cap.
         gathered: hold single tokens too where the layout permutes them, in the order of the blocks.
+        v: None, or the values, to be pooled in the same pass; `add_values` has nothing left to do then.
     """
     factors = held_factors(layout, spec, gathered)
+    if v is not None and factors:
+        keys, coarsest, values = pool_both(k, v, layout, factors, spec if similarity else None)
+        return TritonPyramid(k, keys, factors, coarsest, v, values)
     keys, coarsest = pool_tokens(k, layout, factors, spec if similarity else None)
     return TritonPyramid(k, keys, factors, coarsest)
 
 
 def add_values(pyramid: TritonPyramid, v: torch.Tensor, layout: TokenLayout) -> TritonPyramid:
     """The same pyramid with values `[B, N, H, D]` too."""
-    return replace(pyramid, source_values=v, values=pool_tokens(v, layout, pyramid.factors)[0])
+    if pyramid.values is not None:
+        return pyramid
+    values = pool_tokens(v, layout, pyramid.factors)[0]
+    return TritonPyramid(pyramid.source_keys, pyramid.keys, pyramid.factors, pyramid.coarsest, v, values)
 
 
 def pyramid_rows(layout: TokenLayout, spec: AttentionSpec, gathered: bool = False) -> int:
@@ -83,23 +94,45 @@ def pool_tokens(
     Returns:
         `[B, H, sum of groups, D]` in the dtype of x; and int32 `[B, H, key blocks]` or None.
     """
+    means, coarsest, _ = _pooled(x, None, layout, factors, similarity)
+    return means, coarsest
+
+
+def pool_both(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    factors: tuple[int, ...],
+    similarity: AttentionSpec | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """What `pool_tokens` returns of keys `[B, N, H, D]`, and the means of values of their shape, in one launch."""
+    keys, coarsest, values = _pooled(k, v, layout, factors, similarity)
+    assert values is not None
+    return keys, coarsest, values
+
+
+def _pooled(
+    x: torch.Tensor, v: torch.Tensor | None, layout: TokenLayout, factors: tuple[int, ...],
+    similarity: AttentionSpec | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     cap = similarity if similarity is not None and similarity.similarity is not None else None
     permutation = layout.short_permutation
     shapes, launch = _pooling(
         x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.text_after, permutation is not None, factors,
-        cap,
+        cap, None if v is None else v.stride(),
     )  # fmt: skip
     means = torch.empty(shapes[0], dtype=x.dtype, device=x.device)
+    value_means = None if v is None else torch.empty(shapes[0], dtype=x.dtype, device=x.device)
     coarsest = None if cap is None else torch.empty(shapes[1], dtype=torch.int32, device=x.device)
     if launch is not None:
-        launch(x, means, coarsest, permutation)
-    return means, coarsest
+        launch(x, means, coarsest, v, value_means, permutation)
+    return means, coarsest, value_means
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _pooling(
     shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device, text_before: int, text_after: int,
-    permuted: bool, factors: tuple[int, ...], cap: AttentionSpec | None,
+    permuted: bool, factors: tuple[int, ...], cap: AttentionSpec | None, of_values: Shape | None,
 ) -> tuple[tuple[Shape, Shape], Launch | None]:  # fmt: skip
     """Shapes of the means and of the coarsest levels, and what fills them; None where there is nothing to fill."""
     batch, tokens, heads, head_dim = shape
@@ -113,23 +146,53 @@ def _pooling(
     largest = factors[-1] if factors else 1
     groups = max(16 if largest <= 16 else 8, block_key // largest)
     return shapes, Launch(
-        pool_kernel, (block_count(video, groups * largest), batch * heads),
-        (*strides[:3], heads, video, text_before, rows),
+        pool_kernel, (block_count(video, groups * largest), batch * heads, 1 if of_values is None else 2),
+        (*strides[:3], *(of_values or strides)[:3], heads, video, text_before, rows),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), FACTORS=factors, GROUPS=groups, CAP=cap is not None,
         BLOCK_KEY=block_key, LEVELS=() if cap is None else cap.levels,
         THRESHOLDS=() if cap is None or cap.similarity is None else cap.similarity, PERMUTED=permuted,
-        WIDE=are_wide((shape, strides)), num_warps=4,
+        WIDE=are_wide((shape, strides), (shape, of_values or strides)), VALUES=of_values is not None, num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
 def pool_kernel(
+    x_ptr, means_ptr, coarsest_ptr, v_ptr, value_means_ptr, permutation, stride_b, stride_n, stride_h, stride_vb,
+    stride_vn, stride_vh, heads, video_tokens_count, text_before, rows, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, GROUPS: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_KEY: tl.constexpr, LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr,
+    PERMUTED: tl.constexpr, WIDE: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """`GROUPS` groups of the largest factor of one head, at all levels; of values in the second half of the grid."""
+    if VALUES:
+        if tl.program_id(2) == 0:
+            pool_groups(
+                x_ptr, means_ptr, coarsest_ptr, permutation, stride_b, stride_n, stride_h, heads, video_tokens_count,
+                text_before, rows, HEAD_DIM, PADDED_DIM, FACTORS, GROUPS, CAP, BLOCK_KEY, LEVELS, THRESHOLDS, PERMUTED,
+                WIDE,
+            )  # fmt: skip
+        else:
+            pool_groups(
+                v_ptr, value_means_ptr, None, permutation, stride_vb, stride_vn, stride_vh, heads, video_tokens_count,
+                text_before, rows, HEAD_DIM, PADDED_DIM, FACTORS, GROUPS, False, BLOCK_KEY, LEVELS, THRESHOLDS,
+                PERMUTED, WIDE,
+            )  # fmt: skip
+    else:
+        pool_groups(
+            x_ptr, means_ptr, coarsest_ptr, permutation, stride_b, stride_n, stride_h, heads, video_tokens_count,
+            text_before, rows, HEAD_DIM, PADDED_DIM, FACTORS, GROUPS, CAP, BLOCK_KEY, LEVELS, THRESHOLDS, PERMUTED,
+            WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
+def pool_groups(
     x_ptr, means_ptr, coarsest_ptr, permutation, stride_b, stride_n, stride_h, heads, video_tokens_count, text_before,
     rows, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, GROUPS: tl.constexpr,
     CAP: tl.constexpr, BLOCK_KEY: tl.constexpr, LEVELS: tl.constexpr, THRESHOLDS: tl.constexpr,
     PERMUTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`GROUPS` groups of the largest factor of one head, at all levels."""
+    """`GROUPS` groups of one head of keys or of values."""
     head_index = tl.program_id(1).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
     dims = tl.arange(0, PADDED_DIM)

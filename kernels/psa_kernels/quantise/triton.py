@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from psa_kernels.quantise import reference
 from psa_kernels.quantise.integers import Integers
 from psa_kernels.quantise.triton_channels import channel_matrices
 from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import key_head
 
 LARGEST_INTEGER = tl.constexpr(float(reference.LARGEST_INTEGER))
@@ -91,33 +92,61 @@ def key_means_and_largest(
         the largest entries there less these, `[B, H]`, D times as large too.
     """
     batch, heads, _, head_dim = finest[0].shape
-    chunks = [triton.cdiv(rows.shape[2], CHUNK) for rows in finest]
-    empty = partial(torch.empty, dtype=torch.float32, device=finest[0].device)
+    chunks = [block_count(rows.shape[2], CHUNK) for rows in finest]
+    device = finest[0].device
+    empty = partial(torch.empty, dtype=torch.float32, device=device)
     parts = empty(batch * heads, 3, sum(chunks), head_dim)
     for index, rows in enumerate(finest):
-        statistics_kernel[(chunks[index], batch * heads)](
-            rows, of_keys, parts, *rows.stride()[:3], heads, rows.shape[2], sum(chunks), sum(chunks[:index]),
-            HEAD_DIM=head_dim, CHUNK=CHUNK, ROWS=ROWS, num_warps=8,
-        )  # fmt: skip
+        first = sum(chunks[:index])
+        _statistics(rows.shape, rows.stride(), rows.dtype, device, sum(chunks), first, CHUNK)(rows, of_keys, parts)
     means, rotated_means, largest = empty(batch, heads, head_dim), empty(batch, heads, head_dim), empty(batch, heads)
-    summary_kernel[(batch * heads,)](
-        parts, of_queries, means, rotated_means, largest, sum(chunks), sum(rows.shape[2] for rows in finest),
-        HEAD_DIM=head_dim, CHUNKS=FEW_CHUNKS, num_warps=4,
-    )  # fmt: skip
+    count = sum(rows.shape[2] for rows in finest)
+    _summary(batch * heads, head_dim, of_queries.dtype, device, sum(chunks), count)(
+        parts, of_queries, means, rotated_means, largest
+    )
     return means, rotated_means, largest
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _statistics(
+    shape: Shape,
+    strides: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    chunks: int,
+    first_chunk: int,
+    chunk: int,
+) -> Launch:
+    batch, heads, rows, head_dim = shape
+    return Launch(
+        statistics_kernel, (block_count(rows, chunk), batch * heads),
+        (*strides[:3], heads, rows, chunks, first_chunk),
+        HEAD_DIM=head_dim, CHUNK=chunk, ROWS=ROWS, num_warps=8,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _summary(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, chunks: int, rows: int) -> Launch:
+    return Launch(summary_kernel, (heads,), (chunks, rows), HEAD_DIM=head_dim, CHUNKS=FEW_CHUNKS, num_warps=4)
 
 
 def quantise_keys(
     rows: torch.Tensor, of_keys: torch.Tensor, rotated_means: torch.Tensor, largest: torch.Tensor
 ) -> torch.Tensor:
     """Integers of keys `[B, H, rows, D]`, by what `key_means_and_largest` found: int8, contiguous."""
-    batch, heads, count, head_dim = rows.shape
     integers = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
-    keys_kernel[(triton.cdiv(count, RUN), batch * heads)](
-        rows, of_keys, rotated_means, largest, integers, *rows.stride()[:3], heads, count, HEAD_DIM=head_dim, RUN=RUN,
-        ROWS=ROWS, num_warps=4, num_stages=2,
-    )  # fmt: skip
+    launch = _of_keys(rows.shape, rows.stride(), rows.dtype, rows.device, RUN)
+    launch(rows, of_keys, rotated_means, largest, integers)
     return integers
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _of_keys(shape: Shape, strides: Shape, dtype: torch.dtype, device: torch.device, run: int) -> Launch:
+    batch, heads, rows, head_dim = shape
+    return Launch(
+        keys_kernel, (block_count(rows, run), batch * heads), (*strides[:3], heads, rows),
+        HEAD_DIM=head_dim, RUN=run, ROWS=ROWS, num_warps=4, num_stages=2,
+    )  # fmt: skip
 
 
 def quantise_queries(
@@ -132,13 +161,28 @@ def quantise_queries(
     batch, tokens, heads, head_dim = q.shape
     integers = torch.empty(batch, heads, tokens, head_dim, dtype=torch.int8, device=q.device)
     factors = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
-    stride_b, stride_n, stride_h = q.stride()[:3]
-    queries_kernel[(triton.cdiv(tokens, RUN), batch * heads)](
-        q, of_queries, key_largest, integers, factors, stride_b, stride_h, stride_n, heads, tokens,
-        scale * math.log2(math.e) / head_dim, HEAD_DIM=head_dim, RUN=RUN, ROWS=ROWS,
-        GROUP=heads // of_queries.shape[1], num_warps=4, num_stages=2,
-    )  # fmt: skip
+    launch = _of_queries(q.shape, q.stride(), q.dtype, q.device, of_queries.shape[1], scale, RUN)
+    launch(q, of_queries, key_largest, integers, factors)
     return integers.transpose(1, 2), factors
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _of_queries(
+    shape: Shape,
+    strides: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    key_heads: int,
+    scale: float,
+    run: int,
+) -> Launch:
+    batch, tokens, heads, head_dim = shape
+    stride_b, stride_n, stride_h = strides[:3]
+    return Launch(
+        queries_kernel, (block_count(tokens, run), batch * heads),
+        (stride_b, stride_h, stride_n, heads, tokens, scale * math.log2(math.e) / head_dim),
+        HEAD_DIM=head_dim, RUN=run, ROWS=ROWS, GROUP=heads // key_heads, num_warps=4, num_stages=2,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.heads import group_size
 from psa_kernels.quantise import reference
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 
 SAMPLES = tl.constexpr(reference.SAMPLES)
 LARGEST_EXPONENT = tl.constexpr(reference.LARGEST_EXPONENT)
@@ -32,11 +32,20 @@ def channel_matrices(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, to
     batch, _, heads, head_dim = k.shape
     empty = partial(torch.empty, batch, heads, head_dim, head_dim, dtype=q.dtype, device=q.device)
     of_queries, of_keys = empty(), empty()
-    matrices_kernel[(batch * heads,)](
-        q, k, of_queries, of_keys, *q.stride()[:3], *k.stride()[:3], heads, q.shape[1], k.shape[1], HEAD_DIM=head_dim,
-        ROWS=ROWS, GROUP=group_size(q, k), num_warps=8,
-    )  # fmt: skip
+    launch = _plan(q.shape, q.stride(), k.shape, k.stride(), q.dtype, q.device)
+    launch(q, k, of_queries, of_keys)
     return of_queries, of_keys
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    shape: Shape, strides: Shape, of_keys: Shape, key_strides: Shape, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    batch, key_tokens, heads, head_dim = of_keys
+    return Launch(
+        matrices_kernel, (batch * heads,), (*strides[:3], *key_strides[:3], heads, shape[1], key_tokens),
+        HEAD_DIM=head_dim, ROWS=ROWS, GROUP=shape[2] // heads, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit

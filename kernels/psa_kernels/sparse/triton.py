@@ -74,7 +74,8 @@ def launch(
     keys, values = pyramid.keys, value_means
     if 1 in pyramid.factors:
         # Tokens are read from the originals also where the pyramid has them.
-        keys, values = keys[:, :, layout.video_keys :], values[:, :, layout.video_keys :]
+        rows = keys.shape[2] - layout.video_keys
+        keys, values = (means.narrow(2, layout.video_keys, rows) for means in (keys, values))
     permutation = layout.short_permutation
     plan = _plan(
         q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,

@@ -59,7 +59,7 @@ def sparse_attention(
         lse is not None, keeps_in_step(layout, spec, k),
     )  # fmt: skip
     counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
-    redo = counters[COUNTERS:]
+    redo = counters.narrow(0, COUNTERS, plan.items)
     keys = plan.boxes(k, pyramid.keys) if integers is None else plan.boxes_of(integers.keys)
     values = plan.boxes(v, value_means)
     # Where there is no permutation or log-sum-exp, any pointer will do.

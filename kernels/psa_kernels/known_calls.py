@@ -1,0 +1,85 @@
+"""What follows from the shapes and settings of a call alone: worked out at the first such call, and kept."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+
+from psa_kernels.layout import TokenLayout
+from psa_kernels.spec import AttentionSpec
+
+# A pipeline makes calls of few shapes: its layers are alike.
+KEPT_CALLS = 64
+
+_known: OrderedDict[tuple, KnownCall] = OrderedDict()
+
+
+class KnownCall(NamedTuple):
+    """What is known of all calls like one that was sound.
+
+    Attributes:
+        layout: of the call, without its permutation, which is not to be kept alive.
+        scale: factor on the dot products.
+        answers: what backends found out of the shapes and settings, by names of their own.
+        permutation: None, or the permutation of the call, where it was, and how often it had been written to.
+        short: the permutation in 32 bits, for kernels.
+    """
+
+    layout: TokenLayout
+    scale: float
+    answers: dict[Any, Any]
+    permutation: tuple[weakref.ref, int, int] | None
+    short: torch.Tensor | None
+
+
+def key_of(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, text_before: int, text_after: int,
+    permutation: torch.Tensor | None, scale: float | None,
+) -> tuple | None:  # fmt: skip
+    """All that the checks of a call read, but the entries of its permutation; None where a call has to be checked anew.
+
+    That is where a gradient may be asked for, on a CPU, whose kernels and permutations are judged at each call, and
+    where a tensor is not a plain one, a permutation does not count its writes, or a number of tokens is none.
+    """
+    if not (type(q) is type(k) is type(v) is torch.Tensor) or q.is_cpu:
+        return None
+    if q.requires_grad or k.requires_grad or v.requires_grad or type(text_before) is not int:
+        return None
+    if type(text_after) is not int or (permutation is not None and permutation.is_inference()):
+        return None
+    return (
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
+        v.device, spec, text_before, text_after, scale, None if permutation is None else id(permutation),
+    )  # fmt: skip
+
+
+def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, float, dict[Any, Any]] | None:
+    """Layout, scale and answers of a call like an earlier one, if there was one."""
+    known = _known.get(key)
+    if known is None:
+        return None
+    if permutation is None or known.permutation is None:
+        return known.layout, known.scale, known.answers
+    alive, address, version = known.permutation
+    # Another tensor may have got the name of one that is gone.
+    if (address, version) != (permutation.data_ptr(), permutation._version) or alive() is not permutation:
+        return None
+    plain = known.layout
+    layout = TokenLayout(plain.text_before, plain.text_after, plain.video_queries, plain.video_keys, permutation)
+    layout.__dict__["short_permutation"] = known.short
+    return layout, known.scale, known.answers
+
+
+def keep(key: tuple, layout: TokenLayout, scale: float, answers: dict[Any, Any]) -> None:
+    """Note a sound call, and forget the oldest ones past the last few."""
+    permutation = layout.permutation
+    of_permutation = None
+    if permutation is not None:
+        of_permutation = weakref.ref(permutation), permutation.data_ptr(), permutation._version
+    plain = TokenLayout(layout.text_before, layout.text_after, layout.video_queries, layout.video_keys)
+    _known[key] = KnownCall(plain, scale, answers, of_permutation, layout.short_permutation)
+    while len(_known) > KEPT_CALLS:
+        _known.popitem(last=False)
