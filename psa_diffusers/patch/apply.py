@@ -29,6 +29,12 @@ class PSAHandle:
         """As `PSAProcessor.run`, for denoising loops by hand."""
         return self.processor.run(timesteps)
 
+    def step(
+        self, index: int, *, branch: int = 0, text_tokens: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """As `PSAProcessor.step`, for forwards that are captured into CUDA graphs."""
+        return self.processor.step(index, branch=branch, text_tokens=text_tokens)
+
     def restore(self) -> None:
         """Give the pipeline its own attention processors back."""
         self.processor.restore()

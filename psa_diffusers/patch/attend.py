@@ -13,11 +13,12 @@ from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.full_attention import FullAttention
-from psa_diffusers.patch.list_cache import Moment
+from psa_diffusers.patch.list_cache import Moment, own_copy
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.served_calls import ServedCalls
 from psa_diffusers.patch.sites import Layer
+from psa_diffusers.patch.stated_step import COMPUTED, NOT_WARM, PADDED, WarmCalls, hold, is_capturing
 from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
 from psa_diffusers.patch.token_order import Grid, permutation_on
 from psa_kernels import AttentionStats
@@ -40,6 +41,7 @@ class TokenAttention:
         compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it; it is given
             this object, and without statistics the call counts as a dense one.
         mask_recorder: is given the block lists of sparse calls.
+        text_tokens: how many text tokens of each sample are said to be real; None if nobody said so.
     """
 
     def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
@@ -50,6 +52,8 @@ class TokenAttention:
         self._text_lengths = TextLengths()
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
+        self.text_tokens: tuple[int, ...] | None = None
+        self._warm = WarmCalls()
 
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
         """Whether a call is sparse: the layer's route, unless the call's tensors say otherwise."""
@@ -87,7 +91,15 @@ class TokenAttention:
             return False
 
     def settle(self, forward: Forward, layer: Layer, route: Route, call: AttentionCall, qkv: QKV) -> Route:
-        """What `decide` said of a call, unless no kernel serves its queries, keys and values."""
+        """What `decide` said of a call, unless no kernel serves its queries, keys and values.
+
+        Raises:
+            RuntimeError: the forward is being captured into a CUDA graph, and this sparse call cannot be.
+        """
+        if forward.captured and route.sparse:
+            if self.compute is not None:
+                raise RuntimeError(COMPUTED)
+            self._warm.check(layer, qkv[0])
         if route.full and not self.full.serves(layer, call, qkv):
             return Route(False)
         if (route.sparse or route.corrects) and self.compute is None:
@@ -95,6 +107,10 @@ class TokenAttention:
             if (reason := self._served.why_not(layer, call, qkv, video)) is not None:
                 return Route(False, reason if route.sparse else None)
         return route
+
+    def tell(self, what: str) -> None:
+        """As `Fallbacks.tell`."""
+        self._fallbacks.tell(what)
 
     def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
         """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
@@ -171,7 +187,7 @@ class TokenAttention:
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call that `decide` lets be so, and its statistics."""
         (head, tail), stats = self._without_correction(layer, forward, qkv, call)
-        if layer.preset.correction and not forward.run.lists.one_step_only:
+        if layer.preset.correction and not forward.captured and not forward.run.lists.one_step_only:
             first = self._first_video(forward, qkv, call)
 
             def dense_rows(tokens: torch.Tensor) -> torch.Tensor:
@@ -212,19 +228,30 @@ class TokenAttention:
         # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
         fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
         if layer.keeps_lists:
-            kept = lists.find(layer.name, moment, fits, layer.preset)
+            kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
+        permutation = permutation_on(layer.order, grid, query.device)
+        records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
             *qkv, layer.spec, kept,
             before=beside - behind,
             after=after + behind,
             lengths=self._real_text(call) if after else None,
-            permutation=permutation_on(layer.order, grid, query.device),
+            permutation=permutation,
             strict=self._strict,
-            return_lists=layer.keeps_lists or self.mask_recorder is not None,
+            return_lists=layer.keeps_lists or records,
         )  # fmt: skip
         if layer.keeps_lists and kept is None and used is not None:
-            lists.keep(layer.name, moment, fits, layer.preset, used)
-        if self.mask_recorder is not None and used is not None:
+            kept = lists.rewrite(layer.name, moment, fits, layer.preset, used) if forward.stated else None
+            if kept is None and forward.captured:
+                raise RuntimeError(NOT_WARM.format(layer=layer.name))
+            if kept is None:
+                lists.keep(layer.name, moment, fits, layer.preset, own_copy(used) if forward.stated else used)
+        if forward.captured:
+            assert forward.transformer is not None, "a captured forward knows its transformer"
+            hold(forward.transformer, permutation, *(() if kept is None else (kept.ids, kept.counts)))
+        else:
+            self._warm.add(layer, query)
+        if records and self.mask_recorder is not None and used is not None:
             self.mask_recorder.record(layer, forward, used)
         if behind:  # no text, though it was computed as text is
             head, tail = torch.cat([head, tail], dim=1), tail[:, :0]
@@ -274,7 +301,19 @@ class TokenAttention:
         mask = self._family.text_mask(call)
         if mask is None or call.attention_mask is None:
             return [call.text_tokens] * len(call.hidden_states)
-        return self._text_lengths.of(call.attention_mask, mask)
+        said, captured = self.text_tokens, is_capturing()
+        if said is not None and (len(said) != len(mask) or max(said) > call.text_tokens):
+            raise ValueError(
+                f"text_tokens={said}: expected {len(mask)} numbers, one a sample, of up to {call.text_tokens} tokens"
+            )
+        if captured:
+            if said is None:
+                raise RuntimeError(PADDED)
+            return list(said)
+        lengths = self._text_lengths.of(call.attention_mask, mask)
+        if said is not None and list(said) != lengths:
+            raise ValueError(f"text_tokens={said}: the mask says that the real text tokens are {lengths}")
+        return lengths
 
 
 def _moment(forward: Forward) -> Moment:

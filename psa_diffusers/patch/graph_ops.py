@@ -5,8 +5,9 @@ them (statistics, kept lists, text lengths, which kernels run) is behind two ope
 look into, and they are told the layer by a tensor: a number would be compiled in. Whether a layer is dense or sparse is
 decided before each forward, and is the one thing that graphs are chosen by.
 
-For the same reason a CUDA graph must not hold them: a replay runs no Python, and would attend as the layer and the step
-did that were captured. The operators say so, and `mode="reduce-overhead"` captures what is around them alone. A PyTorch
+For the same reason a CUDA graph that PyTorch captures by itself must not hold them: a replay runs no Python, and would
+attend as the layer and the step did that were captured. (Who captures by hand states the step, see `stated_step`.) The
+operators say so, and `mode="reduce-overhead"` captures what is around them alone. A PyTorch
 that has no such tag yet captures nothing of a graph with an argument on the CPU, as the layer's number is.
 """
 

@@ -24,15 +24,10 @@ from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
 from psa_diffusers.patch.sites import Layer, LayerSite, NotPickled, PatchingProcessor, Site, publish, withdraw
+from psa_diffusers.patch.stated_step import CACHED, CAPTURED, CORRECTED, FULL, SHARED, is_capturing
 from psa_diffusers.patch.step_layers import StepLayers
 
 UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its hooks; call the transformer itself"
-
-CAPTURED = (
-    "a forward of a transformer patched with PSAProcessor cannot be captured into a CUDA graph: at each forward the "
-    "step, the text's lengths and the lists that are kept are looked up, and a replay would keep those of the capture. "
-    'torch.compile(mode="reduce-overhead") leaves the attention out of its graphs; or call restore() before the capture'
-)
 
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 
@@ -126,7 +121,7 @@ class Patch(NotPickled):
         if transformer is not None and (inputs := _going_on(transformer)) is not None:
             self.begin(transformer, *inputs)
             # A hook that is set during a forward may not be called at its end.
-            self.forward = replace(self.forward, watch=True)
+            self.forward = replace(self.forward, watch=not self.forward.captured)
 
     # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
@@ -134,11 +129,11 @@ class Patch(NotPickled):
         """A forward pre-hook, which comes before anything else touches the inputs.
 
         Raises:
-            RuntimeError: the forward is being captured into a CUDA graph.
+            RuntimeError: the forward is being captured into a CUDA graph, and cannot be.
         """
         if not self.attached:  # a copy's
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if self._runs.stated is None and is_capturing():
             raise RuntimeError(CAPTURED)
         if self.processor() is None:  # taken off by hand, and forgotten
             self.detach()
@@ -165,6 +160,10 @@ class Patch(NotPickled):
             )
         except UnknownStepError as error:
             forward, unknown = self._runs.outside({}), str(error)
+        if forward.captured and (share is not None or unshared is not None):
+            raise RuntimeError(SHARED)
+        if forward.captured and keeps_state_between_forwards(transformer):
+            raise RuntimeError(CACHED)
         run, mine, routes = forward.run, self._owner(), {}
         if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
             run.watch = True
@@ -182,10 +181,17 @@ class Patch(NotPickled):
             reason = dense_reason(facts) if wanted else None
             corrects = not wanted and self._corrects(forward, site.layer) and dense_reason(facts) is None
             full = not wanted and not corrects and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
+            if full and forward.captured:
+                full = False  # its lists live as long as a run
+                self.attention.tell(FULL)
             full = full and self.attention.full.is_on(_device(transformer, inputs))
             routes[site.layer.name] = Route(wanted and reason is None, reason, full, corrects)
-        watch = run.watch and not run.model_not_finite
+            if forward.captured and site.layer.preset.correction and site.may_be_sparse:
+                self.attention.tell(CORRECTED)
+        watch = run.watch and not run.model_not_finite and not forward.captured
         forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
+        if forward.captured:
+            forward = replace(forward, transformer=transformer)
         self._note_unreached(forward)
         return forward
 
@@ -195,7 +201,7 @@ class Patch(NotPickled):
         Of a layer that rules keep dense, or whose settings they change at the next step, nothing is kept.
         """
         run, step = forward.run, forward.step
-        if not layer.preset.correction or layer.spec is None or not step + 1 < run.steps:
+        if not layer.preset.correction or layer.spec is None or forward.captured or step + 1 >= run.steps:
             return False
         dense = run.dense[self.name]
         return step + 1 == dense.first and step + 1 not in dense.steps
@@ -238,6 +244,9 @@ class Patch(NotPickled):
         if not self.attached:
             return None
         forward, guard, again = self.forward, self.attention.guard, None
+        if forward.captured:
+            self.forward = self._outside
+            return None
         try:
             spoiled = guard.is_spoiled(forward, output)
             if spoiled and not forward.watch:

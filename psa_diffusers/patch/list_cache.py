@@ -6,6 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from psa_diffusers.presets import Preset
 from psa_kernels import BlockLists
 
@@ -20,7 +22,7 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class _Entry:
-    step: int
+    made: Moment
     call: Hashable
     lists: BlockLists
 
@@ -42,7 +44,9 @@ class ListCache:
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self.one_step_only = False
 
-    def find(self, layer: str, moment: Moment, call: Hashable, preset: Preset) -> BlockLists | None:
+    def find(
+        self, layer: str, moment: Moment, call: Hashable, preset: Preset, stated: bool = False
+    ) -> BlockLists | None:
         """Lists that may serve this layer here, or None.
 
         Args:
@@ -50,22 +54,45 @@ class ListCache:
             call: whatever must be equal for lists to fit: shapes, grid, device, what the
                 layer computes and in which order.
             preset: says for how many steps lists serve, and whether guidance branches share them.
+            stated: whether forwards of this moment may be run again, each of which makes its lists anew.
         """
         entry = self._entries.get(_key(layer, moment, preset))
-        if entry is None or entry.call != call:
+        if entry is None or entry.call != call or (stated and entry.made == moment):
             return None
-        age = moment.step - entry.step
+        age = moment.step - entry.made.step
         return entry.lists if 0 <= age < (1 if self.one_step_only else preset.refresh) else None
 
     def keep(self, layer: str, moment: Moment, call: Hashable, preset: Preset, lists: BlockLists) -> None:
         """Keep lists that were just made, if a later call can use them."""
         if self.one_step_only and not preset.share_guidance:
             return
-        self._entries[_key(layer, moment, preset)] = _Entry(moment.step, call, lists)
+        self._entries[_key(layer, moment, preset)] = _Entry(moment, call, lists)
+
+    def rewrite(
+        self, layer: str, moment: Moment, call: Hashable, preset: Preset, lists: BlockLists
+    ) -> BlockLists | None:
+        """Keep lists in the tensors of those that are kept for such a call, which captured graphs read; returns these.
+
+        Returns None, and keeps nothing, where there are none.
+        """
+        key = _key(layer, moment, preset)
+        entry = self._entries.get(key)
+        if entry is None or entry.call != call or entry.lists.ids.shape != lists.ids.shape:
+            return None
+        entry.lists.ids.copy_(lists.ids)
+        entry.lists.counts.copy_(lists.counts)
+        self._entries[key] = _Entry(moment, call, entry.lists)
+        return entry.lists
 
     def forget_step(self, step: int) -> None:
         """Drop the lists that were made at this step: what they were made from was not finite."""
-        self._entries = {key: entry for key, entry in self._entries.items() if entry.step != step}
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.made.step != step}
+
+
+def own_copy(lists: BlockLists) -> BlockLists:
+    """The same lists in tensors of their own, which may be written in any mode of PyTorch."""
+    with torch.inference_mode(False):
+        return BlockLists(lists.ids.clone(), lists.counts.clone(), lists.key_blocks)
 
 
 def _key(layer: str, moment: Moment, preset: Preset) -> tuple[str, int, int]:

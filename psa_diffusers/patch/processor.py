@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.step_layers import StepLayers
+from psa_diffusers.patch.telling import Told
 from psa_diffusers.presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
@@ -32,7 +31,7 @@ __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
-class PSAProcessor(PatchingProcessor):
+class PSAProcessor(PatchingProcessor, Told):
     """Sparse video self-attention for a diffusers pipeline, set with `pipe.transformer.set_attn_processor(...)`.
 
     One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
@@ -108,24 +107,6 @@ class PSAProcessor(PatchingProcessor):
             set_processor(attn, self)
         for patch in self._patches:
             patch.attach()
-
-    def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
-        """Tell which timesteps the denoising loop inside a `with` block goes through, for loops by hand.
-
-        A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
-
-        Example:
-            >>> with processor.run(timesteps):
-            ...     for t in timesteps:
-            ...         noise = transformer(latents, t.expand(1), text, return_dict=False)[0]
-
-        Args:
-            timesteps: those of all denoising steps, `[steps]`, as the transformer is given them.
-
-        Raises:
-            ValueError: they are not a sequence of finite numbers.
-        """
-        return self._runs.told(timesteps)
 
     def stats(self) -> RunStats:
         """What the last run attended; waits for the device."""

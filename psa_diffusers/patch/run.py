@@ -150,7 +150,10 @@ class Forward:
         routes: of each layer, by name.
         share: how ranks share it; None on one device.
         watch: whether each sparse attention is looked at for values that are not finite.
-        notes: its attention calls so far, also in `run.notes`.
+        stated: whether its step was stated, so that it may have been captured or be run again.
+        transformer: whose it is, if it is captured.
+        captured: whether it is being captured into a CUDA graph, so that nothing on the device can be read.
+        notes: its attention calls so far, also in `run.notes` unless it is captured.
     """
 
     run: Run
@@ -162,6 +165,9 @@ class Forward:
     videos: int = 1
     share: Ulysses | None = None
     watch: bool = False
+    stated: bool = False
+    captured: bool = False
+    transformer: torch.nn.Module | None = None
     notes: list[Note] = field(default_factory=list)
 
     @property

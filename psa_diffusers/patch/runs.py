@@ -14,6 +14,7 @@ from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
+from psa_diffusers.patch.stated_step import UNSEEN, StatedStep, is_capturing
 from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_diffusers.presets import Preset
 
@@ -32,6 +33,9 @@ class Runs:
         presets: by the name of the transformer.
         layers: names of all layers.
         expected: what a transformer is given at each step of a scheduler, `[steps]`.
+
+    Attributes:
+        stated: what is said of the forwards that follow, inside `told`.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Runs:
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
         self._told: set[int] = set()
+        self.stated: StatedStep | None = None
+        self._unseen_told = False
 
     def enter(self, transformer: torch.nn.Module, name: str, timestep: Any, latents: torch.Tensor | None) -> Forward:
         """Begin a forward of a transformer, of which all layers' routes are to be decided.
@@ -59,6 +65,8 @@ class Runs:
         Raises:
             UnknownStepError: the denoising step cannot be known.
         """
+        if self.stated is not None:
+            return self._enter_stated(self.stated)
         run = self._run
         at = self._schedule.position(transformer, timestep, run.first + run.step)
         # Every run sets its timesteps anew, so another tensor is another run, also where both runs have one step only.
@@ -73,6 +81,24 @@ class Runs:
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
+
+    def _enter_stated(self, stated: StatedStep) -> Forward:
+        """A forward of a step that needs no looking up, so that nothing is read from the device."""
+        told = self._schedule.told
+        assert told is not None, "a step is stated inside a run that was told"
+        run = self._run if self._run.timesteps is told else self._begin(told, 0)
+        captured = is_capturing()
+        forward = Forward(run, stated.index, {}, stated.branch, stated=True, captured=captured)
+        if not captured:
+            run.notes.append(forward.notes)
+        elif not self._unseen_told:
+            self._unseen_told = True
+            warnings.warn(UNSEEN, UserWarning, stacklevel=3)
+        return forward
+
+    def told_steps(self) -> int | None:
+        """How many steps the run has that was told; None where none was."""
+        return None if self._schedule.told is None else len(self._schedule.told)
 
     def outside(self, routes: Mapping[str, Route]) -> Forward:
         """A forward, or calls, of no run that is known."""
