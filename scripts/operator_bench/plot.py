@@ -13,7 +13,10 @@ Row = dict[str, Any]
 COLOURS = dict(
     zip(
         METHODS,
-        ("#c9ccd1", "#a3a8b0", "#7c828c", "#8fc1b5", "#d9a55b", "#c58fae", "#6c9bd2", "#1f4e8c", "#44679c", "#0b1f3f"),
+        (
+            "#c9ccd1", "#a3a8b0", "#7c828c", "#8fc1b5", "#d9a55b", "#c58fae", "#6c9bd2", "#1f4e8c", "#44679c", "#3a7fa0",
+            "#0b1f3f",
+        ),  # fmt: skip
         strict=True,
     )
 )
