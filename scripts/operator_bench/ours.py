@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
@@ -66,7 +67,7 @@ def _stages(
 
     call = make_call(q, k, v, spec, text_after=workload.text)
     layout, scale = call.layout, call.scale
-    attend = {"triton": portable.sparse_attention}
+    attend: dict[str, Callable[..., object]] = {"triton": portable.sparse_attention}
     obstacle = Hopper().why_not(call)
     if obstacle is None:
         from psa_kernels.sparse.hopper import launch as hopper
@@ -82,7 +83,7 @@ def _stages(
     if spec.rule == "budget":
         allocate_rows = partial(allocate_budget, price(), importance, spec)
     lists = allocate_rows()
-    quantise = {}
+    quantise: dict[str, Callable[[], Any]] = {}
     if int8:
         obstacle = TritonInt8().why_not(call)
         if obstacle is None:

@@ -14,9 +14,18 @@ COLOURS = dict(
     zip(
         METHODS,
         (
-            "#c9ccd1", "#a3a8b0", "#7c828c", "#8fc1b5", "#d9a55b", "#c58fae", "#6c9bd2", "#1f4e8c", "#44679c", "#3a7fa0",
+            "#c9ccd1",
+            "#a3a8b0",
+            "#7c828c",
+            "#8fc1b5",
+            "#d9a55b",
+            "#c58fae",
+            "#6c9bd2",
+            "#1f4e8c",
+            "#44679c",
+            "#3a7fa0",
             "#0b1f3f",
-        ),  # fmt: skip
+        ),
         strict=True,
     )
 )
