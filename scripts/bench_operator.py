@@ -120,7 +120,7 @@ def _arguments() -> argparse.Namespace:
         "--precision",
         choices=("native", "int8_qk"),
         default="native",
-        help="int8_qk: the kernel for Hopper in 8-bit integers beside itself in bf16; default: native",
+        help="int8_qk: the kernels in 8-bit integers too, beside themselves in bf16; default: native",
     )
     parser.add_argument("--estimator", choices=("sampled", "pooled"), help="default: the operator's, as for strides")
     parser.add_argument("--statistic", choices=("max", "mean"), help="default: the operator's")

@@ -102,7 +102,8 @@ class AttentionStats:
             `[B, H, query blocks, levels]`: those of each query block.
         pairs: how many pairs of blocks a head has; in a causal call those that are not wholly in the future.
         spec: what was computed.
-        implementation: what computed the call: `reference`, `triton`, `hopper`, `hopper-int8` or `dense`.
+        implementation: what computed the call: `reference`, `triton`, `triton-int8`, `hopper`, `hopper-int8` or
+            `dense`.
         diagonal: how many of the pairs of a causal call are on its diagonal: exact, and in no list. They count in full,
             as they are computed.
     """

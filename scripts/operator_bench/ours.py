@@ -1,4 +1,4 @@
-"""The operator and its stages, by the portable kernels and the one for Hopper, or by the latter in two precisions.
+"""The operator and its stages, by the portable kernels and the one for Hopper, or by both in two precisions.
 
 Tokens are in raster order; `psa-hopper-hilbert` is the whole operator with those of the video along a Hilbert curve.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
@@ -16,6 +17,7 @@ from operator_bench.workloads import LEVELS, THRESHOLDS, Case, Workload, skip
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats, Importance, psa_attention
 from psa_kernels.backends.hopper import Hopper
+from psa_kernels.backends.triton_int8 import TritonInt8
 from psa_kernels.call import make_call
 
 
@@ -59,12 +61,13 @@ def _stages(
     from psa_kernels.allocation.triton_prices import upgrade_prices
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid.triton import build_pyramid
-    from psa_kernels.quantise.triton import quantise_rows
+    from psa_kernels.quantise.triton import quantise_as_read, quantise_rows
     from psa_kernels.sparse import triton as portable
+    from psa_kernels.sparse import triton_int8 as portable_int8
 
     call = make_call(q, k, v, spec, text_after=workload.text)
     layout, scale = call.layout, call.scale
-    attend = {} if int8 else {"triton": portable.sparse_attention}
+    attend: dict[str, Callable[..., object]] = {"triton": portable.sparse_attention}
     obstacle = Hopper().why_not(call)
     if obstacle is None:
         from psa_kernels.sparse.hopper import launch as hopper
@@ -80,9 +83,17 @@ def _stages(
     if spec.rule == "budget":
         allocate_rows = partial(allocate_budget, price(), importance, spec)
     lists = allocate_rows()
-    if int8 and "hopper" in attend:
-        quantise = partial(quantise_rows, q, pyramid, layout, spec, scale)
-        attend["hopper-int8"] = partial(hopper.sparse_attention, integers=quantise())
+    quantise: dict[str, Callable[[], Any]] = {}
+    if int8:
+        obstacle = TritonInt8().why_not(call)
+        if obstacle is None:
+            quantise["triton-int8"] = partial(quantise_as_read, q, pyramid, layout, spec, scale)
+            attend["triton-int8"] = partial(portable_int8.sparse_attention, integers=quantise["triton-int8"]())
+        else:
+            skip("psa-triton-int8", obstacle)
+        if "hopper" in attend:
+            quantise["hopper-int8"] = partial(quantise_rows, q, pyramid, layout, spec, scale)
+            attend["hopper-int8"] = partial(hopper.sparse_attention, integers=quantise["hopper-int8"]())
     density = AttentionStats.from_lists(lists, spec, "").density.mean().item()
     both = tuple(f"psa-{name}" for name in attend)
     yield Case(both, density, "pyramid", partial(build_pyramid, k, v, layout, spec))
@@ -92,9 +103,9 @@ def _stages(
     yield Case(both, density, "allocation", allocate_rows)
     for name, sparse_attention in attend.items():
         method = (f"psa-{name}",)
-        precision = "int8_qk" if name == "hopper-int8" else "native"
-        if precision == "int8_qk":
-            yield Case(method, density, "quantise", quantise)
+        precision = "int8_qk" if name in quantise else "native"
+        if name in quantise:
+            yield Case(method, density, "quantise", quantise[name])
         yield Case(method, density, "attention", partial(sparse_attention, q, pyramid, lists, layout, spec, scale))
         whole = partial(
             psa_attention, q, k, v, dataclasses.replace(spec, precision=precision), text_after=workload.text,

@@ -24,6 +24,7 @@ COLOURS = dict(
             "#6c9bd2",
             "#1f4e8c",
             "#44679c",
+            "#3a7fa0",
             "#0b1f3f",
         ),
         strict=True,

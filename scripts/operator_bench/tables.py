@@ -22,6 +22,7 @@ METHODS = (
     "psa-triton",
     "psa-hopper",
     "psa-hopper-hilbert",
+    "psa-triton-int8",
     INT8,
 )
 DENSE = ("sdpa-fa2", "sdpa-cudnn", "fa3")

@@ -242,7 +242,7 @@ def test_hopper_multiplies_integers_where_it_pays(on_a_gpu, recwarn):
     ("capability", "dtype", "name", "reason"),
     [
         ((9, 0), torch.float16, "hopper", "dtype torch.float16: expected torch.bfloat16"),
-        ((8, 0), torch.bfloat16, "triton", r"device cuda: expected a GPU of compute capability \(9, 0\)"),
+        ((8, 0), torch.float32, "triton", "dtype torch.float32: expected torch.bfloat16 or torch.float16"),
     ],
     ids=str,
 )
@@ -256,10 +256,29 @@ def test_others_compute_natively_and_say_so_once(capability, dtype, name, reason
     assert not recwarn.list
     with pytest.raises(RuntimeError, match=f"strict: precision='int8_qk' cannot be used: {reason}"):
         choose(call, "auto", True)
-    with pytest.raises(ValueError, match=f"implementation='hopper': {reason}"):
-        choose(call, "hopper")
-    with pytest.raises(ValueError, match="implementation='triton': precision='int8_qk': expected 'native'"):
-        choose(call, "triton")
+    with pytest.raises(ValueError, match=f"implementation='{name}': {reason}"):
+        choose(call, name)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_gpus_multiply_integers_in_the_portable_kernel(capability, dtype, on_a_gpu, recwarn):
+    pytest.importorskip("triton")
+    spec = AttentionSpec(precision="int8_qk", rest="mean")
+    assert choose(on_a_gpu(spec, capability, dtype), "auto", True).name == "triton-int8"
+    assert choose(on_a_gpu(AttentionSpec(), capability, dtype), "auto", True).name == "triton"
+    assert not recwarn.list
+    with pytest.raises(ValueError, match=r"implementation='hopper': device cuda: expected a GPU of .* \(9, 0\)"):
+        choose(on_a_gpu(spec, capability, dtype), "hopper")
+
+
+def test_hopper_gets_the_portable_integers_only_by_name(on_a_gpu):
+    pytest.importorskip("triton")
+    call = on_a_gpu(AttentionSpec(precision="int8_qk"), dtype=torch.float16)
+    assert choose(call, "triton", True).name == "triton-int8"
+    rows = [choose(on_a_gpu(AttentionSpec(precision=p)), "triton").pyramid_rows(call) for p in ("native", "int8_qk")]
+    # Tokens, means of 2 and 4 and queries, one byte an entry, beside 4 bytes for keys and values in 16 bits.
+    assert rows[1] - rows[0] == 65_536 * (1.75 + 1) / 4
 
 
 def test_integers_count_in_the_groups_of_heads(on_a_gpu):

@@ -251,7 +251,7 @@ def test_pyramid(target, values):
     ids=str,
 )
 def test_quantise(head_dim, ones, group):
-    """Only the kernel for Hopper reads integers."""
+    """For Hopper, where several programs share a multiprocessor."""
     floats = ("partial_ptr", "means_ptr", "rotated_means_ptr", "largest_ptr", "key_largest_ptr", "factors_ptr")
     types = {**dict.fromkeys(floats, "*fp32"), "out_ptr": "*i8"}
     runs = {"RUN": quantise.RUN, "ROWS": quantise.ROWS}

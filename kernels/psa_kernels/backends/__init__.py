@@ -7,6 +7,7 @@ from psa_kernels.backends.hopper import Hopper
 from psa_kernels.backends.hopper_int8 import HopperInt8
 from psa_kernels.backends.reference import Reference
 from psa_kernels.backends.triton import Triton
+from psa_kernels.backends.triton_int8 import TritonInt8
 
 # The last one serves every call.
-BACKENDS: tuple[Backend, ...] = (HopperInt8(), Hopper(), Triton(), Reference())
+BACKENDS: tuple[Backend, ...] = (HopperInt8(), Hopper(), TritonInt8(), Triton(), Reference())

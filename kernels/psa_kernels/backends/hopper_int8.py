@@ -9,7 +9,6 @@ import torch
 from psa_kernels.backends.hopper import Hopper
 from psa_kernels.blocks import block_count
 from psa_kernels.call import Call
-from psa_kernels.devices import is_hopper
 from psa_kernels.heads import group_size
 from psa_kernels.lists import BlockLists
 
@@ -19,10 +18,6 @@ class HopperInt8(Hopper):
 
     name = "hopper-int8"
     precisions = ("int8_qk",)
-
-    def pays(self, call: Call) -> bool:
-        # Where it cannot be had at all, whoever asked for integers is told; a small call is faster without.
-        return super().pays(call) or not is_hopper(call.q.device)
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         obstacle = super()._why_not_beside_triton(call)

@@ -59,6 +59,28 @@ def quantised_rows(layout: TokenLayout, spec: AttentionSpec, group: int = 1) -> 
     return group * layout.video_queries + levels + (1 + group) * (layout.text_before + layout.text_after)
 
 
+def quantise_as_read(
+    q: torch.Tensor, pyramid: TritonPyramid, layout: TokenLayout, spec: AttentionSpec, scale: float
+) -> Integers:
+    """The same for the portable kernel: keys of all tokens in the order of the model, and of the pyramid's means.
+
+    Args:
+        pyramid: of the keys, perhaps without values yet; not `gathered`.
+        scale: factor on the dot products, positive.
+    """
+    tokens = pyramid.source_keys.transpose(1, 2)
+    finest = [tokens]
+    if spec.levels[0] > 1:
+        finest = [rows for rows in pyramid.key_rows(layout, spec)[:3] if rows is not None]
+    means = pyramid.keys if pyramid.keys.shape[2] else None
+    return quantise(q, [tokens, means], finest, channel_matrices(q, pyramid.source_keys), scale)
+
+
+def rows_as_read(query_tokens: int, key_tokens: int, means: int, group: int = 1) -> int:
+    """Rows of head_dim bytes that `quantise_as_read` makes of a head of the keys and of `group` heads that read it."""
+    return group * query_tokens + key_tokens + means
+
+
 def quantise(
     q: torch.Tensor,
     keys: Sequence[torch.Tensor | None],
