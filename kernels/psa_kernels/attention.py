@@ -130,13 +130,14 @@ def psa_attention(
         permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
-        causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. Not in a
-            kernel yet: on a GPU only with `implementation="reference"`. A query block reads its diagonal, the keys that
-            stand where it does, exactly, each query up to itself; and of the key blocks before it those that are
-            listed. So no output depends on the keys and values of later tokens; only which blocks are listed is chosen
-            for a query block as a whole, from all its queries and from the keys up to its end. `text_before` and
-            `text_after` then count keys: text queries are those at their positions, and exact. `permutation` has to be
-            None, `block_query` a multiple of `block_key`, the precision native.
+        causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. A query
+            block reads its diagonal, the keys that stand where it does, exactly, each query up to itself; and of its
+            candidates, the key blocks before them, those that are listed. So keys and values of a token change no
+            output before it. Lists are chosen for a query block as a whole, from the keys and values of its candidates
+            and from all its queries: the query of a token may change which blocks the earlier queries of its own query
+            block read, and nothing before that. `text_before` and `text_after` then count keys: text queries are those
+            at their positions, and exact. `permutation` has to be None, `block_query` a multiple of `block_key`, the
+            precision native.
         implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
             (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
             that serves the call.

@@ -100,6 +100,23 @@ def test_no_output_depends_on_what_is_later(name, changed):
     assert torch.equal(own[:, :block], out[:, :block])
 
 
+@pytest.mark.parametrize("name", [*SPECS, "budget"])
+@pytest.mark.parametrize("changed", [1, 17, 40, 79])
+def test_later_keys_and_values_change_no_earlier_output(name, changed):
+    """To the bit, also inside the query block of the token, for lists are chosen from what is before the diagonal."""
+    spec = SPECS.get(name, replace(SPEC, rule="budget", density=0.4, keep_first=1))
+    q, k, v = inputs(80, dtype=torch.float32)
+    out, lists = psa_attention(q, k, v, spec, causal=True, return_lists=True)
+    k, v = k.clone(), v.clone()
+    for x in (k, v):
+        x[:, changed] = 3 * torch.randn_like(x[:, changed])
+    found, new_lists = psa_attention(q, k, v, spec, causal=True, return_lists=True)
+    assert torch.equal(found[:, :changed], out[:, :changed]) and not torch.equal(found[:, changed], out[:, changed])
+    # The lists of its own row stay as well.
+    rows = changed // 16 + 1
+    assert torch.equal(new_lists.levels()[:, :, :rows], lists.levels()[:, :, :rows])
+
+
 def test_blocks_that_are_later_are_never_read():
     q, k, v = inputs(80)
     out = psa_attention(q, k, v, SPEC, causal=True)
