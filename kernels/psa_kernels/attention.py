@@ -9,7 +9,6 @@ import torch
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
-from psa_kernels.causal import attention as causal_attention
 from psa_kernels.head_groups import head_groups
 from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.lists import AttentionStats, BlockLists
@@ -161,7 +160,7 @@ def psa_attention(
     call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
-        out, used = _all_dense(call), [call.no_lists()]
+        out, used = _all_dense(call, backend), [call.no_lists()]
         stats = [call.stats(used[0], "dense")]
     else:
         if lists is not None:
@@ -185,7 +184,7 @@ def psa_attention(
                 used.append(found)
             del found  # A group's lists need not outlive it.
         if call.causal is not None:
-            causal_attention.text_attention(q, k, v, out, call.causal, call.scale)
+            backend.attend_causal_text(call, call.causal.text_queries, out)
         elif text_before or text_after:
             text_attention(q, k, v, out, call.layout, call.scale)
     if not return_stats and not return_lists:
@@ -238,8 +237,10 @@ def select_blocks(
     return backend.select(call, None)
 
 
-def _all_dense(call: Call) -> torch.Tensor:
+def _all_dense(call: Call, backend: Backend) -> torch.Tensor:
     """Without video queries or video keys there is nothing to leave out."""
     if call.causal is not None:
-        return causal_attention.dense_causal_attention(call.q, call.k, call.v, call.scale)
+        out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+        backend.attend_causal_text(call, [slice(0, call.q.shape[1])], out)
+        return out
     return dense_attention(call.q, call.k, call.v, call.scale).contiguous()

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.backends.choose import choose
+from psa_kernels.causal.layout import CausalLayout
 from psa_testing.brute_force_causal import brute_force_causal
 
 SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
@@ -177,7 +179,7 @@ MISTAKES = {
     "blocks": ({"block_query": 8, "block_key": 16}, (61, 61), {}, "a multiple of block_key=16, got 8"),
     "precision": ({"precision": "int8_qk"}, (61, 61), {}, "causal=True: expected precision='native', got 'int8_qk'"),
     "text": ({}, (5, 61), {"text_before": 60, "text_after": 2}, "cannot hold text_before=60"),
-    "kernel": ({}, (61, 61), {"implementation": "triton"}, "implementation='triton': .*causal=True|triton is not"),
+    "kernel": ({}, (61, 61), {"implementation": "triton"}, "implementation='triton': (device cpu|.*triton is not)"),
 }
 
 
@@ -205,14 +207,25 @@ def test_lists_of_a_call_that_is_not_causal_are_refused():
         psa_attention(q, k, v, spec, causal=True, lists=lists)
 
 
-def test_on_a_gpu_the_reference_has_to_be_asked_for(on_a_gpu):
-    from psa_kernels.backends.choose import choose
-    from psa_kernels.causal.layout import CausalLayout
+def causal_call(on_a_gpu, spec, **options):
+    """A call on a pretended GPU, its queries the last of the keys."""
+    call = on_a_gpu(spec, **options)
+    return replace(call, causal=CausalLayout(0, call.q.shape[1], 0, 0, spec.block_query, spec.block_key))
 
-    call = replace(on_a_gpu(AttentionSpec()), causal=CausalLayout(0, 65_536, 0, 0, 128, 64))
+
+def test_on_a_gpu_without_a_kernel_the_reference_has_to_be_asked_for(on_a_gpu):
+    call = causal_call(on_a_gpu, AttentionSpec(), head_dim=512)
     for strict in (False, True):
-        with pytest.raises(ValueError, match="causal=True on cuda: not yet in a kernel; implementation='reference'"):
+        with pytest.raises(ValueError, match=r"causal=True on cuda: the triton kernel .*'reference' computes it"):
             choose(call, "auto", strict)
-    with pytest.raises(ValueError, match=r"implementation='hopper': .*(causal=True: not yet|not installed)"):
-        choose(call, "hopper")
     assert choose(call, "reference").name == "reference"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_kernel_serves_it_on_a_gpu(on_a_gpu, capability, recwarn):
+    pytest.importorskip("triton")
+    call = causal_call(on_a_gpu, AttentionSpec(), capability=capability)
+    assert choose(call, "auto", strict=True).name == "triton"
+    with pytest.raises(ValueError, match="implementation='hopper': "):
+        choose(call, "hopper")
+    assert not recwarn

@@ -26,7 +26,7 @@ class Hopper(Triton):
     name = implementation = "hopper"
 
     def pays(self, call: Call) -> bool:
-        return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
+        return call.causal is None and is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
 
     def why_not(self, call: Call) -> str | None:
         obstacle = super().why_not(call) or self._why_not_beside_triton(call)
@@ -36,6 +36,8 @@ class Hopper(Triton):
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         q, spec = call.q, call.spec
+        if call.causal is not None:
+            return "causal=True: expected False; 'triton' computes it"
         if not is_hopper(q.device):
             return f"device {q.device}: expected a GPU of compute capability (9, 0)"
         if q.dtype not in (torch.bfloat16, torch.float16):
