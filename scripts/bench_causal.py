@@ -248,7 +248,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--block-key", type=int, default=64)
-    parser.add_argument("--implementations", nargs="+", default=["triton"], help="default: triton")
+    parser.add_argument("--implementations", nargs="+", default=["triton", "hopper"], help="default: both")
     parser.add_argument("--no-stages", dest="stages", action="store_false", help="whole calls alone")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; fewer of those that take over 100 ms")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/causal.json")

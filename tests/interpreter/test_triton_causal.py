@@ -244,12 +244,16 @@ def test_only_some_items():
     call = make_call(q, k, v, spec, causal=True)
     lists = triton_select.select(call, call.causal, None)
     pyramid = build_pyramid(k, v, call.layout, spec)
-    whole, some = torch.empty_like(q), torch.empty_like(q)
+    whole, some = torch.empty_like(q), torch.zeros_like(q)
     triton_attention.sparse_attention(q, pyramid, lists, call.causal, spec, call.scale, whole)
-    # Items: of keys' head 0 tile 2 of both heads that share it, then tile 1, tile 0; of keys' head 1 the same.
+    # Items: of keys' head 1 tile 0 of both heads that share it, tile 1, tile 2; then of keys' head 0 tile 2, 1, 0.
     only = torch.zeros(12, dtype=torch.int32)
     only[[0, 3, 10]] = 1
+    some[:, ::2, :, 0] = torch.nan
     triton_attention.sparse_attention(q, pyramid, lists, call.causal, spec, call.scale, some, only)
     wanted = torch.zeros(300, 4, dtype=torch.bool)
-    wanted[256:, 0] = wanted[128:256, 1] = wanted[:128, 2] = True
-    assert torch.equal(some[0][wanted], whole[0][wanted]) and some[0][~wanted].isnan().all()
+    wanted[:128, 3] = wanted[128:256, 2] = wanted[:128, 1] = True
+    wanted[1::2] = False
+    assert torch.equal(some[0][wanted], whole[0][wanted])
+    wanted[1::2] = True
+    assert some[0, ::2, :, 0][~wanted[::2]].isnan().all() and (some[0, 1::2] == 0).all()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.backends import hopper
 from psa_kernels.backends.choose import choose
 from psa_kernels.causal.layout import CausalLayout
 from psa_testing.brute_force_causal import brute_force_causal
@@ -214,7 +215,7 @@ def causal_call(on_a_gpu, spec, **options):
 
 
 def test_on_a_gpu_without_a_kernel_the_reference_has_to_be_asked_for(on_a_gpu):
-    call = causal_call(on_a_gpu, AttentionSpec(), head_dim=512)
+    call = causal_call(on_a_gpu, AttentionSpec(), head_dim=512, capability=(8, 0))
     for strict in (False, True):
         with pytest.raises(ValueError, match=r"causal=True on cuda: the triton kernel .*'reference' computes it"):
             choose(call, "auto", strict)
@@ -225,7 +226,15 @@ def test_on_a_gpu_without_a_kernel_the_reference_has_to_be_asked_for(on_a_gpu):
 def test_a_kernel_serves_it_on_a_gpu(on_a_gpu, capability, recwarn):
     pytest.importorskip("triton")
     call = causal_call(on_a_gpu, AttentionSpec(), capability=capability)
-    assert choose(call, "auto", strict=True).name == "triton"
-    with pytest.raises(ValueError, match="implementation='hopper': "):
-        choose(call, "hopper")
+    expected = "hopper" if capability == (9, 0) else "triton"
+    assert choose(call, "auto", strict=True).name == expected
     assert not recwarn
+
+
+def test_the_kernel_for_hopper_is_not_trusted_with_another_version_of_triton(on_a_gpu, monkeypatch):
+    pytest.importorskip("triton")
+    call = causal_call(on_a_gpu, AttentionSpec())
+    monkeypatch.setattr(hopper, "KNOWN_VERSIONS", ("0.0.",))
+    with pytest.raises(ValueError, match=r"implementation='hopper': causal=True with Triton .*expected version 0.0.x"):
+        choose(call, "hopper")
+    assert choose(call, "triton").name == "triton"

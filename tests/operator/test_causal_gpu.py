@@ -15,7 +15,8 @@ from psa_kernels import AttentionSpec, Importance, head_groups, psa_attention, s
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-IMPLEMENTATIONS = ["triton"]
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+IMPLEMENTATIONS = ["triton", *(["hopper"] if is_hopper else [])]
 HEADS = [(4, 4), (7, 1), (4, 2), (28, 4)]
 
 
@@ -152,6 +153,49 @@ def test_head_dims_that_only_the_portable_kernel_has(head_dim):
     expected = psa_attention(*wide, AttentionSpec(), causal=True, lists=lists, implementation="reference")
     out = psa_attention(q, k, v, AttentionSpec(), causal=True, lists=lists)
     assert relative_error(out, expected) <= 3.5 * relative_error(dense(q, k, v), dense(*wide))
+
+
+@pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("seed", range(24))
+def test_both_attention_kernels_agree_on_the_same_lists(seed):
+    """Query by query: a row, a key or a mask that is wrong changes some of them by far more than rounding."""
+    q, k, v, spec, options = random_case(seed)
+    lists = select_blocks(q, k, spec, v=v, implementation="triton", **options)
+    portable = psa_attention(q, k, v, spec, lists=lists, implementation="triton", **options).double()
+    poison_free_memory()
+    out = psa_attention(q, k, v, spec, lists=lists, implementation="hopper", **options).double()
+    off = (out - portable).norm(dim=-1) / portable.norm(dim=-1)
+    assert off.max() < (0.03 if q.dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
+def test_sums_that_run_over_are_computed_anew_for_their_queries_alone():
+    """A query whose own key is far below a listed one; those of its tile that are earlier keep their bits."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1000, h, 128, device="cuda").bfloat16() for h in (8, 2, 2))
+    spec = AttentionSpec(levels=(1,), thresholds=(1.0,))
+    call = {"causal": True, "implementation": "hopper"}
+    out = psa_attention(q, k, v, spec, **call)
+    k[:, 100], changed = 20.0, 700
+    base = psa_attention(q, k, v, spec, **call)
+    q[:, changed:] = 40.0
+    found = psa_attention(q, k, v, spec, **call)
+    assert torch.equal(found[:, :changed], base[:, :changed]) and not torch.equal(base, out)
+    # The logit of key 100 is some 9,000, that of the query's own key some ten.
+    assert found.isfinite().all()
+    expected = v[:, 100:101].repeat_interleave(4, 2).expand_as(found[:, changed:])
+    torch.testing.assert_close(found[:, changed:], expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not is_hopper, reason="needs a GPU of compute capability 9.0")
+def test_programs_that_keep_in_step(monkeypatch):
+    from psa_kernels.causal import hopper
+
+    q, k, v = (torch.randn(1, 9000, h, 128, device="cuda").bfloat16() for h in (28, 4, 4))
+    call = {"causal": True, "implementation": "hopper", "text_after": 100}
+    out = psa_attention(q, k, v, AttentionSpec(), **call)
+    monkeypatch.setattr(hopper, "keeps_in_step", lambda *_: True)
+    assert torch.equal(psa_attention(q, k, v, AttentionSpec(), **call), out)
 
 
 def test_what_a_call_takes_beside_its_output():

@@ -26,18 +26,19 @@ class Hopper(Triton):
     name = implementation = "hopper"
 
     def pays(self, call: Call) -> bool:
-        return call.causal is None and is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
+        return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
 
     def why_not(self, call: Call) -> str | None:
         obstacle = super().why_not(call) or self._why_not_beside_triton(call)
         if obstacle is None and not triton_version().startswith(KNOWN_VERSIONS):
+            if call.causal is not None:
+                # The self-test has no causal calls.
+                return f"causal=True with Triton {triton_version()}: expected version {' or '.join(KNOWN_VERSIONS)}x"
             return self_test.obstacle(self, call)
         return obstacle
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         q, spec = call.q, call.spec
-        if call.causal is not None:
-            return "causal=True: expected False; 'triton' computes it"
         if not is_hopper(q.device):
             return f"device {q.device}: expected a GPU of compute capability (9, 0)"
         if q.dtype not in (torch.bfloat16, torch.float16):
@@ -77,4 +78,9 @@ class Hopper(Triton):
         from psa_kernels.sparse.hopper.launch import sparse_attention
 
         pyramid = add_values(keys, call.v, call.layout)
+        if call.causal is not None:
+            from psa_kernels.causal import hopper
+
+            hopper.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
+            return
         sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)

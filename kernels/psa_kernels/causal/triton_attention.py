@@ -38,7 +38,8 @@ def sparse_attention(
         q: `[B, Nq, Hq, D]`, all queries, in the order of the model.
         pyramid: of Hkv heads, of which Hq is a multiple.
         out: `[B, Nq, Hq, D]` in the dtype of q, its last stride 1; its rows of video queries are written.
-        only: None, or int32, one an item (`item_at`) of 128 queries: compute just those where it is not 0.
+        only: None, or int32, one an item (`item_at`) of 128 queries: compute just those where it is not 0, and of them
+            the queries whose output begins with what is not a number.
     """
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     plan = _plan(
@@ -104,7 +105,7 @@ def attention_kernel(
             wanted = tl.load(only_ptr + item) > 0
         if wanted:
             attend_item(
-                item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, ids_ptr, counts_ptr, stride_qb,
+                item, items, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, ids_ptr, counts_ptr, stride_qb,
                 stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_ob,
                 stride_on, stride_oh, heads, lead, end, shift, first_row, video_keys, list_width, pyramid_rows,
                 text_before, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, LISTED, NEGATIVE_SCALE,
@@ -114,7 +115,7 @@ def attention_kernel(
 
 @triton.jit
 def attend_item(
-    item, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, ids_ptr, counts_ptr, stride_qb, stride_qn,
+    item, items, q_ptr, k_ptr, v_ptr, pooled_k_ptr, pooled_v_ptr, out_ptr, ids_ptr, counts_ptr, stride_qb, stride_qn,
     stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_ob, stride_on, stride_oh, heads,
     lead, end, shift, first_row, video_keys, list_width, pyramid_rows, text_before, scale, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr,
@@ -123,7 +124,7 @@ def attend_item(
 ):  # fmt: skip
     """`TILE_M` queries of one head: first their diagonal, then what does not fill tiles, last the full tiles."""
     query_tiles = tl.cdiv(end, TILE_M)
-    head_index, query_tile = item_at(item, query_tiles, GROUP)
+    head_index, query_tile = item_at(item, items, query_tiles, GROUP)
     head_index = head_index.to(tl.int64)
     batch, head = head_index // heads, head_index % heads
     TILES: tl.constexpr = BLOCK_QUERY // TILE_M
@@ -195,6 +196,10 @@ def attend_item(
     position = (query_tile + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
     real = (position >= lead) & (position < end)
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(position + shift, stride_on, WIDE)
+    if ONLY:
+        # Of a tile with a query that was not sound, which is not a number, the others stay as they are.
+        before = tl.load(out_rows, mask=real, other=0.0)
+        real = real & (before != before)
     tl.store(
         out_rows[:, None] + dims[None, :],
         (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),

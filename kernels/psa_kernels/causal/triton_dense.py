@@ -63,7 +63,7 @@ def dense_kernel(
     Args:
         first_query: position of the first query of the call among the keys.
     """
-    head_index, query_tile = item_at(tl.program_id(0), tl.cdiv(stop - start, TILE_M), GROUP)
+    head_index, query_tile = item_at(tl.program_id(0), tl.num_programs(0), tl.cdiv(stop - start, TILE_M), GROUP)
     head_index = head_index.to(tl.int64)
     batch, head = head_index // heads, head_index % heads
     k_head = k_ptr + batch * stride_kb + key_head(head, GROUP) * stride_kh

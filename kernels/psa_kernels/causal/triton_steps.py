@@ -114,11 +114,13 @@ def cut_list(
 
 
 @triton.jit
-def item_at(item, query_tiles, GROUP: tl.constexpr):
+def item_at(item, items, query_tiles, GROUP: tl.constexpr):
     """Head of all batch items, and tile of queries, of an item.
 
-    One head of the keys comes after the other, of it the tile with the longest lists first, and the heads that share
-    it beside each other: they read the same diagonal, and items that run at the same time are about as long.
+    One head of the keys comes after the other, and the heads that share it beside each other. Tiles with the longest
+    lists come first in the last of them, last in the one before, and so on in turn: items that run at the same time are
+    about as long, also where one head follows the other, and those at the end are short.
     """
-    pair = item // GROUP
-    return pair // query_tiles * GROUP + item % GROUP, query_tiles - 1 - pair % query_tiles
+    left = items - 1 - item
+    run, place = left // GROUP // query_tiles, left // GROUP % query_tiles
+    return run * GROUP + left % GROUP, tl.where(run % 2 == 0, place, query_tiles - 1 - place)
