@@ -1,11 +1,11 @@
 """Time causal calls, stage by stage, beside dense attention: `python scripts/bench_causal.py`.
 
-One layer of Qwen2.5-VL-7B: 28 heads of queries, 4 of keys and values, head_dim 128, bf16, the last 512 tokens dense as
-text after a video. Needs a CUDA device and Triton; a peer that is not importable is skipped. Inputs are random, so that
-importance is flat and every list is as long as its rule says. Times are medians of calls enqueued back to back. The
-extra memory is the peak beyond the inputs and the output. The error is that of some queries against dense attention in
-float32: of random inputs, of which sparse attention misses most, so that it compares methods and no more. Writes JSON
-and, beside it, tables as .md, which `--tables-only` makes again.
+One layer of Qwen2.5-VL-7B: 28 heads of queries, 4 of keys and values, head_dim 128, bf16; whole calls also with the
+last 512 tokens dense, as text after a video. Needs a CUDA device and Triton; a peer that is not importable is skipped.
+Inputs are random, so that importance is flat and every list is as long as its rule says. Times are medians of calls
+enqueued back to back. The extra memory is the peak beyond the inputs and the output. The error is that of some queries
+against dense attention in float32: of random inputs, of which sparse attention misses most, so that it compares methods
+and no more. Writes JSON and, beside it, tables as .md, which `--tables-only` makes again.
 """
 
 from __future__ import annotations
@@ -128,10 +128,10 @@ def ours(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, options: argparse.Namespace, sample: Any
 ) -> Iterator[Row]:
     """Stages and whole calls. Stages are those that a call of all heads at once goes through."""
-    call = make_call(q, k, v, spec, text_after=DENSE_LAST, causal=True)
+    call = make_call(q, k, v, spec, causal=True)
     tokens, rule = q.shape[1], "everything" if spec.levels == (1,) else spec.rule
     name = f"psa-{rule}"
-    _, stats = psa_attention(q, k, v, spec, text_after=DENSE_LAST, causal=True, return_stats=True)
+    _, stats = psa_attention(q, k, v, spec, causal=True, return_stats=True)
     density = stats.density.mean().item()
     for implementation in options.implementations:
         backend = next(each for each in BACKENDS if each.name == implementation)
@@ -140,8 +140,10 @@ def ours(
             print(f"{implementation} skipped: {obstacle}", flush=True)
             continue
         method = f"{name}-{implementation}"
-        whole = partial(psa_attention, q, k, v, spec, text_after=DENSE_LAST, causal=True, implementation=implementation)
+        whole = partial(psa_attention, q, k, v, spec, causal=True, implementation=implementation)
         yield _row(tokens, method, density, "total", whole, q, options.repeats, sample)
+        text_last = partial(whole, text_after=DENSE_LAST)
+        yield _row(tokens, method, density, f"total, last {DENSE_LAST} dense", text_last, q, options.repeats, None)
         if options.stages:
             for stage, part in stages(call, backend, first=implementation == options.implementations[0]).items():
                 yield _row(tokens, method, density, stage, part, q, options.repeats, None)
@@ -172,7 +174,6 @@ def stages(call: Call, backend: Any, first: bool) -> dict[str, Callable[[], obje
     out = torch.empty_like(q)
     found = found if first else {}
     found["values + attention"] = partial(backend.attend, call, keys, lists, out)
-    found["text"] = partial(backend.attend_causal_text, call, causal.text_queries, out)
     return found
 
 
@@ -196,10 +197,9 @@ def _row(
     try:
         milliseconds, extra = measure(call, repeats)
         row["ms"] = round(milliseconds, 4)
-        if stage == "total":
+        if sample is not None:
             row["extra_over_output"] = round(extra * 2**30 / q.nbytes - 1, 3)
             row["tflops"] = round(density * 2 * tokens**2 * HEAD_DIM * HEADS / milliseconds / 1e9, 1)
-        if sample is not None:
             places, exact = sample
             row["error"] = round(((call()[0, places].float() - exact).norm() / exact.norm()).item(), 5)
     except Exception as error:  # a call that does not run here is a fact to report, not a reason to stop
