@@ -82,8 +82,9 @@ def test_lists_and_statistics_are_those_of_the_reference(name, queries, keys):
     if torch.equal(found, known):
         torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
         assert torch.equal(stats.density, its_stats.density) and torch.equal(stats.coverage, its_stats.coverage)
+    else:
+        assert attention_error(q, k, v, SPECS[name], text_before=3, text_after=4) < 2e-5
     assert lists.ids.shape[3] <= its_lists.ids.shape[3]
-    assert attention_error(q, k, v, SPECS[name], text_before=3, text_after=4) < 2e-5
 
 
 @pytest.mark.parametrize("name", ["psa-3", "mass"])

@@ -55,6 +55,16 @@ def test_attention(target, head_dim):
     compile_and_check(triton_attention.attention_kernel, target, constants, {"num_warps": warps})
 
 
+@pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
+def test_branches_that_the_interpreter_does_not_compile(factors):
+    """Types must agree in every branch."""
+    constants = of_attention(90, 40, 1)[0] | {"PADDED_DIM": 64, "NEGATIVE_SCALE": True, "WIDE": True}
+    dense = dict(constants)
+    constants |= {"BLOCK_QUERY": 128, "BLOCK_KEY": 64, "FACTORS": factors, "LISTED": 1, "ONLY": True, "FLAGS": 64}
+    compile_and_check(triton_attention.attention_kernel, 90, constants, {"num_warps": 8})
+    compile_and_check(triton_dense.dense_kernel, 90, dense, {"num_warps": 8})
+
+
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (128, 7), (256, 4)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense(target, head_dim, group):

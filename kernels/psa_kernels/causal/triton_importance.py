@@ -184,8 +184,9 @@ def importance_kernel(
                 tops = tl.max(top, 1) * scale
                 # Scores that lie too far above the reference are weighed anew, relative to the largest one. The other
                 # rows get the same as before, so that keys that only later rows see change nothing in them.
-                again = tl.max(tops - reference, 0) > 56
-                tl.store(tops_row, tl.where(tops - reference > 56, tops, reference))
+                above = tops - reference > 56
+                again = tl.max(above.to(tl.int32), 0) > 0
+                tl.store(tops_row, tl.where(above, tops, reference))
                 # Other threads wrote the scratch that this one reads, and will read what the next item overwrites.
                 tl.debug_barrier()
                 reduce_item(
