@@ -114,10 +114,8 @@ def causal_tile_shape(capability: tuple[int, int], head_dim: int, element_size: 
 
 
 @triton.jit(
-    do_not_specialize=[
-        "items", "query_tiles", "first_sample", "query_samples", "key_tiles", "first_row", "rows", "scratch_width",
-    ]
-)  # fmt: skip
+    do_not_specialize=["items", "query_tiles", "first_sample", "query_samples", "key_tiles", "first_row", "rows"]
+)
 def importance_kernel(
     query_ptr, key_ptr, scratch_ptr, tops_ptr, importance_ptr, items, query_tiles, first_sample, query_samples,
     key_tiles, first_row, rows, row_stride, scratch_width, scale, PADDED_DIM: tl.constexpr, SAMPLES: tl.constexpr,
