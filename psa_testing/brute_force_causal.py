@@ -39,7 +39,7 @@ def _one_head(q, k, v, spec, text_before, text_after, scale):
         if not queries:
             continue
         blocks = [list(block) for block in _chunks(video[:first], spec.block_key)]
-        importance = _importance(q, k, queries, blocks, diagonal, offset, video[0], spec, scale)
+        importance = _importance(q, k, queries, blocks, offset, video[0], spec, scale) if blocks else []
         kept = [j for j in range(len(blocks)) if j < spec.keep_first or j >= len(blocks) - spec.keep_last]
         coarsest = [_coarsest(k, block, spec) for block in blocks]
         row = _levels(importance, coarsest, spec, kept) if blocks else []
@@ -59,7 +59,7 @@ def _one_head(q, k, v, spec, text_before, text_after, scale):
     return out, cost / whole if whole else 1.0, levels
 
 
-def _importance(q, k, queries, blocks, diagonal, offset, start, spec, scale):
+def _importance(q, k, queries, blocks, offset, start, spec, scale):
     """Of each block before the diagonal; groups are cut at multiples of the strides from the first video token on."""
     how = spec.importance
 
@@ -67,15 +67,14 @@ def _importance(q, k, queries, blocks, diagonal, offset, start, spec, scale):
         groups = {}
         for place in places:
             groups.setdefault((place - start) // stride, []).append(place - shift)
-        pooled = how.estimator == "pooled"
-        return [(g[0] + shift, x[g].mean(0) if pooled else x[g[0]]) for g in groups.values()]
+        return [x[g].mean(0) if how.estimator == "pooled" else x[g[0]] for g in groups.values()]
 
-    # Blocks and the diagonal begin at multiples of the stride, and so do groups of keys.
-    keys = [representatives(k, block, how.key_stride, 0) for block in (*blocks, diagonal)]
+    # Blocks begin at multiples of the stride, and so do groups of keys.
+    keys = [representatives(k, block, how.key_stride, 0) for block in blocks]
     found = [[] for _ in blocks]
-    for place, query in representatives(q, [t + offset for t in queries], how.query_stride, offset):
-        logits = [[float(query @ key) * scale for at, key in block if at <= place] for block in keys]
-        top = max(max(block) for block in logits if block)
+    for query in representatives(q, [t + offset for t in queries], how.query_stride, offset):
+        logits = [[float(query @ key) * scale for key in block] for block in keys]
+        top = max(max(block) for block in logits)
         total = sum(math.exp(logit - top) for block in logits for logit in block)
         for j in range(len(blocks)):
             found[j] += [math.exp(logit - top) / total for logit in logits[j]]

@@ -9,7 +9,6 @@ import torch
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
-from psa_kernels.causal import attention as causal_attention
 from psa_kernels.head_groups import head_groups
 from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.lists import AttentionStats, BlockLists
@@ -130,13 +129,14 @@ def psa_attention(
         permutation: int64 `[video tokens]`: the order in which video tokens form blocks; entry i names the token at
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
-        causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. Not in a
-            kernel yet: on a GPU only with `implementation="reference"`. A query block reads its diagonal, the keys that
-            stand where it does, exactly, each query up to itself; and of the key blocks before it those that are
-            listed. So no output depends on the keys and values of later tokens; only which blocks are listed is chosen
-            for a query block as a whole, from all its queries and from the keys up to its end. `text_before` and
-            `text_after` then count keys: text queries are those at their positions, and exact. `permutation` has to be
-            None, `block_query` a multiple of `block_key`, the precision native.
+        causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. A query
+            block reads its diagonal, the keys that stand where it does, exactly, each query up to itself; and of its
+            candidates, the key blocks before them, those that are listed. So keys and values of a token change no
+            output before it. Lists are chosen for a query block as a whole, from the keys and values of its candidates
+            and from all its queries: the query of a token may change which blocks the earlier queries of its own query
+            block read, and nothing before that. `text_before` and `text_after` then count keys: text queries are those
+            at their positions, and exact. `permutation` has to be None, `block_query` a multiple of `block_key`, the
+            precision native.
         implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
             (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
             that serves the call.
@@ -160,7 +160,7 @@ def psa_attention(
     call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
-        out, used = _all_dense(call), [call.no_lists()]
+        out, used = _all_dense(call, backend), [call.no_lists()]
         stats = [call.stats(used[0], "dense")]
     else:
         if lists is not None:
@@ -184,7 +184,7 @@ def psa_attention(
                 used.append(found)
             del found  # A group's lists need not outlive it.
         if call.causal is not None:
-            causal_attention.text_attention(q, k, v, out, call.causal, call.scale)
+            backend.attend_causal_text(call, call.causal.text_queries, out)
         elif text_before or text_after:
             text_attention(q, k, v, out, call.layout, call.scale)
     if not return_stats and not return_lists:
@@ -239,8 +239,10 @@ def select_blocks(
     return backend.select(call, None)
 
 
-def _all_dense(call: Call) -> torch.Tensor:
+def _all_dense(call: Call, backend: Backend) -> torch.Tensor:
     """Without video queries or video keys there is nothing to leave out."""
     if call.causal is not None:
-        return causal_attention.dense_causal_attention(call.q, call.k, call.v, call.scale)
+        out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
+        backend.attend_causal_text(call, [slice(0, call.q.shape[1])], out)
+        return out
     return dense_attention(call.q, call.k, call.v, call.scale).contiguous()

@@ -81,10 +81,14 @@ class Call:
                 f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
             )
         if self.causal is not None:
-            level = lists.levels()
-            for index, row in enumerate(self.causal.rows):
-                if (level[:, :, index, self.causal.candidates(row) :] < levels).any():
-                    raise ValueError(f"lists: made for another call: row {index} lists blocks that are not past")
+            place = torch.arange(lists.ids.shape[3], device=lists.ids.device)
+            attended = place < lists.counts.sum(-1, keepdim=True)
+            candidates = [self.causal.candidates(row) for row in self.causal.rows]
+            past = lists.ids < torch.tensor(candidates, device=lists.ids.device)[:, None]
+            wrong = (attended & ~past).any(-1).any(1).any(0)
+            if bool(wrong.any()):
+                row = int(wrong.nonzero()[0])
+                raise ValueError(f"lists: made for another call: row {row} lists blocks that are not past")
         return lists if lists.ids.is_contiguous() and lists.counts.is_contiguous() else lists[:]
 
     def stats(self, lists: BlockLists, implementation: str) -> AttentionStats:

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels.backends import hopper
+from psa_kernels.backends.choose import choose
+from psa_kernels.causal.layout import CausalLayout
 from psa_testing.brute_force_causal import brute_force_causal
 
 SPEC = AttentionSpec(block_query=16, block_key=8, importance=Importance(query_stride=4, key_stride=4))
@@ -100,6 +103,23 @@ def test_no_output_depends_on_what_is_later(name, changed):
     assert torch.equal(own[:, :block], out[:, :block])
 
 
+@pytest.mark.parametrize("name", [*SPECS, "budget"])
+@pytest.mark.parametrize("changed", [1, 17, 40, 79])
+def test_later_keys_and_values_change_no_earlier_output(name, changed):
+    """To the bit, also inside the query block of the token, for lists are chosen from what is before the diagonal."""
+    spec = SPECS.get(name, replace(SPEC, rule="budget", density=0.4, keep_first=1))
+    q, k, v = inputs(80, dtype=torch.float32)
+    out, lists = psa_attention(q, k, v, spec, causal=True, return_lists=True)
+    k, v = k.clone(), v.clone()
+    for x in (k, v):
+        x[:, changed] = 3 * torch.randn_like(x[:, changed])
+    found, new_lists = psa_attention(q, k, v, spec, causal=True, return_lists=True)
+    assert torch.equal(found[:, :changed], out[:, :changed]) and not torch.equal(found[:, changed], out[:, changed])
+    # The lists of its own row stay as well.
+    rows = changed // 16 + 1
+    assert torch.equal(new_lists.levels()[:, :, :rows], lists.levels()[:, :, :rows])
+
+
 def test_blocks_that_are_later_are_never_read():
     q, k, v = inputs(80)
     out = psa_attention(q, k, v, SPEC, causal=True)
@@ -160,7 +180,7 @@ MISTAKES = {
     "blocks": ({"block_query": 8, "block_key": 16}, (61, 61), {}, "a multiple of block_key=16, got 8"),
     "precision": ({"precision": "int8_qk"}, (61, 61), {}, "causal=True: expected precision='native', got 'int8_qk'"),
     "text": ({}, (5, 61), {"text_before": 60, "text_after": 2}, "cannot hold text_before=60"),
-    "kernel": ({}, (61, 61), {"implementation": "triton"}, "implementation='triton': .*causal=True|triton is not"),
+    "kernel": ({}, (61, 61), {"implementation": "triton"}, "implementation='triton': (device cpu|.*triton is not)"),
 }
 
 
@@ -188,14 +208,33 @@ def test_lists_of_a_call_that_is_not_causal_are_refused():
         psa_attention(q, k, v, spec, causal=True, lists=lists)
 
 
-def test_on_a_gpu_the_reference_has_to_be_asked_for(on_a_gpu):
-    from psa_kernels.backends.choose import choose
-    from psa_kernels.causal.layout import CausalLayout
+def causal_call(on_a_gpu, spec, **options):
+    """A call on a pretended GPU, its queries the last of the keys."""
+    call = on_a_gpu(spec, **options)
+    return replace(call, causal=CausalLayout(0, call.q.shape[1], 0, 0, spec.block_query, spec.block_key))
 
-    call = replace(on_a_gpu(AttentionSpec()), causal=CausalLayout(0, 65_536, 0, 0, 128, 64))
+
+def test_on_a_gpu_without_a_kernel_the_reference_has_to_be_asked_for(on_a_gpu):
+    call = causal_call(on_a_gpu, AttentionSpec(), head_dim=512, capability=(8, 0))
     for strict in (False, True):
-        with pytest.raises(ValueError, match="causal=True on cuda: not yet in a kernel; implementation='reference'"):
+        with pytest.raises(ValueError, match=r"causal=True on cuda: the triton kernel .*'reference' computes it"):
             choose(call, "auto", strict)
-    with pytest.raises(ValueError, match=r"implementation='hopper': .*(causal=True: not yet|not installed)"):
-        choose(call, "hopper")
     assert choose(call, "reference").name == "reference"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_a_kernel_serves_it_on_a_gpu(on_a_gpu, capability, recwarn):
+    pytest.importorskip("triton")
+    call = causal_call(on_a_gpu, AttentionSpec(), capability=capability)
+    expected = "hopper" if capability == (9, 0) else "triton"
+    assert choose(call, "auto", strict=True).name == expected
+    assert not recwarn
+
+
+def test_the_kernel_for_hopper_is_not_trusted_with_another_version_of_triton(on_a_gpu, monkeypatch):
+    pytest.importorskip("triton")
+    call = causal_call(on_a_gpu, AttentionSpec())
+    monkeypatch.setattr(hopper, "KNOWN_VERSIONS", ("0.0.",))
+    with pytest.raises(ValueError, match=r"implementation='hopper': causal=True with Triton .*expected version 0.0.x"):
+        choose(call, "hopper")
+    assert choose(call, "triton").name == "triton"

@@ -27,6 +27,10 @@ CASES = [
     (128, 64, (1, 2, 4), "fp16", {}),
     (128, 64, (1, 2, 4), "bf16", {"GROUP": 7}),
     (128, 32, (2, 4), "bf16", {"BLOCK_QUERY": 256, "STORE_LSE": True}),
+    (128, 64, (1, 2, 4), "bf16", {"GROUP": 7, "CAUSAL": True, "IN_STEP": True}),
+    (128, 32, (2, 4), "bf16", {"GROUP": 7, "CAUSAL": True, "TEXT": True}),
+    (128, 128, (1, 2, 4, 8), "fp16", {"GROUP": 4, "CAUSAL": True}),
+    (64, 64, (1, 2, 4), "bf16", {"GROUP": 3, "CAUSAL": True}),
 ]
 INT8_CASES = [
     (128, 64, (1, 2, 4), {}),
@@ -47,12 +51,17 @@ def compile_kernel(head_dim, block_key, levels, dtype, constants, int8=False):
         "ONLINE": dtype == "fp16",
         "IN_STEP": False,
         "GROUP": 1,
+        "CAUSAL": False,
         **pipeline(head_dim),
         **constants,
     }
     boxes = {f"{x}_{i}": block_key // factor for x in "kv" for i, factor in enumerate(levels)}
     if constants["TEXT"]:
         boxes |= {f"{x}_text_{side}": block_key for x in "kv" for side in ("before", "after")}
+    if constants["CAUSAL"]:
+        boxes |= {f"{x}_text_after": block_key for x in "kv"}
+    else:
+        constants |= dict.fromkeys(("lead", "shift"))
     absent = [f"{x}_{i}" for x in "kv" for i in [*range(MAX_HOPPER_LEVELS), "text_before", "text_after"]]
     constants |= {name: None for name in absent if name not in boxes}
     if not int8:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from psa_kernels.call import Call
+from psa_kernels.causal.attention import dense_causal_attention
 from psa_kernels.lists import BlockLists
 
 
@@ -57,3 +59,10 @@ class Backend(ABC):
     @abstractmethod
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         """Pool the values and fill the rows of video queries of `out`, `[B, Nq, H, D]`."""
+
+    def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
+        """Let some of the queries of a causal call attend all keys that are not later, and fill their rows of `out`."""
+        for part in parts:
+            seen = call.k.shape[1] - call.q.shape[1] + part.stop
+            queries, keys, values = call.q[:, part], call.k[:, :seen], call.v[:, :seen]
+            out[:, part] = dense_causal_attention(queries, keys, values, call.scale)

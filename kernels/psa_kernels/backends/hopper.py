@@ -31,6 +31,9 @@ class Hopper(Triton):
     def why_not(self, call: Call) -> str | None:
         obstacle = super().why_not(call) or _why_not_at_these_addresses(call)
         if obstacle is None and not triton_version().startswith(KNOWN_VERSIONS):
+            if call.causal is not None:
+                # The self-test has no causal calls.
+                return f"causal=True with Triton {triton_version()}: expected version {' or '.join(KNOWN_VERSIONS)}x"
             return self_test.obstacle(self, call)
         return obstacle
 
@@ -74,6 +77,11 @@ class Hopper(Triton):
         from psa_kernels.sparse.hopper.launch import sparse_attention
 
         pyramid = add_values(keys, call.v, call.layout)
+        if call.causal is not None:
+            from psa_kernels.causal import hopper
+
+            hopper.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
+            return
         sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
 
 

@@ -6,6 +6,7 @@ Kernels are imported only where they run: PyTorch's CPU builds come without trit
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -38,8 +39,6 @@ class Triton(Backend):
     def _why_not_such(self, call: Call) -> str | None:
         """The reason why it serves no calls of these shapes and settings."""
         q, spec, permutation = call.q, call.spec, call.layout.permutation
-        if call.causal is not None:
-            return "causal=True: not yet in a kernel"
         if not has_triton():
             return "the package triton is not installed"
         # On a CPU they run in Triton's interpreter: slow, and wrong in bfloat16.
@@ -97,6 +96,10 @@ class Triton(Backend):
         from psa_kernels.importance.triton import block_importance
         from psa_kernels.pyramid.triton import coarsest_levels
 
+        if call.causal is not None:
+            from psa_kernels.causal.triton_select import select
+
+            return select(call, call.causal, keys)
         q, k, layout, spec, scale = call.q, call.k, call.layout, call.spec, call.scale
         importance = block_importance(q, k, layout, spec, scale)
         if spec.rule == "budget":
@@ -109,7 +112,18 @@ class Triton(Backend):
         from psa_kernels.sparse.triton import sparse_attention
 
         pyramid = add_values(keys, call.v, call.layout)
+        if call.causal is not None:
+            from psa_kernels.causal import triton_attention
+
+            triton_attention.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
+            return
         sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+
+    def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
+        from psa_kernels.causal.triton_dense import dense_causal_attention
+
+        for part in parts:
+            dense_causal_attention(call.q, call.k, call.v, call.scale, part, out)
 
 
 @cache

@@ -72,15 +72,6 @@ def _listed(level: torch.Tensor, rows: PyramidRows, spec: AttentionSpec) -> torc
     return torch.cat(found)
 
 
-def text_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, causal: CausalLayout, scale: float
-) -> None:
-    """Let the text queries attend all keys that are not later, and write their rows of `out`."""
-    for part in causal.text_queries:
-        seen = causal.first_query + part.stop
-        out[:, part] = dense_causal_attention(q[:, part], k[:, :seen], v[:, :seen], scale)
-
-
 def dense_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Let queries that are the last of the keys attend all keys that are not later.
 

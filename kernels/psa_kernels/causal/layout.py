@@ -48,6 +48,21 @@ class CausalLayout:
             return ()
         return tuple(range(self.first_video_query // self.block_query, block_count(self.video_keys, self.block_query)))
 
+    @property
+    def first_row(self) -> int:
+        """The number of the first query block that has queries; 0 without any."""
+        return self.rows[0] if self.rows else 0
+
+    @property
+    def lead(self) -> int:
+        """How many tokens of the first row stand before its first query: kernels count queries from its begin on."""
+        return self.first_video_query - self.first_row * self.block_query if self.rows else 0
+
+    @property
+    def query_shift(self) -> int:
+        """What has to be added to a number of tokens from the begin of the first row on to name a query of the call."""
+        return self.text_before + self.first_row * self.block_query - self.first_query
+
     def span(self, row: int) -> tuple[int, int]:
         """The video tokens from and up to which a row has queries."""
         return max(row * self.block_query, self.first_video_query), self.end(row)

@@ -75,8 +75,9 @@ def _importance(
 ) -> torch.Tensor:
     """Importance of a row's candidates: `[B, Hq, 1, candidates]`.
 
-    Groups of queries and of keys are cut at multiples of their strides. The softmax of a group of queries runs over the
-    groups of keys that begin no later than it.
+    The softmax runs over the candidates alone. Keys of the diagonal are later than some queries of the row, which must
+    not see them, not even by way of the list that they share. Groups of queries and of keys are cut at multiples of
+    their strides.
 
     Args:
         queries: of the row: `[B, Q, Hq, D]`.
@@ -89,10 +90,7 @@ def _importance(
     chosen = [group[:, :, 0] if how.estimator == "sampled" else group.mean(2) for group in groups]
     # Heads that share keys beside each other: `[B, Hkv, group, representatives, D]`.
     rows = torch.stack(chosen, dim=2).unflatten(1, (keys.shape[1], -1)) * scale
-    keys = keys[:, :, None, : -(-causal.end(row) // how.key_stride)]
-    begins = torch.arange(keys.shape[3], device=keys.device) * how.key_stride
-    later = begins > torch.tensor(starts, device=keys.device)[:, None]
-    shares = (rows @ keys.mT).masked_fill(later, -torch.inf).softmax(-1).flatten(1, 2)
     columns = spec.block_key // how.key_stride
-    pairs = shares[..., : causal.candidates(row) * columns].unflatten(-1, (-1, columns))
+    past = keys[:, :, None, : causal.candidates(row) * columns]
+    pairs = (rows @ past.mT).softmax(-1).flatten(1, 2).unflatten(-1, (-1, columns))
     return pairs.amax((2, 4))[:, :, None] if how.statistic == "max" else pairs.mean((2, 4))[:, :, None]

@@ -29,10 +29,11 @@ def fetch_queries(
     schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation, stride_qb,
     stride_qn, stride_qh, query_tokens, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
     FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, IN_STEP: gl.constexpr,
-    QUERY_SLOTS: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warp: announce items, gather their queries, perhaps permuted, and plan the tiles of their lists."""
-    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
+    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after, past = lists
+    lead, shift = past
     # Numbers that are copied together, 16 bytes.
     UNIT: gl.constexpr = divide(128, q_tiles.dtype.primitive_bitwidth)
     CHUNKS: gl.constexpr = HEAD_DIM // UNIT
@@ -44,7 +45,7 @@ def fetch_queries(
     done = gl.to_tensor(0)
     item = announce_item(schedule, done)
     while item < items:
-        head_index, batch, head, query_tile = item_at(item, heads, video_queries)
+        head_index, batch, head, query_tile = item_at(item, items, heads, video_queries, GROUP, CAUSAL)
         base = q_ptr + batch.to(gl.int64) * stride_qb * UNIT + head.to(gl.int64) * stride_qh * UNIT
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
         slot, phase = in_ring(done, QUERY_SLOTS)
@@ -52,7 +53,10 @@ def fetch_queries(
         for part in gl.static_range(TILE_M // ROWS):
             # Rows past the end repeat the last one; their output is not stored.
             position = gl.minimum(query_tile * TILE_M + part * ROWS + place, video_queries - 1)
-            token = position + text_before
+            if CAUSAL:
+                token = gl.maximum(position, lead) + shift
+            else:
+                token = position + text_before
             if PERMUTED:
                 token = gl.load(permutation + position) + text_before
             half = q_tiles.index(slot * 2 + divide(part * ROWS, 64))
@@ -71,7 +75,8 @@ def fetch_queries(
             ids_ptr + row * list_width, counts_ptr + row * len(FACTORS), video_keys, text_before, text_after,
             BLOCK_KEY, FACTORS, TEXT,
         )  # fmt: skip
-        plan_tiles(plans, biases, slot, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
+        # A diagonal is one tile.
+        plan_tiles(plans, biases, slot, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT, 1 if CAUSAL else 0)
         async_copy.wait_group(0)
         fence_async_shared()
         if IN_STEP:
@@ -98,24 +103,33 @@ def load_factors(pointer, factors, slot, query_tile, video_queries, text_before,
 def fetch_rows(
     schedule, rows, tiles, full, empty, lists, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr,
     BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, REPORTS: gl.constexpr, STAGES: gl.constexpr,
-    GROUP: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy the boxes of each item's list, of keys or of values, into tile after tile.
 
     REPORTS: tell the other programs when the last level is begun.
     GROUP: how many neighbouring heads of the queries read the same head of the keys and values.
+    CAUSAL: begin with the diagonal, rows of what else would be the text after the video.
     """
-    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after = lists
+    ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after, _ = lists
     tile = gl.to_tensor(0)
     done = gl.to_tensor(0)
     item = announced_item(schedule, done, 1)
     while item < items:
-        head_index, batch, head, query_tile = item_at(item, heads, video_queries)
+        head_index, batch, head, query_tile = item_at(item, items, heads, video_queries, GROUP, CAUSAL)
         row = list_row(head_index, query_tile, video_queries, BLOCK_QUERY)
         if GROUP > 1:
             head = head // GROUP
         ids = ids_ptr + row * list_width
         place = gl.to_tensor(0)
+        if CAUSAL:
+            open_tile(tiles, full, empty, tile, HEAD_DIM, STAGES)
+            for box in gl.static_range(TILE_N // BLOCK_KEY):
+                copy_box(
+                    rows[1], batch, head, query_tile * TILE_N + box * BLOCK_KEY, tiles, full, tile,
+                    box * BLOCK_KEY, BLOCK_KEY, HEAD_DIM, STAGES,
+                )  # fmt: skip
+            tile += 1
         if TEXT:
             for side in gl.static_range(2):
                 if rows[side] is not None:

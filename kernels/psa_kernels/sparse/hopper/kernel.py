@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from psa_kernels.sparse.hopper.fetch import fetch_queries, fetch_rows
 from psa_kernels.sparse.hopper.plan import MAX_MIXED, PLAN
-from psa_kernels.sparse.hopper.softmax import per_row, row_sums, with_biases
+from psa_kernels.sparse.hopper.softmax import per_row, row_sums, up_to_diagonal, with_biases
 from psa_kernels.sparse.hopper.tiles import (
     TICKETS,
     TILE_M,
@@ -42,16 +42,17 @@ LARGEST_SUM = gl.constexpr(float(2**100))
 @gluon.jit(
     do_not_specialize=[
         "heads", "items", "video_queries", "video_keys", "list_width", "text_before", "text_after", "query_tokens",
+        "lead", "shift",
     ]
 )  # fmt: skip
 def attention_kernel(
     q_ptr, factors_ptr, k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4, v_text_before, v_text_after, v_0, v_1,
     v_2, v_3, v_4, out_ptr, lse_ptr, ids_ptr, counts_ptr, permutation, counter_ptr, redo_ptr, stride_qb, stride_qn,
     stride_qh, stride_ob, stride_on, stride_oh, heads, items, video_queries, video_keys, list_width, text_before,
-    text_after, query_tokens, scale, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr, BLOCK_KEY: gl.constexpr,
-    FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr, STORE_LSE: gl.constexpr, ONLINE: gl.constexpr,
-    IN_STEP: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr,
-    GROUP: gl.constexpr,
+    text_after, query_tokens, scale, lead, shift, HEAD_DIM: gl.constexpr, BLOCK_QUERY: gl.constexpr,
+    BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr, TEXT: gl.constexpr, PERMUTED: gl.constexpr,
+    STORE_LSE: gl.constexpr, ONLINE: gl.constexpr, IN_STEP: gl.constexpr, STAGES: gl.constexpr,
+    QUERY_SLOTS: gl.constexpr, TURNS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Attention of all video queries over their lists.
 
@@ -64,6 +65,9 @@ def attention_kernel(
         redo_ptr: int32, one an item, set to 1 where the frozen maximum let sums run over.
         stride_q*: in units of 16 bytes, which tells the compiler how far it may widen its reads.
         scale: by what all products are multiplied where there is no `factors_ptr`.
+        lead, shift: None but in causal calls, as in `causal.triton_attention`. `video_queries` is then the position up
+            to which there are queries, and the text after the video the video's keys themselves, token by token from
+            the begin of the first row on, of which each item reads its diagonal first; `text_after` is 0.
         ONLINE: keep a running row maximum instead of that of the first tile.
         IN_STEP: let programs wait for each other. Their items should take equally long.
         GROUP: how many neighbouring heads of the queries read the same head of the keys and values.
@@ -111,8 +115,9 @@ def attention_kernel(
     # Those that do not exist are None.
     k_rows = (k_text_before, k_text_after, k_0, k_1, k_2, k_3, k_4)
     v_rows = (v_text_before, v_text_after, v_0, v_1, v_2, v_3, v_4)
-    lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after)
-    queries = (heads, items, video_queries, text_before)
+    past = (lead, shift)
+    lists = (ids_ptr, counts_ptr, heads, items, video_queries, video_keys, list_width, text_before, text_after, past)
+    queries = (heads, items, video_queries, text_before, lead, shift)
     consumed = (
         q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     )  # fmt: skip
@@ -122,28 +127,28 @@ def attention_kernel(
             (
                 consume,
                 (schedule, consumed, queries, results, 0, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
-                 TURNS),
+                 TURNS, GROUP, CAUSAL),
             ),
             (
                 consume,
                 (schedule, consumed, queries, results, 1, HEAD_DIM, PERMUTED, STORE_LSE, ONLINE, STAGES, QUERY_SLOTS,
-                 TURNS),
+                 TURNS, GROUP, CAUSAL),
             ),
             (
                 fetch_queries,
                 (schedule, q_ptr, factors_ptr, q_tiles, factors, plans, biases, q_full, q_empty, lists, permutation,
                  stride_qb, stride_qn, stride_qh, query_tokens, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
-                 TEXT, PERMUTED, IN_STEP, QUERY_SLOTS),
+                 TEXT, PERMUTED, IN_STEP, QUERY_SLOTS, GROUP, CAUSAL),
             ),
             (
                 fetch_rows,
                 (schedule, k_rows, k_tiles, k_full, k_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 IN_STEP, STAGES, GROUP),
+                 IN_STEP, STAGES, GROUP, CAUSAL),
             ),
             (
                 fetch_rows,
                 (schedule, v_rows, v_tiles, v_full, v_empty, lists, HEAD_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, TEXT,
-                 False, STAGES, GROUP),
+                 False, STAGES, GROUP, CAUSAL),
             ),
         ],
         [4, 1, 1, 1],
@@ -155,7 +160,7 @@ def attention_kernel(
 def consume(
     schedule, consumed, queries, results, HALF: gl.constexpr, HEAD_DIM: gl.constexpr, PERMUTED: gl.constexpr,
     STORE_LSE: gl.constexpr, ONLINE: gl.constexpr, STAGES: gl.constexpr, QUERY_SLOTS: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: attention of half of each item's queries.
 
@@ -169,7 +174,7 @@ def consume(
     (
         q_tiles, factors, plans, biases, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
     ) = consumed  # fmt: skip
-    heads, items, video_queries, text_before = queries
+    heads, items, video_queries, text_before, lead, shift = queries
     out_ptr, lse_ptr, permutation, redo_ptr, stride_ob, stride_on, stride_oh, query_tokens, scale = results
     ROWS: gl.constexpr = TILE_M // 2
     INT8: gl.constexpr = q_tiles.dtype == gl.int8
@@ -185,7 +190,7 @@ def consume(
     done = gl.to_tensor(0)
     item = announced_item(schedule, done, 4)
     while item < items:
-        head_index, batch, head, query_tile = item_at(item, heads, video_queries)
+        head_index, batch, head, query_tile = item_at(item, items, heads, video_queries, GROUP, CAUSAL)
         slot, phase = in_ring(done, QUERY_SLOTS)
         mbarrier.wait(q_full.index(slot), phase)
         plan = slot * PLAN
@@ -205,14 +210,20 @@ def consume(
         tile += 1
         next_stage, next_phase = in_ring(tile, STAGES)
         mbarrier.wait(k_full.index(next_stage), next_phase, pred=tiles > 1)
-        if mixed == 0:
-            columns = biases.index(column_biases).load(gl.SliceLayout(0, score_layout))
-            scores = with_biases(scores, columns, row_factors)
-            plan, column_biases = plan + 2, column_biases + 1
-            mixed = read_number(plans, plan + 1, 4)
-            bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
-        top = gl.max(scores, 1) * row_factors + bias
-        weights = gl.exp2(scores * row_factors[:, None] - (top - bias)[:, None])
+        if CAUSAL:
+            # Every query reads itself, so that the frozen maximum is a number.
+            scores = up_to_diagonal(scores, HALF)
+            top = gl.max(scores, 1) * row_factors
+            weights = gl.exp2(scores * row_factors[:, None] - top[:, None])
+        else:
+            if mixed == 0:
+                columns = biases.index(column_biases).load(gl.SliceLayout(0, score_layout))
+                scores = with_biases(scores, columns, row_factors)
+                plan, column_biases = plan + 2, column_biases + 1
+                mixed = read_number(plans, plan + 1, 4)
+                bias = read_number(plans, plan + 2, 4).to(gl.float32, bitcast=True)
+            top = gl.max(scores, 1) * row_factors + bias
+            weights = gl.exp2(scores * row_factors[:, None] - (top - bias)[:, None])
         total = row_sums(weights)
         operand = gl.convert_layout(weights.to(dtype), weight_layout)
         accumulator = gl.zeros([ROWS, HEAD_DIM], gl.float32, out_layout)
@@ -267,9 +278,16 @@ def consume(
             # Anything times 0 is 0, but infinity and NaN.
             sound = (gl.sum(accumulator * 0.0, 1) == 0.0) & (sums < LARGEST_SUM)
             gl.store(redo_ptr + item + gl.zeros_like(sound.to(gl.int32)), 1, mask=~sound)
+            if CAUSAL:
+                # Only these queries are computed anew: what is later than the others must not change how they round.
+                sums = gl.where(sound, sums, float("nan"))
         position = query_tile * TILE_M + HALF * ROWS + gl.arange(0, ROWS, out_rows)
         real = position < video_queries
-        token = position + text_before
+        if CAUSAL:
+            real = real & (position >= lead)
+            token = position + shift
+        else:
+            token = position + text_before
         if PERMUTED:
             token = gl.load(permutation + position, mask=real, other=0) + text_before
         out_head = out_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh

@@ -156,7 +156,7 @@ def _plan(
          list_width, text_before, text_after, query_tokens, scale * math.log2(math.e)),
         HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key, FACTORS=spec.levels,
         TEXT=text_before + text_after > 0, PERMUTED=permuted, STORE_LSE=store_lse, ONLINE=online, IN_STEP=in_step,
-        GROUP=heads // others[0][2], num_warps=4, **pipeline(head_dim),
+        GROUP=heads // others[0][2], CAUSAL=False, lead=None, shift=None, num_warps=4, **pipeline(head_dim),
     )  # fmt: skip
     heights = (spec.block_key, spec.block_key, *(spec.block_key // factor for factor in spec.levels))
     of_keys, key_strides, value_strides, _ = others

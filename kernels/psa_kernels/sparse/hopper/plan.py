@@ -57,17 +57,18 @@ def run_ends(
 @gluon.jit
 def plan_tiles(
     plans, biases, slot, ends, text_before, text_after, BLOCK_KEY: gl.constexpr, FACTORS: gl.constexpr,
-    TEXT: gl.constexpr,
+    TEXT: gl.constexpr, BEFORE: gl.constexpr,
 ):  # fmt: skip
     """Tell the warpgroups which tiles are mixed, and for the others log2 of how many tokens their rows stand for.
 
     For a mixed tile `biases` has that number for each row, relative to that of the tiles up to the next mixed one.
+    `BEFORE` tiles, which are not mixed, come before those of the list.
     """
     tiles = gl.cdiv(ends[len(FACTORS)], TILE_N)
     entry = slot * PLAN
-    write_number(plans, entry, tiles)
+    write_number(plans, entry, tiles + BEFORE)
     mixed, bias = next_mixed_tile(0, ends, text_before, text_after, BLOCK_KEY, FACTORS, TEXT)
-    write_number(plans, entry + 1, mixed)
+    write_number(plans, entry + 1, mixed + BEFORE)
     write_number(plans, entry + 2, bias.to(gl.int32, bitcast=True))
     at = slot * MAX_MIXED
     while mixed < tiles:
@@ -77,7 +78,7 @@ def plan_tiles(
         biases.index(at).store(columns - bias)
         at += 1
         entry += 2
-        write_number(plans, entry + 1, mixed)
+        write_number(plans, entry + 1, mixed + BEFORE)
         write_number(plans, entry + 2, bias.to(gl.int32, bitcast=True))
 
 

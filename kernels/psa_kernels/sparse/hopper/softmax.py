@@ -13,6 +13,15 @@ def with_biases(scores, biases, factors):
 
 
 @gluon.jit
+def up_to_diagonal(scores, HALF: gl.constexpr):
+    """Scores of a tile on the diagonal, -inf for keys that are later than the query; of half of its queries."""
+    ROWS: gl.constexpr = scores.shape[0]
+    row = HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, scores.type.layout))
+    column = gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
+    return gl.where(column[None, :] <= row[:, None], scores, -float("inf"))
+
+
+@gluon.jit
 def row_sums(weights):
     """Sums of each row, one for each of the four threads that have parts of it: `[rows, 4]`.
 

@@ -39,11 +39,23 @@ def tile_layout(head_dim, bits, rank=2):
 
 
 @gluon.jit
-def item_at(item, heads, video_queries):
+def item_at(item, items, heads, video_queries, GROUP: gl.constexpr, CAUSAL: gl.constexpr):
     """One of the program's items: head of all batch items, batch item, head, tile of queries."""
     query_tiles = gl.cdiv(video_queries, TILE_M)
-    head_index = item // query_tiles
-    return head_index, head_index // heads, head_index % heads, item % query_tiles
+    if CAUSAL:
+        # The order of `causal.triton_steps.item_at`, which says why.
+        left = (items - 1 - item).to(gl.uint32)
+        pair = left // GROUP
+        tiles = query_tiles.to(gl.uint32)
+        run = pair // tiles
+        place = (pair - run * tiles).to(gl.int32)
+        head_index = (run * GROUP + left % GROUP).to(gl.int32)
+        query_tile = gl.where(run % 2 == 0, place, query_tiles - 1 - place)
+        batch = (head_index.to(gl.uint32) // heads.to(gl.uint32)).to(gl.int32)
+        return head_index, batch, head_index - batch * heads, query_tile
+    else:
+        head_index = item // query_tiles
+        return head_index, head_index // heads, head_index % heads, item % query_tiles
 
 
 @gluon.jit

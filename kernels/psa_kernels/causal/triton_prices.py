@@ -1,0 +1,209 @@
+"""What a finer level is worth, for every candidate of every row of a causal call, in Triton.
+
+As `allocation.triton_prices`, whose pieces it uses, but a row's sums and means are over its candidates.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, HIGHEST_PRICE, STEPS_PER_OCTAVE
+from psa_kernels.allocation.triton_prices import (
+    TILE,
+    empty_prices,
+    least_slope,
+    load_fractions,
+    pooled_error,
+    products,
+)
+from psa_kernels.allocation.triton_statistics import (
+    empty_rows,
+    key_spread,
+    pooled_factors,
+    store_scaled,
+    value_spread,
+)
+from psa_kernels.blocks import block_count
+from psa_kernels.causal.layout import CausalLayout
+from psa_kernels.causal.triton_queries import query_energy
+from psa_kernels.heads import group_size
+from psa_kernels.layout import TokenLayout
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
+from psa_kernels.triton_rows import key_head
+
+
+def upgrade_prices(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    importance: torch.Tensor,
+    causal: CausalLayout,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+) -> torch.Tensor:
+    """At which price of cost each level of each candidate pays.
+
+    Args:
+        q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
+        importance: of `triton_importance.block_importance`: float32 `[B, Hq, rows, key blocks]`.
+        scale: factor on the dot products.
+
+    Returns:
+        `empty_prices`: what the reference returns, but for roundings; `HIGHEST_PRICE` for kept blocks, and for the
+        block after the candidates where these are of an odd number. What stands past that is not written.
+    """
+    energy = query_energy(q, causal, spec, scale)
+    spread = key_spread(k, layout, spec)
+    centres, varied = value_spread(v, layout, spec)
+    batch, heads, rows, key_blocks = importance.shape
+    outputs = empty_rows(q, (), rows, squares=True)
+    totals = torch.empty_like(outputs.tops)
+    prices = empty_prices(len(spec.levels), batch, heads, rows, key_blocks, q.device)
+    average, price = _plan(
+        batch, heads, key_blocks, group_size(q, k), importance.stride(2), prices.stride(3), energy.fractions.shape[-1],
+        q.device, causal, spec,
+    )  # fmt: skip
+    average(importance, centres.fractions, centres.tops, outputs.fractions, outputs.tops, outputs.squares, totals)
+    price(
+        energy.fractions, energy.tops, spread.fractions, spread.tops, varied, centres.fractions, centres.tops,
+        centres.squares, outputs.fractions, outputs.tops, outputs.squares, totals, importance, prices,
+    )  # fmt: skip
+    return prices
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _plan(
+    batch: int, heads: int, key_blocks: int, group: int, importance_stride: int, price_stride: int, padded: int,
+    device: torch.device, causal: CausalLayout, spec: AttentionSpec,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """What fills the mean outputs, and the prices."""
+    rows, ratio = len(causal.rows), spec.block_query // spec.block_key
+    of_rows = block_count(rows, TILE["TILE_M"])
+    of_blocks = max(1, block_count(causal.candidates(causal.rows[-1]), TILE["TILE_N"]))
+    average = Launch(
+        output_kernel, (batch * heads, of_rows), (causal.first_row, rows, key_blocks, importance_stride),
+        RATIO=ratio, PADDED_DIM=padded, GROUP=group, **TILE,
+    )  # fmt: skip
+    price = Launch(
+        price_kernel, (batch * heads, of_rows, of_blocks),
+        (causal.first_row, rows, key_blocks, importance_stride, price_stride, spec.keep_first, spec.keep_last),
+        RATIO=ratio, PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
+        SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE, EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE,
+        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
+    )  # fmt: skip
+    return average, price
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "key_blocks"])
+def output_kernel(
+    importance_ptr, centres_ptr, centre_tops_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr,
+    first_row, rows, key_blocks, importance_stride, RATIO: tl.constexpr, PADDED_DIM: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Means of the candidates' mean values, weighted by importance, of `TILE_M` rows of one head."""
+    head_index = tl.program_id(0).to(tl.int64)
+    queries = head_index * rows
+    row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    real_row = row < rows
+    candidates = tl.where(real_row, (first_row + row) * RATIO, 0)
+    total = tl.zeros([TILE_M], tl.float32)
+    output = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
+    for first in tl.range(0, tl.max(candidates, 0), TILE_N, num_stages=2):
+        block = first + tl.arange(0, TILE_N)
+        real = block < key_blocks
+        past = block[None, :] < candidates[:, None]
+        weight = tl.load(
+            importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
+            mask=past, other=0.0,
+        )  # fmt: skip
+        total += tl.sum(weight, 1)
+        keys = key_head(head_index, GROUP) * key_blocks
+        centres = load_fractions(centres_ptr, keys, block, real, 0, PADDED_DIM, PADDED_DIM)
+        # What is not a number must not reach rows of which the block is no candidate.
+        centres = tl.where(centres == centres, centres, 0.0)
+        tops = tl.load(centre_tops_ptr + keys + block, mask=real, other=0.0)
+        # In float16: of even importance each weight is at least 1, of all importance on one block `key_blocks`. What is
+        # largest is so among a row's candidates: a later block must not change how weights are rounded.
+        seen = tl.where(past, tops[None, :], 0.0)
+        top = tl.max(seen, 1)
+        weight *= seen * (key_blocks / tl.where(top > 0, top, 1))[:, None]
+        output += tl.dot(weight.to(tl.float16), centres) * top[:, None]
+    # The smallest normal number, as in the reference.
+    total = tl.maximum(total, 1.1754943508222875e-38)
+    tl.store(totals_ptr + queries + row, total, mask=real_row)
+    output = output / (total * key_blocks)[:, None]
+    dims = tl.arange(0, PADDED_DIM)
+    store_scaled(outputs_ptr, output_tops_ptr, output_squares_ptr, queries + row, output, dims, real_row, PADDED_DIM)
+
+
+@triton.jit(do_not_specialize=["first_row", "rows", "key_blocks", "keep_first", "keep_last"])
+def price_kernel(
+    energy_ptr, energy_tops_ptr, spread_ptr, spread_tops_ptr, varied_ptr, centres_ptr, centre_tops_ptr,
+    centre_squares_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, importance_ptr, prices_ptr,
+    first_row, rows, key_blocks, importance_stride, price_stride, keep_first, keep_last, RATIO: tl.constexpr,
+    PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr, POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr,
+    SKIP: tl.constexpr, COVARIANCE: tl.constexpr, EXPONENT: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Prices of `TILE_M` rows and `TILE_N` key blocks of one head, if there is a candidate among them."""
+    row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+    real_row = row < rows
+    candidates = tl.where(real_row, (first_row + row) * RATIO, 0)
+    if tl.program_id(2) * TILE_N < tl.max(candidates, 0):
+        head_index = tl.program_id(0).to(tl.int64)
+        # Offsets inside a head fit 32 bits.
+        all_keys = key_head(tl.num_programs(0), GROUP).to(tl.int64) * key_blocks
+        all_queries = tl.num_programs(0).to(tl.int64) * rows
+        queries = head_index * rows
+        keys = key_head(head_index, GROUP) * key_blocks
+        block = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
+        real = block < key_blocks
+        past = block[None, :] < candidates[:, None]
+        free = past & (block >= keep_first)[None, :] & (block[None, :] < (candidates - keep_last)[:, None])
+        # All three terms are of the same rounded rows, so that their difference is a distance however small it is.
+        product = products(
+            outputs_ptr, output_tops_ptr, queries, row, real_row, centres_ptr, centre_tops_ptr, keys, block, real,
+            PADDED_DIM, DEPTH,
+        )  # fmt: skip
+        output_square = tl.load(output_squares_ptr + queries + row, mask=real_row, other=0.0)
+        centre_square = tl.load(centre_squares_ptr + keys + block, mask=real, other=0.0)
+        distance = tl.maximum(output_square[:, None] + centre_square[None, :] - 2 * product, 0)
+        errors = ()
+        if LEVELS[0] == 1:
+            errors += (tl.zeros([TILE_M, TILE_N], tl.float32),)
+        for index in tl.static_range(len(POOLED)):
+            start = index * all_keys + keys
+            noise = products(
+                energy_ptr, energy_tops_ptr, queries, row, real_row, spread_ptr, spread_tops_ptr, start, block, real,
+                PADDED_DIM, DEPTH,
+            )  # fmt: skip
+            varied = tl.load(varied_ptr + start + block, mask=real, other=0.0)
+            errors += (pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE),)
+        if SKIP:
+            errors += (distance,)
+        importance = tl.load(
+            importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
+            mask=past, other=0.0,
+        )  # fmt: skip
+        total = tl.load(totals_ptr + queries + row, mask=real_row, other=1.0)
+        # What multiplies every error of a pair multiplies its prices.
+        factor = EXPONENT * tl.math.log2(importance / total[:, None])
+        price = tl.zeros([TILE_M, TILE_N], tl.int32)
+        for level in tl.static_range(len(LEVELS)):
+            steps = tl.floor((tl.math.log2(least_slope(errors, level, LEVELS, BLOCK_KEY, SKIP)) + factor) * STEPS)
+            steps += HIGHEST // 2
+            # False for what is not a number.
+            steps = tl.where(steps >= 0, tl.minimum(steps, HIGHEST), 0)
+            price = tl.maximum(price, steps.to(tl.int32))
+            tl.store(
+                prices_ptr + (level * all_queries + queries) * price_stride
+                + (row[:, None] * price_stride + block[None, :]),
+                tl.where(free, price, HIGHEST).to(tl.int16),
+                mask=real_row[:, None] & (block < price_stride)[None, :],
+            )  # fmt: skip

@@ -1,0 +1,136 @@
+"""What the kernels of causal calls need of queries, whose first row of blocks may begin before the first of them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from psa_kernels.allocation.triton_statistics import UNROLLED, ScaledRows, blocks_at_once, empty_rows, store_scaled
+from psa_kernels.blocks import block_count
+from psa_kernels.causal.layout import CausalLayout
+from psa_kernels.importance.representatives import CHUNK, NATURAL_ROWS, reorder, smaller
+from psa_kernels.spec import AttentionSpec
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets
+
+
+def query_tiles(q: torch.Tensor, causal: CausalLayout, stride: int, pooled: bool, dims: Shape) -> torch.Tensor:
+    """Copy representatives of the video queries into tiles, as `representatives.in_tiles` does.
+
+    Group i has the tokens from `i * stride` on, counted from the begin of the first row. Where the call begins inside a
+    group, its first query represents it, or the mean of those that it has.
+
+    Args:
+        q: `[B, Nq, H, D]`.
+        dims: what the rows of a tile unfold to.
+
+    Returns:
+        `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of q, zeros where there is no representative.
+    """
+    shape, launch = _tiling(q.shape, q.stride(), q.device, causal, stride, pooled, dims)
+    out = torch.empty(shape, dtype=q.dtype, device=q.device)
+    launch(q, out)
+    return out
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _tiling(
+    shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, stride: int, pooled: bool, dims: Shape
+) -> tuple[Shape, Launch]:
+    """Shape of the tiles, and what fills them."""
+    steps = [1] * len(dims)
+    for i in reversed(range(len(dims) - 1)):
+        steps[i] = steps[i + 1] * dims[i + 1]
+    tile = steps[0] * dims[0]
+    batch, _, heads, head_dim = shape
+    end = causal.lead + causal.video_queries
+    tiles = block_count(block_count(end, stride), tile)
+    width = padded_dim(head_dim)
+    return (batch * heads, tiles, tile, width), Launch(
+        tile_kernel, (batch * heads, tiles * tile // CHUNK),
+        (*strides[:3], stride, causal.lead, end, causal.query_shift, heads),
+        HEAD_DIM=head_dim, PADDED_DIM=width, COUNT=stride if pooled else 1, TILE=tile,
+        SIZES=tuple(dims[i] for i in reversed(NATURAL_ROWS)), STRIDES=tuple(steps[i] for i in reversed(NATURAL_ROWS)),
+        WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
+    )  # fmt: skip
+
+
+def query_energy(q: torch.Tensor, causal: CausalLayout, spec: AttentionSpec, scale: float) -> ScaledRows:
+    """Mean square of `scale` times the queries, per channel, of each row of blocks: `[B, H, rows, D]`."""
+    rows = len(causal.rows)
+    energy = empty_rows(q, (), rows)
+    _energy(q.shape, q.stride(), q.device, causal, spec.block_query, scale)(q, energy.fractions, energy.tops)
+    return energy
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _energy(
+    shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, block: int, scale: float
+) -> Launch:
+    batch, _, heads, head_dim = shape
+    padded = padded_dim(head_dim)
+    rows, at_once = len(causal.rows), blocks_at_once(padded)
+    return Launch(
+        energy_kernel, (batch * heads, block_count(rows, at_once)),
+        (*strides[:3], heads, causal.lead, causal.lead + causal.video_queries, causal.query_shift, rows, scale * scale),
+        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=at_once, WIDE=are_wide((shape, strides)), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["step", "lead", "end", "shift", "heads"])
+def tile_kernel(
+    x_ptr, out_ptr, stride_b, stride_n, stride_h, step, lead, end, shift, heads, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`CHUNK` representatives of one head: number i is the mean of `COUNT` tokens from position `step * i` on.
+
+    Args:
+        lead, end: positions from which on and up to which there are queries.
+        shift: what has to be added to a position to name a query.
+    """
+    head_index = tl.program_id(0).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    sample = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    first = tl.maximum(sample * step, lead)
+    last = tl.minimum(sample * step + step, end)
+    total = tl.zeros([CHUNK, PADDED_DIM], tl.float32)
+    PARTS: tl.constexpr = smaller(COUNT, 8)
+    for start in range(0, COUNT, PARTS):
+        for i in tl.static_range(PARTS):
+            position = first + start + i
+            real = position < last
+            rows = head + row_offsets(position + shift, stride_n, WIDE)
+            total += load_real_rows(rows, dims, real, HEAD_DIM).to(tl.float32)
+    if COUNT > 1:
+        total *= (1.0 / tl.maximum(last - first, 1).to(tl.float32))[:, None]
+    place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
+    rows = head_index * (tl.num_programs(1) * CHUNK) + place
+    tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["heads", "lead", "end", "shift", "rows"])
+def energy_kernel(
+    x_ptr, fractions_ptr, tops_ptr, stride_b, stride_n, stride_h, heads, lead, end, shift, rows, factor,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`factor` times the mean square, per channel, of the queries of each of `ROWS` rows of one head."""
+    head_index = tl.program_id(0).to(tl.int64)
+    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    dims = tl.arange(0, PADDED_DIM)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for start in range(0, BLOCK, UNROLLED):
+        for part in tl.static_range(UNROLLED):
+            position = row * BLOCK + start + part
+            real = (position >= lead) & (position < end)
+            tokens = head + row_offsets(position + shift, stride_n, WIDE)
+            x = load_real_rows(tokens, dims, real, HEAD_DIM).to(tl.float32)
+            total += x * x
+    count = tl.minimum(row * BLOCK + BLOCK, end) - tl.maximum(row * BLOCK, lead)
+    mean = total * (factor / tl.maximum(count, 1).to(tl.float32))[:, None]
+    store_scaled(fractions_ptr, tops_ptr, None, head_index * rows + row, mean, dims, row < rows, PADDED_DIM)
