@@ -26,9 +26,8 @@ RASTER: dict[str, dict[str, Any]] = {
     "raster, 32 keys": {"order": "raster", "block": SMALL},
 }
 FINE = {**SAMPLED, "query_stride": 4, "key_stride": 4}
-MEANS = {
-    f"{estimator} mean": {**SAMPLED, "estimator": estimator, "statistic": "mean"} for estimator in ("sampled", "pooled")
-}
+SAMPLED_MEAN = {**SAMPLED, "statistic": "mean"}
+POOLED_MEAN = {**SAMPLED_MEAN, "estimator": "pooled"}
 
 
 @dataclass(frozen=True)
@@ -141,12 +140,13 @@ def auto() -> Iterator[Setting]:
         "hilbert, strides 4": {"importance": FINE},
         "hilbert, refresh 4": {"refresh": 4},
         "hilbert, not shared": {"share_guidance": False},
-        **{f"hilbert, {name}": {"importance": how} for name, how in MEANS.items()},
-        **{f"hilbert, 32 keys, {name}": {"block": SMALL, "importance": how} for name, how in MEANS.items()},
-        **{f"raster, 32 keys, {name}": RASTER["raster, 32 keys"] | {"importance": how} for name, how in MEANS.items()},
-        "hilbert, levels to 8, pooled mean": {"levels": [1, 2, 4, 8], "importance": MEANS["pooled mean"]},
-        "hilbert, 32 keys, strides 4": {"block": SMALL, "importance": FINE},
-        "raster, 32 keys, strides 4": RASTER["raster, 32 keys"] | {"importance": FINE},
+        "hilbert, sampled mean": {"importance": SAMPLED_MEAN},
+        "hilbert, pooled mean": {"importance": POOLED_MEAN},
+        "hilbert, 32 keys, pooled mean": {"block": SMALL, "importance": POOLED_MEAN},
+        "raster, 32 keys, pooled mean": RASTER["raster, 32 keys"] | {"importance": POOLED_MEAN},
+        "hilbert, corrected": {"correction": True},
+        "raster, 32 keys, corrected": RASTER["raster, 32 keys"] | {"correction": True},
+        "hilbert, pooled mean, corrected": {"importance": POOLED_MEAN, "correction": True},
     }
     falls = {"falling": (1.5, 1.0, 0.5), "falling steeply": (2.0, 0.7, 0.3), "rising": (0.5, 1.0, 1.5)}
     for share in (0.15, 0.25):
@@ -154,6 +154,8 @@ def auto() -> Iterator[Setting]:
         yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
         shared = vary("psa-3", thresholds=at_density(share), share_guidance=True)
         yield Setting(f"psa-3, shared {share}", shared, first, "psa-3, shared")
+        corrected = vary("psa-3", thresholds=at_density(share), share_guidance=True, correction=True)
+        yield Setting(f"psa-3, shared, corrected {share}", corrected, first, "psa-3, shared, corrected")
         for way, changes in ways.items():
             yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
         for (way, parts), order in product(falls.items(), ("hilbert", "raster")):
