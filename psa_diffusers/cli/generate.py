@@ -46,6 +46,7 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
   psa-generate --model wan2.2-14b --offload model --compare "a fox in snow"
   psa-generate --model wan-i2v-14b-480p --image fox.jpg "the fox looks up"
   psa-generate --model wan --lora fast.safetensors:0.8 --steps 4 "a fox in snow"
+  psa-generate --check --model wan-14b --density 0.2
   psa-generate --list
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
@@ -121,6 +122,12 @@ def _generate(
     vbench: Annotated[
         bool, typer.Option("--vbench", help="Also lay the videos out as VBench names them, in OUTPUT/vbench.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Say what this machine and the model will get, and end; nothing is downloaded but settings."
+        ),
+    ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_show_list, help="Show every model and preset.")
     ] = False,
@@ -157,8 +164,15 @@ def _generate(
             vbench=vbench,
             lora=tuple(lora or ()),
             lora_2=tuple(lora_2 or ()),
+            check=check,
         )
     )
+    if check:
+        from psa_diffusers.runs.check.check import check_plan
+        from psa_diffusers.runs.check.text import as_text
+
+        typer.echo(as_text(check_plan(plan)))
+        return
     _carry_out(plan, num_processes)
 
 

@@ -43,7 +43,7 @@ OPTIONS = {
         "--strict",
     ),
     *("--num-inference-steps", "--num-frames", "--guidance-scale"),  # as diffusers says it
-    *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
+    *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--check", "--list", "--version"),
 }
 
 
