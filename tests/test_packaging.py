@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,19 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(site)
     places = python(USE_EVERYTHING, tmp_path, site).split()
     assert all(Path(place).is_relative_to(site) for place in places)
+
+
+def test_the_first_minute_works_from_the_wheel_alone(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    small = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "2", "--output", "out"]
+    command = [sys.executable, "-m", "psa_diffusers.cli", "--compare", "a large red circle moving right", *small]
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert (summary["status"], summary["model"], summary["preset"]) == ("complete", "demo", "psa-3")
+    assert summary["prompts"][0]["ssim"] > 0 and "Where the seconds went" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize("where", ["root", "elsewhere"])

@@ -27,6 +27,13 @@ def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
+def import_pipeline(model: Model) -> None:
+    """Import most of what loading the model needs, which takes seconds and can so be timed apart."""
+    import diffusers
+
+    getattr(diffusers, model.card.pipeline, None)
+
+
 def load_pipeline(
     model: Model,
     *,

@@ -179,6 +179,7 @@ def _generate(
 def _carry_out(plan: "Plan", num_processes: int) -> None:
     """Run the plan in this process, or in several; tell what was made and what is missing."""
     from psa_diffusers.runs.generate import Interrupted, run
+    from psa_diffusers.runs.phases import as_line
     from psa_diffusers.runs.processes import check_devices, run_shared
     from psa_diffusers.runs.rank import launched_place
 
@@ -200,6 +201,8 @@ def _carry_out(plan: "Plan", num_processes: int) -> None:
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
             note(_figures(entry))
+    if summary["made"] and summary["seconds"] is not None:
+        note(as_line(summary["seconds"], plan.settings.device))
     note(f"report: {summary['report']}")
     print_json(summary)
     if summary["missing"]:

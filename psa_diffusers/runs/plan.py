@@ -1,7 +1,8 @@
 """What a run is asked to do, checked in full before any weights load."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ class Plan:
     """A checked run: nothing in it is left to guess.
 
     `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
+    `seconds` is how long it took to make the plan, which is mostly the import of PyTorch.
     """
 
     settings: Settings
@@ -85,6 +87,7 @@ class Plan:
     vbench: bool = False
     preset_2: "Preset | None" = None
     loras: tuple[Lora, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
     def sample(self, index: int) -> int:
         """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
@@ -107,6 +110,12 @@ def make_plan(request: Request) -> Plan:
     Raises:
         InputError: the first thing that is wrong, in one line.
     """
+    started = time.perf_counter()
+    plan = _checked(request)
+    return replace(plan, seconds=time.perf_counter() - started)
+
+
+def _checked(request: Request) -> Plan:
     prompts = _prompts(request)
     one_of("--dtype", request.dtype, DTYPES)
     one_of("--offload", request.offload, OFFLOADS)

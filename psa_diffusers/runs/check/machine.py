@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -112,11 +110,3 @@ def try_kernels(chosen: Offer, shape: Shape) -> Trial:
     distance = float((out.float() - expected.float()).norm() / expected.float().norm())
     problem = None if distance <= TOLERANCE else f"its result is {distance:.3f} away from the reference's"
     return Trial(marks[1] - marks[0], marks[2] - marks[1], problem)
-
-
-def compiled_kernels_folder() -> str:
-    """Where Triton keeps compiled kernels for later processes."""
-    given = os.environ.get("TRITON_CACHE_DIR")
-    if given:
-        return given
-    return str(Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache"))

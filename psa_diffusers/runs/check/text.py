@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from psa_diffusers.environment import hardware, versions
+from psa_diffusers.environment import compiled_kernels_folder, hardware, versions
 from psa_diffusers.runs.check.check import Check, Expert
 from psa_diffusers.runs.check.costs import Uses, list_bytes, pyramid_bytes
-from psa_diffusers.runs.check.machine import Offer, Trial, compiled_kernels_folder
+from psa_diffusers.runs.check.machine import Offer, Trial
 from psa_diffusers.runs.check.network import Network
 from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.ranges import ranges
