@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
+from psa_diffusers.errors import EXTRAS, how_to_install, with_extra
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -110,6 +115,22 @@ def test_the_version_is_in_one_place(wheel):
     with zipfile.ZipFile(wheel) as opened:
         metadata = opened.read(f"psa_diffusers-{version()}.dist-info/METADATA").decode()
     assert f"\nVersion: {version()}\n" in metadata
+
+
+def test_every_extra_that_is_named_brings_its_package():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert package in {re.split(r"[<>=;\s]", requirement)[0] for requirement in extras[extra]}
+        assert how_to_install(package) == f"pip install 'psa-diffusers[{extra}]'"
+    needed = {package for kind in PIPELINE_KINDS.values() for package in kind.packages}
+    assert needed == {"cosmos_guardrail", "torchvision"} <= set(EXTRAS)
+
+
+def test_what_a_library_misses_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    said = "transformer: Using `bitsandbytes` 4-bit quantization requires bitsandbytes"
+    assert with_extra(said) == f"{said} (pip install 'psa-diffusers[quantised]')"
+    assert with_extra("Using torchao needs a newer torch") == "Using torchao needs a newer torch"
 
 
 def test_the_kernels_folder_is_no_package():

@@ -13,7 +13,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.configurations import INDEX, index_file, read_json
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 from psa_diffusers.checkpoints.modular import MODULAR_INDEX, listed_modular_parts
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, how_to_install
 from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
@@ -97,7 +97,8 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     kind = PIPELINE_KINDS[card.pipeline]
     for package in kind.packages:
         if not is_installed(package):
-            raise InputError(f"--model {name}: {card.pipeline} needs the package {package}, which is not installed")
+            needed = f"{card.pipeline} needs the package {package}, which is not installed; {how_to_install(package)}"
+            raise InputError(f"--model {name}: {needed}")
     vae, transformer = (configuration(name, part, source, card, index) for part in ("vae", "transformer"))
     file = card.transformer[1]
     heads = transformer.get("num_attention_heads")
