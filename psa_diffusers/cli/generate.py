@@ -5,23 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from psa_diffusers.cli.options import (
-    OWN_DEFAULT,
-    PLACE,
-    Density,
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Lora,
-    Lora2,
-    NegativePrompt,
-    Offload,
-    Steps,
-    Version,
-    Width,
-)
+from psa_diffusers.cli.options import OWN_DEFAULT, PLACE, Density, Seed, Version, with_run_options
 from psa_diffusers.cli.shell import (
     FAILURE,
     INTERRUPTED,
@@ -70,6 +54,7 @@ def _show_list(wanted: bool) -> None:
 
 
 @generate_app.command(help=GENERATE_HELP, no_args_is_help=True)
+@with_run_options
 def _generate(
     prompts: Annotated[
         list[str] | None,
@@ -77,7 +62,8 @@ def _generate(
             metavar="PROMPT|FILE", help="Prompts, or text files or pipes with one a line ('#' comments); - is stdin."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
+    *,
+    options: dict[str, Any],
     preset: Annotated[
         str | None,
         typer.Option(
@@ -93,28 +79,13 @@ def _generate(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
+    seed: Seed = 0,
     samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
-    negative_prompt: NegativePrompt = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
     num_processes: Annotated[
         int,
         typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),
     ] = 1,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
-    ] = None,
-    lora: Lora = None,
-    lora_2: Lora2 = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
@@ -140,7 +111,6 @@ def _generate(
     plan = make_plan(
         Request(
             prompts=tuple(prompts or ()),
-            model=model,
             preset=preset,
             density=density,
             preset_2=preset_2,
@@ -148,23 +118,12 @@ def _generate(
             output=output,
             seed=seed,
             samples=samples,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            frames=frames,
             fps=fps,
-            negative_prompt=negative_prompt,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-            image=image,
             overwrite=overwrite,
             strict=strict,
             vbench=vbench,
-            lora=tuple(lora or ()),
-            lora_2=tuple(lora_2 or ()),
             check=check,
+            **options,
         )
     )
     if check:
