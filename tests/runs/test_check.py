@@ -180,6 +180,43 @@ def test_bad_input_is_one_line(arguments, message, capsys):
     assert len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.parametrize("changes", [{"num_attention_heads": "two"}, {"patch_size": [1, 0, 2]}, {"num_layers": None}])
+def test_a_damaged_configuration_is_one_line(changes, saved, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(saved / "wan", tmp_path / "wan", ignore=shutil.ignore_patterns("*.safetensors"))
+    file = tmp_path / "wan" / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    assert run_command("psa-generate", generate_app, ["--check", "--model", str(tmp_path / "wan")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"psa-generate: error: --model {tmp_path / 'wan'}: ") and "config.json" in line
+
+
+def test_frames_beside_the_video_are_told(tmp_path):
+    SAVED["framepack-i2v"].build().save_pretrained(tmp_path)
+    text = as_text(checked(model=str(tmp_path), height=64, width=64, frames=9))
+    assert said(text, "Tokens") == (
+        "144 of the video, 9 x 4 x 4, before those of the text those of earlier frames or conditions beside them are "
+        "attended exactly, and not counted below"
+    )
+
+
+def test_a_trial_takes_the_precision_that_the_kernel_has(monkeypatch):
+    ((_, offered),) = checked().experts[0].uses
+    call = replace(offered.call, spec=replace(offered.call.spec, precision="int8_qk"))
+    seen = []
+
+    def noted(q, k, v, spec, **options):
+        seen.append(spec.precision)
+        return psa_attention(q, k, v, spec, **{**options, "implementation": "reference"})
+
+    monkeypatch.setattr(machine, "psa_attention", noted)
+    hopper = next(each for each in machine.BACKENDS if each.name == "hopper")
+    shape = machine.Shape(1, 1, 64)
+    assert machine.try_kernels(replace(offered, call=call, backend=hopper), shape).problem is None
+    assert set(seen) == {"native"}
+
+
 def test_a_class_that_is_not_there_is_one_line(saved, tmp_path, capsys):
     import shutil
 

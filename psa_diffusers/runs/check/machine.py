@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,8 @@ def _why_not(backend: Backend, call: Call) -> str:
 def try_kernels(chosen: Offer, shape: Shape) -> Trial:
     """Make one small call twice on the offer's device, and hold it against the reference with the same lists."""
     like, spec = chosen.call.q, chosen.call.spec
+    if spec.precision not in chosen.backend.precisions:
+        spec = replace(spec, precision="native")  # which stands in for it
     generator = torch.Generator(like.device).manual_seed(0)
     counts = TRIAL_HEADS * shape.heads // shape.kv_heads, TRIAL_HEADS, TRIAL_HEADS
     sizes = [(1, TRIAL_TOKENS + TRIAL_TEXT, heads, shape.head_dim) for heads in counts]

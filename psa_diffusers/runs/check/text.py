@@ -94,6 +94,8 @@ def _network(plan: Plan, network: Network) -> Iterator[tuple[str, str]]:
     grid = " x ".join(map(str, network.grid))
     beside = {"none": "", "before": ", after those of the text", "after": ", before those of the text"}
     yield "Tokens", f"{network.tokens:,} of the video, {grid}{beside[network.family.text]}"
+    if network.family.history or network.family.appended:
+        yield "", "those of earlier frames or conditions beside them are attended exactly, and not counted below"
 
 
 def _expert(plan: Plan, expert: Expert, trials: dict[str, Trial]) -> Iterator[tuple[str, str]]:
