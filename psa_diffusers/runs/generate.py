@@ -4,7 +4,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,31 +147,19 @@ def _write_prompt(plan: Plan, index: int, results: dict[str, Generated], path: P
     report["videos"] = {key: f"{key}.mp4" for key in results}
     report["files"] = {}
     for key, result in results.items():
+        write_video(path / f"{key}.mp4", result.frames, plan.settings.fps, result.sound)
         for warning in result.warnings:
             print(f"warning: {key}, {prompt[:60]!r}: {warning}", file=sys.stderr)
-    # Encoders of videos and pictures leave Python to others.
-    with ThreadPoolExecutor(max_workers=len(results) + 1) as pool:
-        writing = [
-            pool.submit(write_video, path / f"{key}.mp4", result.frames, plan.settings.fps, result.sound)
-            for key, result in results.items()
-        ]
-        if plan.settings.compare:
-            dense, sparse = results[DENSE], results[name]
-            if sparse.masks:
-                writing.append(pool.submit(_write_overlay, path / OVERLAY, sparse))
-            labels, sounds = (_label(DENSE, dense), _label(name, sparse)), (dense.sound, sparse.sound)
-            comparison = write_comparison(path, dense.frames, sparse.frames, labels, plan.settings.fps, sounds)
-            report["files"] = comparison.pop("files")
-            if sparse.masks:
-                report["files"]["attention"] = OVERLAY
-            report["comparison"] = {**comparison, "speedup": _speedup(dense, sparse)}
-        for written in writing:
-            written.result()
+    if plan.settings.compare:
+        dense, sparse = results[DENSE], results[name]
+        labels, sounds = (_label(DENSE, dense), _label(name, sparse)), (dense.sound, sparse.sound)
+        comparison = write_comparison(path, dense.frames, sparse.frames, labels, plan.settings.fps, sounds)
+        report["files"] = comparison.pop("files")
+        if sparse.masks:
+            write_image(path / OVERLAY, attention_overlay(sparse.frames, sparse.masks))
+            report["files"]["attention"] = OVERLAY
+        report["comparison"] = {**comparison, "speedup": _speedup(dense, sparse)}
     write_json(path / PROMPT_FILE, {**report, **about})
-
-
-def _write_overlay(path: Path, result: Generated) -> None:
-    write_image(path, attention_overlay(result.frames, result.masks))
 
 
 def _as_json(result: Generated) -> dict[str, Any]:
