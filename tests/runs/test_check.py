@@ -300,6 +300,19 @@ def test_kernels_compile_on_this_gpu(preset):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+def test_a_video_that_is_long_enough_gets_the_kernel_for_hopper():
+    """20,736 tokens: what a run would choose, though the demo's default size is too small for it to pay."""
+    check = checked(device="cuda", dtype="bfloat16", height=384, width=384)
+    text = as_text(check)
+    assert said(text, "Implementation").split()[0] == "hopper" and check.trials["hopper"].problem is None
+    small = said(as_text(checked(device="cuda", dtype="bfloat16")), "Implementation")
+    assert small.startswith("triton") and "hopper: does not pay for calls of this size on this device" in small
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_float32_stays_dense_on_a_gpu():
     text = as_text(checked(device="cuda", dtype="float32"))
