@@ -44,6 +44,14 @@ def hardware(device: str | None = None) -> dict[str, str | int | float]:
     return found
 
 
+def compiled_kernels_folder() -> str:
+    """Where Triton keeps compiled kernels for later processes."""
+    given = os.environ.get("TRITON_CACHE_DIR")
+    if given:
+        return given
+    return str(Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache"))
+
+
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
+from psa_diffusers.errors import EXTRAS, how_to_install, with_extra
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -84,6 +90,19 @@ def test_the_wheel_works_elsewhere(wheel, tmp_path):
     assert all(Path(place).is_relative_to(site) for place in places)
 
 
+def test_the_first_minute_works_from_the_wheel_alone(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    small = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "2", "--output", "out"]
+    command = [sys.executable, "-m", "psa_diffusers.cli", "--compare", "a large red circle moving right", *small]
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert (summary["status"], summary["model"], summary["preset"]) == ("complete", "demo", "psa-3")
+    assert summary["prompts"][0]["ssim"] > 0 and "Where the seconds went" in (tmp_path / "out/report.html").read_text()
+
+
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
 def test_a_checkout_works_without_installing(where, tmp_path):
     places = python(USE_EVERYTHING, ROOT if where == "root" else tmp_path, ROOT).split()
@@ -96,6 +115,22 @@ def test_the_version_is_in_one_place(wheel):
     with zipfile.ZipFile(wheel) as opened:
         metadata = opened.read(f"psa_diffusers-{version()}.dist-info/METADATA").decode()
     assert f"\nVersion: {version()}\n" in metadata
+
+
+def test_every_extra_that_is_named_brings_its_package():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert package in {re.split(r"[<>=;\s]", requirement)[0] for requirement in extras[extra]}
+        assert how_to_install(package) == f"pip install 'psa-diffusers[{extra}]'"
+    needed = {package for kind in PIPELINE_KINDS.values() for package in kind.packages}
+    assert needed == {"cosmos_guardrail", "torchvision"} <= set(EXTRAS)
+
+
+def test_what_a_library_misses_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else object())
+    said = "transformer: Using `bitsandbytes` 4-bit quantization requires bitsandbytes"
+    assert with_extra(said) == f"{said} (pip install 'psa-diffusers[quantised]')"
+    assert with_extra("Using torchao needs a newer torch") == "Using torchao needs a newer torch"
 
 
 def test_the_kernels_folder_is_no_package():

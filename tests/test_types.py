@@ -13,6 +13,7 @@ import pytest
 
 import psa_diffusers
 import psa_kernels
+from psa_diffusers import Preset, list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,6 +40,11 @@ MISTAKES = (
     ("apply_psa(pipe).stats().density_sparce", '"RunStats" has no attribute "density_sparce"'),
     ("PSAProcessor(pipe).restor()", '"PSAProcessor" has no attribute "restor"'),
     ('load_preset("psa-3").at_densty(0.2)', '"Preset" has no attribute "at_densty"'),
+    ("Preset(densty=0.2)", 'Unexpected keyword argument "densty" for "Preset"'),
+    ('Preset(rule="counts")', "incompatible type \"Literal['counts']\""),
+    ('Preset(block={"query": 128, "keys": 64})', 'expected "BlockKeys | BlockSizes"'),
+    ('load_preset("psa-3").replace(dense_steps="0.3")', 'incompatible type "str"'),
+    ('load_preset("psa-3").replace(layers=[{"match": "0-1", "dens": True}])', "incompatible type"),
     ("disable_psa()", 'Missing positional argument "pipe" in call to "disable_psa"'),
     ('psa_stats(pipe)["density"]', '"RunStats" is not indexable'),
     ("psa_attention(q, q, q, AttentionSpec(), return_stats=True)[1].densities", '"AttentionStats" has no attribute'),
@@ -54,6 +60,12 @@ def code_of(page: Path) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
 
 
+def as_code(name: str) -> str:
+    """A shipped preset as one would write it in Python."""
+    settings = load_preset(name).model_dump(mode="json", exclude_unset=True)
+    return f"Preset({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory) -> str:
     """All that mypy says, of pages, examples and mistakes in one run."""
@@ -62,6 +74,7 @@ def said(tmp_path_factory) -> str:
     for page in PAGES:
         (folder / f"page_{page.stem}.py").write_text(GIVEN + code_of(page))
     names = f"from psa_diffusers import {', '.join(psa_diffusers.__all__)}\nfrom psa_kernels import *\n"
+    (folder / "presets.py").write_text("from psa_diffusers import Preset\n" + "\n".join(map(as_code, list_presets())))
     lines = "\n".join(line for line, _ in MISTAKES)
     (folder / "mistakes.py").write_text(f"from typing import Any\n{names}pipe: Any\nq: Any\n{lines}\n")
     for example in (ROOT / "examples").glob("*.py"):
@@ -86,6 +99,11 @@ def test_the_code_of_readme_and_docs_type_checks(said):
 
 def test_the_examples_type_check(said):
     assert not errors_in(said, "example_")
+
+
+def test_shipped_presets_written_in_code_type_check(said):
+    assert eval(as_code("psa-3"), {"Preset": Preset}) == load_preset("psa-3")
+    assert not errors_in(said, "presets.py")
 
 
 @pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])

@@ -40,7 +40,9 @@ def make_preset(base: Preset, solution: Solution | None, num_layers: int, name: 
         alike.setdefault(json.dumps(changes), []).append(layer)
     if len(alike) == 1 and not base.layers and len(solution.shapes) == num_layers:
         return preset.replace(**_at_the_top(base, json.loads(next(iter(alike)))))
-    rules = [{"match": ",".join(map(str, layers)), **json.loads(changes)} for changes, layers in alike.items()]
+    rules: list[Any] = [
+        {"match": ",".join(map(str, layers)), **json.loads(changes)} for changes, layers in alike.items()
+    ]
     return preset.replace(layers=[*base.layers, *rules])
 
 

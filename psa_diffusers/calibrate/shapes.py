@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from psa_diffusers.presets import Preset, PresetError
+from psa_diffusers.presets.keys import LayerKeys
 
 BASE = "as the base preset"
 # Changes to the base preset, as a rule for layers says them. The rule `budget` and other splits over the levels are no
 # candidates: errors of single calls favour pooling, more than whole videos do.
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, LayerKeys] = {
     BASE: {},
     "raster": {"order": "raster"},
     "hilbert": {"order": "hilbert"},

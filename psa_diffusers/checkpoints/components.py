@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, with_extra
 from psa_diffusers.families.card import Part
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def load_component(part: Part, dtype: torch.dtype) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # damaged files end in many kinds, among them plain Exception
-        raise InputError(f"{part.name}: {one_line(error)}") from error
+        raise InputError(f"{part.name}: {with_extra(one_line(error))}") from error
     if issubclass(kind, torch.nn.Module):
         loaded, told = loaded
         _check_weights(part.name, loaded, told)

@@ -13,7 +13,7 @@ from psa_diffusers.checkpoints.configurations import INDEX, index_file, read_jso
 from psa_diffusers.checkpoints.lora import Lora, load_loras
 from psa_diffusers.checkpoints.modular import assemble_modular, place_modular
 from psa_diffusers.checkpoints.resolve import Model
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, with_extra
 from psa_diffusers.families.card import Part
 
 if TYPE_CHECKING:
@@ -25,6 +25,13 @@ NEEDED = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "text_
 
 def _warn(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr)
+
+
+def import_pipeline(model: Model) -> None:
+    """Import most of what loading the model needs, which takes seconds and can so be timed apart."""
+    import diffusers
+
+    getattr(diffusers, model.card.pipeline, None)
 
 
 def load_pipeline(
@@ -113,7 +120,7 @@ def _load_whole(model: Model, dtype: "torch.dtype") -> Any:
     except (torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:  # as in load_component
-        raise InputError(one_line(error)) from error
+        raise InputError(with_extra(one_line(error))) from error
     for name, component in pipe.components.items():
         if isinstance(component, torch.nn.Module):
             check_values(name, component)

@@ -13,7 +13,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.configurations import INDEX, index_file, read_json
 from psa_diffusers.checkpoints.kinds import IN_CODE_ONLY, PIPELINE_KINDS, PipelineKind
 from psa_diffusers.checkpoints.modular import MODULAR_INDEX, listed_modular_parts
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, how_to_install
 from psa_diffusers.families.card import IMAGE_TO_VIDEO, TEXT_TO_VIDEO, ModelCard
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
@@ -26,7 +26,8 @@ class Model:
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
     transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
-    height and width of a model that can make no other, `image_size` what the kind's is for this model.
+    height and width of a model that can make no other, `image_size` what the kind's is for this model. `token_grid` is
+    the kind's: from frames, height, width and whether there is an image to video tokens along each.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Model:
     frame_step: int
     num_layers: int
     experts: int
+    token_grid: Callable[..., tuple[int, int, int]]
     num_heads: int | None = None
     fixed_size: tuple[int, int] | None = None
     image_size: Callable[[int, int], tuple[int, int]] | None = None
@@ -95,8 +97,9 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
     kind = PIPELINE_KINDS[card.pipeline]
     for package in kind.packages:
         if not is_installed(package):
-            raise InputError(f"--model {name}: {card.pipeline} needs the package {package}, which is not installed")
-    vae, transformer = (_configuration(name, part, source, card, index) for part in ("vae", "transformer"))
+            needed = f"{card.pipeline} needs the package {package}, which is not installed; {how_to_install(package)}"
+            raise InputError(f"--model {name}: {needed}")
+    vae, transformer = (configuration(name, part, source, card, index) for part in ("vae", "transformer"))
     file = card.transformer[1]
     heads = transformer.get("num_attention_heads")
     try:
@@ -121,14 +124,24 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         frame_step=frame_step,
         num_layers=layers,
         num_heads=heads,
+        token_grid=partial(kind.token_grid, vae, transformer),
         fixed_size=(card.height, card.width) if fixed else None,
         image_size=image_size,
         experts=2 if isinstance(second, list) and second[-1:] != [None] else 1,
     )
 
 
-def _configuration(name: str, component: str, source: str, card: ModelCard, index: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of the VAE or the transformer, wherever it is."""
+def configuration(name: str, component: str, source: str, card: ModelCard, index: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the VAE or a transformer, wherever it is.
+
+    Args:
+        name: what `--model` named.
+        component: `vae`, `transformer` or `transformer_2`.
+        source, card, index: the model's, as `Model` has them, and its index file.
+
+    Raises:
+        InputError: it cannot be had.
+    """
     repository, file = card.transformer
     if component == "transformer" and card.parts and repository:
         return read_json(repository, file)

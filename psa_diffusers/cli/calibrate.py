@@ -2,26 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from psa_diffusers.cli.options import (
-    Device,
-    Dtype,
-    FirstFrame,
-    Frames,
-    Guidance,
-    Height,
-    Lora,
-    Lora2,
-    ModelName,
-    NegativePrompt,
-    Offload,
-    Steps,
-    Version,
-    Width,
-)
+from psa_diffusers.cli.options import Version, with_run_options
 from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
 
 CALIBRATE_HELP = """Make a preset for your model: find the order and blocks that suit it, meet a target, verify it.
@@ -41,13 +26,17 @@ calibrate_app = new_app()
 
 
 @calibrate_app.command(help=CALIBRATE_HELP, no_args_is_help=True)
+@with_run_options
 def _calibrate(
     prompts: Annotated[str, typer.Option(metavar="FILE", help="One prompt a line ('#' comments); - is stdin.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The YAML file to write.")],
+    options: dict[str, Any],
     target_psnr: Annotated[float | None, typer.Option(help="Target: dB against the dense videos.")] = None,
-    density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(help="Target: what attention may cost, as a share of dense attention (0.25 is a quarter)."),
+    ] = None,
     speedup: Annotated[float | None, typer.Option(help="Target: of denoising, on this machine.")] = None,
-    model: ModelName = "demo",
     base_preset: Annotated[str, typer.Option(help="What shapes are variations of; its dense steps stay.")] = "psa-auto",
     held_out: Annotated[int, typer.Option(help="How many of the last prompts to verify on.")] = 2,
     verify: Annotated[
@@ -61,19 +50,7 @@ def _calibrate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Drop earlier measurements and replace the output.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next has one more.")] = 0,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    negative_prompt: NegativePrompt = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
-    image: FirstFrame = None,
-    lora: Lora = None,
-    lora_2: Lora2 = None,
+    first_seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise; the next has one more.")] = 0,
     version: Version = False,
 ) -> None:
     prepare_libraries()
@@ -91,29 +68,10 @@ def _calibrate(
         raise InputError(f"--batch {batch}: must be 1 or more")
     measured, held = split_prompts(prompts, verify, held_out, max_prompts)
     try:
-        plan = make_plan(
-            Request(
-                prompts=measured,
-                literal=True,
-                model=model,
-                preset=base_preset,
-                seed=seed,
-                steps=steps,
-                guidance=guidance,
-                height=height,
-                width=width,
-                frames=frames,
-                negative_prompt=negative_prompt,
-                dtype=dtype,
-                device=device,
-                offload=offload,
-                image=image,
-                lora=tuple(lora or ()),
-                lora_2=tuple(lora_2 or ()),
-            )
-        )
+        plan = make_plan(Request(prompts=measured, literal=True, preset=base_preset, seed=first_seed, **options))
     except InputError as error:
-        raise InputError(str(error).replace("--preset ", "--base-preset ", 1)) from error
+        words = str(error).replace("--preset ", "--base-preset ", 1).replace("--seed ", "--first-seed ", 1)
+        raise InputError(words) from error
     dense_share = 0.0
     if plan.preset is not None:
         count = plan.steps

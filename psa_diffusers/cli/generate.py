@@ -5,23 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from psa_diffusers.cli.options import (
-    OWN_DEFAULT,
-    PLACE,
-    Density,
-    Device,
-    Dtype,
-    Frames,
-    Guidance,
-    Height,
-    Lora,
-    Lora2,
-    NegativePrompt,
-    Offload,
-    Steps,
-    Version,
-    Width,
-)
+from psa_diffusers.cli.options import OWN_DEFAULT, PLACE, Density, Seed, Version, with_run_options
 from psa_diffusers.cli.shell import (
     FAILURE,
     INTERRUPTED,
@@ -46,6 +30,7 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
   psa-generate --model wan2.2-14b --offload model --compare "a fox in snow"
   psa-generate --model wan-i2v-14b-480p --image fox.jpg "the fox looks up"
   psa-generate --model wan --lora fast.safetensors:0.8 --steps 4 "a fox in snow"
+  psa-generate --check --model wan-14b --density 0.2
   psa-generate --list
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
@@ -69,6 +54,7 @@ def _show_list(wanted: bool) -> None:
 
 
 @generate_app.command(help=GENERATE_HELP, no_args_is_help=True)
+@with_run_options
 def _generate(
     prompts: Annotated[
         list[str] | None,
@@ -76,7 +62,8 @@ def _generate(
             metavar="PROMPT|FILE", help="Prompts, or text files or pipes with one a line ('#' comments); - is stdin."
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Alias (see --list), hub id, or folder of a saved pipeline.")] = "demo",
+    *,
+    options: dict[str, Any],
     preset: Annotated[
         str | None,
         typer.Option(
@@ -92,34 +79,25 @@ def _generate(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every prompt's noise, dense and sparse alike.")] = 0,
+    seed: Seed = 0,
     samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=OWN_DEFAULT)] = None,
-    negative_prompt: NegativePrompt = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
     num_processes: Annotated[
         int,
         typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),
     ] = 1,
-    image: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference."),
-    ] = None,
-    lora: Lora = None,
-    lora_2: Lora2 = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where attention would fall back to dense.")] = False,
     vbench: Annotated[
         bool, typer.Option("--vbench", help="Also lay the videos out as VBench names them, in OUTPUT/vbench.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Say what this machine and the model will get, and end; nothing is downloaded but settings."
+        ),
     ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", is_eager=True, callback=_show_list, help="Show every model and preset.")
@@ -133,7 +111,6 @@ def _generate(
     plan = make_plan(
         Request(
             prompts=tuple(prompts or ()),
-            model=model,
             preset=preset,
             density=density,
             preset_2=preset_2,
@@ -141,30 +118,27 @@ def _generate(
             output=output,
             seed=seed,
             samples=samples,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            frames=frames,
             fps=fps,
-            negative_prompt=negative_prompt,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-            image=image,
             overwrite=overwrite,
             strict=strict,
             vbench=vbench,
-            lora=tuple(lora or ()),
-            lora_2=tuple(lora_2 or ()),
+            check=check,
+            **options,
         )
     )
+    if check:
+        from psa_diffusers.runs.check.check import check_plan
+        from psa_diffusers.runs.check.text import as_text
+
+        typer.echo(as_text(check_plan(plan)))
+        return
     _carry_out(plan, num_processes)
 
 
 def _carry_out(plan: "Plan", num_processes: int) -> None:
     """Run the plan in this process, or in several; tell what was made and what is missing."""
     from psa_diffusers.runs.generate import Interrupted, run
+    from psa_diffusers.runs.phases import as_line
     from psa_diffusers.runs.processes import check_devices, run_shared
     from psa_diffusers.runs.rank import launched_place
 
@@ -186,6 +160,8 @@ def _carry_out(plan: "Plan", num_processes: int) -> None:
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
             note(_figures(entry))
+    if summary["made"] and summary["seconds"] is not None:
+        note(as_line(summary["seconds"], plan.settings.device))
     note(f"report: {summary['report']}")
     print_json(summary)
     if summary["missing"]:

@@ -2,27 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from psa_diffusers.cli.options import (
-    Density,
-    Device,
-    Dtype,
-    FirstFrame,
-    Frames,
-    Guidance,
-    Height,
-    Lora,
-    Lora2,
-    ModelName,
-    NegativePrompt,
-    Offload,
-    Steps,
-    Version,
-    Width,
-)
+from psa_diffusers.cli.options import Density, Seed, Version, with_run_options
 from psa_diffusers.cli.shell import new_app, note, prepare_libraries, print_json, run_command
 
 INSPECT_HELP = """Draw which key blocks each query block reads, and how finely: one layer, one head, one denoising step.
@@ -39,12 +23,13 @@ inspect_app = new_app()
 
 
 @inspect_app.command(help=INSPECT_HELP, no_args_is_help=True)
+@with_run_options
 def _inspect(
     prompt: Annotated[
         str,
         typer.Argument(metavar="PROMPT|FILE", help="One prompt, or a text file or pipe that holds one; - is stdin."),
     ],
-    model: ModelName = "demo",
+    options: dict[str, Any],
     preset: Annotated[
         str | None,
         typer.Option(
@@ -62,19 +47,7 @@ def _inspect(
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="The PNG to write.")] = "mask.png",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    height: Height = None,
-    width: Width = None,
-    frames: Frames = None,
-    negative_prompt: NegativePrompt = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    offload: Offload = "none",
-    image: FirstFrame = None,
-    lora: Lora = None,
-    lora_2: Lora2 = None,
+    seed: Seed = 0,
     version: Version = False,
 ) -> None:
     prepare_libraries()
@@ -84,27 +57,7 @@ def _inspect(
 
     if Path(output).suffix.lower() != ".png":
         raise InputError(f"--output {output}: must end in .png")
-    plan = make_plan(
-        Request(
-            prompts=(prompt,),
-            model=model,
-            preset=preset,
-            density=density,
-            seed=seed,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            frames=frames,
-            negative_prompt=negative_prompt,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-            image=image,
-            lora=tuple(lora or ()),
-            lora_2=tuple(lora_2 or ()),
-        )
-    )
+    plan = make_plan(Request(prompts=(prompt,), preset=preset, density=density, seed=seed, **options))
     from psa_diffusers.runs.inspection import MaskPlace, inspect_run
 
     summary = inspect_run(plan, MaskPlace(layer, head, step), Path(output), overwrite)

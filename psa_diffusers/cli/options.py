@@ -1,6 +1,9 @@
-"""Options that several commands have: what a pipeline is called with, and where it runs."""
+"""Options that several commands have, each defined once: what a pipeline is called with, and where it runs."""
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +18,7 @@ def _show_version(wanted: bool) -> None:
 
 OWN_DEFAULT, PLACE = "The model's own defaults", "Where it runs"
 
-ModelName = Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder.")]
+ModelName = Annotated[str, typer.Option(help="Alias (see psa-generate --list), hub id, or folder of a saved pipeline.")]
 Density = Annotated[
     float | None,
     typer.Option(
@@ -47,7 +50,10 @@ Offload = Annotated[
     str,
     typer.Option(help="none, model (one component on the GPU at a time) or group (one layer).", rich_help_panel=PLACE),
 ]
-FirstFrame = Annotated[str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise, the same for every prompt, dense and sparse.")]
+FirstFrame = Annotated[
+    str | None, typer.Option(metavar="FILE", help="First frame, for image-to-video models; for VACE a reference.")
+]
 LORA = "PATH|HUB_ID[:WEIGHT]"
 Lora = Annotated[
     list[str] | None,
@@ -62,3 +68,42 @@ Lora2 = Annotated[
     typer.Option(metavar=LORA, help="LoRA for the second of two transformers; --lora is then for the first alone."),
 ]
 Version = Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")]
+
+# What a pipeline's run has, whichever command makes it: fields of `Request` with the option and the default of each.
+RUN_OPTIONS: dict[str, tuple[Any, Any]] = {
+    "model": (ModelName, "demo"),
+    "steps": (Steps, None),
+    "guidance": (Guidance, None),
+    "height": (Height, None),
+    "width": (Width, None),
+    "frames": (Frames, None),
+    "negative_prompt": (NegativePrompt, None),
+    "dtype": (Dtype, "auto"),
+    "device": (Device, "auto"),
+    "offload": (Offload, "none"),
+    "image": (FirstFrame, None),
+    "lora": (Lora, None),
+    "lora_2": (Lora2, None),
+}
+LISTS = ("lora", "lora_2")
+
+
+def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `RUN_OPTIONS` in place of its parameter `options`, which gets them as arguments of `Request`."""
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        options = {name: given.pop(name) for name in RUN_OPTIONS}
+        command(**given, options={**options, **{name: tuple(options[name] or ()) for name in LISTS}})
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        own = [(parameter.name, parameter.annotation, parameter.default)]
+        shared = [(name, kind, default) for name, (kind, default) in RUN_OPTIONS.items()]
+        for name, kind, default in shared if parameter.name == "options" else own:
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, keyword, default=default, annotation=kind))
+    # What typer reads.
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called

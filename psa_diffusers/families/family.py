@@ -106,6 +106,11 @@ class ModelFamily(ABC):
         """
 
     @staticmethod
+    def always_dense(transformer: Any) -> str | None:
+        """Why `token_grid` will refuse every forward, as far as the configuration tells; None if it does not."""
+        return None
+
+    @staticmethod
     def tokens(inputs: Mapping[str, Any], grid: tuple[int, int, int]) -> int:
         """How many tokens a block's self-attention is given in a forward, text apart that it is given on its own.
 

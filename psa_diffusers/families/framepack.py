@@ -28,8 +28,15 @@ class Framepack(HunyuanVideo):
         return None
 
 
+def _of_one_section(frames: int) -> int:
+    """Latents of a section, however long the video is: the default of its pipeline."""
+    return 9
+
+
 PIPELINES = {
-    "HunyuanVideoFramepackPipeline": replace(TEXT_TO_VIDEO, image="first", frame_rest=0, any_frames=True),
+    "HunyuanVideoFramepackPipeline": replace(
+        TEXT_TO_VIDEO, image="first", frame_rest=0, any_frames=True, latent_frames=_of_one_section
+    ),
 }
 _REDUX = "lllyasviel/flux_redux_bfl"
 CARDS = (

@@ -14,6 +14,8 @@ from psa_diffusers.families.pipeline_kind import PipelineKind
 if TYPE_CHECKING:
     import torch
 
+OWN_SPARSE = "this forward has sparse attention of its own (NABLA), which stays as it is"
+
 
 class Kandinsky5(ModelFamily):
     """Kandinsky5Transformer3DModel: text and image to video, and images. Its text blocks are left alone."""
@@ -33,8 +35,12 @@ class Kandinsky5(ModelFamily):
     def token_grid(transformer: Any, inputs: Mapping[str, Any]) -> tuple[int, int, int]:
         if inputs.get("sparse_params") is not None:
             # Its tokens stand in another order then, too.
-            raise DenseOnlyError("this forward has sparse attention of its own (NABLA), which stays as it is")
+            raise DenseOnlyError(OWN_SPARSE)
         return patched_grid(transformer, inputs)
+
+    @staticmethod
+    def always_dense(transformer: Any) -> str | None:
+        return OWN_SPARSE if transformer.config.attention_type == "nabla" else None
 
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

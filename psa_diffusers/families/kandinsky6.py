@@ -62,6 +62,7 @@ class Kandinsky6(ModelFamily):
 PIPELINES = {
     "Kandinsky6TI2VAPipeline": PipelineKind(
         image="first or none",
+        image_latents=1,
         layers=(("num_visual_blocks", 60),),
         tiled_vae=True,
         sound=SoundOutput("audio_sample_rate"),

@@ -92,6 +92,11 @@ def _read(positions: torch.Tensor, tags: torch.Tensor) -> tuple[int, int, int] |
 
 _grid = ReadOnce(_read)
 
+
+def _latent_frames(frames: int) -> int:
+    return frames // 17 * 5 + 2  # the last 5 frames are 2 of latents
+
+
 PIPELINES = {
     "MiniMaxH3ModularPipeline": PipelineKind(
         image="first or none",
@@ -100,6 +105,7 @@ PIPELINES = {
         frame_rest=5,
         frame_range=(124, 345),
         compression=(17, 16),
+        latent_frames=_latent_frames,
         layers=(("num_layers", 50),),
         sound=SoundOutput("audio_sampling_rate"),
         fps=24,

@@ -35,6 +35,9 @@ class PipelineKind:
         frame_range: fewest and most frames, where it refuses others.
         only_frames: the one number of frames that it makes, whatever it is asked for.
         any_frames: whether any number of frames will do, because the pipeline makes as many sections as it takes.
+        latent_frames: frames of latents that a transformer is given for so many frames of video, where these are not
+            one for each `compression` of them.
+        image_latents: frames of latents that an image adds, where it is none of the video's own.
         image_size: height and width in pixels of the video that it makes of an image, from the configurations of VAE
             and transformer, and those of the image; such a pipeline takes no size.
         compression: pixels of one latent along time and along height and width, where the VAE's configuration has no
@@ -62,6 +65,8 @@ class PipelineKind:
     frame_range: tuple[int, int] | None = None
     only_frames: int | None = None
     any_frames: bool = False
+    latent_frames: Callable[[int], int] | None = None
+    image_latents: int = 0
     image_size: Callable[[Mapping[str, Any], Mapping[str, Any], int, int], tuple[int, int]] | None = None
     compression: tuple[int, int] = (4, 8)
     patch: int = 2
@@ -99,12 +104,45 @@ class PipelineKind:
         Args:
             vae, transformer: their configurations.
         """
-        temporal, spatial = self.compression
-        temporal = vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio")) or temporal
-        spatial = vae.get("scale_factor_spatial", vae.get("spatial_compression_ratio")) or spatial
-        patch = transformer.get("patch_size", self.patch)
-        if isinstance(patch, int):
-            # A patch of two latent frames costs nothing here: CogVideoX 1.5 fills up and cuts off.
-            patch = (1, patch, patch)
+        temporal, spatial = self._compression(vae)
+        # A patch of two latent frames costs nothing here: CogVideoX 1.5 fills up and cuts off.
+        patch = self._patch(transformer, frames=1)
         frames = 1 if self.any_frames else temporal * patch[0]
         return math.lcm(self.size_step, spatial * patch[1], spatial * patch[2]), frames
+
+    def token_grid(
+        self,
+        vae: Mapping[str, Any],
+        transformer: Mapping[str, Any],
+        frames: int,
+        height: int,
+        width: int,
+        with_image: bool = False,
+    ) -> tuple[int, int, int]:
+        """Video tokens along frames, height and width that the transformer is given at a time.
+
+        Args:
+            vae, transformer: their configurations.
+            frames, height, width: of the video, in frames and pixels.
+            with_image: whether it is given an image.
+        """
+        temporal, spatial = self._compression(vae)
+        along, down, across = self._patch(transformer, frames=transformer.get("patch_size_t") or 1)
+        if self.latent_frames is not None:
+            latents = self.latent_frames(frames)
+        else:
+            latents = (frames - self.frame_rest) // temporal + (1 if self.frame_rest else 0)
+        latents += self.image_latents * with_image
+        return math.ceil(latents / along), height // (spatial * down), width // (spatial * across)
+
+    def _compression(self, vae: Mapping[str, Any]) -> tuple[int, int]:
+        """Frames of one latent, and its pixels along height and width."""
+        temporal, spatial = self.compression
+        temporal = vae.get("scale_factor_temporal", vae.get("temporal_compression_ratio")) or temporal
+        return temporal, vae.get("scale_factor_spatial", vae.get("spatial_compression_ratio")) or spatial
+
+    def _patch(self, transformer: Mapping[str, Any], frames: int) -> tuple[int, int, int]:
+        """Latents of one token along frames, height and width; `frames` where the configuration has one number."""
+        patch = transformer.get("patch_size", self.patch)
+        along, down, across = (frames, patch, patch) if isinstance(patch, int) else patch
+        return along, down, across

@@ -69,7 +69,9 @@ _KIND = PipelineKind(exact_vae="AutoencoderKLWan")
 PIPELINES = {
     "WanPipeline": _KIND,
     "WanImageToVideoPipeline": replace(_KIND, image="first"),
-    "WanVACEPipeline": replace(_KIND, image="reference", layers=(("num_layers", 40), ("vace_layers", 8))),
+    "WanVACEPipeline": replace(
+        _KIND, image="reference", image_latents=1, layers=(("num_layers", 40), ("vace_layers", 8))
+    ),
     "LucyEditPipeline": replace(
         _KIND,
         in_code_only="it edits a video, which this command has no option for; patch it in Python with apply_psa(pipe)",

@@ -6,7 +6,7 @@ import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Unpack
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
@@ -22,6 +22,7 @@ from psa_diffusers.presets.fields import (
     ShareOrSteps,
     StepRule,
 )
+from psa_diffusers.presets.keys import PresetKeys
 from psa_diffusers.presets.layers import (
     TokenOrder,
     attention_specs,
@@ -84,9 +85,10 @@ class Preset(LayerSettings):
 
     _file: str = PrivateAttr("")  # where it was read, for messages; empty if it was made in code
 
-    def __init__(self, /, **settings: Any) -> None:
+    def __init__(self, /, **settings: Unpack[PresetKeys]) -> None:
+        given: Any = settings  # pydantic checks it, and makes of it what its fields hold
         try:
-            super().__init__(**settings)
+            super().__init__(**given)
         except ValidationError as error:
             raise first_mistake(error, type(self)) from None
         check_together(self, self.layers, self.steps)
@@ -109,13 +111,14 @@ class Preset(LayerSettings):
         preset._file = file
         return preset
 
-    def replace(self, /, **changes: Any) -> Self:
+    def replace(self, /, **changes: Unpack[PresetKeys]) -> Self:
         """This preset with other values for some keys, checked; each value is written as in YAML or is a checked one.
 
         Raises:
             PresetError: a key is unknown, a value is refused, or keys do not fit together.
         """
-        settings = {key: getattr(self, key) for key in self.model_fields_set} | changes
+        settings: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
+        settings |= changes
         if self._file:
             return self.from_file(settings, self._file.removesuffix(CHANGED) + CHANGED)
         with told_at(self._place()):

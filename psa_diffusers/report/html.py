@@ -1,6 +1,7 @@
 """report.html: one file that shows a run's videos and figures, and opens anywhere without a network."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ ABSENT = "\u2013"
 FLICKER_NOTE = "How differently a frame changes from the one before it, root mean square; 0 is equal."
 
 
-def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) -> Path:
+def write_report(
+    folder: Path, reports: list[dict[str, Any]], missing: int = 0, spent: Sequence[tuple[str, str]] = ()
+) -> Path:
     """Write `folder/report.html`.
 
     Args:
         reports: what the prompts' report.json hold, each with its folder's name below `folder` under "folder".
         missing: prompts of the run that are not done yet.
+        spent: where the seconds went of the process that made the last of them: a name and a time each.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -41,7 +45,7 @@ def write_report(folder: Path, reports: list[dict[str, Any]], missing: int = 0) 
         sections=sections,
         missing=missing,
         gradient=map_gradient(),
-        facts=_facts(first),
+        facts=[*_facts(first), *([("Where the seconds went", spent)] if spent else [])],
     )
     path = Path(folder) / REPORT_FILE
     with whole_file(path) as partial:

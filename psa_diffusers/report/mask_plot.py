@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, how_to_install
 from psa_diffusers.files import whole_file
 from psa_diffusers.patch.masks import BlockMask
 
@@ -23,7 +23,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError("matplotlib is not installed; pip install 'psa-diffusers[plots]'") from error
+        raise InputError(f"matplotlib is not installed; {how_to_install('matplotlib')}") from error
 
 
 def write_mask_plot(path: Path, mask: BlockMask, prompt: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from psa_diffusers.errors import how_to_install
 from psa_diffusers.report.flicker import flicker
 from psa_diffusers.report.vmaf import vmaf
 
@@ -118,6 +119,6 @@ def _lpips_missing() -> str | None:
         import lpips as package  # noqa: F401
         import torch
     except ImportError:
-        return "the package lpips is not installed"
+        return f"the package lpips is not installed; {how_to_install('lpips')}"
     weights = Path(torch.hub.get_dir(), "checkpoints", LPIPS_WEIGHTS)
     return None if weights.is_file() else f"its AlexNet weights are not on this machine ({weights})"

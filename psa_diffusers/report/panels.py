@@ -83,7 +83,7 @@ def filmstrip(top: np.ndarray, bottom: np.ndarray, labels: tuple[Label, Label]) 
 def write_image(path: Path, image: "Image.Image") -> None:
     """Write a PNG, whole or not at all."""
     with whole_file(path) as partial:
-        image.save(partial, optimize=True)
+        image.save(partial)  # to optimize it takes ten times as long and saves a twentieth
 
 
 def bar_height(panel_width: int) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from psa_diffusers.checkpoints.load import current_flow_shift, load_pipeline
+from psa_diffusers.checkpoints.load import current_flow_shift, import_pipeline, load_pipeline
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, write_json
 from psa_diffusers.report.compare import write_comparison
@@ -19,6 +19,7 @@ from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.phases import Phases, as_rows
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.runs.plan import DENSE, Plan
 from psa_diffusers.runs.progress import FILES, Progress, duration, tell
@@ -60,12 +61,12 @@ def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
 
 
 def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
-    todo = folder.missing()
+    todo, phases = folder.missing(), Phases(plan.seconds)
     try:
         if place.rank < len(todo):
-            _make(plan, folder, todo, place)
+            _make(plan, folder, todo, place, phases)
     except KeyboardInterrupt:
-        raise Interrupted(finish(plan, folder, todo) if place.reports else {}) from None
+        raise Interrupted(finish(plan, folder, todo, phases) if place.reports else {}) from None
     except BaseException:
         with contextlib.suppress(Exception):  # what failed first is the one to tell
             if place.reports:
@@ -74,22 +75,25 @@ def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
     if not place.reports:
         return None
     folder.wait()
-    return finish(plan, folder, todo)
+    return finish(plan, folder, todo, phases)
 
 
 @stopping.carried_out()
-def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
+def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: Phases) -> None:
     settings, told = plan.settings, list[str]()
     started = time.perf_counter()
-    pipe = load_pipeline(
-        plan.model,
-        dtype=settings.dtype,
-        device=place.take_device(settings.device),
-        offload=settings.offload,
-        flow_shift=settings.flow_shift,
-        loras=plan.loras,
-        tell=told.append,
-    )
+    with phases.phase("imports"):
+        import_pipeline(plan.model)
+    with phases.phase("loading"):
+        pipe = load_pipeline(
+            plan.model,
+            dtype=settings.dtype,
+            device=place.take_device(settings.device),
+            offload=settings.offload,
+            flow_shift=settings.flow_shift,
+            loras=plan.loras,
+            tell=told.append,
+        )
     for line in told:
         print(f"warning: {line}", file=sys.stderr)
     seconds = time.perf_counter() - started
@@ -110,7 +114,10 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place) -> None:
             if mine:
                 with folder.writing(index) as path:
                     results = _make_videos(plan, pipe, index, partial(progress.stage, number))
-                    with progress.stage(number, FILES):
+                    for result in results.values():
+                        dense_at = None if result.attention is None else result.attention["dense_at"]
+                        phases.add_video(result.seconds, dense_at)
+                    with progress.stage(number, FILES), phases.phase("files"):
                         _write_prompt(plan, index, results, path, about)
 
 
@@ -181,15 +188,22 @@ def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
     }
 
 
-def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
-    """Write the report of what is finished and sum it up; `todo` is what was missing before."""
+def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None = None) -> dict[str, Any]:
+    """Write the report of what is finished and sum it up.
+
+    Args:
+        todo: what was missing before.
+        phases: where this process's seconds went; None where other processes made the videos.
+    """
     reports = folder.finished()
     missing = len(plan.prompts) - len(reports)
     made = len(set(todo) - set(folder.missing()))
     if reports:
-        write_report(folder.path, reports, missing=missing)
-        if plan.vbench:
-            lay_out(folder.path, reports)
+        spent = as_rows(phases.seconds()) if phases is not None and made else []
+        with phases.phase("report") if phases is not None else contextlib.nullcontext():
+            write_report(folder.path, reports, missing=missing, spent=spent)
+            if plan.vbench:
+                lay_out(folder.path, reports)
     return {
         "status": "complete" if not missing else "incomplete",
         "output": str(folder.path),
@@ -201,6 +215,7 @@ def finish(plan: Plan, folder: RunFolder, todo: list[int]) -> dict[str, Any]:
         "made": made,
         "kept": len(reports) - made,
         "missing": missing,
+        "seconds": None if phases is None else phases.seconds(),
         "prompts": [_summary(report) for report in reports],
     }
 

@@ -11,6 +11,7 @@ from psa_diffusers.report.mask_plot import coverage, level_names, require_matplo
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_call import generate_video
 from psa_diffusers.runs.plan import Plan
+from psa_diffusers.runs.ranges import ranges
 
 if TYPE_CHECKING:
     from psa_diffusers.presets import Preset
@@ -116,16 +117,9 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         dense = f"{steps - len(sparse)} of {steps} are dense with {plan.preset.name}"
         if sparse == tuple(range(sparse[0], steps)):
             dense = f"the first {dense}"
-        raise InputError(f"--step {step + 1}: the sparse steps of this run are {_ranges(sparse)} ({dense})")
+        raise InputError(
+            f"--step {step + 1}: the sparse steps of this run are {ranges([at + 1 for at in sparse])} ({dense})"
+        )
     if plan.preset.layer_specs(per_expert, plan.preset.step_rules_at(step, steps))[index % per_expert] is None:
         raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
     return plan.preset, index, step
-
-
-def _ranges(steps: tuple[int, ...]) -> str:
-    """Steps as they are counted from 1: "2 to 4, 6" for 1, 2, 3 and 5."""
-    borders = [step for step in steps if step - 1 not in steps], [step for step in steps if step + 1 not in steps]
-    parts = (
-        f"{first + 1} to {last + 1}" if first < last else f"{first + 1}" for first, last in zip(*borders, strict=True)
-    )
-    return ", ".join(parts)

@@ -1,7 +1,8 @@
 """What a run is asked to do, checked in full before any weights load."""
 
 import hashlib
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,7 @@ class Plan:
     """A checked run: nothing in it is left to guess.
 
     `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
+    `seconds` is how long it took to make the plan, which is mostly the import of PyTorch.
     """
 
     settings: Settings
@@ -85,6 +87,7 @@ class Plan:
     vbench: bool = False
     preset_2: "Preset | None" = None
     loras: tuple[Lora, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
 
     def sample(self, index: int) -> int:
         """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
@@ -107,7 +110,13 @@ def make_plan(request: Request) -> Plan:
     Raises:
         InputError: the first thing that is wrong, in one line.
     """
-    prompts = request.prompts if request.literal else read_prompts(request.prompts)
+    started = time.perf_counter()
+    plan = _checked(request)
+    return replace(plan, seconds=time.perf_counter() - started)
+
+
+def _checked(request: Request) -> Plan:
+    prompts = _prompts(request)
     one_of("--dtype", request.dtype, DTYPES)
     one_of("--offload", request.offload, OFFLOADS)
     if request.compare and request.preset == DENSE:
@@ -128,9 +137,10 @@ def make_plan(request: Request) -> Plan:
             raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
         _fits_model("--preset-2", preset_2, model)
     _check_guided(request, model)
-    image, digest = load_image(request.image, model)
+    image, digest = load_image(request.image, model, required=not request.check)
     height, width = video_size(request, model, image)
-    loras = resolve_loras(request.lora, request.lora_2, model=model.name, pipeline=card.pipeline, experts=model.experts)
+    given_loras = ((), ()) if request.check else (request.lora, request.lora_2)
+    loras = resolve_loras(*given_loras, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
     settings = Settings(
         model=request.model,
@@ -172,6 +182,12 @@ def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
     """A folder of its own for every combination of settings and prompts, so that the same command finds its results."""
     digest = hashlib.sha256(repr((sorted(settings.to_dict().items()), prompts)).encode()).hexdigest()[:6]
     return Path("psa-output", f"{slug(settings.model)}-{slug(settings.preset)}-{slug(prompts[0], 24)}-{digest}")
+
+
+def _prompts(request: Request) -> tuple[str, ...]:
+    if request.check and not request.prompts:
+        return ("no prompt",)
+    return request.prompts if request.literal else read_prompts(request.prompts)
 
 
 def _check_density(request: Request) -> float | None:

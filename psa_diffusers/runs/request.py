@@ -10,7 +10,8 @@ from psa_diffusers.errors import InputError
 class Request:
     """The command's options as given; None means the model's own default, and of `preset` that of `choose_preset`.
 
-    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone.
+    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone. With `check` the plan
+    is only looked at: prompts and a first frame may be missing, and LoRAs are left out, as their files are weights.
     """
 
     prompts: tuple[str, ...]
@@ -37,6 +38,7 @@ class Request:
     strict: bool = False
     vbench: bool = False
     literal: bool = False
+    check: bool = False
     lora: tuple[str, ...] = ()
     lora_2: tuple[str, ...] = ()
 

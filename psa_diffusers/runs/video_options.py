@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def load_image(path: str | None, model: Model) -> "tuple[Image.Image | None, str | None]":
+def load_image(path: str | None, model: Model, required: bool = True) -> "tuple[Image.Image | None, str | None]":
     """The image file as RGB, upright, and its digest; None where none is given.
+
+    Args:
+        required: whether a model that needs an image is refused without one.
 
     Raises:
         InputError: the model takes none or needs one, or the file cannot be read.
     """
     if path is None:
-        if model.kind.image == "first":
+        if model.kind.image == "first" and required:
             raise InputError(f"--image: {model.name} makes a video from an image; give --image FILE")
         return None, None
     if not model.takes_image:

@@ -100,7 +100,8 @@ def test_a_model_that_needs_more_than_the_command_can_give(hub):
 def test_a_pipeline_that_needs_other_packages(hub, monkeypatch):
     monkeypatch.setattr(resolve, "is_installed", lambda package: package != "cosmos_guardrail")
     message = (
-        "^--model cosmos-7b: CosmosTextToWorldPipeline needs the package cosmos_guardrail, which is not installed$"
+        "^--model cosmos-7b: CosmosTextToWorldPipeline needs the package cosmos_guardrail, which is not installed; "
+        r"pip install 'psa-diffusers\[cosmos\]'$"
     )
     with pytest.raises(InputError, match=message):
         resolve_model("cosmos-7b")

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from psa_diffusers.cli.calibrate import calibrate_app
 from psa_diffusers.cli.compare import compare_app
 from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.inspect import inspect_app
+from psa_diffusers.cli.options import LISTS, RUN_OPTIONS
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import generate
+from psa_diffusers.runs.request import Request
 from psa_testing.tiny_pipelines import tiny_wan
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +46,7 @@ OPTIONS = {
         "--strict",
     ),
     *("--num-inference-steps", "--num-frames", "--guidance-scale"),  # as diffusers says it
-    *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--list", "--version"),
+    *("--preset-2", "--density", "--lora", "--lora-2", "--samples", "--vbench", "--check", "--list", "--version"),
 }
 
 
@@ -121,6 +124,41 @@ def test_every_command_has_a_version_and_short_and_long_names(name, capsys):
     if name != "compare":
         long = {"--steps": "--num-inference-steps", "--frames": "--num-frames", "--guidance": "--guidance-scale"}
         assert set(long.items()) <= set(names)
+
+
+# What these replace, write or aim at is each command's own; `dense` has no mask to be drawn.
+OWN_MEANING = {"--output", "--overwrite", "--preset"}
+
+
+def test_an_option_means_the_same_in_all_commands():
+    seen = {}
+    for name, app in COMMANDS.items():
+        own = OWN_MEANING | ({"--density"} if name == "calibrate" else set())  # there it is a target
+        for parameter in typer.main.get_command(app).params:
+            for option in {opt for opt in parameter.opts if opt.startswith("--")} - own:
+                seen.setdefault(option, {})[name] = (tuple(parameter.opts), parameter.help, parameter.default)
+    shared = {option: told for option, told in seen.items() if len(told) > 1}
+    assert {option for option, told in shared.items() if len(set(told.values())) > 1} == set()
+    everywhere = {
+        "--model",
+        "--steps",
+        "--guidance",
+        "--height",
+        "--width",
+        "--frames",
+        "--dtype",
+        "--device",
+        "--lora",
+    }
+    assert all(set(seen[option]) == {"generate", "inspect", "calibrate"} for option in everywhere)
+    assert set(seen["--version"]) == set(COMMANDS) and set(seen["--seed"]) == {"generate", "inspect"}
+
+
+def test_every_shared_option_reaches_the_request():
+    assert set(RUN_OPTIONS) <= {field.name for field in fields(Request)}
+    defaults = {field.name: field.default for field in fields(Request)}
+    for name, (_, default) in RUN_OPTIONS.items():
+        assert defaults[name] == (() if name in LISTS else default)
 
 
 def test_diffusers_names_mean_the_same(model, tmp_path, monkeypatch):

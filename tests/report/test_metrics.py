@@ -81,7 +81,8 @@ def test_different_shapes_are_refused(frames):
 
 def test_lpips_says_why_it_is_not_measured(frames, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert lpips(frames, frames) == {"mean": None, "per_frame": None, "reason": "the package lpips is not installed"}
+    reason = "the package lpips is not installed; pip install 'psa-diffusers[lpips]'"
+    assert lpips(frames, frames) == {"mean": None, "per_frame": None, "reason": reason}
     monkeypatch.setitem(sys.modules, "lpips", types.ModuleType("lpips"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "weights are not on this machine" in lpips(frames, frames)["reason"]

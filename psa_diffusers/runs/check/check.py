@@ -1,0 +1,89 @@
+"""What a run would get, gathered from a plan: configuration files are read, and on a GPU one small call is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from psa_diffusers.checkpoints.skeleton import transformer_skeletons
+from psa_diffusers.errors import InputError
+from psa_diffusers.families import UnsupportedModelError
+from psa_diffusers.presets import Preset
+from psa_diffusers.runs.check.costs import Speedup, kept_list_bytes, mean_density, speedup
+from psa_diffusers.runs.check.machine import Offer, Trial, offer, try_kernels
+from psa_diffusers.runs.check.network import Network, Usage, read_network, usages
+from psa_diffusers.runs.plan import Plan
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of the model under its preset.
+
+    Attributes:
+        preset: None for a dense run.
+        uses: the kinds of attention at sparse steps, each with what computes it; None there: it is dense.
+        density: expected of a sparse step, None where it depends on the video or no step is sparse.
+        kept_lists: bytes of lists that are kept for later calls.
+    """
+
+    network: Network
+    preset: Preset | None
+    uses: tuple[tuple[Usage, Offer | None], ...] = ()
+    density: float | None = None
+    speedup: Speedup | None = None
+    kept_lists: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """All that `psa-generate --check` tells. `trials` are by the backends' names, none on a CPU."""
+
+    plan: Plan
+    experts: tuple[Expert, ...]
+    trials: dict[str, Trial]
+
+
+def check_plan(plan: Plan) -> Check:
+    """Look at a plan's model and machine; no weights are read or downloaded.
+
+    Raises:
+        InputError: the model cannot be loaded here, as far as its configuration tells.
+    """
+    settings, experts = plan.settings, []
+    grid = plan.model.token_grid(settings.frames, settings.height, settings.width, with_image=plan.image is not None)
+    for name, transformer in transformer_skeletons(plan.model).items():
+        preset = plan.preset_2 if plan.preset_2 is not None and name == "transformer_2" else plan.preset
+        try:
+            network = read_network(name, transformer, grid, preset)
+        except UnsupportedModelError as error:
+            raise InputError(f"--model {plan.model.name}: {error}") from error
+        experts.append(Expert(network, None) if preset is None else _expert(plan, network, preset))
+    return Check(plan, tuple(experts), _trials(experts) if settings.device.startswith("cuda") else {})
+
+
+def _expert(plan: Plan, network: Network, preset: Preset) -> Expert:
+    settings, steps = plan.settings, plan.steps
+    dtype = getattr(torch, settings.dtype)
+    found: list[tuple[Usage, Offer | None]] = []
+    for usage in usages(preset, network, steps):
+        found.append((usage, None if usage.layer is None else offer(network, usage.layer, dtype, settings.device)))
+    # What no kernel serves is left to stock attention.
+    sparse = [(usage, None if offered is None or offered.dense else offered) for usage, offered in found]
+    density = mean_density(sparse)
+    gain = None
+    if density is not None and density < 1:
+        gain = speedup(network, density, len(preset.sparse_steps(steps)), steps)
+    guided = plan.model.kind.guided and settings.guidance > 1
+    kept = kept_list_bytes(preset, sparse, branches=2 if guided else 1)
+    return Expert(network, preset, tuple(found), density, gain, kept)
+
+
+def _trials(experts: list[Expert]) -> dict[str, Trial]:
+    """One small call with each backend that any layer gets."""
+    trials: dict[str, Trial] = {}
+    for expert in experts:
+        for _, offered in expert.uses:
+            if offered is not None and not offered.dense and offered.backend.name not in trials:
+                trials[offered.backend.name] = try_kernels(offered, expert.network.shape)
+    return trials

@@ -1,0 +1,89 @@
+"""Where the seconds of a run went, from the first import to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+from psa_diffusers.environment import compiled_kernels_folder
+
+# In the order in which they come, and as they are told. The first calls are what compiles kernels, if anything does.
+PHASES = {
+    "imports": "imports",
+    "loading": "loading the model",
+    "preparation": "text encoding",
+    "first_calls": "first calls",
+    "dense_steps": "dense steps",
+    "sparse_steps": "sparse steps",
+    "decoding": "decoding",
+    "files": "videos and figures",
+    "report": "report",
+    "other": "other",
+}
+
+
+class Phases:
+    """Seconds by phase; those of all prompts add up.
+
+    Args:
+        imports: seconds that were spent before.
+    """
+
+    def __init__(self, imports: float = 0.0) -> None:
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds["imports"] = imports
+        self._started = time.perf_counter() - imports
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around what belongs to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def add_video(self, seconds: Mapping[str, Any], dense_at: Sequence[int] | None) -> None:
+        """Count one call of the pipeline.
+
+        Args:
+            seconds: of `Generated`.
+            dense_at: which steps were dense, counted from 0; None for a dense run.
+        """
+        steps = list(enumerate(seconds["per_step"]))
+        dense = [took for at, took in steps if dense_at is None or at in dense_at]
+        sparse = [took for at, took in steps if dense_at is not None and at not in dense_at]
+        for name, kind in (("dense_steps", dense), ("sparse_steps", sparse)):
+            extra = first_call(kind)
+            self._seconds[name] += sum(kind) - extra
+            self._seconds["first_calls"] += extra
+        self._seconds["preparation"] += seconds["prepare"]
+        self._seconds["decoding"] += seconds["decode"]
+
+    def seconds(self) -> dict[str, float]:
+        """All phases, what belongs to none, and the total until now."""
+        total = time.perf_counter() - self._started
+        other = max(0.0, total - sum(self._seconds.values()))
+        return {name: round(took, 3) for name, took in {**self._seconds, "other": other, "total": total}.items()}
+
+
+def first_call(steps: Sequence[float]) -> float:
+    """How much longer the first of some steps took than the median of the others; 0 where it did not."""
+    return max(0.0, steps[0] - median(steps[1:])) if len(steps) > 1 else 0.0
+
+
+def as_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What is told of each phase that took any time, and the total."""
+    shown = [(words, seconds[name]) for name, words in PHASES.items() if seconds.get(name, 0.0) >= 0.05]
+    return [(words, f"{took:.1f} s") for words, took in [*shown, ("in all", seconds["total"])]]
+
+
+def as_line(seconds: Mapping[str, float], device: str) -> str:
+    """All of it in one line."""
+    line = "seconds: " + ", ".join(f"{words} {took.removesuffix(' s')}" for words, took in as_rows(seconds))
+    if not device.startswith("cuda"):
+        return line
+    return f"{line}; first calls may compile kernels, which are kept for later runs in {compiled_kernels_folder()}"
