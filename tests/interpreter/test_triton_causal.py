@@ -66,8 +66,11 @@ def attention_error(q, k, v, spec, **options):
     return (out.double() - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize(("queries", "keys"), [(150, 150), (77, 270)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "queries", "keys"),
+    [*((name, 77, 270) for name in SPECS), *((name, 150, 150) for name in ("psa-3", "mass", "budget, kept", "mean"))],
+    ids=str,
+)
 def test_lists_and_statistics_are_those_of_the_reference(name, queries, keys):
     q, k, v = inputs(queries, keys)
     options = {"causal": True, "text_before": 3, "text_after": 4, "return_stats": True, "return_lists": True}

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
-from psa_kernels.backends import hopper
 from psa_kernels.backends.choose import choose
 from psa_kernels.causal.layout import CausalLayout
 from psa_testing.brute_force_causal import brute_force_causal
@@ -229,12 +228,3 @@ def test_a_kernel_serves_it_on_a_gpu(on_a_gpu, capability, recwarn):
     expected = "hopper" if capability == (9, 0) else "triton"
     assert choose(call, "auto", strict=True).name == expected
     assert not recwarn
-
-
-def test_the_kernel_for_hopper_is_not_trusted_with_another_version_of_triton(on_a_gpu, monkeypatch):
-    pytest.importorskip("triton")
-    call = causal_call(on_a_gpu, AttentionSpec())
-    monkeypatch.setattr(hopper, "KNOWN_VERSIONS", ("0.0.",))
-    with pytest.raises(ValueError, match=r"implementation='hopper': causal=True with Triton .*expected version 0.0.x"):
-        choose(call, "hopper")
-    assert choose(call, "triton").name == "triton"

@@ -46,7 +46,7 @@ def of_attention(target, head_dim, group):
     }, warps
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention(target, head_dim):
     constants, warps = of_attention(target, head_dim, 7)
@@ -65,15 +65,14 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
     compile_and_check(triton_dense.dense_kernel, 90, dense, {"num_warps": 8})
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (128, 7), (256, 4)], ids=str)
+@pytest.mark.parametrize(("head_dim", "group"), [(128, 7), (256, 4)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_dense(target, head_dim, group):
     constants, warps = of_attention(target, head_dim, group)
     compile_and_check(triton_dense.dense_kernel, target, constants, {"num_warps": warps})
 
 
-@pytest.mark.parametrize("statistic", ["max", "mean"])
-@pytest.mark.parametrize("columns", [4, 8, 16, 32])
+@pytest.mark.parametrize(("columns", "statistic"), [(4, "max"), (8, "max"), (8, "mean"), (32, "mean")])
 @pytest.mark.parametrize("target", TARGETS)
 def test_importance(target, columns, statistic):
     tile = triton_importance.causal_tile_shape(divmod(target, 10), 128, 2, columns)
@@ -117,11 +116,10 @@ def test_energy(target):
     compile_and_check(triton_queries.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
-@pytest.mark.parametrize("key_blocks", [512, 2048])
 @pytest.mark.parametrize("rule", ["count", "mass"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_allocation(target, rule, key_blocks):
-    row = row_shape(key_blocks, rule == "mass")
+def test_allocation(target, rule):
+    row = row_shape(2048, rule == "mass")
     options = {"num_warps": row.pop("num_warps")}
     constants = {
         "RATIO": 2,
@@ -155,10 +153,9 @@ def test_prices(target):
     compile_and_check(triton_prices.price_kernel, target, constants, options)
 
 
-@pytest.mark.parametrize("key_blocks", [512, 4096])
 @pytest.mark.parametrize("target", TARGETS)
-def test_budget(target, key_blocks):
-    row = budget_rows.row_shape(key_blocks)
+def test_budget(target):
+    row = budget_rows.row_shape(4096)
     options = {"num_warps": row.pop("num_warps")}
     units = tuple(unit_costs(BUDGET))
     constants = {

@@ -214,6 +214,19 @@ def test_what_a_call_takes_beside_its_output():
         assert 0 < extra <= out.nbytes, f"{extra / out.nbytes:.2f} of the output"
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", ["count", "budget"])
+def test_offsets_that_need_64_bits(rule, implementation):
+    buffer = torch.empty(1, 2000, 1, 1_200_000, device="cuda", dtype=torch.bfloat16)
+    views = [buffer[..., start : start + 64] for start in (0, 64, 128)]
+    for view in views:
+        view.copy_(torch.randn(view.shape, device="cuda"))
+    spec = AttentionSpec(rule=rule, density=0.3 if rule == "budget" else None)
+    call = {"causal": True, "text_before": 7, "text_after": 9, "implementation": implementation}
+    out = psa_attention(*views, spec, **call)
+    assert torch.equal(out, psa_attention(*(view.contiguous() for view in views), spec, **call))
+
+
 def test_many_key_blocks():
     """Long rows of lists, in 16 bits, and places of queries far down the keys."""
     q, k, v = (torch.randn(1, n, h, 64, device="cuda").bfloat16() for n, h in ((200, 4), (400_000, 1), (400_000, 1)))

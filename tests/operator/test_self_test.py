@@ -46,11 +46,11 @@ def on_a_cpu(monkeypatch, tmp_path, one_thread):
     monkeypatch.setattr(self_test, "cache_bytes", lambda _: 1750 * 4 * 16 * 2)
 
 
-def a_call(dtype=torch.bfloat16, text=(0, 0), permuted=False, head_dim=16, **fields):
+def a_call(dtype=torch.bfloat16, text=(0, 0), permuted=False, head_dim=16, causal=False, **fields):
     tokens = 100
     q = torch.zeros(1, tokens + sum(text), 1, head_dim, dtype=dtype)
     permutation = torch.arange(tokens) if permuted else None
-    return make_call(q, q, q, AttentionSpec(**fields), *text, permutation)
+    return make_call(q, q, q, AttentionSpec(**fields), *text, permutation, causal=causal)
 
 
 def forget():
@@ -64,6 +64,7 @@ CALLS = [
     a_call(text=(0, 5), permuted=True, block_key=32, levels=(2, 4), thresholds=(0.5, 1.0)),
     a_call(head_dim=32, levels=(1,), thresholds=(0.5,)),
     a_call(rule="budget", density=0.3),
+    a_call(text=(3, 2), causal=True),
 ]
 
 
@@ -81,8 +82,22 @@ def test_what_computes_the_same_is_used(call):
             call.layout.text_after > 0,
         )
         assert (made.layout.permutation is None) == (call.layout.permutation is None)
+        assert (made.causal is None) == (call.causal is None)
     rows = [sum(made.layout.video_keys / factor for factor in made.spec.levels) for made in fake.calls]
     assert (max(rows) > 1750 * 16 / call.q.shape[-1]) is large
+
+
+def test_lists_of_causal_calls_are_past_and_sums_run_over():
+    """Of queries in the second half, which read keys of the first."""
+    causal = self_test._Variant("fake", torch.device("cpu"), torch.float32, 16, 128, 64, (1, 2), "native", True, True,
+                                False, False, True)  # fmt: skip
+    call, lists = self_test._small_call(causal, 2, 1000, runs_over=True)
+    assert call.check_lists(lists) is lists and lists.counts[:, :, 1:].sum(-1).min() > 0
+    out = torch.empty_like(call.q)
+    Reference().attend(call, None, lists, out)
+    first, second = call.k[0, call.layout.text_before], call.k[0, 900]
+    logits = (call.q[0, 900] * torch.stack([first, second])).sum(-1) * call.scale
+    assert (logits[0] - logits[1]).min() > 100 and out[:, call.layout.text_before :].isfinite().all()
 
 
 def test_what_is_known_is_not_tested_again():

@@ -57,6 +57,14 @@ def test_the_installed_version_passes(head_dim, dtype, precision, block_key, lev
     psa_attention(q, k, v, spec, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", [(0, 0), (5, 226)])
+def test_the_installed_version_passes_in_causal_calls(dtype, text):
+    options = {"text_before": text[0], "text_after": text[1], "causal": True, "strict": True, "return_stats": True}
+    _, stats = psa_attention(*inputs(128, dtype, sum(text)), AttentionSpec(), **options)
+    assert stats.implementation == "hopper" and list(self_test._answers.values()) == [None]
+
+
 @pytest.mark.parametrize("precision", ["native", "int8_qk"])
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_kernel_that_is_broken_is_not_used(value, precision, monkeypatch):

@@ -55,6 +55,7 @@ class _Variant(NamedTuple):
     text_before: bool
     text_after: bool
     permuted: bool
+    causal: bool
 
 
 def obstacle(backend: Backend, call: Call) -> str | None:
@@ -68,6 +69,7 @@ def obstacle(backend: Backend, call: Call) -> str | None:
     variant = _Variant(
         backend.name, call.q.device, call.q.dtype, call.q.shape[-1], spec.block_query, spec.block_key, spec.levels,
         precision, waits, layout.text_before > 0, layout.text_after > 0, layout.permutation is not None,
+        call.causal is not None,
     )  # fmt: skip
     if variant not in _answers:
         busy = _busy()
@@ -147,6 +149,8 @@ def _sizes(variant: _Variant) -> list[tuple[int, int, bool]]:
     if variant.waits:
         # One head of more rows than half the cache holds of keys and values, so that programs keep in step.
         rows = cache_bytes(variant.device) // (4 * variant.head_dim * variant.dtype.itemsize)
+        if variant.causal:
+            rows *= 2  # than the whole cache
         share = sum(1 / factor for factor in variant.levels)
         sizes.append((1, max(TOKENS, int(rows / share) + variant.block_key), False))
     return sizes
@@ -188,7 +192,8 @@ def _small_call(variant: _Variant, heads: int, tokens: int, runs_over: bool) -> 
     """A call of random tensors, always the same, and lists of a few blocks of every level for each query block.
 
     Args:
-        runs_over: let keys in the second half exceed the first ones by more than any exponent holds.
+        runs_over: let keys in the second half exceed the first ones by more than any exponent holds; in a causal call,
+            whose queries meet their own key first, those in the first half the others.
     """
     device, levels = variant.device, len(variant.levels)
     chance = torch.Generator(device).manual_seed(0)
@@ -201,7 +206,8 @@ def _small_call(variant: _Variant, heads: int, tokens: int, runs_over: bool) -> 
     )
     if runs_over:
         q = 0.1 * q + 4 / variant.head_dim**0.5
-        k[:, before + tokens // 2 :] += 50
+        middle = before + tokens // 2
+        (k[:, :middle] if variant.causal else k[:, middle:]).add_(50)
     spec = AttentionSpec(
         block_query=variant.block_query,
         block_key=variant.block_key,
@@ -211,12 +217,16 @@ def _small_call(variant: _Variant, heads: int, tokens: int, runs_over: bool) -> 
     )
     permutation = torch.randperm(tokens, generator=chance, device=device) if variant.permuted else None
     q, k, v = (x.to(variant.dtype) for x in (q, k, v))
-    call = make_call(q, k, v, spec, before, after, permutation)
+    call = make_call(q, k, v, spec, before, after, permutation, causal=variant.causal)
     blocks = block_count(tokens, variant.block_query), block_count(tokens, variant.block_key)
     # Ranks of random numbers: each row lists as many blocks, here and there in the sequence.
     places = torch.rand(1, heads, *blocks, generator=chance, device=device, dtype=torch.float32)
     ranks = places.argsort(-1).argsort(-1)
-    return call, BlockLists.from_levels(torch.where(ranks < LISTED_BLOCKS, ranks % levels, levels), levels)
+    listed = ranks < LISTED_BLOCKS
+    if variant.causal:
+        rows, keys = (torch.arange(count, device=device) for count in blocks)
+        listed &= (keys + 1) * variant.block_key <= (rows * variant.block_query)[:, None]
+    return call, BlockLists.from_levels(torch.where(listed, ranks % levels, levels), levels)
 
 
 @contextmanager

@@ -160,7 +160,7 @@ def importance_kernel(
                 total = tl.zeros([TILE_M, 4 if LARGEST else smaller(4, BLOCKS)], tl.float32)
                 # What only masked tiles need takes up no registers in the loop over the others.
                 whole = tl.maximum(fewest // BLOCKS, 1)
-                for index in tl.range(0, tl.cdiv(most, BLOCKS) - whole + 1, num_stages=1):
+                for index in tl.range(0, tl.cdiv(most, BLOCKS) - whole + 1, num_stages=STAGES):
                     tile = tl.where(index == 0, 0, whole + index - 1)
                     scores = tl.dot(q, tl.load(k_head + tile * (TILE_N * PADDED_DIM)).T, input_precision="ieee")
                     ends = (first_row + row + natural_rows(TILE_M, WARPS) // SAMPLES) * RATIO
