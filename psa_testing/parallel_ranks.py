@@ -74,6 +74,7 @@ def equals_one_process(ranks: int, name: str, inputs: dict[str, Any], first: str
         "dense": preset(dense_steps=1.0),
         "everything": EVERYTHING,
         "sparse": preset(dense_steps=0.5),
+        "corrected": preset(dense_steps=0.25, correction=True),
         "reused": preset(dense_steps=0.25, refresh=2, share_guidance=True),
     }
     alone, figures = {}, {}

@@ -37,7 +37,7 @@ class Measurement:
 
     def __init__(self, pipe: Any, shapes: Mapping[str, Preset], steps: set[int]) -> None:
         # Lists that are kept for later steps would be those of another shape.
-        alone = {name: each.replace(refresh=1, share_guidance=False) for name, each in shapes.items()}
+        alone = {name: each.replace(refresh=1, share_guidance=False, correction=False) for name, each in shapes.items()}
         self.processor = PSAProcessor(pipe, next(iter(alone.values())), strict=True)
         self.processor.compute_with(self._compute)
         self._steps = steps

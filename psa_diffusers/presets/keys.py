@@ -57,6 +57,7 @@ class PresetKeys(LayerKeys, total=False):
     dense_last: float
     refresh: int
     share_guidance: bool
+    correction: bool
     min_tokens: int
     dense_attention: Literal["stock", "psa"]
     float32_on_gpu: Literal["dense", "sparse"]

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from psa_kernels import AttentionSpec  # noqa: E402
 from psa_kernels.allocation import prices, triton_budget, triton_prices, triton_statistics  # noqa: E402
 from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: E402
+from psa_kernels.correction.triton import ROWS, add_kernel, left_out_kernel  # noqa: E402
 from psa_kernels.costs import unit_costs  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
@@ -403,3 +404,12 @@ def test_budget(target, name, key_blocks):
         **row,
     }
     compile_and_check(triton_budget.budget_kernel, target, constants, options, tensor_cores=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", [left_out_kernel, add_kernel], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_corrections(target, kernel, head_dim):
+    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "ROWS": ROWS, "WIDE": True}
+    types = {"integers_ptr": "*i8", "units_ptr": "*fp32", "weights_ptr": "*fp32"}
+    compile_and_check(kernel, target, constants, {"num_warps": 4}, tensor_cores=False, types=types)

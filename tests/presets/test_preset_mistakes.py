@@ -86,6 +86,7 @@ MISTAKES = [
     ("precision: int8", "precision", "'int8'", "native or int8_qk"),
     ("refresh: 0", "refresh", "0", "a positive integer"),
     ("refresh: 99999999999", "refresh", "99999999999", "a positive integer"),
+    ("correction: 1", "correction", "1", "true or false"),
     ("share_guidance: 1", "share_guidance", "1", "true or false"),
     ("share_guidance: 'true'", "share_guidance", "'true'", "true or false"),
     ("float32_on_gpu: true", "float32_on_gpu", "true", "dense or sparse"),

@@ -15,7 +15,7 @@ from psa_diffusers.cli.shell import run_command
 from psa_diffusers.families import find_family
 from psa_diffusers.runs.check import machine
 from psa_diffusers.runs.check.check import check_plan
-from psa_diffusers.runs.check.costs import kept_list_bytes, list_bytes
+from psa_diffusers.runs.check.costs import correction_bytes, kept_list_bytes, list_bytes
 from psa_diffusers.runs.check.network import attention_shape
 from psa_diffusers.runs.check.text import WIDTH, as_text
 from psa_diffusers.runs.plan import make_plan
@@ -249,6 +249,14 @@ def test_lists_take_what_is_said():
     uses, preset = check.experts[0].uses, load_preset("psa-3")
     assert kept_list_bytes(preset, uses, 2) == 0
     assert kept_list_bytes(preset.replace(refresh=2), uses, 2) == 2 * 8 * list_bytes(offered.call)
+    assert (
+        correction_bytes(preset, uses, 2)
+        == correction_bytes(preset.replace(correction=True, dense_steps=0), uses, 2)
+        == 0
+    )
+    tokens, (heads, head_dim) = offered.call.layout.video_queries, offered.call.q.shape[2:]
+    corrected = preset.replace(correction=True)
+    assert correction_bytes(corrected, uses, 2) == 2 * 8 * tokens * heads * (head_dim + 4)
     shared = preset.replace(share_guidance=True)
     assert kept_list_bytes(shared, uses, 2) == 8 * list_bytes(offered.call)
 

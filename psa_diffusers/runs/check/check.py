@@ -10,7 +10,7 @@ from psa_diffusers.checkpoints.skeleton import transformer_skeletons
 from psa_diffusers.errors import InputError
 from psa_diffusers.families import UnsupportedModelError
 from psa_diffusers.presets import Preset
-from psa_diffusers.runs.check.costs import Speedup, kept_list_bytes, mean_density, speedup
+from psa_diffusers.runs.check.costs import Speedup, correction_bytes, kept_list_bytes, mean_density, speedup
 from psa_diffusers.runs.check.machine import Offer, Trial, offer, try_kernels
 from psa_diffusers.runs.check.network import Network, Usage, read_network, usages
 from psa_diffusers.runs.plan import Plan
@@ -25,6 +25,7 @@ class Expert:
         uses: the kinds of attention at sparse steps, each with what computes it; None there: it is dense.
         density: expected of a sparse step, None where it depends on the video or no step is sparse.
         kept_lists: bytes of lists that are kept for later calls.
+        corrections: bytes of the corrections of all layers.
     """
 
     network: Network
@@ -33,6 +34,7 @@ class Expert:
     density: float | None = None
     speedup: Speedup | None = None
     kept_lists: int = 0
+    corrections: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def _expert(plan: Plan, network: Network, preset: Preset) -> Expert:
     if density is not None and density < 1:
         gain = speedup(network, density, len(preset.sparse_steps(steps)), steps)
     guided = plan.model.kind.guided and settings.guidance > 1
-    kept = kept_list_bytes(preset, sparse, branches=2 if guided else 1)
-    return Expert(network, preset, tuple(found), density, gain, kept)
+    branches = 2 if guided else 1
+    kept, corrections = (count(preset, sparse, branches) for count in (kept_list_bytes, correction_bytes))
+    return Expert(network, preset, tuple(found), density, gain, kept, corrections)
 
 
 def _trials(experts: list[Expert]) -> dict[str, Trial]:

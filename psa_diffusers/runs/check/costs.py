@@ -88,3 +88,19 @@ def kept_list_bytes(preset: Preset, uses: Uses, branches: int) -> int:
             size = list_bytes(offered.call)
             largest |= {layer: max(size, largest.get(layer, 0)) for layer in usage.layers}
     return sets * sum(largest.values())
+
+
+def correction_bytes(preset: Preset, uses: Uses, branches: int) -> int:
+    """Bytes of the corrections of all layers, for one video; 0 where the preset has none, or no dense phase.
+
+    Args:
+        branches: of guidance, each of which has its own.
+    """
+    if not preset.correction or not preset.dense_steps:
+        return 0
+    sizes: dict[int, int] = {}
+    for usage, offered in uses:
+        if offered is not None:
+            q, video = offered.call.q, offered.call.layout.video_queries
+            sizes |= dict.fromkeys(usage.layers, video * q.shape[2] * (q.shape[3] + 4))
+    return branches * sum(sizes.values())

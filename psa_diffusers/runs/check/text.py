@@ -205,6 +205,8 @@ def _memory(expert: Expert, offers: Sequence[Offer]) -> str:
     parts.append(f"lists of a call {_size(max(list_bytes(offered.call) for offered in used))}")
     if expert.kept_lists:
         parts.append(f"lists kept for later calls up to {_size(expert.kept_lists)} in all")
+    if expert.corrections:
+        parts.append(f"corrections {_size(expert.corrections)} in all")
     return ", ".join(parts) + "; for one video, beyond that of dense attention. Counted, not measured"
 
 
