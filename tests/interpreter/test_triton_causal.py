@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, Importance, head_groups, psa_attention, select_blocks
 from psa_kernels.blocks import ranks_below
 from psa_kernels.call import make_call
 from psa_kernels.causal import triton_allocation, triton_importance, triton_select
@@ -237,6 +237,19 @@ def test_a_call_of_the_last_queries_is_the_end_of_the_whole_call(name):
     # Rows begin at token 4, so that this call has its rows whole.
     part = psa_attention(q[:, 4 + 128 :], k, v, SPECS[name], **call)
     torch.testing.assert_close(part, whole[:, 4 + 128 :], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["mass, similarity", "budget, kept"])
+def test_lists_of_some_heads_at_a_time_are_the_same(name, monkeypatch):
+    q, k, v = inputs(150, heads=(4, 2), batch=2)
+    call = make_call(q, k, v, SPECS[name], causal=True)
+    whole = triton_select.select(call, call.causal, None)
+    monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 1)
+    monkeypatch.setattr(triton_select, "PAIRS_SHARE", 0)
+    heads, measured = [], triton_select.block_importance
+    monkeypatch.setattr(triton_select, "block_importance", lambda q, *a: heads.append(q.shape[2]) or measured(q, *a))
+    parts = triton_select.select(call, call.causal, None)
+    assert heads == [2, 2] and torch.equal(parts.ids, whole.ids) and torch.equal(parts.counts, whole.counts)
 
 
 def test_only_some_items():

@@ -199,9 +199,9 @@ def test_programs_that_keep_in_step(monkeypatch):
     assert torch.equal(psa_attention(q, k, v, AttentionSpec(), **call), out)
 
 
-def test_what_a_call_takes_beside_its_output():
+@pytest.mark.parametrize("tokens", [32_768, 131_072])
+def test_what_a_call_takes_beside_its_output(tokens):
     """A layer of Qwen2.5-VL-7B: no more than the output takes."""
-    tokens = 32_768
     q, k, v = (torch.randn(1, tokens, h, 128, device="cuda", dtype=torch.bfloat16) for h in (28, 4, 4))
     for spec in (AttentionSpec(), AttentionSpec(rule="budget", density=0.25)):
         call = {"causal": True, "text_after": 512}
