@@ -91,13 +91,16 @@ def test_prices_of_magnitudes_that_float16_cannot_hold():
 @pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
 def test_lists_are_those_of_the_reference_bit_for_bit(levels, rest, index):
     density = budget_checks.random_densities(rest)[index]
-    kind, key_blocks = random.choice(["far", "close", "ends"]), random.choice([1, 20, 40, 130])
+    kind, key_blocks = random.choice(["far", "close", "ends", "bell"]), random.choice([1, 20, 40, 130])
     budget_checks.check_same_lists(kind, levels, rest, density, (1, 1, 2, key_blocks))
 
 
-def test_rows_of_several_warps(monkeypatch):
-    monkeypatch.setattr(triton_budget, "row_shape", lambda _: {"WORDS": 32, "CHUNK": 64, "num_warps": 4})
-    for kind in ("far", "close"):
+@pytest.mark.parametrize("guesses", [0, 1, 4])
+def test_rows_of_several_warps(guesses, monkeypatch):
+    shape = {"WORDS": 32, "CHUNK": 64, "GUESSES": guesses, "num_warps": 4}
+    monkeypatch.setattr(triton_budget, "row_shape", lambda _: shape)
+    triton_budget._plan.cache_clear()
+    for kind in ("far", "close", "bell"):
         budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))
 
 
