@@ -4,8 +4,10 @@
     python scripts/bench_allocation.py --levels 1 2 4 8 --density 0.15
 
 Times each kernel of the stage by itself, and the stage, at the sizes of Wan2.1-14B at 720p and of 1.3B at 480p, bf16:
-medians of calls that are enqueued back to back. For a comparison run it at both commits on one machine, in one go.
-Besides `ms` it gives `GB/s` where a kernel has to read q, k or v whole: it can be no faster than the memory.
+medians of calls that are enqueued back to back. Besides `ms` it gives `GB/s` where a kernel has to read q, k or v
+whole: it can be no faster than the memory. Calls of the operator make the pyramid of the keys and find their spread in
+one pass: what the rule costs them is `pyramid of keys, prices and allocation` less `pyramid of keys`. For a comparison
+with another commit copy this script there (from before that pass too), and run both on one machine, in one go.
 
 Tensors vary smoothly along the tokens, so that rows of prices are spread as those of models are: the search for the
 price takes as many rounds as its rows need. Under half a minute.
@@ -28,6 +30,7 @@ from results import document, write
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.call import make_call
+from psa_kernels.lists import BlockLists
 
 WHAT = "time of each kernel of the rule budget on one call, milliseconds, medians"
 CHOSEN = ("wan2.1-14b-720p", "wan2.1-1.3b-480p")
@@ -75,7 +78,7 @@ def kernels(
     from psa_kernels.allocation import triton_statistics as statistics
     from psa_kernels.allocation.triton_budget import allocate_budget
     from psa_kernels.importance.triton import block_importance
-    from psa_kernels.pyramid.triton import build_pyramid
+    from psa_kernels.pyramid import triton as pyramid
 
     call = make_call(q, k, v, spec, permutation=permutation)
     layout, scale = call.layout, call.scale
@@ -83,7 +86,8 @@ def kernels(
     centres, _ = statistics.value_spread(v, layout, spec)
     price = partial(prices.upgrade_prices, q, k, v, importance, layout, spec, scale)
     allocate = partial(allocate_budget, price(), importance, spec)
-    yield "pyramid", partial(build_pyramid, k, v, layout, spec), 2
+    yield "pyramid of keys", partial(pyramid.pool_keys, k, layout, spec, gathered=True), 1
+    yield "pyramid of values", partial(pyramid.pool_tokens, v, layout, pyramid.held_factors(layout, spec, True)), 1
     yield "importance", partial(block_importance, q, k, layout, spec, scale), 0
     yield "query energy", partial(statistics.query_energy, q, layout, spec, scale), 1
     yield "key spread", partial(statistics.key_spread, k, layout, spec), 1
@@ -92,6 +96,21 @@ def kernels(
     yield "prices", price, 3
     yield "allocation", allocate, 0
     yield "prices and allocation", lambda: allocate_budget(price(), importance, spec), 3
+
+    # Commits from before the keys were read once for both have to read them twice.
+    together = hasattr(statistics, "pools_alike") and statistics.pools_alike(spec)
+
+    def keys() -> Any:
+        if not together:
+            return pyramid.pool_keys(k, layout, spec, gathered=True), ()
+        found = pyramid.empty_keys(k, layout, spec, gathered=True)
+        return found, (statistics.key_spread(k, layout, spec, found.keys, found.factors),)
+
+    def all_of_it() -> BlockLists:
+        return allocate_budget(price(*keys()[1]), importance, spec)
+
+    yield "pyramid of keys, with their spread" if together else "pyramid of keys, again", keys, 1
+    yield "pyramid of keys, prices and allocation", all_of_it, 3
 
 
 def tensors(workload: Workload) -> list[torch.Tensor]:

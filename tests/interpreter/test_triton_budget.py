@@ -16,6 +16,7 @@ from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.allocation import prices, triton_budget, triton_statistics
 from psa_kernels.blocks import group_means
 from psa_kernels.layout import make_layout
+from psa_kernels.pyramid import triton as pyramid
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,28 @@ def test_statistics(block_key, levels, rest, tokens):
         torch.testing.assert_close(spread[index], prices._spread(wide[1], factor, block_key), **half)
         expected = prices._spread(wide[2], factor, block_key).sum(-1)
         torch.testing.assert_close(varied[index].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("levels", "gathered", "dtype"),
+    [((1, 2, 4), True, torch.float16), ((1, 2, 4, 8), False, torch.float32), ((1, 4), True, torch.float32)],
+    ids=str,
+)
+def test_keys_that_are_pooled_in_the_same_pass_are_those_of_the_pyramid(levels, gathered, dtype):
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
+    layout = make_layout(88, 88, 2, 3, torch.randperm(83))
+    _, k, _ = inputs(88, batch=2, dtype=dtype)
+    expected = pyramid.pool_keys(k, layout, spec, gathered=gathered)
+    assert triton_statistics.pools_alike(spec) and (1 in expected.factors) == gathered
+    keys = pyramid.empty_keys(k, layout, spec, gathered)
+    spread = triton_statistics.key_spread(k, layout, spec, keys.keys, keys.factors)
+    assert torch.equal(keys.keys, expected.keys) and keys.factors == expected.factors
+    alone = triton_statistics.key_spread(k, layout, spec)
+    torch.testing.assert_close(unscaled(spread, 24), unscaled(alone, 24), rtol=2**-9, atol=1e-6)
+
+
+def test_the_pyramid_of_larger_groups_is_made_by_its_own_kernel():
+    assert not triton_statistics.pools_alike(AttentionSpec(rule="budget", density=0.3, levels=(1, 16)))
 
 
 @pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)

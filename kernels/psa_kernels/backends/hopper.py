@@ -24,6 +24,7 @@ class Hopper(Triton):
     """Needs what the portable kernels need, and more."""
 
     name = implementation = "hopper"
+    gathered = True
 
     def pays(self, call: Call) -> bool:
         return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
@@ -59,16 +60,6 @@ class Hopper(Triton):
             if x.data_ptr() % 16 or any(stride % 8 for stride in x.stride()[:3]):
                 return f"{name}: expected rows at multiples of 16 bytes, got strides {x.stride()}"
         return None
-
-    def pyramid_rows(self, call: Call) -> int:
-        from psa_kernels.pyramid.triton import pyramid_rows
-
-        return pyramid_rows(call.layout, call.spec, gathered=True)
-
-    def pool_keys(self, call: Call, selects: bool) -> Any:
-        from psa_kernels.pyramid.triton import pool_keys
-
-        return pool_keys(call.k, call.layout, call.spec, selects, gathered=True)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values
