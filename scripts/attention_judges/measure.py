@@ -45,24 +45,39 @@ class Measuring:
 
         The error is that of the queries of every `Judge.every`-th block, without text; the density that of all.
         """
-        queries, k, v, dense = self._in_order(order, spec.block_query)
-        text, every = self.sample.text_before, self._judge.every
-        part = BlockLists(lists.ids[:, :, ::every], lists.counts[:, :, ::every], lists.key_blocks)
-        out = psa_attention(queries, k, v, spec, text_before=text, lists=part, implementation="reference")[:, text:]
-        error = (out - dense).double().square().sum((0, 1, 3)) / dense.double().square().sum((0, 1, 3))
+        part = BlockLists(lists.ids[:, :, :: self.every], lists.counts[:, :, :: self.every], lists.key_blocks)
         density = AttentionStats.from_lists(lists, spec, "reference").density.mean()
-        return density.item(), error.mean().sqrt().item()
+        return density.item(), self.error_of_rows(spec, part, order)[1]
+
+    def error_of_rows(self, spec: AttentionSpec, part: BlockLists, order: str) -> tuple[float, float]:
+        """As `error`, from the lists of the query blocks that are looked at alone."""
+        queries, k, v, _ = self.in_order(order, spec.block_query)
+        text = self.sample.text_before
+        out = psa_attention(queries, k, v, spec, text_before=text, lists=part, implementation="reference")[:, text:]
+        density = AttentionStats.from_lists(part, spec, "reference").density.mean()
+        return density.item(), self.relative_error(out, spec.block_query, order)
+
+    def relative_error(self, out: torch.Tensor, block_query: int, order: str) -> float:
+        """Of outputs for the queries that are looked at: `[1, N, H, D]`, without text."""
+        dense = self.in_order(order, block_query)[-1]
+        error = (out - dense).double().square().sum((0, 1, 3)) / dense.double().square().sum((0, 1, 3))
+        return error.mean().sqrt().item()
+
+    @property
+    def every(self) -> int:
+        """The error is that of every so many query blocks."""
+        return self._judge.every
 
     def power(self, order: str, block_query: int) -> torch.Tensor:
         """Mean square of each head's dense output: `[H]`."""
-        return self._in_order(order, block_query)[-1].square().mean((0, 1, 3))
+        return self.in_order(order, block_query)[-1].square().mean((0, 1, 3))
 
-    def _in_order(self, order: str, block_query: int) -> tuple[torch.Tensor, ...]:
+    def in_order(self, order: str, block_query: int) -> tuple[torch.Tensor, ...]:
         """Queries of every so many blocks, after the text; all keys and values; dense attention of these queries."""
 
         def make() -> tuple[torch.Tensor, ...]:
             s, tokens = self.sample, self.layout(order).video_query_tokens(self.sample.q.device)
-            blocks = tokens.split(block_query)[:: self._judge.every]
+            blocks = tokens.split(block_query)[:: self.every]
             text = torch.arange(s.text_before)
             q = s.q[:, torch.cat([text, *blocks])]
             k, v = (x[:, torch.cat([text, tokens])] for x in (s.k, s.v))

@@ -157,12 +157,25 @@ def auto() -> Iterator[Setting]:
         corrected = vary("psa-3", thresholds=at_density(share), share_guidance=True, correction=True)
         yield Setting(f"psa-3, shared, corrected {share}", corrected, first, "psa-3, shared, corrected")
         for way, changes in ways.items():
-            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
+            yield Setting(
+                f"{way} {share}", vary("psa-auto", density=share, **{"correction": False, **changes}), first, way
+            )
         for (way, parts), order in product(falls.items(), ("hilbert", "raster")):
-            preset = vary("psa-auto", density=share, order=order, steps=_over_steps(share, parts))
+            preset = vary("psa-auto", density=share, order=order, correction=False, steps=_over_steps(share, parts))
             yield Setting(f"{order}, {way} {share}", preset, first, f"{order}, {way}")
-        edges = vary("psa-auto", density=share * 0.8, layers=[{"match": "0,7", "density": share * 1.6}])
+        edges = vary(
+            "psa-auto", density=share * 0.8, correction=False, layers=[{"match": "0,7", "density": share * 1.6}]
+        )
         yield Setting(f"hilbert, denser ends {share}", edges, first, "hilbert, denser ends")
+
+
+def held_out() -> Iterator[Setting]:
+    """`psa-auto` as it is, to be run with prompts of another seed than those among which it was chosen."""
+    for share in (0.15, 0.25):
+        first, auto = f"psa-3 {share}", vary("psa-auto", density=share)
+        yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
+        yield Setting(f"psa-auto {share}", auto, first, "psa-auto")
+        yield Setting(f"psa-auto, not corrected {share}", auto.replace(correction=False), first, "not corrected")
 
 
 def _over_steps(share: float, parts: tuple[float, float, float]) -> list[dict[str, Any]]:
@@ -191,5 +204,6 @@ EXPERIMENTS = {
     "order": Experiment("the order of the tokens", order),
     "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
     "auto": Experiment("what psa-auto could be, at the same densities", auto),
+    "held-out": Experiment("psa-auto and psa-3, for prompts of a seed of their own", held_out, "density"),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
 }

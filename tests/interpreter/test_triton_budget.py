@@ -16,6 +16,7 @@ from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.allocation import prices, triton_budget, triton_statistics
 from psa_kernels.blocks import group_means
 from psa_kernels.layout import make_layout
+from psa_kernels.pyramid import triton as pyramid
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,28 @@ def test_statistics(block_key, levels, rest, tokens):
         torch.testing.assert_close(varied[index].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("levels", "gathered", "dtype"),
+    [((1, 2, 4), True, torch.float16), ((1, 2, 4, 8), False, torch.float32), ((1, 4), True, torch.float32)],
+    ids=str,
+)
+def test_keys_that_are_pooled_in_the_same_pass_are_those_of_the_pyramid(levels, gathered, dtype):
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
+    layout = make_layout(88, 88, 2, 3, torch.randperm(83))
+    _, k, _ = inputs(88, batch=2, dtype=dtype)
+    expected = pyramid.pool_keys(k, layout, spec, gathered=gathered)
+    assert triton_statistics.pools_alike(spec) and (1 in expected.factors) == gathered
+    keys = pyramid.empty_keys(k, layout, spec, gathered)
+    spread = triton_statistics.key_spread(k, layout, spec, keys.keys, keys.factors)
+    assert torch.equal(keys.keys, expected.keys) and keys.factors == expected.factors
+    alone = triton_statistics.key_spread(k, layout, spec)
+    torch.testing.assert_close(unscaled(spread, 24), unscaled(alone, 24), rtol=2**-9, atol=1e-6)
+
+
+def test_the_pyramid_of_larger_groups_is_made_by_its_own_kernel():
+    assert not triton_statistics.pools_alike(AttentionSpec(rule="budget", density=0.3, levels=(1, 16)))
+
+
 @pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
 def test_prices(levels, rest):
     """Off by at most two steps, each 0.27 %, although values have a common mean far from 0."""
@@ -91,13 +114,16 @@ def test_prices_of_magnitudes_that_float16_cannot_hold():
 @pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
 def test_lists_are_those_of_the_reference_bit_for_bit(levels, rest, index):
     density = budget_checks.random_densities(rest)[index]
-    kind, key_blocks = random.choice(["far", "close", "ends"]), random.choice([1, 20, 40, 130])
+    kind, key_blocks = random.choice(["far", "close", "ends", "bell"]), random.choice([1, 20, 40, 130])
     budget_checks.check_same_lists(kind, levels, rest, density, (1, 1, 2, key_blocks))
 
 
-def test_rows_of_several_warps(monkeypatch):
-    monkeypatch.setattr(triton_budget, "row_shape", lambda _: {"WORDS": 32, "CHUNK": 64, "num_warps": 4})
-    for kind in ("far", "close"):
+@pytest.mark.parametrize("guesses", [0, 1, 4])
+def test_rows_of_several_warps(guesses, monkeypatch):
+    shape = {"WORDS": 32, "CHUNK": 64, "GUESSES": guesses, "num_warps": 4}
+    monkeypatch.setattr(triton_budget, "row_shape", lambda _: shape)
+    triton_budget._plan.cache_clear()
+    for kind in ("far", "close", "bell"):
         budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))
 
 

@@ -32,11 +32,13 @@ def price_steps_off(q, k, v, layout, spec, scale, **tensors):
 
 
 def random_prices(kind, levels, shape, device="cpu"):
-    """Prices as the kernel leaves them: far apart, close together with many equal ones, or at both ends."""
+    """Prices as the kernel leaves them: far apart, close together with many equal ones, at both ends, or in a bell."""
     if kind == "far":
         drawn = torch.randint(0, HIGHEST_PRICE + 1, (levels, *shape), device=device)
     elif kind == "close":
         drawn = torch.randint(9000, 9004, (levels, *shape), device=device)
+    elif kind == "bell":
+        drawn = (13000 + 900 * torch.randn(levels, *shape, device=device)).clamp(0, HIGHEST_PRICE).int()
     else:
         drawn = torch.randint(0, 2, (levels, *shape), device=device) * HIGHEST_PRICE
     made = triton_prices.empty_prices(levels, *shape, device=drawn.device)

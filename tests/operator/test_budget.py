@@ -192,3 +192,14 @@ def test_the_values_are_asked_for():
     q = torch.randn(1, 64, 1, 8)
     with pytest.raises(ValueError, match="v=None"):
         select_blocks(q, q, budget_spec())
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize(("levels", "rest"), [((1, 2, 4), "skip"), ((1, 2, 4, 8), "mean"), ((1,), "skip")], ids=str)
+def test_the_density_of_a_long_call_is_met_within_one_percent(levels, rest, density):
+    """Of tensors that vary slowly and of rows that differ; the last blocks of queries and of keys are ragged."""
+    torch.manual_seed(4)
+    spec = budget_spec(density, levels=levels, rest=rest, importance=Importance("sampled", "max", 8, 8))
+    q, k, v = (torch.randn(2, n, 2, 8).cumsum(1) / 4 for n in (70, 400 * 16 - 7, 400 * 16 - 7))
+    _, stats = psa_attention(q, k, v, spec, return_stats=True, implementation="reference")
+    assert ((stats.density / density - 1).abs() <= 0.01).all()

@@ -326,8 +326,20 @@ BUDGETS = {
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_spread(target, name, values, permuted):
+    compile_spread(target, name, values, permuted, ())
+
+
+@pytest.mark.parametrize(("held", "permuted"), [((2, 4), False), ((1, 2, 4), True)], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_spread_that_pools(target, held, permuted):
+    compile_spread(target, "psa-3", False, permuted, held)
+
+
+def compile_spread(target, name, values, permuted, held):
     outputs = ("fractions_ptr",) if values else ("centres_ptr", "centre_tops_ptr", "centre_squares_ptr")
     constants = {
+        "HELD": held,
+        **({} if held else {"means_ptr": None, "means_rows": 0}),
         "HEAD_DIM": 128,
         "PADDED_DIM": 128,
         "ROWS": triton_statistics.blocks_at_once(128),

@@ -157,7 +157,7 @@ def test_lists_of_a_budget_are_those_of_the_reference_bit_for_bit(seed):
     chance = random.Random(seed)
     blocks = chance.choice([1, 3, 100, 1182, 1857, 4725, 16384])
     levels, rest = budget_checks.LEVELS[seed % len(budget_checks.LEVELS)]
-    for kind in ("far", "close", "ends"):
+    for kind in ("far", "close", "ends", "bell"):
         for density in budget_checks.random_densities(rest):
             poison_free_memory()
             budget_checks.check_same_lists(kind, levels, rest, density, (1, 2, 5, blocks), "cuda")

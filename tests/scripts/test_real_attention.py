@@ -14,16 +14,20 @@ import torch
 from attention_judges.ideas import allocate_shared, mass_of_means
 from attention_judges.judges import Judge, Sample, dense_attention
 from attention_judges.measure import Measuring, highest_scale
+from attention_judges.more_ideas import held_rows, more_ideas
 from attention_judges.packages import find_file, find_recordings
+from attention_judges.pairs import modelled_errors, pairs_of, prices_of, truth_of
 from attention_judges.rows import Lines, error_at, joined
 from attention_judges.settings import PYRAMID, Setting, settings_for
+from attention_judges.single_tokens import with_tokens
 from attention_judges.whisper import RATE, SECONDS, read_tensors, window
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import psa_attention
+from psa_kernels.allocation.budget import allocate_budget
 from psa_kernels.importance.reference import block_importance
-from psa_kernels.lists import AttentionStats
+from psa_kernels.lists import AttentionStats, BlockLists
 
 GRID = (2, 8, 10)
 TEXT = 3
@@ -238,3 +242,63 @@ def test_a_run_that_was_stopped_goes_on_and_writes_all(tmp_path, monkeypatch, ca
     assert result["rows"][0]["errors"][0] == round(first["error"], 5)
     assert not kept.exists()
     assert "| budget | " in capsys.readouterr().out
+
+
+def _pairs():
+    measuring = Measuring(_judge(), _sample())
+    setting = Setting("budget", PYRAMID, "hilbert", 16, 32, density=0.4)
+    return measuring, setting, pairs_of(measuring, setting.spec(), "hilbert", measuring.importance(setting))
+
+
+def test_pairs_have_the_prices_of_the_operator():
+    measuring, setting, pairs = _pairs()
+    found = prices_of(modelled_errors(pairs, setting.spec()), setting.spec())
+    # Sums in another order may fall on the other side of a step.
+    assert (found.int() - measuring.prices(setting).int()).abs().max() <= 1
+
+
+def test_the_true_error_of_a_pair_is_that_of_attention_without_it():
+    measuring, setting, _ = _pairs()
+    spec = setting.spec()
+    truth = truth_of(measuring, spec, "hilbert")
+    levels = torch.zeros(1, 2, 10, 5, dtype=torch.long)
+    q, k, v, dense = measuring.in_order("hilbert", 16)
+    for level in (1, 3):
+        changed = levels.clone()
+        changed[0, :, 4, 2] = level
+        lists = BlockLists.from_levels(changed, 3)
+        out = psa_attention(q, k, v, spec, text_before=TEXT, lists=lists, implementation="reference")[:, TEXT:]
+        expected = (out - dense)[0, 64:80].square().sum(-1).mean(0)
+        torch.testing.assert_close(truth.errors[level, :, 4, 2], expected, rtol=1e-3, atol=1e-7)
+    # With the text, whose keys are in no block, the shares are a whole.
+    text = (q[0, TEXT:, 0] @ k[0, :, 0].T / 4).softmax(-1)[:, :TEXT].sum(-1).unflatten(0, (10, 16)).mean(-1)
+    torch.testing.assert_close(truth.mass[0].sum(-1) + text, torch.ones(10))
+
+
+def test_single_tokens_take_error_away_and_none_leave_the_operator():
+    measuring, setting, _ = _pairs()
+    spec = replace(setting, density=0.2).spec()
+    prices, importance = measuring.prices(setting), measuring.importance(setting)
+    lists = allocate_budget(prices, importance, spec)
+    _, error = measuring.error(spec, lists, "hilbert")
+    found = [with_tokens(measuring, setting, lists.levels(), count) for count in (0, 16, 160)]
+    assert found[0] == pytest.approx(error, rel=1e-3)
+    assert found[0] > found[1] > found[2]
+
+
+def test_held_rows_spend_their_budget_together_and_none_too_much():
+    measuring, setting, _ = _pairs()
+    spec, importance = setting.spec(), measuring.importance(setting)
+    level = held_rows(measuring.prices(setting).int(), importance, spec, (-3, -2, -1)).levels()
+    cost = torch.tensor([1, 0.5, 0.25, 0])[level].mean(-1)
+    assert 0.36 < cost.mean() <= 0.4 + 1e-6
+    assert bool((cost <= 0.6 + 0.2).all()) and bool((cost >= 0.2 - 0.1).all())
+
+
+def test_more_ideas_are_measured_at_their_density():
+    judge = _judge()
+    found = list(more_ideas(judge, Measuring(judge, _sample())))
+    assert {idea for idea, *_ in found} == {"mass", "centred", "values", "tokens", "shared", "sampling", "constants"}
+    assert len({(idea, way, target) for idea, way, target, _ in found}) == len(found)
+    # The shares of psa-3 are whole blocks of five.
+    assert all(density <= target + 0.06 and error > 0 for _, _, target, (density, error) in found)

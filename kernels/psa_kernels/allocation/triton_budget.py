@@ -54,9 +54,16 @@ def _plan(
 
 
 def row_shape(key_blocks: int) -> dict[str, int]:
-    """Pairs of prices that are compared at a time, entries that are listed at a time, and warps."""
+    """Pairs of prices that are compared at a time, entries that are listed at a time, guesses, and warps.
+
+    With guesses, on attention of trained models, a row of 1,200 blocks takes 7 to 9 rounds; bisection alone takes 15.
+    Several warps only bisect: for guesses the compiler would spill there.
+    """
     warps = 1 if key_blocks <= 2048 else 4
-    return {"WORDS": 128 * warps, "CHUNK": 256 if warps == 1 else 512, "num_warps": warps}
+    return {
+        "WORDS": 128 * warps, "CHUNK": 256 if warps == 1 else 512, "GUESSES": 4 if warps == 1 else 0,
+        "num_warps": warps,
+    }  # fmt: skip
 
 
 # A number of blocks that is known to be 1 folds a row into what the compiler does not survive.
@@ -64,13 +71,17 @@ def row_shape(key_blocks: int) -> dict[str, int]:
 def budget_kernel(
     importance_ptr, prices_ptr, words_ptr, ids_ptr, counts_ptr, importance_stride, level_stride, price_stride,
     key_blocks, list_width, budget, dearest, UNITS: tl.constexpr, SKIP: tl.constexpr, HIGHEST: tl.constexpr,
-    WORDS: tl.constexpr, CHUNK: tl.constexpr,
+    WORDS: tl.constexpr, CHUNK: tl.constexpr, GUESSES: tl.constexpr,
 ):  # fmt: skip
     """The lowest price that one row can afford, what the rest buys, then its list.
+
+    What a row costs falls as the price rises, so the price is guessed where a straight line between the costs of one
+    that is too low and one that is affordable meets the budget (false position, in the variant of Illinois).
 
     Args:
         words_ptr: the prices again, two in each int32.
         dearest: cost of a row with all blocks at the finest level.
+        GUESSES: how often one of the two prices may stay before the interval is halved instead; 0 for always.
     """
     row = tl.program_id(0).to(tl.int64)
     LEVELS: tl.constexpr = len(UNITS) - 1
@@ -95,11 +106,26 @@ def budget_kernel(
     low, high, paid = -1, HIGHEST + 1, cheapest
     # A budget that is spent buys nothing more, except where the coarsest level costs what a skipped block does.
     FREE: tl.constexpr = UNITS[LEVELS - 1] == UNITS[LEVELS]
+    # What the price that is too low costs too much; how often in a row the other one fell, or negative, this one rose.
+    over = dearest - budget
+    run = 0
     while (high - low > 1) & ((paid != budget) | FREE):
         middle = (low + high) // 2
+        if GUESSES > 0:
+            guessed = (run != 0) & (tl.abs(run) < GUESSES) & (paid != budget)
+            if guessed:
+                # The end that stays counts half each further time, so that the next guess lies nearer to it.
+                weight = tl.math.exp2((run - tl.where(run > 0, 1, -1)).to(tl.float32))
+                under = (budget - paid).to(tl.float32) * weight
+                share = under / tl.maximum(under + over.to(tl.float32), 1)
+                guess = high - ((high - low).to(tl.float32) * share).to(tl.int32)
+                middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
         spared = spared_cost(words, middle, price_stride // 2, UNITS, WORDS)
         found = dearest - spared + (kept_price < middle).to(tl.int32) * (UNITS[LEVELS - 1] - UNITS[LEVELS])
         affordable = found <= budget
+        if GUESSES > 0:
+            run = tl.where(affordable, tl.maximum(run, 0) + 1, tl.minimum(run, 0) - 1)
+            over = tl.where(affordable, over, found - budget)
         low, high = tl.where(affordable, low, middle), tl.where(affordable, middle, high)
         paid = tl.where(affordable, found, paid)
     left = tl.maximum(budget - paid, 0)

@@ -40,6 +40,7 @@ def upgrade_prices(
     layout: TokenLayout,
     spec: AttentionSpec,
     scale: float,
+    spread: ScaledRows | None = None,
 ) -> torch.Tensor:
     """At which price of cost each level of each pair of blocks pays.
 
@@ -47,12 +48,14 @@ def upgrade_prices(
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
         importance: float32 `[B, Hq, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
         scale: factor on the dot products.
+        spread: of `key_spread`, where it is known already.
 
     Returns:
         `empty_prices`, filled: what the reference returns, but for roundings.
     """
     energy = query_energy(q, layout, spec, scale)
-    spread = key_spread(k, layout, spec)
+    if spread is None:
+        spread = key_spread(k, layout, spec)
     centres, varied = value_spread(v, layout, spec)
     outputs, totals = mean_outputs(q, importance, centres)
     batch, heads, query_blocks, key_blocks = importance.shape

@@ -14,14 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.triton_groups import UNROLLED, group_squares, load_tokens, real_tokens
 from psa_kernels.blocks import block_count
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
-
-# Tokens of a block whose loads are written out one after the other; beyond that there is a loop.
-UNROLLED = tl.constexpr(8)
+from psa_kernels.triton_rows import are_wide, padded_dim
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,30 @@ def query_energy(q: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scal
     return energy
 
 
-def key_spread(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> ScaledRows:
+def key_spread(
+    k: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    means: torch.Tensor | None = None,
+    factors: tuple[int, ...] = (),
+) -> ScaledRows:
     """Variance inside groups of keys, per channel, mean over each block: `[pooled_factors, B, H, key blocks, D]`.
 
     Args:
         k: `[B, Nk, H, D]`, all keys, in the order of the model.
+        means: None, or `[B, H, rows, D]` in the dtype of k, the keys of a pyramid with these `factors`, which is filled
+            in the same pass: with what the pyramid's own kernel would write, bit for bit, if `spec` `pools_alike`.
     """
     blocks = block_count(layout.video_keys, spec.block_key)
     spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
-    launch = _of_keys(k, layout, spec, blocks, values=False)
-    launch(k, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
+    launch = _of_keys(k, layout, spec, blocks, values=False, held=factors if means is not None else ())
+    launch(k, means, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
     return spread
+
+
+def pools_alike(spec: AttentionSpec) -> bool:
+    """Whether groups are joined here in the order in which the pyramid's kernel joins them."""
+    return all(factor <= UNROLLED.value for factor in pooled_factors(spec))
 
 
 def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> tuple[ScaledRows, torch.Tensor]:
@@ -82,7 +93,7 @@ def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> t
     centres = empty_rows(v, (), blocks, squares=True)
     spread = torch.empty(len(pooled_factors(spec)), *centres.tops.shape, device=v.device)
     launch = _of_keys(v, layout, spec, blocks, values=True)
-    launch(v, layout.short_permutation, None, spread, centres.fractions, centres.tops, centres.squares)
+    launch(v, None, layout.short_permutation, None, spread, centres.fractions, centres.tops, centres.squares)
     return centres, spread
 
 
@@ -109,11 +120,14 @@ def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: 
     return ScaledRows(fractions, tops, torch.empty_like(tops) if squares else None)
 
 
-def _of_keys(x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool) -> Launch:
-    """What finds variances of keys or values `[B, Nk, H, D]`."""
+def _of_keys(
+    x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool, held: tuple[int, ...] = ()
+) -> Launch:
+    """What finds variances of keys or values `[B, Nk, H, D]`, and the means of groups of the sizes `held`."""
+    rows = sum(block_count(layout.video_keys, factor) for factor in held)
     return _prepared(
         spread_kernel, x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.video_keys,
-        layout.permutation is not None, blocks, (), (*tree(spec), ("VALUES", values)),
+        layout.permutation is not None, blocks, (rows,), (*tree(spec), ("VALUES", values), ("HELD", held)),
     )  # fmt: skip
 
 
@@ -167,14 +181,21 @@ def energy_kernel(
 
 @triton.jit
 def spread_kernel(
-    x_ptr, permutation, fractions_ptr, spread_ptr, centres_ptr, centre_tops_ptr, centre_squares_ptr, stride_b, stride_n,
-    stride_h, heads, video, text_before, blocks, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr, WANTED: tl.constexpr,
-    VALUES: tl.constexpr,
+    x_ptr, means_ptr, permutation, fractions_ptr, spread_ptr, centres_ptr, centre_tops_ptr, centre_squares_ptr,
+    stride_b, stride_n, stride_h, heads, video, text_before, blocks, means_rows, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr,
+    WANTED: tl.constexpr, VALUES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means."""
+    """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means.
+
+    Args:
+        means_ptr: means of groups of the sizes `HELD`, one size after the other; `means_rows` of them a head.
+    """
     head_index = tl.program_id(0).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
+    means = means_ptr
+    if len(HELD) > 0:
+        means += head_index * means_rows * HEAD_DIM
     dims = tl.arange(0, PADDED_DIM)
     block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     BLOCK: tl.constexpr = FACTORS[len(FACTORS) - 1]
@@ -183,13 +204,13 @@ def spread_kernel(
     # Only the last blocks of a head have groups that are not whole.
     if (tl.program_id(1) + 1) * ROWS * BLOCK <= video:
         mean, squares = group_squares(
-            head, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, PERMUTED, WIDE, False,
+            head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
+            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, False,
         )  # fmt: skip
     else:
         mean, squares = group_squares(
-            head, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, PERMUTED, WIDE, True,
+            head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
+            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, True,
         )  # fmt: skip
     size = real_tokens(block * BLOCK, BLOCK, video)
     for index in tl.static_range(len(WANTED)):
@@ -201,111 +222,6 @@ def spread_kernel(
             store_scaled(fractions_ptr, spread_ptr, None, place, variance, dims, real, PADDED_DIM)
     if VALUES:
         store_scaled(centres_ptr, centre_tops_ptr, centre_squares_ptr, row, mean, dims, real, PADDED_DIM)
-
-
-@triton.jit
-def group_squares(
-    head, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr,
-    RAGGED: tl.constexpr,
-):  # fmt: skip
-    """The groups of a level that start at positions `first`: their means, and squared deviations inside finer groups.
-
-    Groups are joined to larger ones by the formula of Chan, Golub and LeVeque (1979), which needs no difference of
-    large numbers.
-
-    Args:
-        LEVEL: index into `FACTORS`, or -1 for single tokens.
-        RAGGED: whether tokens may be missing.
-
-    Returns:
-        float32 `[rows, PADDED_DIM]`; and a tuple of as many of that shape as there are factors up to the level: sums of
-        squared deviations from the means of the groups of each.
-    """
-    if LEVEL < 0:
-        x = load_tokens(
-            head, permutation, first, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE, RAGGED
-        )
-        return x, ()
-    else:
-        STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
-        PARTS: tl.constexpr = FACTORS[LEVEL] // STEP
-        if FACTORS[LEVEL] <= UNROLLED:
-            mean, inside = group_squares(
-                head, permutation, first, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
-                FACTORS, PERMUTED, WIDE, RAGGED,
-            )  # fmt: skip
-            between = tl.zeros_like(mean)
-            for part in tl.static_range(1, PARTS):
-                mean, inside, between = join(
-                    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL,
-                    HEAD_DIM, PADDED_DIM, FACTORS, PERMUTED, WIDE, RAGGED,
-                )  # fmt: skip
-        else:
-            mean = tl.zeros([first.shape[0], PADDED_DIM], tl.float32)
-            between = tl.zeros_like(mean)
-            inside = ()
-            for _ in tl.static_range(LEVEL):
-                inside += (tl.zeros_like(mean),)
-            for part in range(PARTS):
-                mean, inside, between = join(
-                    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL,
-                    HEAD_DIM, PADDED_DIM, FACTORS, PERMUTED, WIDE, RAGGED,
-                )  # fmt: skip
-        if LEVEL > 0:
-            between += inside[LEVEL - 1]
-        return mean, inside + (between,)
-
-
-@triton.jit
-def join(
-    mean, inside, between, part, head, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, PERMUTED: tl.constexpr,
-    WIDE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Join part number `part` of groups, themselves groups of the next finer level, to the parts before it."""
-    STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
-    next_mean, next_inside = group_squares(
-        head, permutation, first + part * STEP, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
-        FACTORS, PERMUTED, WIDE, RAGGED,
-    )  # fmt: skip
-    difference = next_mean - mean
-    if RAGGED:
-        before = tl.minimum(tl.maximum(video - first, 0), part * STEP).to(tl.float32)
-        new = tl.minimum(tl.maximum(video - first - part * STEP, 0), STEP).to(tl.float32)
-        share = (new / tl.maximum(before + new, 1))[:, None]
-        mean += difference * share
-        between += difference * difference * (before[:, None] * share)
-    else:
-        share = 1.0 / (part + 1)
-        mean += difference * share
-        between += difference * difference * (STEP * part * share)
-    added = ()
-    for index in tl.static_range(LEVEL):
-        added += (inside[index] + next_inside[index],)
-    return mean, added, between
-
-
-@triton.jit
-def load_tokens(
-    head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PERMUTED: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Tokens at some positions: float32 `[rows, PADDED_DIM]`, zeros where there is none."""
-    if RAGGED:
-        real = position < video
-        token = video_tokens(position, permutation, text_before, real, PERMUTED)
-        x = load_real_rows(head + row_offsets(token, stride_n, WIDE), dims, real, HEAD_DIM)
-    else:
-        token = video_tokens(position, permutation, text_before, None, PERMUTED)
-        x = load_rows(head + row_offsets(token, stride_n, WIDE), dims, HEAD_DIM, PADDED_DIM)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def real_tokens(first, size, video):
-    """How many of `size` tokens from each position there are, at least 1: float32."""
-    return tl.maximum(tl.minimum(video - first, size), 1).to(tl.float32)
 
 
 @triton.jit

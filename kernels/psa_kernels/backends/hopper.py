@@ -24,6 +24,7 @@ class Hopper(Triton):
     """Needs what the portable kernels need, and more."""
 
     name = implementation = "hopper"
+    gathered = True
 
     def pays(self, call: Call) -> bool:
         return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
@@ -63,12 +64,15 @@ class Hopper(Triton):
                 return _misaligned(name, x)
         return None
 
+<<<<<<< HEAD
     def pyramid_rows(self, call: Call) -> int:
         return self._rows_once(call, gathered=True)
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
         return self._pool_keys(call, selects, alone, gathered=True)
 
+=======
+>>>>>>> quality
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values
         from psa_kernels.sparse.hopper.launch import sparse_attention

@@ -6,7 +6,11 @@ Kernels are imported only where they run: PyTorch's CPU builds come without trit
 from __future__ import annotations
 
 import os
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+from dataclasses import replace
+>>>>>>> quality
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -27,6 +31,8 @@ class Triton(Backend):
     """One source for every GPU; only tile sizes differ."""
 
     name = implementation = "triton"
+    # Whether the pyramid holds single tokens too where they are permuted.
+    gathered = False
 
     def why_not(self, call: Call) -> str | None:
         if call.q.device.type != "cuda":  # the interpreter may come and go
@@ -70,6 +76,7 @@ class Triton(Backend):
     def pyramid_rows(self, call: Call) -> int:
         return self._rows_once(call, gathered=False)
 
+<<<<<<< HEAD
     def _rows_once(self, call: Call, gathered: bool) -> int:
         """Rows of the pyramid, worked out once for calls like this one."""
         key = self.name, "pyramid rows"
@@ -88,6 +95,22 @@ class Triton(Backend):
 
         v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
         return pool_keys(call.k, call.layout, call.spec, selects, gathered, v)
+=======
+        return pyramid_rows(call.layout, call.spec, self.gathered)
+
+    def pool_keys(self, call: Call, selects: bool) -> Any:
+        from psa_kernels.pyramid.triton import empty_keys, pool_keys
+
+        k, layout, spec = call.k, call.layout, call.spec
+        if selects and spec.rule == "budget":
+            from psa_kernels.allocation.triton_statistics import key_spread, pools_alike
+
+            if pools_alike(spec):
+                # The keys are read once for the pyramid and for the prices.
+                keys = empty_keys(k, layout, spec, self.gathered)
+                return replace(keys, spread=key_spread(k, layout, spec, keys.keys, keys.factors))
+        return pool_keys(k, layout, spec, selects, self.gathered)
+>>>>>>> quality
 
     def select(self, call: Call, keys: Any) -> BlockLists:
         from psa_kernels.allocation.triton import allocate
@@ -103,7 +126,9 @@ class Triton(Backend):
         q, k, layout, spec, scale = call.q, call.k, call.layout, call.spec, call.scale
         importance = block_importance(q, k, layout, spec, scale)
         if spec.rule == "budget":
-            return allocate_budget(upgrade_prices(q, k, call.v, importance, layout, spec, scale), importance, spec)
+            spread = None if keys is None else keys.spread
+            prices = upgrade_prices(q, k, call.v, importance, layout, spec, scale, spread)
+            return allocate_budget(prices, importance, spec)
         coarsest = coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
         return allocate(importance, coarsest, spec)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ class TritonPyramid:
         factors: the pooling factors of these levels.
         coarsest: None, or int32 `[B, Hkv, key blocks]`: index of the coarsest level each key block may have.
         source_values, values: as those of the keys; None until they are needed.
+        spread: None, or what the rule `budget` wants to know of the keys, where it was found in the same pass.
     """
 
     source_keys: torch.Tensor
@@ -32,6 +33,7 @@ class TritonPyramid:
     coarsest: torch.Tensor | None
     source_values: torch.Tensor | None = None
     values: torch.Tensor | None = None
+    spread: Any = None
 
     def key_rows(self, layout: TokenLayout, spec: AttentionSpec) -> list[torch.Tensor | None]:
         """Keys of the text before and after the video, None where there is none, and of every level: `[B, H, rows, D]`.
