@@ -64,15 +64,6 @@ class Hopper(Triton):
                 return _misaligned(name, x)
         return None
 
-<<<<<<< HEAD
-    def pyramid_rows(self, call: Call) -> int:
-        return self._rows_once(call, gathered=True)
-
-    def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        return self._pool_keys(call, selects, alone, gathered=True)
-
-=======
->>>>>>> quality
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
         from psa_kernels.pyramid.triton import add_values
         from psa_kernels.sparse.hopper.launch import sparse_attention

@@ -6,11 +6,8 @@ Kernels are imported only where they run: PyTorch's CPU builds come without trit
 from __future__ import annotations
 
 import os
-<<<<<<< HEAD
 from collections.abc import Sequence
-=======
 from dataclasses import replace
->>>>>>> quality
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -74,43 +71,28 @@ class Triton(Backend):
         return None
 
     def pyramid_rows(self, call: Call) -> int:
-        return self._rows_once(call, gathered=False)
-
-<<<<<<< HEAD
-    def _rows_once(self, call: Call, gathered: bool) -> int:
         """Rows of the pyramid, worked out once for calls like this one."""
         key = self.name, "pyramid rows"
         if key not in call.answers:
             from psa_kernels.pyramid.triton import pyramid_rows
 
-            call.answers[key] = pyramid_rows(call.layout, call.spec, gathered)
+            call.answers[key] = pyramid_rows(call.layout, call.spec, self.gathered)
         return call.answers[key]
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        return self._pool_keys(call, selects, alone, gathered=False)
-
-    def _pool_keys(self, call: Call, selects: bool, alone: bool, gathered: bool) -> Any:
         """The pyramid of keys, with values where it costs no memory to speak of to have them during the selection."""
-        from psa_kernels.pyramid.triton import pool_keys
-
-        v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
-        return pool_keys(call.k, call.layout, call.spec, selects, gathered, v)
-=======
-        return pyramid_rows(call.layout, call.spec, self.gathered)
-
-    def pool_keys(self, call: Call, selects: bool) -> Any:
         from psa_kernels.pyramid.triton import empty_keys, pool_keys
 
         k, layout, spec = call.k, call.layout, call.spec
-        if selects and spec.rule == "budget":
+        if selects and spec.rule == "budget" and call.causal is None:
             from psa_kernels.allocation.triton_statistics import key_spread, pools_alike
 
             if pools_alike(spec):
                 # The keys are read once for the pyramid and for the prices.
                 keys = empty_keys(k, layout, spec, self.gathered)
                 return replace(keys, spread=key_spread(k, layout, spec, keys.keys, keys.factors))
-        return pool_keys(k, layout, spec, selects, self.gathered)
->>>>>>> quality
+        v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
+        return pool_keys(k, layout, spec, selects, self.gathered, v)
 
     def select(self, call: Call, keys: Any) -> BlockLists:
         from psa_kernels.allocation.triton import allocate
