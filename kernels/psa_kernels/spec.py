@@ -11,6 +11,7 @@ RESTS = ("skip", "mean")
 ESTIMATORS = ("sampled", "pooled")
 STATISTICS = ("max", "mean")
 PRECISIONS = ("native", "int8_qk")
+ERROR_MODELS = ("tuned", "fitted")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class AttentionSpec(_Hashed):
             `quantise/reference.py` makes them, where a kernel can; importance and lists are the same. Values and their
             weights keep the precision of the tensors.
         density: of the rule `budget`: the share of the cost of dense attention, above 0 and at most 1.
+        error_model: of the rule `budget`: the constants by which it estimates errors, `tuned` on videos of the demo
+            model or `fitted` to measured errors of blocks of three models (`allocation/prices.py`).
         keep_first, keep_last: of causal calls: how many of the first and of the last key blocks before the diagonal of
             a query block are always exact. The finest level has to be 1.
 
@@ -83,6 +86,7 @@ class AttentionSpec(_Hashed):
     rest: str = "skip"
     density: float | None = None
     precision: str = "native"
+    error_model: str = "tuned"
     keep_first: int = 0
     keep_last: int = 0
 
@@ -108,6 +112,7 @@ class AttentionSpec(_Hashed):
         _require_choice("rule", self.rule, RULES)
         _require_choice("rest", self.rest, RESTS)
         _require_choice("precision", self.precision, PRECISIONS)
+        _require_choice("error_model", self.error_model, ERROR_MODELS)
         self._check_levels()
         _require_share("floor", self.floor)
         if self.rule == "budget":

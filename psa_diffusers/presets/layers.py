@@ -165,6 +165,7 @@ def _spec(settings: LayerSettings, rules: Sequence[Rule]) -> AttentionSpec | Non
         importance=Importance(**dict(merged.importance)),
         rest=merged.rest,
         precision=merged.precision,
+        error_model=merged.error_model,
     )
 
 

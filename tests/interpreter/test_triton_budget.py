@@ -102,6 +102,13 @@ def test_prices(levels, rest):
     assert off.max() <= 2 and (off > 1).float().mean() <= 0.03
 
 
+def test_prices_of_fitted_constants():
+    how = Importance("sampled", "mean", 8, 8)
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, importance=how, error_model="fitted")
+    off = budget_checks.price_steps_off(*inputs(300, heads=1), make_layout(300, 300, 0, 0, None), spec, 0.3)
+    assert off.max() <= 3 and (off > 1).float().mean() <= 0.05
+
+
 def test_prices_of_magnitudes_that_float16_cannot_hold():
     spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=32, levels=(1, 2, 8))
     q, k, v = inputs(150, 310)

@@ -58,6 +58,23 @@ def test_errors_are_those_of_the_formula(rest):
                     assert found[3, head, i, j] == pytest.approx((distance * mass[j] ** prices.EXPONENT).item())
 
 
+def test_the_constants_of_the_error_model_can_be_chosen():
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(2, 64, 8, dtype=torch.float64) for _ in range(3))
+    importance = torch.rand(2, 2, 4, dtype=torch.float64)
+    tuned, fitted = (prices._errors(q, k, v, importance, budget_spec(error_model=name)) for name in ("tuned", "fitted"))
+    mass = importance / importance.sum(-1, keepdim=True)
+    # Skipping has no constant but the exponent; of pooling the two terms have one each.
+    torch.testing.assert_close(fitted[3] / tuned[3], mass ** (2.3 - 1.4))
+    squares = tuned[1:3] / mass**1.4, fitted[1:3] / mass**2.3
+    first = (squares[0] - squares[1] * (0.25 / 0.06)) / (16 - 2 * 0.25 / 0.06)
+    second = (squares[0] - 16 * first) / 0.25
+    torch.testing.assert_close(squares[1], 2 * first + 0.06 * second)
+    assert (first > 0).all() and (second > 0).all()
+    with pytest.raises(ValueError, match="error_model='learned'"):
+        budget_spec(error_model="learned")
+
+
 @pytest.mark.parametrize("rest", ["skip", "mean"])
 def test_a_price_buys_the_level_that_errs_least_for_what_it_costs(rest):
     torch.manual_seed(0)

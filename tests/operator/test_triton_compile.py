@@ -394,6 +394,7 @@ def test_prices(target, name, padded, group):
         "SKIP": spec.rest == "skip",
         "COVARIANCE": prices.COVARIANCE,
         "EXPONENT": prices.EXPONENT,
+        "CONVEXITY": 0.25,
         "STEPS": prices.STEPS_PER_OCTAVE,
         "HIGHEST": prices.HIGHEST_PRICE,
         "DEPTH": min(64, padded),

@@ -11,15 +11,17 @@ The first term is the covariance of weights and values that a mean loses, in `bl
 independently; the second, the weight that a group loses because exp is convex. A price is the error that a finer level
 spares for each unit of the cost that it adds.
 
-Two constants are not of this theory but those with which videos of the demo model came closest to the dense ones: c is
-16 where independent groups would have at most 1, for their errors are not independent; and m has the exponent 1.4, for
-what is known of it is an estimate.
+Some constants are not of this theory. With the error model `tuned` they are those with which videos of the demo model
+came closest to the dense ones: c is 16 where independent groups would have at most 1, for their errors are not
+independent; and m has the exponent 1.4, for what is known of it is an estimate. The model `fitted` has those with which
+levels spare most of the measured errors of blocks of three trained models; docs/quality/learned.md says how.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +36,17 @@ STEPS_PER_OCTAVE = 256
 HIGHEST_PRICE = 128 * STEPS_PER_OCTAVE - 1
 COVARIANCE = 16.0
 EXPONENT = 1.4
+
+
+class ErrorModel(NamedTuple):
+    """Constants of the error model: the exponent of m, c, and the factor 1/4 on noise^2 distance^2."""
+
+    exponent: float
+    covariance: float
+    convexity: float
+
+
+ERROR_MODELS = {"tuned": ErrorModel(EXPONENT, COVARIANCE, 0.25), "fitted": ErrorModel(2.3, 2.0, 0.06)}
 TOKENS_AT_ONCE = 1 << 19
 
 
@@ -99,6 +112,7 @@ def _errors(
         queries, keys, values: `[..., N, D]` each, whose leading dimensions are broadcast.
         importance: `[..., query blocks, key blocks]`.
     """
+    model = ERROR_MODELS[spec.error_model]
     mass = importance.to(keys.dtype)
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
     centres = group_means(values, spec.block_key)
@@ -110,10 +124,11 @@ def _errors(
     for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
         noise = energy @ _spread(keys, factor, spec.block_key).mT
         spread = _spread(values, factor, spec.block_key).sum(-1)[..., None, :]
-        errors.append(COVARIANCE * factor / spec.block_key * noise * spread + noise.square() * distance / 4)
+        covariance = model.covariance * factor / spec.block_key
+        errors.append(covariance * noise * spread + noise.square() * distance * model.convexity)
     if spec.rest == "skip":
         errors.append(distance)
-    return torch.stack(errors) * mass**EXPONENT
+    return torch.stack(errors) * mass**model.exponent
 
 
 def _spread(tokens: torch.Tensor, factor: int, block: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, HIGHEST_PRICE, STEPS_PER_OCTAVE
+from psa_kernels.allocation.prices import ERROR_MODELS, HIGHEST_PRICE, STEPS_PER_OCTAVE
 from psa_kernels.allocation.triton_statistics import (
     ScaledRows,
     empty_rows,
@@ -76,11 +76,12 @@ def _pricing(
     padded: int, device: torch.device, spec: AttentionSpec,
 ) -> Launch:  # fmt: skip
     tiles = block_count(query_blocks, TILE["TILE_M"]), block_count(key_blocks, TILE["TILE_N"])
+    model = ERROR_MODELS[spec.error_model]
     return Launch(
         price_kernel, (batch * heads, *tiles), (query_blocks, key_blocks, importance_stride, price_stride),
         PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
-        SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE, EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE,
-        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
+        SKIP=spec.rest == "skip", COVARIANCE=model.covariance, EXPONENT=model.exponent, CONVEXITY=model.convexity,
+        STEPS=STEPS_PER_OCTAVE, HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
     )  # fmt: skip
 
 
@@ -166,8 +167,8 @@ def price_kernel(
     centre_squares_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, importance_ptr, prices_ptr,
     query_blocks, key_blocks, importance_stride, price_stride, PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr,
     POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr, SKIP: tl.constexpr, COVARIANCE: tl.constexpr,
-    EXPONENT: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    EXPONENT: tl.constexpr, CONVEXITY: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Prices of `TILE_M` query blocks and `TILE_N` key blocks of one head."""
     head_index = tl.program_id(0).to(tl.int64)
@@ -198,7 +199,7 @@ def price_kernel(
             PADDED_DIM, DEPTH,
         )  # fmt: skip
         varied = tl.load(varied_ptr + start + block, mask=real, other=0.0)
-        errors += (pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE),)
+        errors += (pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE, CONVEXITY),)
     if SKIP:
         errors += (distance,)
     importance = tl.load(
@@ -240,14 +241,14 @@ def products(
 
 
 @triton.jit
-def pooled_error(noise, varied, distance, share, COVARIANCE: tl.constexpr):
+def pooled_error(noise, varied, distance, share, COVARIANCE: tl.constexpr, CONVEXITY: tl.constexpr):
     """Squared error of means over groups that are a share of a block, but for the factor of mass.
 
     Args:
         noise, varied: variances inside the groups, of logits and of values.
         distance: squared, of the block's mean value from the output.
     """
-    return COVARIANCE * share * noise * varied + noise * noise * distance * 0.25
+    return COVARIANCE * share * noise * varied + noise * noise * distance * CONVEXITY
 
 
 @triton.jit
