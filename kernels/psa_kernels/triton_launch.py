@@ -16,6 +16,7 @@ from psa_kernels.triton_runner import runner
 
 Shape = tuple[int, ...]
 
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 # Of each kernel. A pipeline calls it for few shapes: its layers are alike.
 KEPT_LAUNCHES = 64
 
@@ -28,11 +29,17 @@ class Launch:
         grid: numbers of programs.
         numbers: the arguments after the tensors.
         constants: those after them, by name, and Triton's own options.
+
+    Raises:
+        TypeError: the kernel has no argument of the name of a constant, which Triton's interpreter would not notice.
     """
 
     def __init__(self, kernel: Any, grid: Sequence[int], numbers: Sequence[float] = (), **constants: Any) -> None:
         self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
         self._numbers, self._constants = tuple(numbers), constants
+        unknown = constants.keys() - OPTIONS - set(kernel.arg_names)
+        if unknown:
+            raise TypeError(f"{kernel.__name__} has no constants {', '.join(sorted(unknown))}")
         # Of a prepared launch: all arguments, with gaps for the addresses, and where tensors and rows stand.
         self._arguments: list[Any] = []
         self._tensors: list[int] = []

@@ -127,8 +127,9 @@ def test_lists_are_those_of_the_reference_bit_for_bit(levels, rest, index):
 
 @pytest.mark.parametrize("guesses", [0, 1, 4])
 def test_rows_of_several_warps(guesses, monkeypatch):
-    shape = {"WORDS": 32, "CHUNK": 64, "GUESSES": guesses, "num_warps": 4}
+    shape = {"WORDS": 32, "CHUNK": 64, "num_warps": 4}
     monkeypatch.setattr(triton_budget, "row_shape", lambda _: shape)
+    monkeypatch.setattr(triton_budget, "guesses", lambda _: guesses)
     triton_budget._plan.cache_clear()
     for kind in ("far", "close", "bell"):
         budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))

@@ -145,6 +145,7 @@ def test_prices(target):
         "SKIP": True,
         "COVARIANCE": prices.COVARIANCE,
         "EXPONENT": prices.EXPONENT,
+        "CONVEXITY": 0.25,
         "STEPS": prices.STEPS_PER_OCTAVE,
         "HIGHEST": prices.HIGHEST_PRICE,
         "DEPTH": 64,

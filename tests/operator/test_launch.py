@@ -29,6 +29,7 @@ class Compiled:
 class Kernel:
     """A kernel of two tensors, two numbers and two constants, which notes what it is given."""
 
+    __name__ = "kernel"
     arg_names = ("x", "y", "n", "m", "A", "B")
 
     def __init__(self, compiles=True):
@@ -135,3 +136,8 @@ def test_rows_of_text_and_levels_are_where_they_are_said_to_be(before, after, fa
             assert place is None
         else:
             assert torch.equal(place.rows(tokens, means), rows)
+
+
+def test_a_constant_that_the_kernel_does_not_have_is_refused():
+    with pytest.raises(TypeError, match="kernel has no constants C, D"):
+        Launch(Kernel(), (1,), (7, 0.5), A=2, B=4, D=1, C=0, num_warps=4)

@@ -414,6 +414,7 @@ def test_budget(target, name, key_blocks):
         "UNITS": tuple(unit_costs(spec)),
         "SKIP": spec.rest == "skip",
         "HIGHEST": prices.HIGHEST_PRICE,
+        "GUESSES": triton_budget.guesses(key_blocks),
         **row,
     }
     compile_and_check(triton_budget.budget_kernel, target, constants, options, tensor_cores=False)

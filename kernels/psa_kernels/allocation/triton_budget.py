@@ -48,22 +48,24 @@ def _plan(
         budget_kernel, (batch * heads * query_blocks,),
         (importance_stride, level_stride, price_stride, key_blocks, width, row_budget(spec, key_blocks),
          key_blocks * units[0]),
-        UNITS=tuple(units), SKIP=spec.rest == "skip", HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks),
+        UNITS=tuple(units), SKIP=spec.rest == "skip", HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks), GUESSES=guesses(key_blocks),
     )  # fmt: skip
     return launch, width
 
 
 def row_shape(key_blocks: int) -> dict[str, int]:
-    """Pairs of prices that are compared at a time, entries that are listed at a time, guesses, and warps.
+    """Pairs of prices that are compared at a time, entries that are listed at a time, and warps."""
+    warps = 1 if key_blocks <= 2048 else 4
+    return {"WORDS": 128 * warps, "CHUNK": 256 if warps == 1 else 512, "num_warps": warps}
+
+
+def guesses(key_blocks: int) -> int:
+    """How often one of the two prices may stay before the interval is halved instead; 0 for always.
 
     With guesses, on attention of trained models, a row of 1,200 blocks takes 7 to 9 rounds; bisection alone takes 15.
     Several warps only bisect: for guesses the compiler would spill there.
     """
-    warps = 1 if key_blocks <= 2048 else 4
-    return {
-        "WORDS": 128 * warps, "CHUNK": 256 if warps == 1 else 512, "GUESSES": 4 if warps == 1 else 0,
-        "num_warps": warps,
-    }  # fmt: skip
+    return 4 if row_shape(key_blocks)["num_warps"] == 1 else 0
 
 
 # A number of blocks that is known to be 1 folds a row into what the compiler does not survive.

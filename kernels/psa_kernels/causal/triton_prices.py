@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, HIGHEST_PRICE, STEPS_PER_OCTAVE
+from psa_kernels.allocation.prices import ERROR_MODELS, HIGHEST_PRICE, STEPS_PER_OCTAVE
 from psa_kernels.allocation.triton_prices import (
     TILE,
     empty_prices,
@@ -86,6 +86,7 @@ def _plan(
     rows, ratio = len(causal.rows), spec.block_query // spec.block_key
     of_rows = block_count(rows, TILE["TILE_M"])
     of_blocks = max(1, block_count(causal.candidates(causal.rows[-1]), TILE["TILE_N"]))
+    model = ERROR_MODELS[spec.error_model]
     average = Launch(
         output_kernel, (batch * heads, of_rows), (causal.first_row, rows, key_blocks, importance_stride),
         RATIO=ratio, PADDED_DIM=padded, GROUP=group, **TILE,
@@ -94,8 +95,8 @@ def _plan(
         price_kernel, (batch * heads, of_rows, of_blocks),
         (causal.first_row, rows, key_blocks, importance_stride, price_stride, spec.keep_first, spec.keep_last),
         RATIO=ratio, PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
-        SKIP=spec.rest == "skip", COVARIANCE=COVARIANCE, EXPONENT=EXPONENT, STEPS=STEPS_PER_OCTAVE,
-        HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
+        SKIP=spec.rest == "skip", COVARIANCE=model.covariance, EXPONENT=model.exponent, CONVEXITY=model.convexity,
+        STEPS=STEPS_PER_OCTAVE, HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
     )  # fmt: skip
     return average, price
 
@@ -148,8 +149,8 @@ def price_kernel(
     centre_squares_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, importance_ptr, prices_ptr,
     first_row, rows, key_blocks, importance_stride, price_stride, keep_first, keep_last, RATIO: tl.constexpr,
     PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr, POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr,
-    SKIP: tl.constexpr, COVARIANCE: tl.constexpr, EXPONENT: tl.constexpr, STEPS: tl.constexpr, HIGHEST: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    SKIP: tl.constexpr, COVARIANCE: tl.constexpr, EXPONENT: tl.constexpr, CONVEXITY: tl.constexpr,
+    STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Prices of `TILE_M` rows and `TILE_N` key blocks of one head, if there is a candidate among them."""
     row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
@@ -184,7 +185,9 @@ def price_kernel(
                 PADDED_DIM, DEPTH,
             )  # fmt: skip
             varied = tl.load(varied_ptr + start + block, mask=real, other=0.0)
-            errors += (pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE),)
+            errors += (
+                pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE, CONVEXITY),
+            )
         if SKIP:
             errors += (distance,)
         importance = tl.load(
