@@ -38,6 +38,12 @@ KNOWN = {
         "test_kernel_fits_and_overlaps[128-64-(1, 2, 4)-bf16-{'IN_STEP': True}]": 8,
         "test_kernel_fits_and_overlaps[128-64-(1, 2, 4)-fp16-{}]": 8,
         "test_kernel_fits_and_overlaps[128-32-(2, 4)-bf16-{'BLOCK_QUERY': 256, 'STORE_LSE': True}]": 8,
+        "test_kernel_fits_and_overlaps[128-64-(1, 2, 4)-bf16-{'GROUP': 7, 'CAUSAL': True, 'IN_STEP': True}]": 88,
+        "test_kernel_fits_and_overlaps[128-32-(2, 4)-bf16-{'GROUP': 7, 'CAUSAL': True, 'TEXT': True}]": 88,
+        "test_kernel_fits_and_overlaps[128-128-(1, 2, 4, 8)-fp16-{'GROUP': 4, 'CAUSAL': True}]": 96,
+        "test_attention[90-64]": 16,
+        "test_prices[80]": 8,
+        "test_prices[120]": 24,
     },
     "3.9": {
         "test_attention[120-96-permuted]": 16,
