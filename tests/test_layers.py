@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,19 @@ FLOORS = (
     ("patch",),
     ("checkpoints",),
     ("families",),
-    ("presets",),
+    ("psa_presets",),
     ("psa_kernels",),
     ("errors", "environment", "files", "diffusers_internals"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-OURS = ("psa_diffusers", "psa_kernels")
+OURS = ("psa_diffusers", "psa_presets", "psa_kernels")
 FOREIGN = ("diffusers", "transformers", "psa_diffusers")  # to the operator
 MAX_LINES = 400
 DOOR = "psa_diffusers"  # its __init__ names what users import, and imports it when it is asked for
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the two packages, by its dotted name."""
+    """Every module of the packages, by its dotted name."""
     found = {}
     for base in (ROOT, ROOT / "kernels"):
         for package in OURS:
@@ -47,13 +48,13 @@ def homes() -> dict[str, str]:
     """Where the names come from that the package gives to users."""
     for node in ast.walk(ast.parse(MODULES[DOOR].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "_HOMES":
-            return {name: f"{DOOR}.{home}" for name, home in ast.literal_eval(node.value).items()}
+            return {name: resolve_name(home, DOOR) for name, home in ast.literal_eval(node.value).items()}
     raise AssertionError("psa_diffusers/__init__.py has no _HOMES")
 
 
 def room(module: str) -> str:
     package, _, rest = module.partition(".")
-    return package if package == "psa_kernels" else rest.split(".")[0]
+    return rest.split(".")[0] if package == DOOR else package
 
 
 def imported(source: str, module: str, is_package: bool, packages: tuple[str, ...] = OURS) -> list[tuple[str, int]]:
@@ -135,7 +136,7 @@ def test_files_can_be_read_in_one_sitting():
     [
         ("psa_diffusers.report.html", "from psa_diffusers.runs.folder import RunFolder", "psa_diffusers.runs.folder"),
         ("psa_diffusers.report.html", "def f():\n    import psa_diffusers.cli.shell", "psa_diffusers.cli.shell"),
-        ("psa_diffusers.presets.model", "from psa_diffusers import apply_psa", "psa_diffusers.patch.apply"),
+        ("psa_presets.model", "from psa_diffusers import apply_psa", "psa_diffusers.patch.apply"),
         ("psa_diffusers.families.wan", "from ..checkpoints import kinds", "psa_diffusers.checkpoints.kinds"),
         ("psa_kernels.spec", "from psa_diffusers.errors import InputError", "psa_diffusers.errors"),
         ("psa_diffusers.files", "if 1:\n    from psa_kernels import AttentionSpec", "psa_kernels"),

@@ -50,19 +50,21 @@ def wheel(tmp_path_factory) -> Path:
     return next(target.glob("*.whl"))
 
 
-def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
+def test_the_wheel_holds_all_packages_presets_demo_and_template(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {
         "psa_diffusers",
         "psa_kernels",
+        "psa_presets",
         f"psa_diffusers-{version()}.dist-info",
     }
     for expected in (
-        "psa_diffusers/configs/psa-3.yaml",
+        "psa_presets/configs/psa-3.yaml",
         "psa_diffusers/demo/model_index.json",
         "psa_diffusers/report/templates/report.html.j2",
         "psa_diffusers/py.typed",
         "psa_kernels/py.typed",
+        "psa_presets/py.typed",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 import psa_diffusers
 import psa_kernels
+import psa_presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -111,10 +113,10 @@ def test_what_type_checkers_see_is_what_there_is():
     for node in checked.body:
         assert isinstance(node, ast.ImportFrom)
         seen |= {alias.asname: f"{node.module}.{alias.name}" for alias in node.names}
-    homes = {name: f"psa_diffusers.{home}.{name}" for name, home in psa_diffusers._HOMES.items()}
+    homes = {name: f"{resolve_name(home, 'psa_diffusers')}.{name}" for name, home in psa_diffusers._HOMES.items()}
     assert seen == homes and set(dir(psa_diffusers)) == {*homes, "__version__"}
 
 
-def test_both_packages_say_that_they_are_typed():
-    for package in (psa_diffusers, psa_kernels):
+def test_all_packages_say_that_they_are_typed():
+    for package in (psa_diffusers, psa_kernels, psa_presets):
         assert (Path(package.__file__).parent / "py.typed").is_file()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_diffusers.presets import Preset, PresetError
+from psa_presets import Preset, PresetError
 
 BASE = "as the base preset"
 # Changes to the base preset, as a rule for layers says them. The rule `budget` and other splits over the levels are no

@@ -6,8 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from psa_diffusers.presets import Preset
 from psa_kernels import BlockLists
+from psa_presets import Preset
 
 
 class Moment(NamedTuple):

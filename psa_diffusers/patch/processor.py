@@ -25,7 +25,7 @@ from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.step_layers import StepLayers
-from psa_diffusers.presets import Preset, choose_preset
+from psa_presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 

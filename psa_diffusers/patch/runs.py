@@ -15,7 +15,7 @@ from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
 from psa_diffusers.patch.stats import RunStats, summed_up
-from psa_diffusers.presets import Preset
+from psa_presets import Preset
 
 MISSED = (
     "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch, for its transformer "

@@ -13,7 +13,7 @@ from psa_diffusers.runs.pipeline_call import generate_video
 from psa_diffusers.runs.plan import Plan
 
 if TYPE_CHECKING:
-    from psa_diffusers.presets import Preset
+    from psa_presets import Preset
 
 
 class _EnoughSeen(BaseException):
