@@ -18,14 +18,19 @@ FLOORS = (
     ("report",),
     ("patch",),
     ("checkpoints",),
-    ("families",),
+    ("families", "psa_transformers"),
     ("psa_presets",),
     ("psa_kernels",),
     ("errors", "environment", "files", "diffusers_internals"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-OURS = ("psa_diffusers", "psa_presets", "psa_kernels")
-FOREIGN = ("diffusers", "transformers", "psa_diffusers")  # to the operator
+OURS = ("psa_diffusers", "psa_transformers", "psa_presets", "psa_kernels")
+FOREIGN = {  # what a package may not import, even where it could
+    "psa_kernels": ("diffusers", "transformers", "psa_diffusers", "psa_transformers", "psa_presets"),
+    "psa_presets": ("diffusers", "transformers", "psa_diffusers", "psa_transformers"),
+    "psa_transformers": ("diffusers", "psa_diffusers"),
+    "psa_diffusers": ("psa_transformers",),
+}
 MAX_LINES = 400
 DOOR = "psa_diffusers"  # its __init__ names what users import, and imports it when it is asked for
 
@@ -87,8 +92,9 @@ IMPORTS = {
 def is_allowed(importer: str, target: str) -> bool:
     if importer == DOOR:
         return True
-    if importer.startswith("psa_kernels"):
-        return target.startswith("psa_kernels")
+    packages = importer.split(".")[0], target.split(".")[0]
+    if packages[1] in FOREIGN[packages[0]]:
+        return False
     above, below = FLOOR[room(importer)], FLOOR[room(target)]
     return room(importer) == room(target) or above < below or above == below == len(FLOORS) - 1
 
@@ -115,12 +121,15 @@ def test_no_two_modules_import_each_other():
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_the_operator_needs_nothing_of_diffusers():
+@pytest.mark.parametrize("package", FOREIGN)
+def test_a_package_does_not_know(package):
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {target}"
         for name, path in MODULES.items()
-        if room(name) == "psa_kernels"
-        for target, line in imported(path.read_text(encoding="utf-8"), name, path.name == "__init__.py", FOREIGN)
+        if name.split(".")[0] == package
+        for target, line in imported(
+            path.read_text(encoding="utf-8"), name, path.name == "__init__.py", FOREIGN[package]
+        )
     ]
     assert not found, "\n".join(found)
 
@@ -138,6 +147,7 @@ def test_files_can_be_read_in_one_sitting():
         ("psa_diffusers.report.html", "def f():\n    import psa_diffusers.cli.shell", "psa_diffusers.cli.shell"),
         ("psa_presets.model", "from psa_diffusers import apply_psa", "psa_diffusers.patch.apply"),
         ("psa_diffusers.families.wan", "from ..checkpoints import kinds", "psa_diffusers.checkpoints.kinds"),
+        ("psa_transformers.patch", "from psa_diffusers.files import write_json", "psa_diffusers.files"),
         ("psa_kernels.spec", "from psa_diffusers.errors import InputError", "psa_diffusers.errors"),
         ("psa_diffusers.files", "if 1:\n    from psa_kernels import AttentionSpec", "psa_kernels"),
     ],

@@ -14,11 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 USE_EVERYTHING = """
+import psa_transformers
+from psa_transformers import apply_psa
 import psa_diffusers, psa_kernels, psa_diffusers.checkpoints.load
 from psa_diffusers import PSAProcessor, apply_psa, list_presets, load_preset
 assert load_preset("psa-3").name == "psa-3" and len(list_presets()) >= 10
 print(psa_diffusers.__file__)
 print(psa_kernels.__file__)
+print(psa_transformers.__file__)
 """
 
 SEE_KERNELS = """
@@ -56,6 +59,7 @@ def test_the_wheel_holds_all_packages_presets_demo_and_template(wheel):
         "psa_diffusers",
         "psa_kernels",
         "psa_presets",
+        "psa_transformers",
         f"psa_diffusers-{version()}.dist-info",
     }
     for expected in (
@@ -65,6 +69,7 @@ def test_the_wheel_holds_all_packages_presets_demo_and_template(wheel):
         "psa_diffusers/py.typed",
         "psa_kernels/py.typed",
         "psa_presets/py.typed",
+        "psa_transformers/py.typed",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names

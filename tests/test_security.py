@@ -19,7 +19,7 @@ from psa_presets import PresetError, load_preset
 from psa_testing.tiny_pipelines import tiny_wan
 
 ROOT = Path(psa_diffusers.__file__).parents[1]
-PACKAGES = [ROOT / "psa_diffusers", ROOT / "psa_presets", ROOT / "kernels" / "psa_kernels"]
+PACKAGES = [ROOT / "psa_diffusers", ROOT / "psa_presets", ROOT / "psa_transformers", ROOT / "kernels" / "psa_kernels"]
 SOURCES = [path for package in PACKAGES for path in package.rglob("*.py")]
 # What would run code from a file or a string, or load what can.
 FORBIDDEN = [
