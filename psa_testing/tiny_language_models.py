@@ -47,7 +47,8 @@ def noise(*shape: int) -> torch.Tensor:
 def text_model(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**(TEXT | {"head_dim": 8} | changes))
+    kind = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    config = kind(**(TEXT | {"head_dim": 8} | changes))
     return getattr(transformers, f"{name}ForCausalLM")(config), prompt(words(FRAMES * PER_FRAME))
 
 

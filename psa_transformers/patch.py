@@ -86,7 +86,7 @@ class DecoderAttention:
             `[B, Nq, Hq, D]`, and the weights if the attention of before gave some.
         """
         call = LayerCall(module, query, key, value, arguments)
-        if query.shape[2] == 1 or torch.compiler.is_compiling() or not call.is_causal:
+        if query.shape[2] == 1 or torch.compiler.is_compiling():
             return call.dense(self._stock, attention_mask)
         if attention_mask is None or attention_mask.dim() != 2:
             if key.shape[2] >= self._min_tokens and self._verdict != "":
@@ -123,6 +123,8 @@ class DecoderAttention:
         elif valid.shape[1] < tokens:
             raise Unserved("a padding mask that is shorter than the tokens")
         marker = valid[:, :tokens].bool()
+        # A static cache counts its tokens in place: when a layer asks for the mask, it holds those of this forward too.
+        arguments = arguments | {"q_offset": tokens - arguments["q_length"]}
         return Prefill(marker, arguments["q_length"], lambda: self._stock.mask(**arguments), self._dense_last)
 
     def _of(self, marker: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Prefill:
@@ -142,7 +144,7 @@ class DecoderAttention:
         return Prefill(marker, query.shape[2], lambda: self._stock.mask(**arguments), self._dense_last)
 
     def _why_not(self, call: LayerCall) -> str | None:
-        reason = call.why_not(self._float32_on_gpu)
+        reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"
         return "a quantised cache" if reason is None and is_quantised(self._vision.cache) else reason
 
     def _why_no_kernel(

@@ -40,6 +40,7 @@ TOLD = {
     "cache": "continuous batching (a paged cache)",
     "block_table": "continuous batching (a paged cache)",
     "read_index": "continuous batching (a paged cache)",
+    "write_index": "continuous batching (a paged cache)",
     "cu_seq_lens_q": "packed sequences",
     "cu_seq_lens_k": "packed sequences",
     "seq_idx": "packed sequences",

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import Cache
 
 from psa_transformers.fallbacks import Unserved
 
@@ -55,7 +56,7 @@ class VisionTokens:
         if tokens is None or tokens.shape[1] == 1:
             return
         cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
-        if cache is not None:
+        if isinstance(cache, Cache):  # a paged one holds several sequences
             self.cache, self._offset = cache, int(cache.get_seq_length())
         if types is not None and types.shape == tokens.shape[:2]:
             self._found = (types == IMAGE) | (types == VIDEO)
@@ -67,7 +68,7 @@ class VisionTokens:
         cache = self.cache
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._found is not None:
+        if isinstance(cache, Cache) and self._found is not None:
             bounds = _bounds(self._found) + self._offset
             if self._offset == 0:
                 self._past[cache] = bounds
