@@ -15,6 +15,7 @@ from psa_presets import Preset, choose_preset
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
     check_implementation,
+    check_library,
     decoder_of,
     models_around,
     set_implementation,
@@ -103,10 +104,12 @@ def apply_psa(
     Raises:
         PresetError: the preset cannot be found, or not be used for causal attention.
         TypeError, ValueError: the model has no such decoder, or an argument is out of range.
+        ImportError: transformers is too old.
     """
     for name, value in (("min_tokens", min_tokens), ("dense_last", dense_last)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name}={value!r}: expected a number of tokens, 0 or more")
+    check_library()
     chosen = choose_preset(preset, density)
     decoder = decoder_of(model)
     specs = causal_specs(chosen, decoder.config.num_hidden_layers)
@@ -160,10 +163,12 @@ def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: 
 
     def done(_module: Any, _args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            seen.after(output)
+            if output is not None:  # there is none after an error
+                seen.after(output)
+            seen.forget()
             attention.forget()
 
     hooks = [around[0].register_forward_pre_hook(seen.forget)]
     hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
-    hooks.append(around[-1].register_forward_hook(done))
+    hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too
     handle._undo += [hook.remove for hook in hooks]

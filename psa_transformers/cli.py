@@ -78,7 +78,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except Exception as error:
         # By name: the classes live in what is only imported when needed.
-        foreseen = type(error).__name__ in ("QuestionError", "PresetError") or hasattr(error, "format_message")
+        foreseen = type(error).__name__ in ("QuestionError", "PresetError", "ImportError") or hasattr(error, "format_message")
         if not foreseen:
             raise
         message = error.format_message() if hasattr(error, "format_message") else str(error)

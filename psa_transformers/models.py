@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
+from transformers import PreTrainedModel, masking_utils
 
 # What transformers knows by their names: it makes other masks, or packs sequences, where one of these is set.
 KNOWN_BY_NAME = ("flash", "flex", "paged")
+
+
+def check_library() -> None:
+    """Whether makers of masks are told where queries begin, which an attention function cannot know by itself.
+
+    Raises:
+        ImportError: transformers is too old.
+    """
+    if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(
+            f"transformers {transformers.__version__}: its masks do not say where queries begin; 5.17 and 5.24 do"
+        )
 
 
 def decoder_of(model: Any) -> PreTrainedModel:

@@ -41,7 +41,7 @@ class VisionTokens:
         self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 
     def forget(self, *_: Any) -> None:
-        """Before a forward of the outermost model: what an earlier one left behind, perhaps by an error, is gone."""
+        """Between forwards: what was known of the last one is gone, but for where vision tokens are in its cache."""
         if not torch.compiler.is_compiling():
             self.cache, self._found, self._offset = None, None, 0
 
@@ -74,7 +74,6 @@ class VisionTokens:
                 self._past[cache] = bounds
             elif cache in self._past and len(self._past[cache]) == len(bounds):
                 self._past[cache] = _joined(self._past[cache], bounds, self._offset)
-        self.cache, self._found, self._offset = None, None, 0
 
     def spans(self, batch: int, queries: int, first_query: int) -> list[Span | None]:
         """The span of each batch item among all keys: from the first vision token to the last; None without any.

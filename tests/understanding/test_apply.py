@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -208,6 +208,27 @@ def test_an_argument_that_is_out_of_range(arguments, message):
 def test_what_is_no_model():
     with pytest.raises(TypeError, match="model=Linear: expected a model of transformers"):
         apply_psa(torch.nn.Linear(2, 2))
+
+
+def test_a_transformers_that_is_too_old(monkeypatch):
+    model, _ = tiny("llama")
+    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
+    with pytest.raises(ImportError, match="its masks do not say where queries begin"):
+        apply_psa(model, SPARSE)
+
+
+def test_after_an_error_in_a_layer_the_next_forward_knows_nothing_of_it():
+    model, given = tiny("llava_next_video")
+    text = {"input_ids": torch.tensor([[*range(3, 103)]])}
+    before = forward(model, text)
+    layer = model.model.language_model.layers[1]
+    with apply_psa(model, Preset(block=BLOCKS, levels=[1], thresholds=[1.0]), **SMALL) as psa:
+        hook = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forward(model, given)
+        hook.remove()
+        assert torch.allclose(forward(model, text), before, rtol=1e-4, atol=1e-4)
+        assert psa.stats().sparse_calls == 3  # one before the error, two of text
 
 
 def test_an_implementation_that_goes_by_its_name():
