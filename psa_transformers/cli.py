@@ -21,6 +21,8 @@ HELP = """Ask a vision-language model about a video, read with Pyramid Sparse At
 Prints the answer, how long the prompt took to read, and the density of its attention.
 """
 BAD_INPUT = 2
+# By name: the classes live in what is only imported when needed.
+FORESEEN = ("QuestionError", "PresetError", "ImportError")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -77,9 +79,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except Exception as error:
-        # By name: the classes live in what is only imported when needed.
-        foreseen = type(error).__name__ in ("QuestionError", "PresetError", "ImportError") or hasattr(error, "format_message")
-        if not foreseen:
+        if type(error).__name__ not in FORESEEN and not hasattr(error, "format_message"):
             raise
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         print(f"psa-understand: error: {' '.join(message.split())}", file=sys.stderr)
