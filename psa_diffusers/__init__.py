@@ -20,10 +20,10 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow `__getat
     from psa_diffusers.patch.processor import PSAProcessor as PSAProcessor
     from psa_diffusers.patch.stats import RunStats as RunStats
     from psa_diffusers.patch.token_order import token_permutation as token_permutation
-    from psa_diffusers.presets import Preset as Preset
-    from psa_diffusers.presets import PresetError as PresetError
-    from psa_diffusers.presets import list_presets as list_presets
-    from psa_diffusers.presets import load_preset as load_preset
+    from psa_presets import Preset as Preset
+    from psa_presets import PresetError as PresetError
+    from psa_presets import list_presets as list_presets
+    from psa_presets import load_preset as load_preset
 
 __version__ = "0.1.0"
 
@@ -34,22 +34,22 @@ if importlib.util.find_spec("psa_kernels") is None and (_kernels / "psa_kernels"
 
 # Imported when first used: the command line should not wait for PyTorch and diffusers to print its help.
 _HOMES = {
-    "NotPatchedError": "patch.patched",
-    "PSAFallbackError": "patch.dense_reasons",
-    "PSAFallbackWarning": "patch.dense_reasons",
-    "PSAHandle": "patch.apply",
-    "PSAProcessor": "patch.processor",
-    "Preset": "presets",
-    "PresetError": "presets",
-    "RunStats": "patch.stats",
-    "UnsupportedModelError": "families",
-    "apply_psa": "patch.apply",
-    "context_parallel_plan": "patch.context_parallel",
-    "disable_psa": "patch.patched",
-    "list_presets": "presets",
-    "load_preset": "presets",
-    "psa_stats": "patch.patched",
-    "token_permutation": "patch.token_order",
+    "NotPatchedError": ".patch.patched",
+    "PSAFallbackError": ".patch.dense_reasons",
+    "PSAFallbackWarning": ".patch.dense_reasons",
+    "PSAHandle": ".patch.apply",
+    "PSAProcessor": ".patch.processor",
+    "Preset": "psa_presets",
+    "PresetError": "psa_presets",
+    "RunStats": ".patch.stats",
+    "UnsupportedModelError": ".families",
+    "apply_psa": ".patch.apply",
+    "context_parallel_plan": ".patch.context_parallel",
+    "disable_psa": ".patch.patched",
+    "list_presets": "psa_presets",
+    "load_preset": "psa_presets",
+    "psa_stats": ".patch.patched",
+    "token_permutation": ".patch.token_order",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -60,7 +60,7 @@ if not TYPE_CHECKING:  # type checkers would take every name for one of ours
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.presets import Preset, load_preset
+from psa_presets import Preset, load_preset
 
 
 def preset(**changes: Any) -> Preset:

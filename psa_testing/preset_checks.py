@@ -2,7 +2,7 @@
 
 import pytest
 
-from psa_diffusers.presets import PresetError
+from psa_presets import PresetError
 
 
 def write_file(folder, content, name="mine.yaml"):

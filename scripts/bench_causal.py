@@ -26,11 +26,11 @@ from operator_bench.timing import measure
 from results import document, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, psa_attention
 from psa_kernels.backends import BACKENDS
 from psa_kernels.call import Call, make_call
 from psa_kernels.full import FULL
+from psa_presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from results import publish
 
-from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, psa_attention
+from psa_presets import load_preset
 
 SPECS = {
     density: AttentionSpec(thresholds=load_preset("psa-3").at_density(density).thresholds) for density in (0.25, 0.15)

@@ -25,8 +25,8 @@ from operator_bench.timing import measure
 from operator_bench.workloads import WORKLOADS, Workload
 from results import publish
 
-from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, psa_attention
+from psa_presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSITIES = (1.0, 0.25, 0.15)

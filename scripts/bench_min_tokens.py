@@ -26,8 +26,8 @@ from bench_float32 import tf32_set
 from results import publish
 
 from psa_diffusers.patch.token_order import token_permutation
-from psa_diffusers.presets import load_preset
 from psa_kernels import psa_attention
+from psa_presets import load_preset
 
 GRIDS = ((4, 16, 16), (6, 16, 16), (8, 16, 16), (9, 24, 24), (8, 32, 32), (12, 32, 32), (16, 32, 32))
 WIDTHS = ((24, 64), (12, 128))  # heads and head_dim

@@ -35,10 +35,10 @@ from operator_bench.timing import measure, rows_of
 from operator_bench.workloads import Case, Workload
 from results import publish
 
-from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, BlockLists, psa_attention, select_blocks
 from psa_kernels.layout import make_layout
 from psa_kernels.sparse.reference import sparse_attention
+from psa_presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (8_192, 16_384, 32_768, 65_536, 131_072, 262_144, 480_000)

@@ -29,11 +29,11 @@ from results import publish
 
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.token_order import token_permutation
-from psa_diffusers.presets import load_preset
 from psa_kernels import AttentionSpec, Importance, psa_attention
 from psa_kernels.allocation.reference import allocate
 from psa_kernels.importance.reference import block_importance
 from psa_kernels.layout import make_layout
+from psa_presets import load_preset
 
 DEMO = Path(__file__).resolve().parents[1] / "psa_diffusers" / "demo"
 PROMPTS = (

@@ -7,18 +7,28 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from psa_diffusers import load_preset
 from psa_diffusers.calibrate import shapes
 from psa_diffusers.cli import calibrate as cli_calibrate
 from psa_diffusers.cli.shell import run_command
-from psa_diffusers.report.video import read_video
+from psa_diffusers.report.video import read_video, write_video
 from psa_testing.lora_files import save_lora
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-TESTED = {"calibrate_and_use", "four_step_lora", "ltx2_sound", "own_model", "two_gpus", "wan", "wan22_experts"}
+TESTED = {
+    "calibrate_and_use",
+    "four_step_lora",
+    "ltx2_sound",
+    "own_model",
+    "two_gpus",
+    "video_qa",
+    "wan",
+    "wan22_experts",
+}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,3 +122,20 @@ def test_the_bare_operator(capsys):
     said = capsys.readouterr().out.splitlines()
     errors = [float(line.split()[-1]) for line in said]
     assert "density 0.2" in said[0] and errors[0] > 0.01 and errors[1] < 1e-5
+
+
+def test_a_question_about_a_video(tmp_path, monkeypatch, capsys):
+    from transformers import AutoProcessor
+
+    from psa_testing.tiny_language_models import tiny
+    from psa_testing.toy_processor import ToyProcessor
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: ToyProcessor())
+    tiny("qwen2_5_vl")[0].save_pretrained(tmp_path / "vlm")
+    write_video(tmp_path / "film.mp4", np.zeros((6, 64, 64, 3), np.uint8), 8)
+    (tmp_path / "small.yaml").write_text("block: {query: 32, key: 16}\nrule: budget\ndensity: 0.3\n")
+    settings = {"model": str(tmp_path / "vlm"), "preset": str(tmp_path / "small.yaml"), "device": "cpu"}
+    settings |= {"num_frames": 6, "min_tokens": 64, "max_new_tokens": 4}
+    question = "What happens? " * 40
+    runpy.run_path(str(EXAMPLES / "video_qa.py"))["main"](tmp_path / "film.mp4", question, **settings)
+    assert " s, density 0." in capsys.readouterr().out.splitlines()[-1]

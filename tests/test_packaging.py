@@ -20,11 +20,14 @@ from psa_diffusers.errors import EXTRAS, how_to_install, with_extra
 ROOT = Path(__file__).resolve().parent.parent
 
 USE_EVERYTHING = """
+import psa_transformers
+from psa_transformers import apply_psa
 import psa_diffusers, psa_kernels, psa_diffusers.checkpoints.load
 from psa_diffusers import PSAProcessor, apply_psa, list_presets, load_preset
 assert load_preset("psa-3").name == "psa-3" and len(list_presets()) >= 10
 print(psa_diffusers.__file__)
 print(psa_kernels.__file__)
+print(psa_transformers.__file__)
 """
 
 SEE_KERNELS = """
@@ -56,19 +59,23 @@ def wheel(tmp_path_factory) -> Path:
     return next(target.glob("*.whl"))
 
 
-def test_the_wheel_holds_both_packages_presets_demo_and_template(wheel):
+def test_the_wheel_holds_all_packages_presets_demo_and_template(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {
         "psa_diffusers",
         "psa_kernels",
+        "psa_presets",
+        "psa_transformers",
         f"psa_diffusers-{version()}.dist-info",
     }
     for expected in (
-        "psa_diffusers/configs/psa-3.yaml",
+        "psa_presets/configs/psa-3.yaml",
         "psa_diffusers/demo/model_index.json",
         "psa_diffusers/report/templates/report.html.j2",
         "psa_diffusers/py.typed",
         "psa_kernels/py.typed",
+        "psa_presets/py.typed",
+        "psa_transformers/py.typed",
         "psa_kernels/sparse/reference.py",
     ):
         assert expected in names

@@ -13,12 +13,13 @@ import psa_diffusers
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.presets import PresetError, load_preset
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.prompts import read_prompts, slug
+from psa_presets import PresetError, load_preset
 from psa_testing.tiny_pipelines import tiny_wan
 
-PACKAGES = [Path(psa_diffusers.__file__).parent, Path(psa_diffusers.__file__).parents[1] / "kernels" / "psa_kernels"]
+ROOT = Path(psa_diffusers.__file__).parents[1]
+PACKAGES = [ROOT / "psa_diffusers", ROOT / "psa_presets", ROOT / "psa_transformers", ROOT / "kernels" / "psa_kernels"]
 SOURCES = [path for package in PACKAGES for path in package.rglob("*.py")]
 # What would run code from a file or a string, or load what can.
 FORBIDDEN = [

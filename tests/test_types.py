@@ -7,12 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 
 import psa_diffusers
 import psa_kernels
+import psa_presets
+import psa_transformers
 from psa_diffusers import Preset, list_presets, load_preset
 
 ROOT = Path(__file__).parents[1]
@@ -120,8 +123,9 @@ def test_nothing_else_is_wrong(said):
     assert len(errors_in(said, "")) == len(errors_in(said, "mistakes.py:"))
 
 
-def test_what_type_checkers_see_is_what_there_is():
-    source = ast.parse(Path(psa_diffusers.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize("package", [psa_diffusers, psa_transformers])
+def test_what_type_checkers_see_is_what_there_is(package):
+    source = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (checked,) = (
         node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     )
@@ -129,10 +133,11 @@ def test_what_type_checkers_see_is_what_there_is():
     for node in checked.body:
         assert isinstance(node, ast.ImportFrom)
         seen |= {alias.asname: f"{node.module}.{alias.name}" for alias in node.names}
-    homes = {name: f"psa_diffusers.{home}.{name}" for name, home in psa_diffusers._HOMES.items()}
-    assert seen == homes and set(dir(psa_diffusers)) == {*homes, "__version__"}
+    homes = {name: f"{resolve_name(home, package.__name__)}.{name}" for name, home in package._HOMES.items()}
+    version = {"__version__"} if package is psa_diffusers else set()
+    assert seen == homes and set(dir(package)) == {*homes, *version}
 
 
-def test_both_packages_say_that_they_are_typed():
-    for package in (psa_diffusers, psa_kernels):
+def test_all_packages_say_that_they_are_typed():
+    for package in (psa_diffusers, psa_kernels, psa_presets, psa_transformers):
         assert (Path(package.__file__).parent / "py.typed").is_file()

@@ -18,8 +18,8 @@ from psa_diffusers.patch.attend import QKV, Parts, TokenAttention
 from psa_diffusers.patch.processor import PSAProcessor
 from psa_diffusers.patch.run import Forward
 from psa_diffusers.patch.sites import Layer
-from psa_diffusers.presets import Preset
 from psa_kernels import AttentionStats
+from psa_presets import Preset
 
 MIN_ERROR = 1e-12  # of what is exact, so that it has a logarithm
 

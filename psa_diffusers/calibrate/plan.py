@@ -10,8 +10,8 @@ from psa_diffusers.calibrate.intervals import FEWEST
 from psa_diffusers.calibrate.result import is_own
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
-from psa_diffusers.presets import Preset, PresetError
 from psa_diffusers.runs.plan import Plan
+from psa_presets import Preset, PresetError
 
 
 class Video(NamedTuple):

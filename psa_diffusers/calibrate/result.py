@@ -13,7 +13,7 @@ from psa_diffusers.calibrate.choose import Solution
 from psa_diffusers.calibrate.scaling import scaled_settings
 from psa_diffusers.calibrate.shapes import SHAPES, shaped
 from psa_diffusers.files import whole_file
-from psa_diffusers.presets import Preset
+from psa_presets import Preset
 
 HEADER = "# Made by psa-calibrate:"
 

@@ -15,8 +15,8 @@ from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.patch.stats import RunStats
-from psa_diffusers.presets import Preset
 from psa_diffusers.runs.pipeline_call import Generated, generate_videos
+from psa_presets import Preset
 
 Presets = tuple[Preset, Preset | None]
 

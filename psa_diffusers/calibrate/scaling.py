@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.presets.density import scaled_thresholds
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.allocation.reference import allocate
+from psa_presets.density import scaled_thresholds
 
 # Where errors are measured: with a base preset of density 0.25 from a fifth of that to most of everything.
 SCALES = (0.2, 0.5, 1.25, 3.0)

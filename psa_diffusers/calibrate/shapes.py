@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_diffusers.presets import Preset, PresetError
-from psa_diffusers.presets.keys import LayerKeys
+from psa_presets import Preset, PresetError
+from psa_presets.keys import LayerKeys
 
 BASE = "as the base preset"
 # Changes to the base preset, as a rule for layers says them. The rule `budget` and other splits over the levels are no

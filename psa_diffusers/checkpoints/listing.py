@@ -7,7 +7,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 
 def listing() -> str:
     """A table of every alias and every shipped preset, one line each."""
-    from psa_diffusers.presets import list_presets, load_preset
+    from psa_presets import list_presets, load_preset
 
     models = [(card.name, card.hub_id or "(bundled)", card.about) for card in MODELS.values()]
     presets = [(name, load_preset(name).source) for name in list_presets()]

@@ -12,7 +12,7 @@ import torch
 
 from psa_diffusers.patch.processor import PSAProcessor
 from psa_diffusers.patch.stats import RunStats
-from psa_diffusers.presets import Preset
+from psa_presets import Preset
 
 
 class PSAHandle:

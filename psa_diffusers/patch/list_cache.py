@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from psa_diffusers.presets import Preset
 from psa_kernels import BlockLists
+from psa_presets import Preset
 
 
 class Moment(NamedTuple):

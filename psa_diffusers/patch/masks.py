@@ -10,8 +10,8 @@ import numpy as np
 from psa_diffusers.patch.run import Forward
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid, token_permutation
-from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec, BlockLists
+from psa_presets import Preset, TokenOrder
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_o
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.step_layers import StepLayers
 from psa_diffusers.patch.telling import Told
-from psa_diffusers.presets import Preset, choose_preset
+from psa_presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 

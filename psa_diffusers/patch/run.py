@@ -13,8 +13,8 @@ from psa_diffusers.patch.corrections import Corrections
 from psa_diffusers.patch.list_cache import ListCache
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
-from psa_diffusers.presets import Preset
 from psa_kernels import AttentionStats, BlockLists
+from psa_presets import Preset
 
 NO_GRID: Grid = (0, 0, 0)
 

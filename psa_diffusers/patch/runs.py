@@ -16,7 +16,7 @@ from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
 from psa_diffusers.patch.schedule import Schedule, as_timesteps
 from psa_diffusers.patch.stated_step import UNSEEN, StatedStep, is_capturing
 from psa_diffusers.patch.stats import RunStats, summed_up
-from psa_diffusers.presets import Preset
+from psa_presets import Preset
 
 MISSED = (
     "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch, for its transformer "

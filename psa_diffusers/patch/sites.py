@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from psa_diffusers.patch.arguments import argument_names
-from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec
+from psa_presets import Preset, TokenOrder
 
 ATTRIBUTE = "psa_site"
 

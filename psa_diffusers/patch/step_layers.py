@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.sites import Layer
-from psa_diffusers.presets import Preset
+from psa_presets import Preset
 
 
 class StepLayers:

@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from psa_diffusers.presets import TokenOrder
+from psa_presets import TokenOrder
 
 KEPT_ON_DEVICES = 4
 ORDERS = ("hilbert", "tiles", "raster")

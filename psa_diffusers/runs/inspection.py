@@ -14,7 +14,7 @@ from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.ranges import ranges
 
 if TYPE_CHECKING:
-    from psa_diffusers.presets import Preset
+    from psa_presets import Preset
 
 
 class _EnoughSeen(BaseException):

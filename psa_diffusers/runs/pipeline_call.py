@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from psa_diffusers.patch.apply import PSAHandle
     from psa_diffusers.patch.masks import BlockMask, MaskRecorder
     from psa_diffusers.patch.processor import PSAProcessor
-    from psa_diffusers.presets import Preset
+    from psa_presets import Preset
 
 MIDDLE = (0.5, 0.5, 0.5)
 

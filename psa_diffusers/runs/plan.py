@@ -18,7 +18,7 @@ from psa_diffusers.runs.video_options import fit_image, frame_count, frame_rate,
 if TYPE_CHECKING:
     from PIL import Image
 
-    from psa_diffusers.presets import Preset
+    from psa_presets import Preset
 
 DENSE = "dense"
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -203,7 +203,7 @@ def _check_density(request: Request) -> float | None:
 def _load_preset(option: str, name: str | None, density: float | None) -> "Preset | None":
     if name == DENSE:
         return None
-    from psa_diffusers.presets import PresetError, choose_preset
+    from psa_presets import PresetError, choose_preset
 
     try:
         return choose_preset(name, density)

@@ -8,8 +8,8 @@ from itertools import product
 
 from attention_judges.judges import Judge
 
-from psa_diffusers.presets.density import scaled_thresholds
 from psa_kernels import AttentionSpec, Importance
+from psa_presets.density import scaled_thresholds
 
 DENSITIES = (0.15, 0.25, 0.35)
 # What says less is measured at two.

@@ -16,8 +16,8 @@ from pathlib import Path
 from rounds import campaign, parser
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.presets import PresetError, load_preset
 from psa_diffusers.runs.prompts import read_prompts, slug
+from psa_presets import PresetError, load_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from psa_diffusers.presets import load_preset
+from psa_presets import load_preset
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from demo.captions import BACKGROUNDS
 from quality_lab.settings import SAMPLED, Setting, at_density, published, vary, vary_if_known
 
 from psa_diffusers import Preset, load_preset
-from psa_diffusers.presets.density import scaled_thresholds
+from psa_presets.density import scaled_thresholds
 
 DENSITIES = (0.05, 0.1, 0.15, 0.25, 0.35, 0.5)
 COUNT_SCALES = (0.4, 0.6, 0.8, 1.0, 1.4)

@@ -15,7 +15,7 @@ from psa_diffusers.patch.run import Forward, Route, Run
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.text_padding import TextLengths
 from psa_diffusers.patch.token_order import permutation_on
-from psa_diffusers.presets import TokenOrder
+from psa_presets import TokenOrder
 from psa_testing.spies import count_selections
 from psa_testing.tiny_families import preset
 

@@ -6,7 +6,7 @@ import pytest
 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_diffusers.presets import PresetError, load_preset
+from psa_presets import PresetError, load_preset
 from psa_testing.tiny_families import preset
 from psa_testing.tiny_pipelines import tiny_wan
 from psa_testing.wan_latents import run

@@ -7,10 +7,10 @@ import torch
 from psa_diffusers import Preset, apply_psa
 from psa_diffusers.patch.masks import BlockMask, MaskRecorder, query_block_at
 from psa_diffusers.patch.token_order import token_permutation
-from psa_diffusers.presets import TokenOrder
 from psa_diffusers.report.overlay import CELL_WIDTH, GAP, QUERY_COLOUR, RAMP, attention_overlay, frame_of
 from psa_diffusers.report.panels import MIN_PANEL_WIDTH, bar_height
 from psa_kernels import AttentionSpec, BlockLists, Importance
+from psa_presets import TokenOrder
 from psa_testing.tiny_pipelines import run, tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

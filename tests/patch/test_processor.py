@@ -11,7 +11,7 @@ import torch
 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
-from psa_diffusers.presets import PresetError
+from psa_presets import PresetError
 from psa_testing.spies import count_selections
 from psa_testing.tiny_families import EVERYTHING, preset
 from psa_testing.tiny_pipelines import (

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from psa_diffusers.presets import Preset, PresetError, choose_preset, load_preset
-from psa_diffusers.presets.files import shipped_folder
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.allocation.reference import allocate
+from psa_presets import Preset, PresetError, choose_preset, load_preset
+from psa_presets.files import shipped_folder
 from psa_testing.preset_checks import message_of
 
 

@@ -5,8 +5,8 @@ from typing import get_type_hints
 import pytest
 
 from psa_diffusers import Preset
-from psa_diffusers.presets import keys
-from psa_diffusers.presets.fields import BlockSizes, ImportanceSettings, LayerRule, LayerSettings, StepRule
+from psa_presets import keys
+from psa_presets.fields import BlockSizes, ImportanceSettings, LayerRule, LayerSettings, StepRule
 
 PAIRS = [
     (keys.BlockKeys, BlockSizes),

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from psa_diffusers.presets import Preset, PresetError, list_presets, load_preset
-from psa_diffusers.presets.files import MAX_BYTES, shipped_folder
+from psa_presets import Preset, PresetError, list_presets, load_preset
+from psa_presets.files import MAX_BYTES, shipped_folder
 from psa_testing.preset_checks import message_of, write_file
 
 

@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psa_diffusers.presets import Preset, load_preset
-from psa_diffusers.presets.fields import LayerRule, StepRule
-from psa_diffusers.presets.files import shipped_folder
-from psa_diffusers.presets.layers import MAX_CASES
-from psa_diffusers.presets.steps import possible_sets, rules_at
+from psa_presets import Preset, load_preset
+from psa_presets.fields import LayerRule, StepRule
+from psa_presets.files import shipped_folder
+from psa_presets.layers import MAX_CASES
+from psa_presets.steps import possible_sets, rules_at
 from psa_testing.preset_checks import message_of, write_file
 
 

@@ -8,10 +8,10 @@ import pickle
 import pytest
 import yaml
 
-from psa_diffusers.presets import Preset, PresetError, list_presets, load_preset
-from psa_diffusers.presets.fields import LayerRule
-from psa_diffusers.presets.files import shipped_folder
 from psa_kernels import AttentionSpec, Importance
+from psa_presets import Preset, PresetError, list_presets, load_preset
+from psa_presets.fields import LayerRule
+from psa_presets.files import shipped_folder
 from psa_testing.preset_checks import message_of, write_file
 
 EXAMPLE = shipped_folder() / "example.yaml"

@@ -14,9 +14,9 @@ from psa_diffusers import Preset
 from psa_diffusers.cli import inspect as cli_inspect
 from psa_diffusers.cli.generate import run_command
 from psa_diffusers.patch.masks import BlockMask
-from psa_diffusers.presets import TokenOrder
 from psa_diffusers.report.mask_plot import level_colours, mask_figure
 from psa_kernels import AttentionSpec
+from psa_presets import TokenOrder
 from psa_testing.tiny_pipelines import tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

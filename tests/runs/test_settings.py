@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.presets import load_preset
 from psa_diffusers.runs import plan as plan_module
 from psa_diffusers.runs.pipeline_arguments import call_arguments
 from psa_diffusers.runs.plan import make_plan
 from psa_diffusers.runs.request import Request
+from psa_presets import load_preset
 from psa_testing.tiny_pipelines import tiny_image
 
 

@@ -48,7 +48,8 @@ def _plan(
         budget_kernel, (batch * heads * query_blocks,),
         (importance_stride, level_stride, price_stride, key_blocks, width, row_budget(spec, key_blocks),
          key_blocks * units[0]),
-        UNITS=tuple(units), SKIP=spec.rest == "skip", HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks), GUESSES=guesses(key_blocks),
+        UNITS=tuple(units), SKIP=spec.rest == "skip", HIGHEST=HIGHEST_PRICE, **row_shape(key_blocks),
+        GUESSES=guesses(key_blocks),
     )  # fmt: skip
     return launch, width
 

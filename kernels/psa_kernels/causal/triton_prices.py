@@ -150,7 +150,8 @@ def price_kernel(
     first_row, rows, key_blocks, importance_stride, price_stride, keep_first, keep_last, RATIO: tl.constexpr,
     PADDED_DIM: tl.constexpr, LEVELS: tl.constexpr, POOLED: tl.constexpr, BLOCK_KEY: tl.constexpr,
     SKIP: tl.constexpr, COVARIANCE: tl.constexpr, EXPONENT: tl.constexpr, CONVEXITY: tl.constexpr,
-    STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    STEPS: tl.constexpr, HIGHEST: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """Prices of `TILE_M` rows and `TILE_N` key blocks of one head, if there is a candidate among them."""
     row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)

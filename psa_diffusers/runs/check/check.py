@@ -9,11 +9,11 @@ import torch
 from psa_diffusers.checkpoints.skeleton import transformer_skeletons
 from psa_diffusers.errors import InputError
 from psa_diffusers.families import UnsupportedModelError
-from psa_diffusers.presets import Preset
 from psa_diffusers.runs.check.costs import Speedup, correction_bytes, kept_list_bytes, mean_density, speedup
 from psa_diffusers.runs.check.machine import Offer, Trial, offer, try_kernels
 from psa_diffusers.runs.check.network import Network, Usage, read_network, usages
 from psa_diffusers.runs.plan import Plan
+from psa_presets import Preset
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from psa_diffusers.patch.list_cache import keeps_lists
-from psa_diffusers.presets import Preset
 from psa_diffusers.runs.check.machine import Offer
 from psa_diffusers.runs.check.network import Network, Usage
 from psa_kernels.call import Call
 from psa_kernels.costs import expected_density
 from psa_kernels.head_groups import head_groups
 from psa_kernels.lists import id_dtype, list_width
+from psa_presets import Preset
 
 # Each kind of attention with what computes it; None there: it is dense.
 Uses = Sequence[tuple[Usage, Offer | None]]

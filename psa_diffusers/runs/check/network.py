@@ -13,8 +13,8 @@ from psa_diffusers.families import find_family
 from psa_diffusers.families.family import ModelFamily
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.step_layers import StepLayers
-from psa_diffusers.presets import Preset, TokenOrder
 from psa_kernels import AttentionSpec
+from psa_presets import Preset, TokenOrder
 
 # What diffusers' attention modules call these two: one or the other.
 _PROJECTIONS = (("q", "query"), ("k", "key"))

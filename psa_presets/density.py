@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from psa_diffusers.presets.errors import refusal
-from psa_diffusers.presets.fields import LayerSettings, Rule
+from psa_presets.errors import refusal
+from psa_presets.fields import LayerSettings, Rule
 
 # What a rule may not change, if all sparse layers are to have one density at all sparse steps.
 DECISIVE = ("block", "levels", "rule", "thresholds", "density", "floor", "similarity", "rest")

@@ -1,4 +1,4 @@
-"""Presets: every setting of a run under one name, read from YAML or made in code."""
+"""Presets: every setting of a run under one name, read from YAML or made in code. They know of no model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import difflib
 import os
 from pathlib import Path
 
-from psa_diffusers.presets.errors import PresetError, show
-from psa_diffusers.presets.files import read_mapping, shipped_folder
-from psa_diffusers.presets.layers import TokenOrder
-from psa_diffusers.presets.model import Preset
+from psa_presets.errors import PresetError, show
+from psa_presets.files import read_mapping, shipped_folder
+from psa_presets.layers import TokenOrder
+from psa_presets.model import Preset
 
 __all__ = ["Preset", "PresetError", "TokenOrder", "choose_preset", "list_presets", "load_preset"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from psa_diffusers.presets.fields import BlockSizes, ImportanceSettings, LayerRule, StepRule
+from psa_presets.fields import BlockSizes, ImportanceSettings, LayerRule, StepRule
 
 
 class BlockKeys(TypedDict, total=False):

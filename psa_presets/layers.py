@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from psa_diffusers.presets.errors import PresetError, dotted, refusal
-from psa_diffusers.presets.fields import LayerRule, LayerSettings, Rule, StepRule, layer_ranges
-from psa_diffusers.presets.steps import possible_sets
 from psa_kernels import AttentionSpec, Importance
+from psa_presets.errors import PresetError, dotted, refusal
+from psa_presets.fields import LayerRule, LayerSettings, Rule, StepRule, layer_ranges
+from psa_presets.steps import possible_sets
 
 MAX_CASES = 20_000  # more ways in which rules meet take minutes to check
 

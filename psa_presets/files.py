@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from psa_diffusers.presets.errors import PresetError, one_line, show
+from psa_presets.errors import PresetError, one_line, show
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -22,7 +22,7 @@ def shipped_folder() -> Path:
     Raises:
         PresetError: neither is there.
     """
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parent
     candidates = (package / "configs", package.parent / "configs")
     for folder in candidates:
         if (folder / "psa-3.yaml").is_file():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from psa_diffusers.presets.steps import MAX_STEP, step_ranges
+from psa_presets.steps import MAX_STEP, step_ranges
 
 MAX_LAYERS = 1000
 MAX_INTEGER = 2**31 - 1

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Self, Unpack
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
-from psa_diffusers.presets.density import allocation_at
-from psa_diffusers.presets.errors import first_mistake, show, told_at
-from psa_diffusers.presets.fields import (
+from psa_kernels import AttentionSpec
+from psa_presets.density import allocation_at
+from psa_presets.errors import first_mistake, show, told_at
+from psa_presets.fields import (
     MAX_LAYERS,
     AsTuple,
     Integer,
@@ -22,8 +23,8 @@ from psa_diffusers.presets.fields import (
     ShareOrSteps,
     StepRule,
 )
-from psa_diffusers.presets.keys import PresetKeys
-from psa_diffusers.presets.layers import (
+from psa_presets.keys import PresetKeys
+from psa_presets.layers import (
     TokenOrder,
     attention_specs,
     check_layers,
@@ -31,8 +32,7 @@ from psa_diffusers.presets.layers import (
     said_dense,
     token_orders,
 )
-from psa_diffusers.presets.steps import possible_sets, rules_at
-from psa_kernels import AttentionSpec
+from psa_presets.steps import possible_sets, rules_at
 
 # Videos are called <preset name>.mp4 and stand beside files of these names.
 RESERVED_NAMES = ("dense", "side-by-side")

@@ -1,0 +1,174 @@
+"""apply_psa: sparse prefills for a model of transformers, and back."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from psa_presets import Preset, choose_preset
+from psa_transformers.fallbacks import Fallbacks
+from psa_transformers.models import (
+    check_implementation,
+    check_library,
+    decoder_of,
+    models_around,
+    set_implementation,
+    vision_towers,
+)
+from psa_transformers.patch import DecoderAttention
+from psa_transformers.settings import causal_specs, tower_spec
+from psa_transformers.spans import VisionTokens, vision_ids
+from psa_transformers.stats import PrefillStats, summed_up
+from psa_transformers.stock import Stock
+from psa_transformers.towers import TowerAttention
+
+_numbers = itertools.count(1)
+HANDLE = "_psa_transformers"  # where a patched decoder keeps its handle
+
+
+class PSAHandle:
+    """A patched model: statistics, and the way back. Use it in a `with` statement, or call `restore`."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+        self._fallbacks = Fallbacks(strict=False)
+        self._decoder: DecoderAttention | None = None
+        self._towers: list[TowerAttention] = []
+
+    def stats(self) -> PrefillStats:
+        """What was attended since the patch; waits for the device. After `restore`, what it was until then."""
+        assert self._decoder is not None
+        decoder, towers = self._decoder, [tower.counter for tower in self._towers]
+        return summed_up(decoder.prefills, decoder.calls, decoder.counter, towers, self._fallbacks.counts)
+
+    def restore(self) -> None:
+        """Give the model its own attention back. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def apply_psa(
+    model: Any,
+    preset: str | os.PathLike[str] | Preset = "psa-auto",
+    density: float | None = None,
+    min_tokens: int = 8192,
+    dense_last: int = 512,
+    strict: bool = False,
+    vision: bool = False,
+) -> PSAHandle:
+    """Let a model of transformers read long prompts with Pyramid Sparse Attention.
+
+    Prefills become sparse: of whole prompts, chunks (`prefill_chunk_size`) or later turns on a cache, dynamic or
+    static, of batches with padding before or after their prompts. The tokens from the first to the last of all images
+    and videos attend each other sparsely, those of text between them included; text before and after that span is
+    attended exactly, and text queries after it attend everything exactly. Without images and videos all tokens are
+    taken for the span, but for the last ones. Decoding, one token at a time, is dense, and so is what is compiled.
+
+    Attention goes through `AttentionInterface` and `AttentionMaskInterface`, where functions of a name of their own
+    are registered until `restore`; no forward is replaced. What is not served runs as before with a warning that says
+    why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout and
+    gradients, quantised and paged caches, `output_attentions`. One patch a model: another one takes its place.
+
+    Of a preset counts what concerns attention: rule, levels, thresholds or density, block sizes, importance,
+    similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens; the first key
+    block and the two before the diagonal are exact as well. Dense steps, rules for steps, `refresh`, `share_guidance`,
+    `dense_attention`, `order` and the preset's `min_tokens` concern denoising, and have no effect.
+
+    Args:
+        model: with a decoder of text; a vision-language model or a language model.
+        preset: a name, a path or a Preset.
+        density: the preset is taken at this density, above 0 and up to 1.
+        min_tokens: forwards after which fewer tokens are in the cache run as before, without a warning.
+        dense_last: at least so many of the last tokens of a forward are treated as text.
+        strict: raise `PSAFallbackError` instead of a warning.
+        vision: also let vision towers attend sparsely where one call of their attention, which is a frame or a window
+            in most towers, has `min_tokens` tokens or more.
+
+    Returns:
+        The handle, also for a `with` statement, which restores the model at its end.
+
+    Raises:
+        PresetError: the preset cannot be found, or not be used for causal attention.
+        TypeError, ValueError: the model has no such decoder, or an argument is out of range.
+        ImportError: transformers is too old.
+    """
+    for name, value in (("min_tokens", min_tokens), ("dense_last", dense_last)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}={value!r}: expected a number of tokens, 0 or more")
+    check_library()
+    chosen = choose_preset(preset, density)
+    decoder = decoder_of(model)
+    specs = causal_specs(chosen, decoder.config.num_hidden_layers)
+    if hasattr(decoder, HANDLE):
+        getattr(decoder, HANDLE).restore()
+    around, towers = models_around(model, decoder), vision_towers(model, decoder) if vision else []
+    names = [check_implementation(part) for part in (decoder, *towers)]
+    seen, float32_on_gpu = VisionTokens(vision_ids(part.config for part in around)), chosen.float32_on_gpu == "sparse"
+
+    handle = PSAHandle()
+    handle._fallbacks = Fallbacks(strict)
+    attention = DecoderAttention(
+        Stock(names[0]), specs, seen, handle._fallbacks, min_tokens, dense_last, float32_on_gpu
+    )
+    handle._decoder = attention
+    try:
+        _use(handle, decoder, attention.attend, attention.mask)
+        for tower, name in zip(towers, names[1:], strict=True):
+            stock = Stock(name)
+            sparse = TowerAttention(stock, tower_spec(chosen), handle._fallbacks, min_tokens, float32_on_gpu)
+            handle._towers.append(sparse)
+            _use(handle, tower, sparse.attend, stock.mask)
+    except BaseException:
+        handle.restore()
+        raise
+    _watch(handle, around, seen, attention)
+    setattr(decoder, HANDLE, handle)
+    handle._undo.append(lambda: delattr(decoder, HANDLE))
+    return handle
+
+
+def _use(handle: PSAHandle, part: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Register functions and let a part of the model use them, until the handle restores it."""
+    name, before = f"psa_{next(_numbers)}", part.config._attn_implementation
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+
+    def undo() -> None:
+        # Whoever has chosen another implementation since then keeps it.
+        if part.config._attn_implementation == name:
+            part.set_attn_implementation(before)
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(name, None)
+
+    handle._undo.append(undo)
+    set_implementation(part, name)
+
+
+def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: DecoderAttention) -> None:
+    """Hooks that only look: what each model around the decoder is given, and when the decoder is done."""
+
+    def done(_module: Any, _args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if output is not None:  # there is none after an error
+                seen.after(output)
+            seen.forget()
+            attention.forget()
+
+    hooks = [around[0].register_forward_pre_hook(seen.forget)]
+    hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
+    hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too
+    handle._undo += [hook.remove for hook in hooks]

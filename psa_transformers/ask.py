@@ -1,0 +1,156 @@
+"""One question about one video: frames, an answer, and how long the prompt took to read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from psa_transformers.spans import vision_ids
+
+MAX_FRAMES = 100_000  # of a file; more are not looked at
+
+
+class QuestionError(ValueError):
+    """A question cannot be put; the message is one line that names the thing and why."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames of a video, evenly spaced.
+
+    Attributes:
+        pixels: uint8 `[frames, height, width, 3]`, RGB.
+        indices: which of the file's frames they are.
+        fps: frames a second of the file.
+        total: how many frames the file has.
+    """
+
+    pixels: np.ndarray
+    indices: list[int]
+    fps: float
+    total: int
+
+    def metadata(self) -> dict[str, Any]:
+        """As the processors of transformers take it."""
+        return {
+            "total_num_frames": self.total,
+            "fps": self.fps,
+            "duration": self.total / self.fps,
+            "frames_indices": self.indices,
+            "height": self.pixels.shape[1],
+            "width": self.pixels.shape[2],
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        prompt_tokens: of text and video.
+        prefill_seconds: from the first token read to the first written, on the model's device.
+    """
+
+    text: str
+    prompt_tokens: int
+    prefill_seconds: float
+
+
+def read_frames(path: Path, count: int) -> Frames:
+    """Read evenly spaced frames of a video, in two passes, of which the first only counts.
+
+    Raises:
+        QuestionError: there is no such file, or it holds no video.
+    """
+    if not path.is_file():
+        raise QuestionError(f"{path}: no such file")
+    try:
+        with av.open(str(path)) as opened:
+            fps = float(opened.streams.video[0].average_rate or 24)
+            total = sum(1 for _, _ in zip(opened.decode(video=0), range(MAX_FRAMES), strict=False))
+        indices = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+        wanted, found = set(indices), []
+        with av.open(str(path)) as opened:
+            for number, frame in enumerate(opened.decode(video=0)):
+                if number in wanted:
+                    found.append(frame.to_ndarray(format="rgb24"))
+                if number >= total - 1:
+                    break
+        return Frames(np.stack(found), indices, fps, total)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise QuestionError(f"{path}: no video that can be read ({reason})") from None
+
+
+def load(name: str, device: str) -> tuple[Any, Any]:
+    """A vision-language model and its processor, of a folder or of the hub; half precision on a GPU.
+
+    Raises:
+        QuestionError: it cannot be had, or it sees nothing.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if not vision_ids([config, getattr(config, "thinker_config", None)]):
+            raise QuestionError(f"model {name}: a {config.model_type} sees no images or videos")
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+    except QuestionError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None
+
+
+def ask(model: Any, processor: Any, frames: Frames, question: str, max_new_tokens: int) -> Answer:
+    """Let a model answer, always with its most likely tokens."""
+    content = [{"type": "video"}, {"type": "text", "text": question}]
+    conversation = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    given = processor(
+        text=[text],
+        videos=[frames.pixels],
+        video_metadata=[frames.metadata()],
+        do_sample_frames=False,
+        return_tensors="pt",
+    ).to(model.device)
+    read = given["input_ids"].shape[1]
+    with first_forward(model) as seconds:
+        out = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)
+    (said,) = processor.batch_decode(out[:, read:], skip_special_tokens=True)
+    return Answer(said.strip(), read, seconds[0])
+
+
+@contextmanager
+def first_forward(model: torch.nn.Module) -> Iterator[list[float]]:
+    """The seconds that the first forward of a model takes, its vision tower included."""
+    seconds: list[float] = []
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(*_: Any) -> None:
+        if not seconds:
+            seconds.append(-now())
+
+    def end(*_: Any) -> None:
+        if seconds[0] < 0:
+            seconds[0] += now()
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,43 @@
+"""Calls that the model's own attention computes although they are long enough: why, told once a reason."""
+
+from __future__ import annotations
+
+import warnings
+
+
+class PSAFallbackWarning(UserWarning):
+    """Attention runs as it did before the patch; the message is one line that says why."""
+
+
+class PSAFallbackError(RuntimeError):
+    """The same with `strict=True`."""
+
+
+class Unserved(Exception):
+    """A forward cannot be served; its text is the reason."""
+
+
+class Fallbacks:
+    """Counts reasons, and tells each once.
+
+    Attributes:
+        strict: raise instead.
+        counts: how many calls of the attention function each reason concerned.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.counts: dict[str, int] = {}
+
+    def tell(self, reason: str) -> None:
+        """Note one call.
+
+        Raises:
+            PSAFallbackError: with `strict`.
+        """
+        if self.strict:
+            raise PSAFallbackError(f"strict: attention would run as without PSA: {reason}")
+        if reason not in self.counts:
+            # The caller is deep inside of transformers: no line of the user's would be named.
+            warnings.warn(f"attention runs as without PSA: {reason}", PSAFallbackWarning, stacklevel=2)
+        self.counts[reason] = self.counts.get(reason, 0) + 1

@@ -1,0 +1,82 @@
+"""Which parts of a model have the attention that is patched."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel, masking_utils
+
+# What transformers knows by their names: it makes other masks, or packs sequences, where one of these is set.
+KNOWN_BY_NAME = ("flash", "flex", "paged")
+
+
+def check_library() -> None:
+    """Whether makers of masks are told where queries begin, which an attention function cannot know by itself.
+
+    Raises:
+        ImportError: transformers is too old.
+    """
+    if "q_offset" not in inspect.signature(masking_utils.sdpa_mask).parameters:
+        raise ImportError(
+            f"transformers {transformers.__version__}: its masks do not say where queries begin; 5.17 and 5.24 do"
+        )
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The innermost model that has the configuration of the text.
+
+    Raises:
+        TypeError: this is no model of transformers.
+        ValueError: no part of it has that configuration.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model={type(model).__name__}: expected a model of transformers (PreTrainedModel)")
+    config = model.config.get_text_config(decoder=True)
+    found = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config]
+    if not found or model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__}: expected a decoder of text, alone or with what it sees and hears")
+    return found[-1]
+
+
+def models_around(model: PreTrainedModel, decoder: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that hold the decoder, from the outermost to itself."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    return [part for part in parts if any(inner is decoder for inner in part.modules())]
+
+
+def vision_towers(model: PreTrainedModel, decoder: PreTrainedModel) -> list[PreTrainedModel]:
+    """The outermost models of images and videos beside the decoder."""
+    around = models_around(model, decoder)
+    configs = [getattr(part.config, "vision_config", None) for part in around]
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [part for part in parts if any(part.config is config for config in configs if config is not None)]
+    inner = {id(each) for part in found for each in part.modules() if each is not part}
+    return [part for part in found if id(part) not in inner]
+
+
+def set_implementation(part: PreTrainedModel, name: str) -> None:
+    """Let a part of a model use an attention function by its registered name.
+
+    Raises:
+        ValueError: it does not look its attention function up.
+    """
+    part.set_attn_implementation(name)
+    if part.config._attn_implementation != name:
+        raise ValueError(f"{type(part).__name__}: its attention cannot be chosen by name (AttentionInterface)")
+
+
+def check_implementation(part: PreTrainedModel) -> str:
+    """The name of the implementation that a part has.
+
+    Raises:
+        ValueError: it is one that transformers treats by its name.
+    """
+    name = part.config._attn_implementation or "eager"
+    if any(word in name for word in KNOWN_BY_NAME):
+        raise ValueError(
+            f"attn_implementation={name!r}: expected 'sdpa' or 'eager', which compute what PSA does not serve; "
+            "model.set_attn_implementation('sdpa') sets one"
+        )
+    return name

@@ -1,0 +1,200 @@
+"""The attention function and the masks that a patched decoder uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from psa_kernels import AttentionSpec, psa_attention
+from psa_kernels.backends.served import why_no_kernel
+from psa_kernels.call import make_call
+from psa_transformers.fallbacks import Fallbacks, Unserved
+from psa_transformers.layer_call import LayerCall
+from psa_transformers.prefill import Part, Prefill
+from psa_transformers.refusals import NOT_OURS, is_quantised, why_not_mask
+from psa_transformers.spans import VisionTokens
+from psa_transformers.stats import Counter
+from psa_transformers.stock import Stock
+
+
+class DecoderAttention:
+    """What transformers calls in place of a decoder's attention function and of the maker of its masks.
+
+    A forward that may be sparse gets a marker for a mask (`Prefill`); all others get the mask that they had, so that
+    they are computed as before.
+
+    Attributes:
+        prefills, calls, counter: for `PrefillStats`.
+    """
+
+    def __init__(
+        self,
+        stock: Stock,
+        specs: Sequence[AttentionSpec | None],
+        vision: VisionTokens,
+        fallbacks: Fallbacks,
+        min_tokens: int,
+        dense_last: int,
+        float32_on_gpu: bool,
+    ) -> None:
+        self.prefills = self.calls = 0
+        self.counter = Counter()
+        self._stock, self._specs, self._vision, self._fallbacks = stock, specs, vision, fallbacks
+        self._min_tokens, self._dense_last, self._float32_on_gpu = min_tokens, dense_last, float32_on_gpu
+        self.forget()
+
+    def forget(self) -> None:
+        """Between forwards: what was known of the last one is gone."""
+        self._prefill: Prefill | None = None
+        # Why the masks of this forward are those of before; empty if it is short, None if no mask was asked for.
+        self._verdict: str | None = None
+
+    def mask(self, **arguments: Any) -> torch.Tensor | None:
+        """The mask of one forward, with the arguments of transformers' own makers of masks."""
+        queries = arguments["q_length"]
+        if queries == 1 or torch.compiler.is_compiling():
+            return self._stock.mask(**arguments)
+        tokens = int(arguments.get("q_offset", 0)) + queries
+        reason = "" if tokens < self._min_tokens else why_not_mask(arguments)
+        if reason is None:
+            try:
+                self._prefill = self._begin(arguments, tokens)
+                return self._prefill.marker
+            except Unserved as unserved:
+                reason = str(unserved)
+        self._verdict = self._verdict or reason
+        return self._stock.mask(**arguments)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **arguments: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """Attention of one layer.
+
+        Args:
+            query, key, value: `[B, Hq, Nq, D]` and twice `[B, Hkv, Nk, D]`.
+            attention_mask: what `mask` gave, or what the caller made.
+
+        Returns:
+            `[B, Nq, Hq, D]`, and the weights if the attention of before gave some.
+        """
+        call = LayerCall(module, query, key, value, arguments)
+        if query.shape[2] == 1 or torch.compiler.is_compiling():
+            return call.dense(self._stock, attention_mask)
+        if attention_mask is None or attention_mask.dim() != 2:
+            if key.shape[2] >= self._min_tokens and self._verdict != "":
+                self.calls += 1
+                self._fallbacks.tell(self._why_not(call) or self._verdict or NOT_OURS)
+            return call.dense(self._stock, attention_mask)
+        prefill = self._prefill = self._of(attention_mask, query, key)
+        out = self._marked(call, prefill)
+        return call.dense(self._stock, prefill.stock_mask) if out is None else (out, None)
+
+    def _marked(self, call: LayerCall, prefill: Prefill) -> torch.Tensor | None:
+        """A layer of a forward that may be sparse; None if the layer is dense."""
+        reason, parts = self._why_not(call), tuple[Part, ...]()
+        if reason is None:
+            try:
+                parts = prefill.parts(self._vision.spans)
+            except Unserved as unserved:
+                reason = str(unserved)
+        if reason is None and not any(part.is_sparse for part in parts):  # text alone
+            return None
+        self.calls += 1
+        layer = getattr(call.module, "layer_idx", 0)
+        spec = self._specs[layer]
+        if reason is None and spec is not None:
+            reason = self._why_no_kernel(call, prefill, parts, spec)
+        if reason is not None:
+            self._fallbacks.tell(reason)
+        return None if reason is not None or spec is None else self._sparse(call, prefill, parts, spec, layer)
+
+    def _begin(self, arguments: dict[str, Any], tokens: int) -> Prefill:
+        valid = arguments.get("attention_mask")
+        if valid is None:
+            valid = torch.ones(arguments["batch_size"], tokens, dtype=torch.bool, device=arguments["device"])
+        elif valid.shape[1] < tokens:
+            raise Unserved("a padding mask that is shorter than the tokens")
+        marker = valid[:, :tokens].bool()
+        # A static cache counts its tokens in place: when a layer asks for the mask, it holds those of this forward too.
+        arguments = arguments | {"q_offset": tokens - arguments["q_length"]}
+        return Prefill(marker, arguments["q_length"], lambda: self._stock.mask(**arguments), self._dense_last)
+
+    def _of(self, marker: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Prefill:
+        """The forward that a marker belongs to: the one that runs, or one whose mask was made some time ago."""
+        running = self._prefill
+        if running is not None and running.marker.shape == marker.shape and running.queries == query.shape[2]:
+            return running
+        arguments = {
+            "batch_size": query.shape[0],
+            "q_length": query.shape[2],
+            "kv_length": key.shape[2],
+            "q_offset": marker.shape[1] - query.shape[2],
+            "attention_mask": marker,
+            "device": query.device,
+            "dtype": query.dtype,
+        }
+        return Prefill(marker, query.shape[2], lambda: self._stock.mask(**arguments), self._dense_last)
+
+    def _why_not(self, call: LayerCall) -> str | None:
+        reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"
+        return "a quantised cache" if reason is None and is_quantised(self._vision.cache) else reason
+
+    def _why_no_kernel(
+        self, call: LayerCall, prefill: Prefill, parts: Sequence[Part], spec: AttentionSpec
+    ) -> str | None:
+        """Why the device would compute the call with the reference, which is slow there."""
+        if call.query.device.type == "cpu":
+            return None
+        alike = (spec, call.query.dtype, call.query.device, call.query.shape, call.key.shape)
+        if alike not in prefill.kernels:
+            calls = (
+                make_call(
+                    *call.rows(prefill, part),
+                    spec,
+                    text_before=part.text_before,
+                    text_after=part.text_after,
+                    scale=call.scale,
+                    causal=True,
+                )
+                for part in parts
+            )
+            prefill.kernels[alike] = next((why for why in map(why_no_kernel, calls) if why is not None), None)
+        return prefill.kernels[alike]
+
+    def _sparse(
+        self, call: LayerCall, prefill: Prefill, parts: Sequence[Part], spec: AttentionSpec, layer: int
+    ) -> torch.Tensor:
+        batch, heads, queries, head_dim = call.query.shape
+        out, stats = None, []
+        for part in parts:
+            found, figures = psa_attention(
+                *call.rows(prefill, part),
+                spec,
+                text_before=part.text_before,
+                text_after=part.text_after,
+                scale=call.scale,
+                causal=True,
+                strict=self._fallbacks.strict,
+                return_stats=True,
+            )
+            stats += [figures] if part.is_sparse else []
+            if found.shape[:2] == (batch, queries):  # all there is
+                out = found
+                break
+            if out is None:  # rows of padding stay zero; no other row reads them
+                out = call.query.new_zeros(batch, queries, heads, head_dim)
+            first = max(part.first_key - prefill.first_query, 0)
+            out[part.items, first : first + found.shape[1]] = found
+        assert out is not None  # a part is sparse
+        self.counter.note(layer, stats)
+        self.prefills += not prefill.is_counted
+        prefill.is_counted = True
+        return out

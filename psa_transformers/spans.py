@@ -1,0 +1,113 @@
+"""Where the vision tokens of a prompt stand: an attention function sees neither token types nor the cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Cache
+
+from psa_transformers.fallbacks import Unserved
+
+IMAGE, VIDEO = 1, 2  # of mm_token_type_ids
+ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+Span = tuple[int, int]
+
+
+def vision_ids(configs: Iterable[Any]) -> frozenset[int]:
+    """The ids of the tokens that stand for images and videos, by the configurations of a model and its parts."""
+    found = (getattr(config, name, None) for config in configs for name in ID_NAMES)
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+class VisionTokens:
+    """Forward hooks that keep where vision tokens stand, of the forward that runs and of those before it on its cache.
+
+    Attributes:
+        ids: of `vision_ids`; empty for a model that sees nothing.
+        cache: that of the forward that runs, None if it brings none.
+    """
+
+    def __init__(self, ids: frozenset[int]) -> None:
+        self.ids = ids
+        self.cache: Any = None
+        self._found: torch.Tensor | None = None
+        self._offset = 0
+        # `[B, 2]` a cache: the first position and the one after the last; where there is none, the first is the larger.
+        self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+
+    def forget(self, *_: Any) -> None:
+        """Between forwards: what was known of the last one is gone, but for where vision tokens are in its cache."""
+        if not torch.compiler.is_compiling():
+            self.cache, self._found, self._offset = None, None, 0
+
+    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at what a model, or a part of it that holds the decoder, is given."""
+        if torch.compiler.is_compiling():
+            return
+        names = inspect.signature(module.forward).parameters if args else ()
+        given = dict(zip(names, args, strict=False)) | kwargs
+        ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
+        tokens = ids if ids is not None else given.get("inputs_embeds")
+        if tokens is None or tokens.shape[1] == 1:
+            return
+        cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+        if isinstance(cache, Cache):  # a paged one holds several sequences
+            self.cache, self._offset = cache, int(cache.get_seq_length())
+        if types is not None and types.shape == tokens.shape[:2]:
+            self._found = (types == IMAGE) | (types == VIDEO)
+        elif ids is not None and self.ids:
+            self._found = torch.isin(ids, torch.tensor(sorted(self.ids), device=ids.device))
+
+    def after(self, output: Any) -> None:
+        """After the decoder's forward: keep for its cache where vision tokens stand."""
+        cache = self.cache
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, Cache) and self._found is not None:
+            bounds = _bounds(self._found) + self._offset
+            if self._offset == 0:
+                self._past[cache] = bounds
+            elif cache in self._past and len(self._past[cache]) == len(bounds):
+                self._past[cache] = _joined(self._past[cache], bounds, self._offset)
+
+    def spans(self, batch: int, queries: int, first_query: int) -> list[Span | None]:
+        """The span of each batch item among all keys: from the first vision token to the last; None without any.
+
+        Raises:
+            Unserved: it cannot be known.
+        """
+        if not self.ids:
+            return [None] * batch
+        if self._found is None or self._found.shape != (batch, queries):
+            raise Unserved("no input_ids and no mm_token_type_ids were given, which say where the video is")
+        bounds = _bounds(self._found) + first_query
+        if first_query:
+            past = None if self.cache is None else self._past.get(self.cache)
+            if past is None or len(past) != batch:
+                raise Unserved("the cache holds tokens that were not seen, of before the patch or of another batch")
+            bounds = _joined(past, bounds, first_query)
+        return [(first, end) if first < end else None for first, end in bounds.tolist()]
+
+
+NOWHERE = 2**40
+
+
+def _bounds(found: torch.Tensor) -> torch.Tensor:
+    """First and one after the last true entry of each row of `[B, N]`: int64 `[B, 2]`."""
+    places = torch.arange(found.shape[1], device=found.device)
+    first = places.masked_fill(~found, NOWHERE).amin(1)
+    end = (places + 1).masked_fill(~found, -NOWHERE).amax(1)
+    return torch.stack((first, end), 1)
+
+
+def _joined(past: torch.Tensor, bounds: torch.Tensor, offset: int) -> torch.Tensor:
+    """The bounds of both; of the past what the cache still holds."""
+    past = past.to(bounds.device)
+    first = past[:, 0].where(past[:, 0] < offset, NOWHERE)
+    end = past[:, 1].clamp(max=offset)
+    return torch.stack((torch.minimum(first, bounds[:, 0]), torch.maximum(end, bounds[:, 1])), 1)

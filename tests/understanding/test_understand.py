@@ -1,0 +1,98 @@
+"""psa-understand on a tiny saved model: answers and figures, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoProcessor
+
+from psa_diffusers.report.video import write_video
+from psa_testing.tiny_language_models import tiny
+from psa_testing.toy_processor import ToyProcessor
+from psa_transformers.ask import QuestionError, read_frames
+from psa_transformers.cli import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("understand")
+    tiny("qwen2_5_vl")[0].save_pretrained(made / "vlm")
+    tiny("llama")[0].save_pretrained(made / "llm")
+    frames = np.random.default_rng(0).integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
+    write_video(made / "film.mp4", frames, 8)
+    (made / "words.mp4").write_text("no video at all")
+    (made / "full.yaml").write_text("block: {query: 32, key: 16}\nlevels: [1]\nthresholds: [1.0]\n")
+    (made / "sparse.yaml").write_text("block: {query: 32, key: 16}\nrule: budget\ndensity: 0.3\n")
+    return made
+
+
+@pytest.fixture
+def understand(folder, monkeypatch, capsys):
+    """Runs the command; its exit code and what it printed."""
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda _: ToyProcessor())
+    monkeypatch.chdir(folder)
+
+    def start(*given: str, video: str = "film.mp4", model: str = "vlm", preset: str = "full.yaml"):
+        always = ("--max-new-tokens", "4", "--num-frames", "6", "--min-tokens", "64", "--device", "cpu")
+        # The last tokens are text in any case: with a short question the video ends before them.
+        question = "What happens? " * 40
+        code = run([video, question, "--model", model, "--preset", preset, *always, *given])
+        said = capsys.readouterr()
+        return code, said.out.splitlines(), said.err
+
+    return start
+
+
+def test_an_answer_and_its_figures(understand):
+    code, lines, _ = understand("--compare")
+    assert code == 0 and [line.split(":")[0] for line in lines] == ["dense", "dense", "sparse", "sparse"]
+    assert lines[0].removeprefix("dense") == lines[2].removeprefix("sparse")
+    assert re.fullmatch(r"dense: \d+ tokens read in \d+\.\d\d s", lines[1])
+    assert re.fullmatch(r"sparse: \d+ tokens read in \d+\.\d\d s, density 1\.000", lines[3])
+
+
+def test_a_sparse_answer(understand):
+    code, lines, _ = understand(preset="sparse.yaml")
+    assert code == 0 and len(lines) == 2
+    assert 0.3 < float(lines[1].rpartition(" ")[2]) < 0.95
+
+
+def test_a_prompt_that_is_too_short_says_so(understand):
+    code, lines, _ = understand("--min-tokens", "8192")
+    assert code == 0 and "nothing was sparse: the prompt is shorter than --min-tokens" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video": "missing.mp4"}, "missing.mp4: no such file"),
+        ({"video": "words.mp4"}, "words.mp4: no video that can be read"),
+        ({"model": "llm"}, "model llm: a llama sees no images or videos"),
+        ({"model": "nobody/nothing"}, "model nobody/nothing: cannot be loaded"),
+        ({"preset": "psa-33"}, "preset 'psa-33': no such file"),
+    ],
+)
+def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, lines, error = understand(**changes)
+    assert code == 2 and not lines
+    assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
+
+
+def test_an_option_that_is_not_there(understand):
+    code, _, error = understand("--nonsense")
+    assert code == 2 and error.count("\n") == 1 and "--nonsense" in error
+
+
+def test_frames_are_spaced_evenly(folder):
+    frames = read_frames(folder / "film.mp4", 5)
+    assert frames.indices == [0, 3, 6, 8, 11] and frames.pixels.shape == (5, 64, 64, 3)
+    assert frames.metadata()["duration"] == pytest.approx(1.5)
+    assert len(read_frames(folder / "film.mp4", 100).pixels) == 12
+    with pytest.raises(QuestionError, match="no such file"):
+        read_frames(folder, 5)
