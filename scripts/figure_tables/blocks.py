@@ -1,0 +1,25 @@
+"""The marked blocks of README and docs, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from figure_tables import models, operator
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "headline": models.headline,
+    "demo": models.demo,
+    "cpu": operator.cpu,
+    "operator": operator.gpu,
+    "authors": operator.authors,
+    "portable": operator.portable,
+    "int8": operator.int8,
+    "host": operator.host,
+    "stages": operator.stages,
+    "power": operator.power,
+    "scaling": operator.scaling,
+    "model": models.whole,
+    "parallel": models.parallel,
+    "blocks": models.blocks,
+    "calibration": models.calibration,
+}
