@@ -52,7 +52,7 @@ def apply_psa(
 ) -> PSAHandle:
     """Make the video self-attention of all the pipeline's transformers sparse.
 
-    Example:
+    Examples:
         >>> with apply_psa(pipe, "psa-3") as psa:
         ...     video = pipe("a cat playing the piano").frames[0]
         >>> psa.stats().density_sparse

@@ -31,7 +31,7 @@ def context_parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
 
     Plans of joint attention leave the text on every rank and so are only right with PSAProcessor.
 
-    Example:
+    Examples:
         >>> plan = context_parallel_plan(pipe.transformer)
         >>> pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan)
 

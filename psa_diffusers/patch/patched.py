@@ -18,7 +18,7 @@ def disable_psa(pipe: Any) -> None:
 
     Does nothing to a pipeline that is not patched.
 
-    Example:
+    Examples:
         >>> apply_psa(pipe, "psa-3")
         >>> disable_psa(pipe)
 
@@ -35,7 +35,7 @@ def disable_psa(pipe: Any) -> None:
 def psa_stats(pipe: Any) -> RunStats:
     """What the last run of a patched pipeline attended; waits for the device.
 
-    Example:
+    Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, "psa-3"))
         >>> video = pipe("a cat playing the piano").frames[0]
         >>> psa_stats(pipe).density_sparse

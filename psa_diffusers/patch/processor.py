@@ -42,7 +42,7 @@ class PSAProcessor(PatchingProcessor):
 
     To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
 
-    Example:
+    Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
 
     Args:
@@ -114,7 +114,7 @@ class PSAProcessor(PatchingProcessor):
 
         A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
 
-        Example:
+        Examples:
             >>> with processor.run(timesteps):
             ...     for t in timesteps:
             ...         noise = transformer(latents, t.expand(1), text, return_dict=False)[0]
