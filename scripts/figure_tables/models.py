@@ -77,7 +77,7 @@ def headline() -> str:
     for workload in HEADLINE:
         best = fastest_dense(workload)
         found = [forward(workload, "psa", density) for density in (0.25, 0.15)]
-        cells = ["" if row is None else times(row["ms"], best["ms"]) for row in found]
+        cells = ["not run" if row is None else times(row["ms"], best["ms"]) for row in found]
         title = FORWARDS[workload].rsplit(",", 2)[0] if workload == "h3-15s" else FORWARDS[workload]
         body.append([f"one forward, {title}", duration(best["ms"]), *cells, _run(found[1], best)])
     gpus = sorted({load(operator.GPU)["hardware"]["gpu"], *(gpu_of(MODEL, fastest_dense(name)) for name in HEADLINE)})
