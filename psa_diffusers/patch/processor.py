@@ -40,13 +40,13 @@ class PSAProcessor(PatchingProcessor):
     Text tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor`
     (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
-    To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
+    Making one changes nothing. It takes effect when it is set, and then replaces an earlier one.
 
     Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
 
     Args:
-        pipe: a diffusers pipeline of a supported model; it is not kept alive.
+        pipe: a diffusers pipeline of a supported model; held by a weak reference.
         preset: name of a shipped preset, path of a YAML file, or a `Preset`; by default `psa-3`, or `psa-auto` where
             a density is given.
         preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
@@ -55,8 +55,9 @@ class PSAProcessor(PatchingProcessor):
         strict: raise instead of falling back to dense attention.
 
     Attributes:
-        presets, layers: of each transformer, by its name in the pipeline; the layers as they are where no rule of the
-            preset for steps applies.
+        presets: the preset of each transformer, by its name in the pipeline.
+        layers: the layers of each transformer, as they are where no rule of the preset for steps applies.
+        strict: as given.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
@@ -101,7 +102,7 @@ class PSAProcessor(PatchingProcessor):
         """Set this processor on all attention modules of the pipeline's transformers.
 
         Raises:
-            PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a processor of another's.
+            PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a foreign processor.
         """
         self._tell_of_foreign_processors()
         for attn in self._sites:
@@ -110,9 +111,9 @@ class PSAProcessor(PatchingProcessor):
             patch.attach()
 
     def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
-        """Tell which timesteps the denoising loop inside a `with` block goes through, for loops by hand.
+        """Say which timesteps a denoising loop of your own inside a `with` block goes through.
 
-        A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
+        A pipeline's own run does not need it, nor does a loop over the timesteps of the pipeline's scheduler.
 
         Examples:
             >>> with processor.run(timesteps):
@@ -128,7 +129,7 @@ class PSAProcessor(PatchingProcessor):
         return self._runs.told(timesteps)
 
     def stats(self) -> RunStats:
-        """What the last run attended; waits for the device."""
+        """Return the statistics of the last run; waits for the device."""
         return self._runs.stats({patch.name: patch.transformer() for patch in self._patches if patch.attached})
 
     def is_set(self) -> bool:
@@ -144,7 +145,7 @@ class PSAProcessor(PatchingProcessor):
         self._attention.compute = compute
 
     def restore(self) -> None:
-        """Give every module that still has this processor its own one back; nothing, if another took its place."""
+        """Give the attention modules their own processors back, where they still have this one."""
         shared = False
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
@@ -157,7 +158,8 @@ class PSAProcessor(PatchingProcessor):
             shared |= held and transformer is not None and parallel_config(transformer) is not None
         if self._family.text != "none" and shared:
             warnings.warn(
-                f"{self._family.name} in context parallel is only right with PSAProcessor; do not run it without",
+                f"without PSAProcessor, {self._family.name} computes wrong attention in this context parallelism; "
+                "do not run it so",
                 PSAFallbackWarning,
                 stacklevel=2,
             )
@@ -184,13 +186,13 @@ class PSAProcessor(PatchingProcessor):
         return copied_processor(self._sites, memo)
 
     def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
+        """Compute a layer's attention; None, with a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
         if site.skips_scores:
             return None
         forward, route = site.patch.forward, None
-        # Where ranks share the forward they have to go the same way, so it was decided before.
+        # Ranks that share a forward must all take the same route, so it was decided before the forward.
         ours = forward.routes[site.layer.name].ours if forward.share is None else site.in_graph
         call = self._family.call(site.by_name(args, kwargs)) if ours else None
         if ours and call is None:
