@@ -50,8 +50,8 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
 
-An argument that names a file or looks like one (prompts.txt, day/one) must be a text file or a pipe with one
-prompt a line; .csv, .json and other data are refused.
+An argument that names a file or looks like one (prompts.txt, day/one) must be a text file or a
+pipe with one prompt a line; .csv, .json and other data are refused.
 
 Each prompt gets a folder with its videos and figures; report.html shows them all. The same command,
 run again, continues where it stopped. The last line on stdout is one JSON document.
