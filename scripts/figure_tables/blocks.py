@@ -15,11 +15,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "portable": operator.portable,
     "int8": operator.int8,
     "host": operator.host,
+    "launch": operator.launch,
     "stages": operator.stages,
     "power": operator.power,
     "scaling": operator.scaling,
     "model": models.whole,
     "parallel": models.parallel,
     "blocks": models.blocks,
+    "short-blocks": models.short_blocks,
     "calibration": models.calibration,
 }

@@ -26,6 +26,7 @@ FORWARDS = {
     "kandinsky5-lite-5s": "Kandinsky 5 Lite 512 x 768, 5 s, 47,616 tokens",
 }
 HEADLINE = ("wan2.1-14b-720p", "hunyuanvideo-720p", "h3-15s", "wan2.1-1.3b-480p")
+SHORT = {"LTX-2.5-Diffusers": "LTX-2.5", "ChronoEdit-14B-Diffusers": "ChronoEdit"}
 PARALLEL_MODELS = {
     "wan2.1-14b-720p": "Wan2.1-14B 720p",
     "hunyuanvideo-720p": "HunyuanVideo 720p",
@@ -131,6 +132,16 @@ def blocks() -> str:
     for gpu in dict.fromkeys(gpu_of(BLOCKS, row) for row in rows):
         parts.append(f"On one {gpu}:\n\n{check_blocks.table([row for row in rows if gpu_of(BLOCKS, row) == gpu])}")
     return "\n\n".join(parts)
+
+
+def short_blocks() -> str:
+    """Blocks on so few tokens that they hardly gain."""
+    said = []
+    for name, title in SHORT.items():
+        row = need(BLOCKS, name=name)
+        ours, dense = duration(row["psa_ms"]), duration(row["dense_ms"])
+        said.append(f"{title}'s {row['tokens']:,} tokens {ours} with psa-3 and {dense} dense")
+    return f"A block takes on {', on '.join(said)} ({gpu_of(BLOCKS, row)})."
 
 
 def calibration() -> str:

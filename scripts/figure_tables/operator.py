@@ -139,6 +139,24 @@ def host() -> str:
     return f"{table(head, body)}\n\nMicroseconds, on {machine(HOST)}, {origin(HOST)}."
 
 
+def launch() -> str:
+    """What the host takes to launch a call, and what a short call takes."""
+    rows = [row for row in load(HOST)["rows"] if not row["kept_lists"]]
+    spans = {}
+    for kind in ("triton", "hopper"):
+        found = [row["host_us"] / 1000 for row in rows if row["implementation"] == kind]
+        spans[kind] = f"{min(found):.1f} to {max(found):.1f} ms"
+    short = min(row["tokens"] for row in rows)
+    dense = need(HOST, tokens=short, implementation="sdpa")
+    sparse = min(row["wall_us"] for row in rows if row["tokens"] == short and row["implementation"] in spans)
+    calls = f"{short:,} tokens and {dense['heads']} heads"
+    return (
+        f"On {machine(HOST)} the host takes {spans['triton']} to launch a call of the portable kernels,\n"
+        f"and {spans['hopper']} for the kernel for Hopper. At {calls} a sparse call takes {sparse / 1000:.2f} ms\n"
+        f"until the GPU is done, a dense one {dense['wall_us'] / 1000:.2f} ms."
+    )
+
+
 def _microseconds(row: Row) -> list[str]:
     return [f"{row[key]:,.0f}" if row.get(key) is not None else "" for key in ("host_us", "wall_us", "graph_us")]
 

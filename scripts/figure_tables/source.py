@@ -19,28 +19,28 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def find(name: str, *, density: float | None = None, **given: Any) -> Row | None:
-    """The row of docs/<name>.json with these entries that was measured; the last one if a case was measured again.
+def find(file: str, /, *, density: float | None = None, **given: Any) -> Row | None:
+    """The row of docs/<file>.json with these entries that was measured; the last one if a case was measured again.
 
     Args:
         density: the one asked for, which a measured one may miss by 6 %.
     """
-    rows = [row for row in load(name)["rows"] if all(row.get(key) == value for key, value in given.items())]
+    rows = [row for row in load(file)["rows"] if all(row.get(key) == value for key, value in given.items())]
     if density is not None:
         rows = [row for row in rows if abs(row["density"] / density - 1) <= OFF]
     rows = [row for row in rows if "error" not in row or isinstance(row["error"], float)]
     return rows[-1] if rows else None
 
 
-def need(name: str, **given: Any) -> Row:
+def need(file: str, /, **given: Any) -> Row:
     """As `find`, for a row that a table cannot be without.
 
     Raises:
         LookupError: there is no such row.
     """
-    row = find(name, **given)
+    row = find(file, **given)
     if row is None:
-        raise LookupError(f"docs/{name}.json has no measured row with {given}")
+        raise LookupError(f"docs/{file}.json has no measured row with {given}")
     return row
 
 
