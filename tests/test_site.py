@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+import psa_diffusers
+import psa_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,6 +53,13 @@ def site(tmp_path_factory) -> Path:
 )
 def test_links_lead_to_pages(hook, path, link, becomes):
     assert hook.rewritten(f"[a]({link}), ![b]({link})", path) == f"[a]({becomes}), ![b]({becomes})"
+
+
+@pytest.mark.parametrize("package", [psa_diffusers, psa_kernels], ids=lambda package: package.__name__)
+def test_every_public_name_has_its_place(package):
+    page = (ROOT / f"docs/api/{package.__name__}.md").read_text(encoding="utf-8")
+    shown = re.findall(rf"^::: {package.__name__}\.(\w+)$", page, re.MULTILINE)
+    assert sorted(shown) == sorted(set(package.__all__) - {"__version__"})
 
 
 def test_every_page_is_built(site):
