@@ -19,7 +19,7 @@ FLOAT32 = (
 
 
 class ServedCalls:
-    """Asks once for each kind of call, and remembers what was refused, so that it is not even projected again."""
+    """Asks once for each kind of call; a call that was refused is not even projected the next time."""
 
     def __init__(self) -> None:
         self._answers: dict[Hashable, str | None] = {}
