@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import check_blocks
-from figure_tables import operator
+from figure_tables import block_rows, operator
 from figure_tables.source import Row, duration, find, gpu_of, load, machine, need, origin, table, times
 
 MODEL = "benchmarks/model"
@@ -130,7 +129,7 @@ def blocks() -> str:
     rows = load(BLOCKS)["rows"]
     parts = []
     for gpu in dict.fromkeys(gpu_of(BLOCKS, row) for row in rows):
-        parts.append(f"On one {gpu}:\n\n{check_blocks.table([row for row in rows if gpu_of(BLOCKS, row) == gpu])}")
+        parts.append(f"On one {gpu}:\n\n{block_rows.table([row for row in rows if gpu_of(BLOCKS, row) == gpu])}")
     return "\n\n".join(parts)
 
 
