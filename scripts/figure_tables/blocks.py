@@ -14,6 +14,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "authors": operator.authors,
     "portable": operator.portable,
     "int8": operator.int8,
+    "budget": operator.budget,
     "host": operator.host,
     "launch": operator.launch,
     "stages": operator.stages,

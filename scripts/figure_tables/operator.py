@@ -6,6 +6,7 @@ from figure_tables.source import Row, digits, duration, find, load, machine, nee
 
 GPU = "benchmarks/operator"
 INT8 = "benchmarks/operator-int8"
+BUDGET = "benchmarks/operator-budget"
 CPU = "benchmarks/cpu"
 HOST = "benchmarks/host"
 POWER = "benchmarks/power"
@@ -100,6 +101,17 @@ def int8() -> str:
         body.append([f"{density:.2f}", *cells[:2], duration(making["ms"]), *cells[2:]])
     head = ["density", "attention, bf16", "8-bit", "making integers", "whole call, bf16", "8-bit"]
     return f"{table(head, body)}\n\nWan2.1-14B at 720p on {machine(INT8)}, {origin(INT8)}."
+
+
+def budget() -> str:
+    """What the rule `budget` pays for choosing, beside the rule `count`."""
+    case = {"workload": LONG, "method": "psa-hopper", "density": 0.15}
+    prices, allocation = (duration(need(BUDGET, **case, stage=stage)["ms"]) for stage in ("prices", "allocation"))
+    count = duration(need(GPU, **case, stage="allocation")["ms"])
+    return (
+        f"For Wan2.1-14B at 720p and density 0.15, on {machine(BUDGET)}, prices take {prices} and the allocation\n"
+        f"{allocation}, where it takes {count} under the rule `count`."
+    )
 
 
 def cpu() -> str:
