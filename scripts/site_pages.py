@@ -33,7 +33,7 @@ LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are files outside docs/, and one for each source that any page links to."""
     for path, page in PAGES.items():
-        files.append(File.generated(config, page, content=rewritten(read(path), path)))
+        files.append(File.generated(config, page, content=nested(rewritten(read(path), path))))
     texts = [(path, read(path)) for path in PAGES]
     texts += [
         (DOCS + file.src_uri, file.content_string) for file in files.documentation_pages() if not file.generated_by
@@ -56,6 +56,11 @@ def rewritten(text: str, path: str) -> str:
         return found[1] if target is None else posixpath.relpath(page_of(target), here or ".")
 
     return LINK.sub(link, text)
+
+
+def nested(text: str) -> str:
+    """Lists in numbered items as Python-Markdown nests them: by four spaces, where the width of "1. " does elsewhere."""
+    return re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE)
 
 
 def sources(text: str, path: str) -> Iterator[str]:

@@ -62,6 +62,12 @@ def test_every_public_name_has_its_place(package):
     assert sorted(shown) == sorted(set(package.__all__) - {"__version__"})
 
 
+def test_lists_in_numbered_items_are_nested(site):
+    page = (site / "contributing.html").read_text(encoding="utf-8")
+    numbered = page[page.index('id="add-a-model-family"') : page.index('id="add-a-kernel"')]
+    assert numbered.count("<ol>") == numbered.count("<ul>") == 1
+
+
 def test_every_page_is_built(site):
     built = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     assert {"index.html", "contributing.html", "changelog.html", "source/configs/example.yaml.html"} <= built

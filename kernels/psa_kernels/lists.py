@@ -86,7 +86,7 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
 class AttentionStats:
     """What one call attended, per batch item and head, over the video tokens; tensors stay on the device.
 
-    A call only counts pairs of blocks; shares are computed when they are asked for.
+    A call counts pairs of blocks and no more: the shares are worked out where they are looked at.
 
     Attributes:
         counts: integer `[B, H, levels]`: pairs of blocks at each level.

@@ -46,9 +46,9 @@ def _calibrate(
     output: Annotated[str, typer.Option("--output", "-o", help="The YAML file to write.")],
     target_psnr: Annotated[float | None, typer.Option(help="Target: dB against the dense videos.")] = None,
     density: Annotated[float | None, typer.Option(help="Target: density of the sparse steps, 0 to 1.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Target: times as fast as dense denoising, here.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="Target: of denoising, on this machine.")] = None,
     model: ModelName = "demo",
-    base_preset: Annotated[str, typer.Option(help="The preset to vary; its dense steps are kept.")] = "psa-auto",
+    base_preset: Annotated[str, typer.Option(help="What shapes are variations of; its dense steps stay.")] = "psa-auto",
     held_out: Annotated[int, typer.Option(help="How many of the last prompts to verify on.")] = 2,
     verify: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other prompts to verify on, instead of the last ones.")

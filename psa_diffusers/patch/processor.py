@@ -111,11 +111,11 @@ class PSAProcessor(PatchingProcessor):
             patch.attach()
 
     def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
-        """Say which timesteps a denoising loop of your own inside a `with` block goes through.
+        """Tell which timesteps the denoising loop inside a `with` block goes through, for loops by hand.
 
-        A pipeline's own run does not need it, nor does a loop over the timesteps of the pipeline's scheduler.
+        A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
 
-        Examples:
+        Example:
             >>> with processor.run(timesteps):
             ...     for t in timesteps:
             ...         noise = transformer(latents, t.expand(1), text, return_dict=False)[0]

@@ -109,7 +109,7 @@ class Preset(LayerSettings):
         return preset
 
     def replace(self, /, **changes: Any) -> Self:
-        """Return a copy with other values for some keys, checked; values are as in YAML, or checked objects.
+        """This preset with other values for some keys, checked; each value is written as in YAML or is a checked one.
 
         Raises:
             PresetError: a key is unknown, a value is refused, or keys do not fit together.
