@@ -59,22 +59,27 @@ def rewritten(text: str, path: str) -> str:
 
 
 def nested(text: str) -> str:
-    """Lists in numbered items as Python-Markdown nests them: by four spaces, where the width of "1. " does elsewhere."""
+    """Lists in numbered items as Python-Markdown nests them, by four spaces: elsewhere the width of "1. " will do."""
     return re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE)
 
 
 def sources(text: str, path: str) -> Iterator[str]:
-    """The files that the file at `path` links to and that are neither in docs/ nor pages of their own."""
+    """The files and folders, with their files, that a file links to and that are not in docs/ nor pages already."""
     for found in LINK.finditer(text):
         target = target_of(found[1], path)
         if target is not None and page_of(target).startswith("source/"):
-            yield target
+            yield from (target, *files_in(target))
 
 
 def target_of(link: str, path: str) -> str | None:
-    """The file of the repository that a link of the file at `path` leads to; None if it leads elsewhere or nowhere."""
+    """The file or folder of the repository that a link of a file leads to; None if it leads elsewhere or nowhere."""
     target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
-    return target if ":" not in link and not target.startswith("..") and (ROOT / target).is_file() else None
+    return target if ":" not in link and not target.startswith("..") and (ROOT / target).exists() else None
+
+
+def files_in(path: str) -> list[str]:
+    """The Python files of a folder; none if it is a file."""
+    return sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / path).glob("*.py"))
 
 
 def page_of(path: str) -> str:
@@ -84,6 +89,9 @@ def page_of(path: str) -> str:
 
 def shown(path: str) -> str:
     """A page that shows a file: Markdown as it is, all else as code."""
+    if (ROOT / path).is_dir():
+        links = (f"- [{file}]({posixpath.relpath(file, posixpath.dirname(path) or '.')}.md)" for file in files_in(path))
+        return "\n".join((f"# {path}\n", *links))
     if path.endswith(".md"):
         return rewritten(read(path), path)
     return f"# {path}\n\n````{LANGUAGES.get(Path(path).suffix, 'text')}\n{read(path)}````\n"

@@ -42,6 +42,7 @@ def site(tmp_path_factory) -> Path:
         ("README.md", "docs/media/side-by-side.webp", "media/side-by-side.webp"),
         ("README.md", "examples/wan.py", "source/examples/wan.py.md"),
         ("docs/models.md", "../CONTRIBUTING.md", "contributing.md"),
+        ("CHANGELOG.md", "examples", "source/examples.md"),
         ("docs/models.md", "../README.md", "index.md"),
         ("docs/models.md", "compatibility.md", "compatibility.md"),
         ("docs/benchmarks/index.md", "../kernels.md#the-host", "../kernels.md#the-host"),
