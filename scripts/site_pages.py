@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages of the site that are files outside docs/.
+"""Hooks of mkdocs: pages of the site that are files outside docs/.
 
 README.md is the first page, and CONTRIBUTING.md and others are pages too, so that nothing is said twice. Where a page
 links to another file of the repository (an example, a preset, a source), the site shows that file. Links are written as
@@ -28,6 +28,14 @@ PAGES = {
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".cff": "yaml"}
 # The target of a Markdown link or image, up to its anchor; titles are not used here.
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
+
+
+def on_config(config: Any) -> Any:
+    """Let the API pages know all packages: a name may be one's own and come from another."""
+    found = sorted(path.parent.name for base in (ROOT, ROOT / "kernels") for path in base.glob("psa_*/__init__.py"))
+    options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
+    options["preload_modules"] = [name for name in found if name != "psa_testing"]
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
