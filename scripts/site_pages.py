@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -30,11 +31,12 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", 
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 
 
+@event_priority(100)  # before mkdocstrings reads its settings
 def on_config(config: Any) -> Any:
     """Let the API pages know all packages: a name may be one's own and come from another."""
     found = sorted(path.parent.name for base in (ROOT, ROOT / "kernels") for path in base.glob("psa_*/__init__.py"))
     options = config.plugins["mkdocstrings"].config.handlers["python"]["options"]
-    options["preload_modules"] = [name for name in found if name != "psa_testing"]
+    options["preload_modules"] = [name for name in found if name not in ("psa_diffusers", "psa_testing")]
     return config
 
 
