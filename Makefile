@@ -1,6 +1,7 @@
 # demo: set everything up and compare dense and sparse attention on the bundled model; opens nothing, needs no GPU.
 # test: set everything up and run the tests.
 # test-beside: run the tests that `test` skips because they need packages of other projects.
+# site: build the web site in site/; open site/index.html.
 
 PYTHON ?= python3.11
 # A CPU build where pip is set up to find one; any torch that is already in .venv is kept.
@@ -10,7 +11,7 @@ BESIDE ?= torchao==0.18.0 bitsandbytes==0.50.2 gguf==0.19.0 cache-dit==1.5.3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-beside lint
+.PHONY: demo test test-beside lint site
 
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
@@ -30,6 +31,11 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Strict: a link that leads nowhere fails it. Tables that are not what their JSON files say fail it too.
+site: $(VENV)/docs/ready
+	$(BIN)/python scripts/figures.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # torch comes first: any package that needs it would otherwise bring in the newest build with all of CUDA.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,4 +46,9 @@ $(VENV)/ready: pyproject.toml
 # A folder of their own: diffusers imports these wherever it finds them, and some warn then. Their own needs are met.
 $(VENV)/beside/ready: $(VENV)/ready
 	$(BIN)/pip install --no-deps --upgrade --target $(@D) $(BESIDE)
+	touch $@
+
+$(VENV)/docs/ready: $(VENV)/ready
+	$(BIN)/pip install -e ".[docs]"
+	mkdir -p $(@D)
 	touch $@

@@ -1,7 +1,6 @@
 """What this package uses of diffusers beyond its public interface, in one place.
 
-Each name is looked up when it is needed and has a way out, so that a diffusers that moved it costs a feature rather
-than the import.
+Each name is looked up when it is needed, and a missing one costs a feature rather than the import.
 
 - `module._diffusers_hook.hooks[...]._is_stateful` tells whether a cache of blocks is on. If it moves, only caches that
   were switched on by `enable_cache` are seen.
@@ -22,8 +21,8 @@ than the import.
   LTX-Video in context parallel is refused.
 
 `processor._attention_backend` and `processor._parallel_config` are written by diffusers (`set_attention_backend`,
-`enable_parallelism`) on processors that have them. `PSAProcessor` declares both and hands them on to the processors
-that it stands for. If they move, those two calls no longer reach the dense phase.
+`enable_parallelism`) on processors that have them. `PSAProcessor` declares both and passes them on to the processors
+that it replaced. If they move, those two calls no longer reach the dense phase.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def keeps_state_between_forwards(transformer: torch.nn.Module) -> bool:
 
 
 def skips_attention_scores(attn: torch.nn.Module) -> bool:
-    """Whether the module's forward gives values in place of attention for now, as a guider had it."""
+    """Whether a guider has the module give its values in place of attention in this forward."""
     return any(getattr(hook, "skip_attention_scores", False) for hook in _hooks_of(attn))
 
 
@@ -54,7 +53,7 @@ def _hooks_of(module: torch.nn.Module) -> Iterable[Any]:
 
 
 def let_guiders_find(processor: type, original: Callable[[Any], Any]) -> None:
-    """Let guiders that leave out attention take a class of processors for those that it stands for.
+    """Let guiders that skip attention treat a class of processors as they treat the ones that it replaced.
 
     Args:
         original: the processor that a module had before, from the module.

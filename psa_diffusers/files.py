@@ -14,7 +14,7 @@ PROMPT_FILE = "report.json"
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` (same ending); renames it when all went well, removes it when not."""
+    """Give a temporary name beside `path` (same ending); rename it if all went well, remove it if not."""
     path = Path(path)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -26,6 +26,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON, whole or not at all."""
+    """Write JSON, whole or not at all."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -45,13 +45,13 @@ def load_preset(preset: str | os.PathLike[str] | Preset) -> Preset:
         return _load_file(Path(preset))
     if preset == EXAMPLE:
         raise PresetError(
-            f"no preset, but a file to copy: {shipped_folder() / 'example.yaml'}", f"preset {show(preset)}"
+            f"not a preset but a file to copy: {shipped_folder() / 'example.yaml'}", f"preset {show(preset)}"
         )
     raise PresetError(_not_found(preset, names), f"preset {show(preset)}")
 
 
 def choose_preset(preset: str | os.PathLike[str] | Preset | None, density: float | None = None) -> Preset:
-    """The preset that a user means who gives a preset, a density, both or neither.
+    """The preset for what a user gave: a preset, a density, both, or neither.
 
     Args:
         preset: as of `load_preset`; None is `psa-3`, or `psa-auto` where a density is given.

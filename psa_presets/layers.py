@@ -145,7 +145,7 @@ def token_orders(
 
 
 def said_dense(rules: Sequence[Rule]) -> bool | None:
-    """What the last of the rules says that says something of `dense`."""
+    """The `dense` of the last rule that has this key; None if none has it."""
     return next((rule.dense for rule in reversed(rules) if "dense" in rule.model_fields_set), None)
 
 

@@ -49,7 +49,7 @@ def _usable_name(name: str) -> str:
 
 
 class Preset(LayerSettings):
-    """All settings of a run, checked when made. It cannot be written; `replace` gives a changed one.
+    """All settings of a run, checked when made. It is immutable; `replace` returns a changed copy.
 
     A nested mapping (`block`, `importance`) that leaves out a key gets that key's default; in a rule of `layers` or
     `steps` it keeps what the preset says.
@@ -131,10 +131,11 @@ class Preset(LayerSettings):
         return super().model_copy(deep=deep)
 
     def at_density(self, density: float) -> Self:
-        """This preset at another density: at the cost of its sparse layers as a share of that of dense attention.
+        """Return a copy whose sparse layers cost this share of what dense attention costs.
 
-        With the rule `count`, thresholds and floor are multiplied by one factor and cut at 1. A call has the density up
-        to the rounding to whole blocks, and text tokens aside. With the rule `budget`, the key `density` is set.
+        With the rule `count`, thresholds and floor are multiplied by one factor and cut at 1. A call then has that
+        density, up to rounding to whole blocks, text tokens not counted. With the rule `budget`, the key `density` is
+        set.
 
         Args:
             density: above 0 and up to 1.
@@ -168,7 +169,7 @@ class Preset(LayerSettings):
         return min(_count(self.dense_last, operator.index(num_steps)), operator.index(num_steps) - first)
 
     def sparse_steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps of a run, counted from 0, that neither the dense phase nor a rule for steps keeps dense.
+        """The steps of a run, counted from 0, that are sparse: neither the dense phase nor a rule keeps them dense.
 
         Raises:
             ValueError: as `dense_step_count`.

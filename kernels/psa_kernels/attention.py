@@ -225,8 +225,8 @@ def select_blocks(
     """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
 
     Arguments and errors are those of `psa_attention`; only the rule `budget` needs `v`. The lists take 4 bytes a query
-    block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block; skipped ones take as much
-    under the rule `mass`, and unattended room under `budget`, where a row has that of as many as it could pay.
+    block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block. Under the rule `mass`
+    skipped blocks take as much; under `budget` a row has room for as many blocks as it could pay for.
     """
     if v is None:
         if spec.rule == "budget":

@@ -126,7 +126,7 @@ def _remove(path: Path | None) -> None:
 
 @contextmanager
 def _alone(path: Path | None) -> Iterator[None]:
-    """Keeps other processes from the same test meanwhile, where the folder lets it.
+    """Keep other processes from the same test meanwhile, where the folder allows it.
 
     Raises:
         Timeout: another one is at it for longer than `SECONDS`.

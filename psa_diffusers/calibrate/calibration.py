@@ -34,7 +34,7 @@ TRIED_DENSITY = 0.25  # at which shapes are compared where the target is another
 
 @stopping.carried_out()
 def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Carries a calibration out, continuing one that was stopped; returns the summary.
+    """Carry a calibration out, continuing one that was stopped; return the summary.
 
     Args:
         tell: called with each line of progress.

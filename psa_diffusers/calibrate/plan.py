@@ -87,7 +87,7 @@ class Calibration:
 
 
 def check(calibration: Calibration) -> None:
-    """Refuses what cannot work, before anything runs.
+    """Refuse what cannot work, before anything runs.
 
     Raises:
         InputError: no sparse layer or step, rules for steps, a name that no preset may have, or a file is in the way.

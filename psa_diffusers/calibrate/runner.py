@@ -48,7 +48,7 @@ class Runs:
         return self._once(videos, ("measure", settings, SCALES, steps), run)
 
     def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
-        """Makes the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
+        """Make the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             results = self._make(batch, "dense")

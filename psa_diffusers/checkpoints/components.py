@@ -66,7 +66,7 @@ def component_class(part: Part) -> type:
 
 
 def load_component(part: Part, dtype: torch.dtype) -> Any:
-    """Loads one component, and makes sure that it is whole; networks come in `dtype` unless they keep their own.
+    """Load one component, and make sure that it is whole; networks come in `dtype` unless they keep their own.
 
     Raises:
         InputError: whatever keeps it from being loaded, in one line that begins with its name.
@@ -124,7 +124,7 @@ def _check_weights(name: str, network: torch.nn.Module, told: Mapping[str, Itera
 
 
 def check_values(name: str, network: torch.nn.Module) -> None:
-    """Refuses a network of which something has no values.
+    """Refuse a network in which a parameter or buffer has no values.
 
     Raises:
         InputError: names the first such parameter or buffer.

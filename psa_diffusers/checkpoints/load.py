@@ -44,7 +44,7 @@ def load_pipeline(
     loras: Sequence[Lora] = (),
     tell: Callable[[str], None] = _warn,
 ) -> Any:
-    """Loads the pipeline and puts it where it is to run.
+    """Load the pipeline and put it where it is to run.
 
     Args:
         dtype: name of a torch dtype, for everything but a VAE that its card runs in float32.

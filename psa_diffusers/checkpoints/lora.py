@@ -209,7 +209,7 @@ def _load(pipe: Any, lora: Lora, part: str) -> list[str]:
     if unused:
         told.append(f"{shown}: {len(unused)} of its {len(wanted)} weights have no place in the model: {some(unused)}")
     if any(MAGNITUDES in key for key in _keys(shown, lora.file)):
-        told.append(f"{shown}: is a DoRA, of which diffusers leaves out the magnitudes; its effect is another")
+        told.append(f"{shown}: is a DoRA, whose magnitudes diffusers ignores; its effect will differ")
     return told
 
 

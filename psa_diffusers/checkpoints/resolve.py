@@ -52,7 +52,7 @@ class Model:
 
 
 def resolve_model(name: str) -> Model:
-    """Finds an alias, a folder that holds a pipeline, or a hub id, and reads its configuration but no weights.
+    """Find an alias, a folder that holds a pipeline, or a hub id, and read its configuration but no weights.
 
     Raises:
         InputError: nothing of that name, its configuration cannot be had (offline), or its pipeline is of another kind.

@@ -23,7 +23,7 @@ compare_app = new_app()
 @compare_app.command(help=COMPARE_HELP, no_args_is_help=True)
 def _compare(
     reference: Annotated[str, typer.Argument(metavar="A.mp4", help="The reference, such as the dense video.")],
-    other: Annotated[str, typer.Argument(metavar="B.mp4", help="The video to hold against it.")],
+    other: Annotated[str, typer.Argument(metavar="B.mp4", help="The video to compare with it.")],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for the results.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are already there.")] = False,
     version: Version = False,

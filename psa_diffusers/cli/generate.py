@@ -35,8 +35,8 @@ GENERATE_HELP = """Generate videos with Pyramid Sparse Attention, and compare th
 
 The first one runs the bundled demo model: offline, on a CPU, in minutes.
 
-What names a file or looks like it (prompts.txt, day/one) must be a text file or a pipe with one prompt a line;
-.csv, .json and other data is refused.
+An argument that names a file or looks like one (prompts.txt, day/one) must be a text file or a
+pipe with one prompt a line; .csv, .json and other data are refused.
 
 Each prompt gets a folder with its videos and figures; report.html shows them all. The same command,
 run again, continues where it stopped. The last line on stdout is one JSON document.
@@ -77,7 +77,8 @@ def _generate(
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also run dense, same seed, and compare.")] = False,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder [dim](default: psa-output/..., by the settings)[/dim].")
+        str | None,
+        typer.Option("--output", "-o", help="Folder [dim](default: in psa-output, named by the settings)[/dim]."),
     ] = None,
     seed: Seed = 0,
     samples: Annotated[int, typer.Option(help="Videos of each prompt, with the seeds --seed, --seed + 1, ...")] = 1,

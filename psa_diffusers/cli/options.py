@@ -41,7 +41,9 @@ Frames = Annotated[
     int | None,
     typer.Option("--frames", "--num-frames", help="Frames, for most models 4k+1.", rich_help_panel=OWN_DEFAULT),
 ]
-NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from.", rich_help_panel=OWN_DEFAULT)]
+NegativePrompt = Annotated[
+    str | None, typer.Option(help="What the video should not show.", rich_help_panel=OWN_DEFAULT)
+]
 Dtype = Annotated[
     str, typer.Option(help="auto, bfloat16, float16 or float32; the VAE is float32.", rich_help_panel=PLACE)
 ]

@@ -42,7 +42,7 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
 
 
 def _tell(name: str, error: Exception) -> int:
-    """One line about an error, after a traceback if it is none that was foreseen; the exit code."""
+    """Print one line about an error, after a traceback if it was not expected; return the exit code."""
     if isinstance(error, InputError):
         return _fail(name, str(error), BAD_INPUT)
     if hasattr(error, "format_message"):  # what typer says of the arguments
@@ -74,7 +74,7 @@ def prepare_libraries() -> None:
 
 
 def note(message: str) -> None:
-    """Say something to whoever watches, on stderr."""
+    """Print a message for people, on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -22,11 +22,11 @@ class PSAHandle:
         self.processor = processor
 
     def stats(self) -> RunStats:
-        """What the pipeline's last run attended; waits for the device."""
+        """Return the statistics of the pipeline's last run; waits for the device."""
         return self.processor.stats()
 
     def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
-        """As `PSAProcessor.run`, for denoising loops by hand."""
+        """As `PSAProcessor.run`: say which timesteps a denoising loop of your own goes through."""
         return self.processor.run(timesteps)
 
     def step(
@@ -58,13 +58,27 @@ def apply_psa(
 ) -> PSAHandle:
     """Make the video self-attention of all the pipeline's transformers sparse.
 
-    Example:
+    Examples:
         >>> with apply_psa(pipe, "psa-3") as psa:
         ...     video = pipe("a cat playing the piano").frames[0]
         >>> psa.stats().density_sparse
 
-    Arguments and errors are those of `PSAProcessor`; with `strict` also `PSAFallbackError`, where a layer that the
-    preset wants sparse has a processor of another's.
+    Args:
+        pipe: a diffusers pipeline of a supported model.
+        preset: name of a shipped preset, path of a YAML file, or a `Preset`; by default `psa-3`, or `psa-auto` where a
+            density is given.
+        preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
+        density: what attention may cost in sparse layers, as a share of dense attention, above 0 and up to 1.
+        strict: raise instead of falling back to dense attention.
+
+    Returns:
+        A handle that tells of runs and undoes the patch, at the end of a `with` block by itself.
+
+    Raises:
+        UnsupportedModelError: the pipeline's transformer is of no supported family.
+        PresetError: a preset cannot be read, cannot have the density, or names layers that the transformer lacks.
+        ValueError: `preset_2` is given, but the pipeline has one transformer.
+        PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a foreign processor.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, density=density, strict=strict)
     processor.install()

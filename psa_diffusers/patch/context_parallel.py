@@ -21,17 +21,17 @@ from psa_diffusers.families import ModelFamily, find_family
 from psa_diffusers.patch.token_order import Grid
 
 RING = (
-    "ring attention shows a rank one part of the keys at a time, and which blocks matter is told by all of them; "
+    "ring attention shows a rank only a part of the keys at a time, and choosing blocks needs all of them; "
     "use ContextParallelConfig(ulysses_degree=...)"
 )
 
 
 def context_parallel_plan(transformer: torch.nn.Module) -> dict[str, Any]:
-    """What `transformer.enable_parallelism` needs as its `cp_plan`, for models that diffusers has no plan for too.
+    """Return the `cp_plan` for `transformer.enable_parallelism`, also for models that diffusers has no plan for.
 
-    Plans of joint attention leave the text on every rank and so are only right with PSAProcessor.
+    Plans of joint attention leave the text on every rank, so they are right only with PSAProcessor.
 
-    Example:
+    Examples:
         >>> plan = context_parallel_plan(pipe.transformer)
         >>> pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2), cp_plan=plan)
 

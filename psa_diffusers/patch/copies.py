@@ -20,7 +20,7 @@ COPIED = (
 
 
 class CopiedProcessor(NotPickled):
-    """Stands where the original transformer has its PSAProcessor, and calls each module's own processor."""
+    """In a copy, stands where the original has its PSAProcessor, and calls each module's own processor."""
 
     def __init__(self) -> None:
         self._told = False

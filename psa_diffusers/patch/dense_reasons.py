@@ -14,11 +14,11 @@ from psa_diffusers.patch.token_order import Grid
 
 
 class PSAFallbackWarning(UserWarning):
-    """Calls run dense although the preset asked for sparse attention, or otherwise slower than it asked for."""
+    """Attention runs dense although the preset wants it sparse, or otherwise slower than the preset wants it."""
 
 
 class PSAFallbackError(RuntimeError):
-    """With `strict=True`: in place of a `PSAFallbackWarning`."""
+    """Raised instead of a `PSAFallbackWarning` with `strict=True`."""
 
 
 class Fallbacks:
@@ -41,7 +41,7 @@ class Fallbacks:
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
     def tell(self, what: str) -> None:
-        """Tell of what the preset asks for and does not get, where attention would be dense in any case.
+        """Tell that a wish of the preset has no effect on attention that is dense anyway.
 
         Raises:
             PSAFallbackError: instead of the warning, with `strict`.
@@ -57,7 +57,8 @@ class Facts(NamedTuple):
     """What is known of a layer before it is called.
 
     Attributes:
-        processor: what its module has now, and `mine` what the patch set there.
+        processor: what its module has now.
+        mine: what the patch set there.
         left_out: whether the patch was set on another transformer alone.
         unknown_step: why the denoising step is not known.
         unshared: why no layer can be sparse among these ranks.
@@ -76,7 +77,7 @@ class Facts(NamedTuple):
 
 
 def left_out(facts: Facts) -> str | None:
-    """As `pipe.transformer.set_attn_processor` leaves out the pipeline's other transformer."""
+    """The patch was set on the pipeline's other transformer alone."""
     return tell_left_out(facts.site.patch.name) if facts.left_out else None
 
 
@@ -89,7 +90,7 @@ def tell_left_out(transformer: str) -> str:
 
 
 def replaced(facts: Facts) -> str | None:
-    """As CogVideoX's `fuse_qkv_projections` sets another processor."""
+    """Another processor was set since, as CogVideoX's `fuse_qkv_projections` does."""
     if facts.processor is facts.mine:
         return None
     name = type(facts.processor).__name__

@@ -10,7 +10,7 @@ from psa_diffusers.patch.stats import RunStats
 
 
 class NotPatchedError(ValueError):
-    """The pipeline has no PSA patch, or not the one patch that the question is about; one line says which."""
+    """The pipeline has no PSA patch, or several where one is asked about; the message says which."""
 
 
 def disable_psa(pipe: Any) -> None:
@@ -18,7 +18,7 @@ def disable_psa(pipe: Any) -> None:
 
     Does nothing to a pipeline that is not patched.
 
-    Example:
+    Examples:
         >>> apply_psa(pipe, "psa-3")
         >>> disable_psa(pipe)
 
@@ -33,9 +33,9 @@ def disable_psa(pipe: Any) -> None:
 
 
 def psa_stats(pipe: Any) -> RunStats:
-    """What the last run of a patched pipeline attended; waits for the device.
+    """Return the statistics of a patched pipeline's last run; waits for the device.
 
-    Example:
+    Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, "psa-3"))
         >>> video = pipe("a cat playing the piano").frames[0]
         >>> psa_stats(pipe).density_sparse
@@ -49,7 +49,7 @@ def psa_stats(pipe: Any) -> RunStats:
     """
     found = _processors(pipe)
     if not found:
-        raise NotPatchedError(f"{type(pipe).__name__} is not patched; allowed: after apply_psa(pipe, ...)")
+        raise NotPatchedError(f"{type(pipe).__name__} is not patched; call apply_psa(pipe, ...) first")
     if len(found) > 1:
         raise NotPatchedError(
             f"{type(pipe).__name__} has {len(found)} patches; ask each PSAProcessor for its stats(), or patch all its "

@@ -39,13 +39,13 @@ class PSAProcessor(PatchingProcessor, Told):
     Text tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor`
     (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
-    To make one changes nothing. It takes effect when it is set, and then takes the place of an earlier one.
+    Making one changes nothing. It takes effect when it is set, and then replaces an earlier one.
 
-    Example:
+    Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
 
     Args:
-        pipe: a diffusers pipeline of a supported model; it is not kept alive.
+        pipe: a diffusers pipeline of a supported model; held by a weak reference.
         preset: name of a shipped preset, path of a YAML file, or a `Preset`; by default `psa-3`, or `psa-auto` where
             a density is given.
         preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
@@ -54,8 +54,9 @@ class PSAProcessor(PatchingProcessor, Told):
         strict: raise instead of falling back to dense attention.
 
     Attributes:
-        presets, layers: of each transformer, by its name in the pipeline; the layers as they are where no rule of the
-            preset for steps applies.
+        presets: the preset of each transformer, by its name in the pipeline.
+        layers: the layers of each transformer, as they are where no rule of the preset for steps applies.
+        strict: as given.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
@@ -100,7 +101,7 @@ class PSAProcessor(PatchingProcessor, Told):
         """Set this processor on all attention modules of the pipeline's transformers.
 
         Raises:
-            PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a processor of another's.
+            PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a foreign processor.
         """
         self._tell_of_foreign_processors()
         for attn in self._sites:
@@ -109,7 +110,7 @@ class PSAProcessor(PatchingProcessor, Told):
             patch.attach()
 
     def stats(self) -> RunStats:
-        """What the last run attended; waits for the device."""
+        """Return the statistics of the last run; waits for the device."""
         return self._runs.stats({patch.name: patch.transformer() for patch in self._patches if patch.attached})
 
     def is_set(self) -> bool:
@@ -125,7 +126,7 @@ class PSAProcessor(PatchingProcessor, Told):
         self._attention.compute = compute
 
     def restore(self) -> None:
-        """Give every module that still has this processor its own one back; nothing, if another took its place."""
+        """Give the attention modules their own processors back, where they still have this one."""
         shared = False
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
@@ -138,7 +139,8 @@ class PSAProcessor(PatchingProcessor, Told):
             shared |= held and transformer is not None and parallel_config(transformer) is not None
         if self._family.text != "none" and shared:
             warnings.warn(
-                f"{self._family.name} in context parallel is only right with PSAProcessor; do not run it without",
+                f"without PSAProcessor, {self._family.name} computes wrong attention in this context parallelism; "
+                "do not run it so",
                 PSAFallbackWarning,
                 stacklevel=2,
             )
@@ -165,13 +167,13 @@ class PSAProcessor(PatchingProcessor, Told):
         return copied_processor(self._sites, memo)
 
     def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """The attention of a layer; None, and a note, where the module's own processor is to compute it."""
+        """Compute a layer's attention; None, with a note, where the module's own processor is to compute it."""
         if not site.patch.attached:
             self._arrive()
         if site.skips_scores:
             return None
         forward, route = site.patch.forward, None
-        # Where ranks share the forward they have to go the same way, so it was decided before.
+        # Ranks that share a forward must all take the same route, so it was decided before the forward.
         ours = forward.routes[site.layer.name].ours if forward.share is None else site.in_graph
         call = self._family.call(site.by_name(args, kwargs)) if ours else None
         if ours and call is None:

@@ -1,4 +1,4 @@
-"""The denoising runs of one processor: which one goes on, and what the last one attended."""
+"""The denoising runs of one processor: the one that is going on, and what the last one attended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_presets import Preset
 
 MISSED = (
-    "the pipeline has begun a run of {steps} steps since, and no forward of it came to the patch, for its transformer "
-    "was replaced; patch it again"
+    "the pipeline has begun a run of {steps} steps since with another transformer, which is not patched; patch the "
+    "pipeline again"
 )
 ALL_DENSE = "attention is dense: a run of length {steps} has no sparse step with the preset {why}"
 

@@ -1,7 +1,7 @@
-"""Where the denoising run that is going on stands: told by its scheduler and by the timestep that the model is given.
+"""Which denoising step a forward belongs to, read from the scheduler and from the timestep that the model is given.
 
-Counting calls instead would go wrong with guidance switched off, caches that skip calls, two experts and aborted runs.
-Asking one pipeline object would go wrong where several share the transformer.
+Counting calls would go wrong with guidance switched off, caches that skip calls, two experts and aborted runs. Asking
+the patched pipeline alone would go wrong where several pipelines share the transformer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOLD = "; tell it the run's timesteps: `with psa.run(timesteps):` around the loo
 
 
 class UnknownStepError(Exception):
-    """Where the run stands cannot be known; the message says why."""
+    """The denoising step cannot be known; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Schedule:
         scheduler = self._patched_scheduler()
         if (timesteps := _timesteps(scheduler)) is None or not _is_set(scheduler, timesteps):
             raise UnknownStepError(
-                f"{UNKNOWN}no pipeline runs, and nobody has set the timesteps of the patched one's scheduler{TOLD}"
+                f"{UNKNOWN}no pipeline is running, and the patched pipeline's scheduler has no timesteps set{TOLD}"
             )
         return self._position(scheduler, timesteps, None, timestep, given)
 

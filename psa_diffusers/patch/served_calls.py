@@ -1,4 +1,4 @@
-"""Which sparse calls are left to stock attention since they would be slower on this device, or may be."""
+"""Which sparse calls go to stock attention because sparse attention is, or may be, slower on this device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from psa_kernels.call import make_call
 
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 FLOAT32 = (
-    "nobody has measured that sparse attention in float32 is faster than dense on a GPU; load the model in bfloat16 or "
+    "sparse attention in float32 was not measured on a GPU and may be slower than dense; load the model in bfloat16 or "
     "float16, or set float32_on_gpu: sparse in the preset"
 )
 
 
 class ServedCalls:
-    """Asks once for each kind of call, and remembers what was refused, so that it is not even projected again."""
+    """Asks once for each kind of call; a call that was refused is not even projected the next time."""
 
     def __init__(self) -> None:
         self._answers: dict[Hashable, str | None] = {}
@@ -50,7 +50,7 @@ def _like(layer: Layer, call: AttentionCall) -> Hashable:
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether there is another dense attention to be beaten than that of a CPU."""
+    """Whether a device is anything but a CPU, where the reference would lose to dense attention."""
     return device.type != "cpu"
 
 

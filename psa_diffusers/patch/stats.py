@@ -19,9 +19,10 @@ class RunStats:
     """Statistics of the last run of a patched pipeline.
 
     Attributes:
-        run: which run since the patch, counted from 1; 0 before the first. No part of whether two of these are equal.
+        run: which run since the patch, counted from 1; 0 before the first. Not compared by `==`.
         steps: denoising steps of the run; 0 before the first run.
-        dense_steps, dense_last: how many of them, the first and the last ones, are dense by the preset.
+        dense_steps: how many of the first steps are dense by the preset.
+        dense_last: how many of the last steps are dense by the preset.
         dense_at: the steps, counted from 0, at which all attention was dense, by the preset or against it.
         layers: names of the self-attention layers, of all transformers.
         density: `[step][layer]`: share of the FLOPs of dense attention between video tokens, mean over heads, batch and
@@ -29,16 +30,17 @@ class RunStats:
             1.0 where the layer was dense, None where it did not run.
         coverage: `[step][layer]`: share of the key blocks that were attended at all, likewise.
         density_run: mean of `density` over all steps and layers that ran.
-        density_sparse, coverage_sparse: means over the layers and steps that were sparse; None if there were none.
+        density_sparse: mean of `density` over the layers and steps that were sparse; None if there were none.
+        coverage_sparse: mean of `coverage`, likewise.
         implementation: what computed the sparse calls; None if there were none.
-        dense_implementation: what of the operator computed dense calls, where the preset has `dense_attention: psa`;
-            None if the modules' own processors computed them all.
-        fallbacks: why calls ran dense although the preset asked for sparse ones, and how many did; those after the run
-            that belong to none that is known are counted too.
-        not_finite: layers whose sparse output held NaN or infinite values, and at which steps, counted from 0; it was
-            computed again there, dense.
-        model_not_finite: what was not finite with dense attention either, in one line; None if nothing was seen to be.
-        missed: why there are no figures of the pipeline's last run, which went past the patch; None if there are.
+        dense_implementation: the operator's implementation that computed dense calls, where the preset has
+            `dense_attention: psa`; None if the modules' own processors computed them all.
+        fallbacks: each reason why calls ran dense although the preset wanted them sparse, with the number of calls.
+            Calls after the run that belong to no known run are counted too.
+        not_finite: for each layer whose sparse output held NaN or infinite values the steps, counted from 0. There
+            it was computed again, dense.
+        model_not_finite: one line on what was not finite with dense attention either; None if nothing was.
+        missed: why there are no figures: the pipeline's last run did not go through the patch. None if it did.
     """
 
     run: int = field(default=0, compare=False)

@@ -70,7 +70,7 @@ def lpips(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def frame_faults(frames: np.ndarray) -> list[str]:
-    """What anyone would call broken: frames that are not finite, all black, or all of one colour."""
+    """Say what is broken: frames that are not finite, all black, or all of one colour."""
     faults = []
     finite = np.isfinite(frames).all(axis=(1, 2, 3)) if frames.dtype != np.uint8 else np.ones(len(frames), bool)
     if not finite.all():

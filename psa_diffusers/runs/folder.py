@@ -92,7 +92,7 @@ class RunFolder:
 
     @contextmanager
     def claim(self, index: int) -> Iterator[bool]:
-        """Whether a prompt is this process's to make: nobody else is at it, it is not done, and none of the processes
+        """Whether this process is to make a prompt: no other is making it, it is not done, and none of the processes
         that were started together has failed at it or died."""
         with self._locked(self.names[index]) as free:
             tried = self._lock_folder() / f"{self.names[index]}.tried"

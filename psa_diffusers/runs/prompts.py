@@ -82,7 +82,7 @@ def only_words(option: str, text: str) -> str:
     word = text.strip()
     named = word.lower().endswith(ENDINGS) and not re.search(r"\s", word)
     if word == STDIN or named or (os.path.exists(_path(word)) and not os.path.isdir(_path(word))):
-        raise InputError(f"{option} {_printable(text)}: takes words, and no file of them")
+        raise InputError(f"{option} {_printable(text)}: takes words, not a file")
     return _decoded(option, text)
 
 

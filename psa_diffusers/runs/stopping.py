@@ -1,8 +1,8 @@
 """A request to stop by Ctrl-C or by a job scheduler's SIGTERM, which must not get lost.
 
-The exception that a signal's handler raises is swallowed where Python is in a callback, as when it starts a process, or
-becomes another where a compiled library calls Python, as when weights are read. So the request is noted too, and who
-works asks between steps and at errors.
+The exception of a signal handler can get lost: Python swallows it in a callback, as when it starts a process, and a
+compiled library that calls Python turns it into another error, as when weights are read. So the request is noted as
+well, and the code that works asks for it between steps and after errors.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def carried_out() -> Iterator[None]:
-    """Raise KeyboardInterrupt in place of an error, if a stop was requested: it is what the stop became."""
+    """Raise KeyboardInterrupt in place of an error if a stop was requested, for then the stop caused the error."""
     try:
         yield
     except Exception:

@@ -239,7 +239,7 @@ def test_dora_is_told(saved, tmp_path):
     name = "transformer.blocks.0.attn1.to_q.dora_scale"
     file = save_lora(tmp_path / "dora.safetensors", {**lora_weights(), name: torch.ones(64, 1)})
     _, told = load(saved / "wan", file)
-    assert told == [f"--lora {file}: is a DoRA, of which diffusers leaves out the magnitudes; its effect is another"]
+    assert told == [f"--lora {file}: is a DoRA, whose magnitudes diffusers ignores; its effect will differ"]
 
 
 def test_factors_without_values_are_refused(saved, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_a_transformer_that_is_replaced_is_told_of():
         assert psa.stats().missed is None
         pipe.update_components(transformer=MODULAR["wan"].make().transformer)
         case.run(pipe)
-        assert "its transformer was replaced" in psa.stats().missed and psa.stats().steps == 4
+        assert "with another transformer, which is not patched" in psa.stats().missed and psa.stats().steps == 4
 
 
 def test_an_aborted_run_is_followed_by_a_new_one():

@@ -60,7 +60,7 @@ def test_two_patches_are_both_undone_and_neither_is_taken_for_the_other():
 
 def test_what_is_not_patched_says_so():
     pipe = tiny_wan(num_layers=1)
-    with pytest.raises(NotPatchedError, match=r"WanPipeline is not patched; allowed: after apply_psa\(pipe, ...\)"):
+    with pytest.raises(NotPatchedError, match=r"WanPipeline is not patched; call apply_psa\(pipe, ...\) first"):
         psa_stats(pipe)
     with apply_psa(pipe, preset()):
         pass

@@ -223,7 +223,7 @@ def test_a_scheduler_that_nobody_has_set_has_no_steps():
     pipe = tiny_wan(num_layers=2)
     assert len(pipe.scheduler.timesteps) == 1000
     with apply_psa(pipe, preset(dense_steps=0.0)) as psa:
-        with pytest.warns(PSAFallbackWarning, match="nobody has set the timesteps of the patched one's scheduler"):
+        with pytest.warns(PSAFallbackWarning, match="the patched pipeline's scheduler has no timesteps set"):
             loop(pipe, torch.tensor([500.0]))
         assert (psa.stats().steps, psa.stats().density) == (0, [])
 

@@ -97,7 +97,7 @@ def test_the_authors_count_presets(name):
 
 def test_the_example_is_a_file_to_copy_and_no_preset():
     assert "example" not in list_presets() and load_preset(str(EXAMPLE)) == load_preset(EXAMPLE)
-    with pytest.raises(PresetError, match=r"no preset, but a file to copy: .*configs/example.yaml") as caught:
+    with pytest.raises(PresetError, match=r"not a preset but a file to copy: .*configs/example.yaml") as caught:
         load_preset("example")
     assert "\n" not in str(caught.value)
 

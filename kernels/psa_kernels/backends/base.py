@@ -32,7 +32,7 @@ class Backend(ABC):
     has_pyramid: bool = True
 
     def pays(self, call: Call) -> bool:
-        """Whether `auto` should take it on this GPU for this much work; where not, it passes on without a word."""
+        """Whether `auto` should take it on this GPU for this much work; if not, it goes on without a warning."""
         return True
 
     @abstractmethod

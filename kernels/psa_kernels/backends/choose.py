@@ -20,7 +20,7 @@ def choose(call: Call, wanted: str = "auto", strict: bool = False) -> Backend:
     """The backend of one call.
 
     `auto` takes the first of `BACKENDS` that pays and can serve the call, and warns once for each reason why one that
-    pays cannot. What computes natively stands in for another precision that cannot be had.
+    pays cannot. If no backend has the precision, one that computes natively serves the call.
 
     Args:
         wanted: one of `IMPLEMENTATIONS`.

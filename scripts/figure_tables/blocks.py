@@ -1,0 +1,28 @@
+"""The marked blocks of README and docs, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from figure_tables import models, operator
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "headline": models.headline,
+    "demo": models.demo,
+    "cpu": operator.cpu,
+    "operator": operator.gpu,
+    "authors": operator.authors,
+    "portable": operator.portable,
+    "int8": operator.int8,
+    "budget": operator.budget,
+    "host": operator.host,
+    "launch": operator.launch,
+    "stages": operator.stages,
+    "power": operator.power,
+    "scaling": operator.scaling,
+    "model": models.whole,
+    "parallel": models.parallel,
+    "blocks": models.blocks,
+    "short-blocks": models.short_blocks,
+    "calibration": models.calibration,
+}

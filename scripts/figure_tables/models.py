@@ -1,0 +1,154 @@
+"""Tables of whole models: forwards, runs and single blocks."""
+
+from __future__ import annotations
+
+from figure_tables import block_rows, operator
+from figure_tables.source import Row, duration, find, gpu_of, load, machine, need, origin, table, times
+
+MODEL = "benchmarks/model"
+PARALLEL = "benchmarks/parallel"
+DEMO = "benchmarks/demo"
+BLOCKS = "benchmarks/blocks"
+CALIBRATION = "quality/calibration"
+STEPS = 50
+# What is shown of each workload of bench_model.py.
+FORWARDS = {
+    "wan2.1-14b-720p": "Wan2.1-14B 720p",
+    "hunyuanvideo-720p": "HunyuanVideo 720p",
+    "wan2.1-1.3b-720p": "Wan2.1-1.3B 720p",
+    "wan2.1-1.3b-480p": "Wan2.1-1.3B 480p",
+    "cogvideox-5b": "CogVideoX-5B",
+    "h3-5s": "MiniMax-H3 768 x 1344, 5 s, 37,296 tokens",
+    "h3-15s": "MiniMax-H3 768 x 1344, 15 s, 107,856 tokens",
+    "ltx2-1080p-10s": "LTX-2.5 1088 x 1920, 10 s, 63,240 tokens",
+    "cosmos2.5-2b-720p": "Cosmos-Predict2.5-2B 704 x 1280, 84,480 tokens",
+    "kandinsky5-lite-5s": "Kandinsky 5 Lite 512 x 768, 5 s, 47,616 tokens",
+}
+HEADLINE = ("wan2.1-14b-720p", "hunyuanvideo-720p", "h3-15s", "wan2.1-1.3b-480p")
+SHORT = {"LTX-2.5-Diffusers": "LTX-2.5", "ChronoEdit-14B-Diffusers": "ChronoEdit"}
+PARALLEL_MODELS = {
+    "wan2.1-14b-720p": "Wan2.1-14B 720p",
+    "hunyuanvideo-720p": "HunyuanVideo 720p",
+    "cogvideox-5b": "CogVideoX-5B",
+}
+
+
+def forward(workload: str, method: str, density: float = 1.0) -> Row | None:
+    return find(MODEL, workload=workload, method=method, density=density, compiled=True)
+
+
+def fastest_dense(workload: str) -> Row:
+    """The fastest dense forward that was run."""
+    rows = [row for method in ("sdpa-default", "sdpa-cudnn", "fa3") if (row := forward(workload, method)) is not None]
+    if not rows:
+        raise LookupError(f"docs/{MODEL}.json has no dense forward of {workload}")
+    return min(rows, key=lambda row: row["ms"])
+
+
+def whole() -> str:
+    """Forwards of whole transformers."""
+    body = []
+    for workload, title in FORWARDS.items():
+        best = fastest_dense(workload)
+        peers = [forward(workload, method) for method in ("sdpa-cudnn", "fa3")]
+        ours = [forward(workload, "psa", density) for density in (0.25, 0.15)]
+        cells = ["not run" if row is None else duration(row["ms"]) for row in peers]
+        cells += ["not run" if row is None else times(row["ms"], best["ms"]) for row in ours]
+        body.append([title, *cells, _run(ours[1], best), gpu_of(MODEL, ours[1] or best)])
+    head = ["one forward", "cuDNN dense", "FlashAttention-3 dense", "psa-3, density 0.25", "scaled to 0.15"]
+    return table([*head, f"{STEPS} steps, a quarter dense, at 0.15", "GPU"], body)
+
+
+def _run(ours: Row | None, dense: Row) -> str:
+    if ours is None or ours.get("run_50_steps_s") is None or dense.get("run_50_steps_s") is None:
+        return ""
+    return f"{ours['run_50_steps_s']:.0f} s instead of {dense['run_50_steps_s']:.0f} s"
+
+
+def headline() -> str:
+    """The one table of README: a call, whole forwards, and runs of them."""
+    body = []
+    dense = operator.fastest_dense(operator.LONG)["ms"]
+    ours = [
+        need(operator.GPU, workload=operator.LONG, method="psa-hopper", density=d, stage="total") for d in (0.25, 0.15)
+    ]
+    cells = [times(row["ms"], dense) for row in ours]
+    body.append(["attention of one layer, Wan2.1-14B 720p", duration(dense), *cells, ""])
+    for workload in HEADLINE:
+        best = fastest_dense(workload)
+        found = [forward(workload, "psa", density) for density in (0.25, 0.15)]
+        cells = ["not run" if row is None else times(row["ms"], best["ms"]) for row in found]
+        title = FORWARDS[workload].rsplit(",", 2)[0] if workload == "h3-15s" else FORWARDS[workload]
+        body.append([f"one forward, {title}", duration(best["ms"]), *cells, _run(found[1], best)])
+    gpus = sorted({load(operator.GPU)["hardware"]["gpu"], *(gpu_of(MODEL, fastest_dense(name)) for name in HEADLINE)})
+    head = ["", "fastest dense", "density 0.25", "density 0.15", f"{STEPS} steps, at 0.15"]
+    where = f"On one {' or '.join(gpus)}, bf16, random weights and data, compiled blocks, medians."
+    return f"{table(head, body)}\n\n{where} Runs are sums of steps, a quarter\nof them dense."
+
+
+def demo() -> str:
+    """Presets on the demo model on a CPU."""
+    body = []
+    for row in load(DEMO)["rows"]:
+        seconds = [f"{row['step_seconds']:.2f}", f"{row['denoise_seconds']:.1f}"]
+        if row["preset"] == "dense":
+            body.append(["dense", "1", "1", "", "", *seconds])
+        else:
+            quality = [f"{row['psnr']:.1f} dB", f"{row['ssim']:.3f}"]
+            body.append(
+                [row["preset"], f"{row['density_sparse']:.2f}", f"{row['density_run']:.2f}", *quality, *seconds]
+            )
+    head = ["preset", "density of sparse steps", "of the run", "PSNR", "SSIM", "s a sparse step", "s denoising"]
+    return f"{table(head, body)}\n\nOn {machine(DEMO)}, {origin(DEMO)}."
+
+
+def parallel() -> str:
+    """One video on several GPUs."""
+    body = []
+    rows = load(PARALLEL)["rows"]
+    counts = sorted({row["gpus"] for row in rows})
+    for workload, method in dict.fromkeys((row["workload"], row["method"]) for row in rows):
+        one = need(PARALLEL, workload=workload, method=method, gpus=1)
+        cells = []
+        for gpus in counts:
+            row = find(PARALLEL, workload=workload, method=method, gpus=gpus)
+            if row is None:
+                cells.append("")
+            elif gpus == 1:
+                cells.append(duration(row["ms"]))
+            else:
+                cells.append(f"{duration(row['ms'])} ({one['ms'] / row['ms']:.2f}x)")
+        what = f"density {one['density']:.2f}" if method == "psa" else "cuDNN dense"
+        body.append([f"{PARALLEL_MODELS.get(workload, workload)}, {what}", *cells])
+    head = ["one forward", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)]
+    return f"{table(head, body)}\n\nOn one host with {load(PARALLEL)['hardware']['gpu']}, {origin(PARALLEL)}."
+
+
+def blocks() -> str:
+    """One block of each published transformer, a table for each GPU."""
+    rows = load(BLOCKS)["rows"]
+    parts = []
+    for gpu in dict.fromkeys(gpu_of(BLOCKS, row) for row in rows):
+        parts.append(f"On one {gpu}:\n\n{block_rows.table([row for row in rows if gpu_of(BLOCKS, row) == gpu])}")
+    return "\n\n".join(parts)
+
+
+def short_blocks() -> str:
+    """Blocks on so few tokens that they hardly gain."""
+    said = []
+    for name, title in SHORT.items():
+        row = need(BLOCKS, name=name)
+        ours, dense = duration(row["psa_ms"]), duration(row["dense_ms"])
+        said.append(f"{title}'s {row['tokens']:,} tokens {ours} with psa-3 and {dense} dense")
+    return f"A block takes on {', on '.join(said)} ({gpu_of(BLOCKS, row)})."
+
+
+def calibration() -> str:
+    """What psa-calibrate tried, best first, and what its choice gave on other prompts."""
+    trials = load(CALIBRATION)["result"]["trials"]
+    body = []
+    for trial in sorted(trials[1:], key=lambda trial: -trial["gain_db"]):
+        name = "the best of each layer" if trial["shape"] == "layer by layer" else trial["shape"]
+        gain = f"{trial['gain_db']:+.1f} ± {trial['gain_interval_db']:.1f} dB"
+        body.append([name + " (kept)" * trial["kept"], f"{trial['density']:.3f}", gain])
+    return f"{table(['tried', 'density', 'against psa-3'], body)}\n\nOn {machine(CALIBRATION)}, {origin(CALIBRATION)}."
