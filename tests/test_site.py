@@ -12,6 +12,7 @@ import yaml
 
 import psa_diffusers
 import psa_kernels
+import psa_transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +57,9 @@ def test_links_lead_to_pages(hook, path, link, becomes):
     assert hook.rewritten(f"[a]({link}), ![b]({link})", path) == f"[a]({becomes}), ![b]({becomes})"
 
 
-@pytest.mark.parametrize("package", [psa_diffusers, psa_kernels], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [psa_diffusers, psa_kernels, psa_transformers], ids=lambda package: package.__name__
+)
 def test_every_public_name_has_its_place(package):
     page = (ROOT / f"docs/api/{package.__name__}.md").read_text(encoding="utf-8")
     shown = re.findall(rf"^::: {package.__name__}\.(\w+)$", page, re.MULTILINE)

@@ -32,7 +32,7 @@ class Corrections:
     """The corrections of one run, one a layer, window and guidance branch.
 
     Each takes a byte for every number of the layer's output of video tokens, and 4 for every token and head: for
-    Wan2.1-14B at 720p 31 GiB in all with guidance, for Wan2.1-1.3B at 480p 2.9.
+    Wan2.1-14B at 720p 30 GiB in all with guidance, for Wan2.1-1.3B at 480p 2.9.
     """
 
     def __init__(self) -> None:
