@@ -50,7 +50,7 @@ def test_the_demo(capsys):
     assert said(text, "Tokens") == "5,184 of the video, 9 x 24 x 24"
     assert said(text, "Dense phase") == "4 of 16 steps are dense by the preset (steps 1 to 4)"
     assert said(text, "Density") == "0.259 expected of sparse steps, as a share of dense attention's work"
-    assert said(text, "Implementation") == "reference not hopper-int8, hopper, triton: for cuda devices"
+    assert said(text, "Implementation") == "reference not hopper-int8, hopper, triton-int8, triton: for cuda devices"
     assert "nothing is compiled" in said(text, "Kernels")
     assert "pyramids of one head at a time, lists of a call 14.1 kB" in said(text, "Memory")
     assert "not a measurement" in said(text, "Speed-up")
