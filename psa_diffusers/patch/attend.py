@@ -194,8 +194,8 @@ class TokenAttention:
                 return self._dense_rows(qkv[0][:, first + tokens], qkv, call)
 
             video = self.video_of(head, forward.attended_grid)
-            last = forward.step + 1 >= forward.run.steps
-            forward.run.corrections.add(layer, _moment(forward), _fits(forward, video), video, dense_rows, last)
+            fits, steps = _fits(forward, video), forward.run.steps
+            forward.run.corrections.add(layer, _moment(forward), fits, video, dense_rows, steps)
         return (head, tail), stats
 
     def _dense_and_corrected(self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall) -> Parts:

@@ -1,12 +1,13 @@
 """What sparse attention left out at the last dense step, which is added to its outputs at the steps that follow.
 
-Between neighbouring steps that changes little. How much of it still holds is told at each step, head by head, by the
+Between neighbouring steps that changes little. How much of it still holds is told again and again, head by head, by the
 dense attention of a few queries, so that nothing is added where nothing holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,26 @@ from psa_kernels.correction.reference import Correction, correction_weights, sam
 NO_ROOM = "correction: true has no effect: it would take {need:.1f} GiB on {device}, of which {free:.1f} are free"
 
 
+# How often in a run it is told how much of a correction holds: at every step of 16, at every third of 50.
+TELLINGS = 16
+
+
 class Place(NamedTuple):
     """Which calls of a run are each other's at different steps."""
 
     layer: str
     window: int
     branch: int
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A correction, what calls have to have in common for it, and what was last told of it, at which step."""
+
+    fits: Hashable
+    correction: Correction
+    weights: torch.Tensor | None = None
+    step: int = -1
 
 
 class Corrections:
@@ -36,7 +51,7 @@ class Corrections:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Place, tuple[Hashable, Correction]] = {}
+        self._kept: dict[Place, _Entry] = {}
         self._room: dict[tuple[int, int, int], bool] = {}
 
     def has_room(self, moment: Moment, output: torch.Tensor, layers: int, fallbacks: Fallbacks) -> bool:
@@ -64,7 +79,7 @@ class Corrections:
         Args:
             fits: whatever must be equal for the correction to be added: shapes, grid, device.
         """
-        self._kept[_place(layer, moment)] = fits, left_out(dense, sparse)
+        self._kept[_place(layer, moment)] = _Entry(fits, left_out(dense, sparse))
 
     def add(
         self,
@@ -73,23 +88,24 @@ class Corrections:
         fits: Hashable,
         sparse: torch.Tensor,
         dense_rows: Callable[[torch.Tensor], torch.Tensor],
-        last: bool,
+        steps: int,
     ) -> None:
         """Add what still holds of a correction to a sparse output, in place; nothing if there is none.
 
         Args:
             sparse: of the video tokens, `[B, N, H, D]`.
             dense_rows: gives the dense attention `[B, n, H, D]` of some video tokens, named by int64 `[n]`.
-            last: whether no later step needs the correction, whose memory what follows the run may need.
+            steps: of the run. After the last one the correction is gone: what follows may need the memory.
         """
         place = _place(layer, moment)
-        entry = self._kept.pop(place, None) if last else self._kept.get(place)
-        if entry is None or entry[0] != fits:
+        entry = self._kept.pop(place, None) if moment.step + 1 >= steps else self._kept.get(place)
+        if entry is None or entry.fits != fits:
             return
-        correction = entry[1]
-        tokens = sample_tokens(sparse.shape[1], sparse.device)
-        weights = correction_weights(dense_rows(tokens), sparse[:, tokens], correction.of_tokens(tokens))
-        add_correction(sparse, correction, weights)
+        if entry.weights is None or moment.step - entry.step >= max(1, round(steps / TELLINGS)):
+            tokens = sample_tokens(sparse.shape[1], sparse.device)
+            missing = entry.correction.of_tokens(tokens)
+            entry.weights, entry.step = correction_weights(dense_rows(tokens), sparse[:, tokens], missing), moment.step
+        add_correction(sparse, entry.correction, entry.weights)
 
 
 def free_bytes(device: torch.device) -> int | None:

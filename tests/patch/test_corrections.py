@@ -27,9 +27,9 @@ def added(monkeypatch):
     seen = []
     original = Corrections.add
 
-    def add(self, layer, moment, fits, sparse, dense_rows, last):
+    def add(self, layer, moment, fits, sparse, dense_rows, steps):
         dense, before = dense_rows(torch.arange(sparse.shape[1])), sparse.clone()
-        original(self, layer, moment, fits, sparse, dense_rows, last)
+        original(self, layer, moment, fits, sparse, dense_rows, steps)
         seen.append((float((before - dense).square().sum()), float((sparse - dense).square().sum())))
 
     monkeypatch.setattr(Corrections, "add", add)
@@ -70,6 +70,17 @@ def test_each_guidance_branch_has_its_own(changes, added, monkeypatch):
     assert sorted(places) == sorted((f"blocks.{i}", 0, branch) for i in range(layers) for branch in (0, 1))
     assert len(added) == layers * 2 * 2
     assert not kept  # what follows the run may need the memory
+
+
+def test_how_much_holds_is_told_now_and_then(monkeypatch):
+    pipe, told = tiny_wan(), []
+    original = corrections.correction_weights
+    monkeypatch.setattr(corrections, "TELLINGS", 3)
+    monkeypatch.setattr(corrections, "correction_weights", lambda *x: told.append(1) or original(*x))
+    with apply_psa(pipe, PRESET, strict=True):
+        run(pipe, num_inference_steps=6)
+    # At the steps 1, 3 and 5 of 0 to 5.
+    assert len(told) == len(pipe.transformer.blocks) * 2 * 3
 
 
 def test_the_dense_phase_stays_dense_and_keeping_everything_changes_nothing():
