@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from attention_judges.demo_model import JUDGE
+from attention_judges.demo_model import JUDGE, samples_on
 from attention_judges.judges import Grid, dense_attention
 from operator_bench import sol_int8
 from operator_bench.timing import measure
@@ -50,7 +50,7 @@ def main() -> None:
     torch.manual_seed(0)
     shape = (1, size.tokens, size.heads, size.head_dim)
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-    found = [(_half((s.q, s.k, s.v)), s.grid) for s in JUDGE.samples([], set(JUDGE.names))]
+    found = [(_half((s.q, s.k, s.v)), s.grid) for s in samples_on("cuda", set(JUDGE.names))]
     rows: list[dict[str, Any]] = []
     for about, method in methods():
         try:

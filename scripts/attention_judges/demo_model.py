@@ -41,9 +41,14 @@ class Capture:
 
 
 def samples(_folders: Sequence[Path], names: set[str]) -> Iterator[Sample]:
+    return samples_on("cpu", names)
+
+
+def samples_on(device: str, names: set[str]) -> Iterator[Sample]:
+    """The samples of the given names, computed in float32 on a device."""
     model = resolve_model("demo")
     card = model.card
-    pipe = load_pipeline(model, dtype="float32", device="cpu", offload="none", flow_shift=card.flow_shift)
+    pipe = load_pipeline(model, dtype="float32", device=device, offload="none", flow_shift=card.flow_shift)
     pipe.set_progress_bar_config(disable=True)
     for number, prompt in enumerate(prompts_for(PROMPTS, SEED)):
         if not any(name.startswith(f"{number} ") for name in names):
