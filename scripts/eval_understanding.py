@@ -28,10 +28,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from kept_rows import Record, Row
 from results import document, write
 from understanding_eval.answers import choose
 from understanding_eval.questions import Question, read_questions
-from understanding_eval.record import Record, Row
 
 from psa_diffusers.calibrate.intervals import half_interval
 from psa_diffusers.environment import hardware

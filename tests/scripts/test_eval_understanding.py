@@ -9,10 +9,10 @@ import eval_understanding
 import numpy as np
 import pytest
 import torch
+from kept_rows import Record
 from transformers import AutoProcessor
 from understanding_eval.answers import best, letter_tokens
 from understanding_eval.questions import read_questions
-from understanding_eval.record import Record
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import write_video

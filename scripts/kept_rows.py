@@ -1,4 +1,4 @@
-"""What is answered so far: a file of one JSON object a line, the settings first, which outlives a killed run."""
+"""What is measured so far: a file of one JSON object a line, the settings first, which outlives a killed run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Record:
         return name in self._rows
 
     def add(self, row: Row) -> None:
-        """Keep the row of a question, which has its `id`."""
+        """Keep a row, whose `id` is its own."""
         assert row["id"] not in self._rows
         self._write(row)
         self._rows[row["id"]] = row
@@ -73,7 +73,9 @@ class Record:
         self._compare(lines[0].get("settings"))
         for number, row in enumerate(lines[1:], start=2):
             if not isinstance(row.get("id"), str) or row["id"] in self._rows:
-                raise InputError(f"{self._path}, line {number}: id={row.get('id')!r}; expected a question's, once")
+                raise InputError(
+                    f"{self._path}, line {number}: id={row.get('id')!r}; expected text that no other line has"
+                )
             self._rows[row["id"]] = row
 
     def _parsed(self, line: bytes, number: int) -> Row:
