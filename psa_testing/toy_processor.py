@@ -18,6 +18,10 @@ SIDE, PATCH = 16, 14  # patches of a frame along each side, and their pixels
 class ToyProcessor:
     """Takes and gives what the processor of Qwen2.5-VL does; a letter is a token."""
 
+    @property
+    def tokenizer(self) -> ToyTokenizer:
+        return ToyTokenizer()
+
     def apply_chat_template(self, conversation: Any, tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize and add_generation_prompt
         (turn,) = conversation
@@ -53,6 +57,14 @@ class ToyProcessor:
     def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
         return ["".join(chr(token + 30) for token in row if token < 90) or "?" for row in ids.tolist()]
+
+
+class ToyTokenizer:
+    """That of the processor, and of tests with language models."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [*map(_token, text)]
 
 
 def _token(letter: str) -> int:

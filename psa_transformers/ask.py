@@ -111,18 +111,23 @@ def load(name: str, device: str) -> tuple[Any, Any]:
         raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None
 
 
-def ask(model: Any, processor: Any, frames: Frames, question: str, max_new_tokens: int) -> Answer:
-    """Let a model answer, always with its most likely tokens."""
+def prompt(processor: Any, frames: Frames, question: str) -> Any:
+    """What a processor makes of a video and a question about it, as the model takes it, on the CPU."""
     content = [{"type": "video"}, {"type": "text", "text": question}]
     conversation = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    given = processor(
+    return processor(
         text=[text],
         videos=[frames.pixels],
         video_metadata=[frames.metadata()],
         do_sample_frames=False,
         return_tensors="pt",
-    ).to(model.device)
+    )
+
+
+def ask(model: Any, processor: Any, frames: Frames, question: str, max_new_tokens: int) -> Answer:
+    """Let a model answer, always with its most likely tokens."""
+    given = prompt(processor, frames, question).to(model.device)
     read = given["input_ids"].shape[1]
     with first_forward(model) as seconds:
         out = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False)

