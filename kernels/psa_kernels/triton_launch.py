@@ -28,7 +28,8 @@ class Launch:
         kernel: a function of `triton.jit` or `gluon.jit` whose arguments are tensors, then numbers, then constants.
         grid: numbers of programs.
         numbers: the arguments after the tensors.
-        constants: those after them, by name, and Triton's own options.
+        constants: those after them, by name, and Triton's own options. `ALIGNED` becomes False for a call with a tensor
+            that does not start at a multiple of 16 bytes.
 
     Raises:
         TypeError: the kernel has no argument of the name of a constant, which Triton's interpreter would not notice.
@@ -65,7 +66,11 @@ class Launch:
                 self._run(arguments)
                 return
         described = [tensor.descriptor() if isinstance(tensor, Rows) else tensor for tensor in tensors]
-        found = self._kernel[self._grid](*described, *self._numbers, **self._constants)
+        constants = self._constants
+        if constants.get("ALIGNED"):
+            aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors if isinstance(tensor, torch.Tensor))
+            constants = constants | {"ALIGNED": aligned}
+        found = self._kernel[self._grid](*described, *self._numbers, **constants)
         if hasattr(found, "function"):  # Triton's interpreter compiles nothing
             self._keep(found, tensors)
 

@@ -24,6 +24,19 @@ def are_wide(*tensors: tuple[Sequence[int], Sequence[int]]) -> bool:
     return any((shape[1] - 1) * strides[1] + shape[3] > 2**31 for shape, strides in tensors)
 
 
+def must_be_told(element_size: int, *steps: int) -> bool:
+    """Whether the compiler has to be told that rows at these distances start at multiples of 16 bytes, and they do.
+
+    From Triton 3.8 on it no longer sees it of pointers that `tl.where` chose, and would read each number by itself.
+
+    Args:
+        element_size: bytes of a number.
+        steps: distances of rows, heads and batch items, in elements. The first row is at a multiple, too.
+    """
+    sees = triton.__version__.startswith(("3.6.", "3.7."))
+    return not sees and all(step * element_size % 16 == 0 for step in steps)
+
+
 @triton.jit
 def key_head(query_head, GROUP: tl.constexpr):
     """The head of the keys that a head of the queries reads, where `GROUP` share one: of one batch item, or of all."""

@@ -26,6 +26,7 @@ from psa_kernels.costs import unit_costs
 from psa_kernels.importance import representatives
 from psa_kernels.importance import triton as importance
 from psa_kernels.sparse import triton as sparse
+from psa_kernels.triton_rows import must_be_told
 
 BUDGET = AttentionSpec(rule="budget", density=0.25)
 
@@ -51,7 +52,7 @@ def of_attention(target, head_dim, group):
 def test_attention(target, head_dim):
     constants, warps = of_attention(target, head_dim, 7)
     constants |= {"BLOCK_QUERY": 128, "BLOCK_KEY": 64, "FACTORS": (1, 2, 4), "LISTED": 3, "FLAGS": 64}
-    constants |= {"ONLY": False, "only_ptr": None}
+    constants |= {"ONLY": False, "only_ptr": None, "ALIGNED": must_be_told(2, head_dim)}
     compile_and_check(triton_attention.attention_kernel, target, constants, {"num_warps": warps})
 
 
@@ -61,6 +62,7 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
     constants = of_attention(90, 40, 1)[0] | {"PADDED_DIM": 64, "NEGATIVE_SCALE": True, "WIDE": True}
     dense = dict(constants)
     constants |= {"BLOCK_QUERY": 128, "BLOCK_KEY": 64, "FACTORS": factors, "LISTED": 1, "ONLY": True, "FLAGS": 64}
+    constants["ALIGNED"] = True
     compile_and_check(triton_attention.attention_kernel, 90, constants, {"num_warps": 8})
     compile_and_check(triton_dense.dense_kernel, 90, dense, {"num_warps": 8})
 

@@ -64,6 +64,17 @@ def test_addresses_between_multiples_of_16_bytes_are_looked_at_each_time():
     assert len(kernel.looked_at) == 4 and len(kernel.launched) == 1
 
 
+def test_a_call_whose_tensors_are_not_aligned_is_not_said_to_be():
+    kernel, x = Kernel(), torch.zeros(64)
+    kernel.arg_names = (*kernel.arg_names, "ALIGNED")
+    launch = Launch(kernel, (1,), (7, 0.5), A=2, B=4, ALIGNED=True)
+    launch(x[1:], None)
+    launch(x, None)
+    launch(x[4:], None)
+    assert [constants["ALIGNED"] for _, _, constants in kernel.looked_at] == [False, True]
+    assert kernel.launched == [((1, 1, 1), (x[4:].data_ptr(), 0, 7, 0.5, 2, 4, True))]
+
+
 def test_an_interpreter_compiles_nothing():
     kernel, x = Kernel(compiles=False), torch.zeros(64)
     launch = Launch(kernel, (1,), (7, 0.5), A=2, B=4)

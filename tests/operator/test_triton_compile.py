@@ -31,6 +31,7 @@ from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.quantise import triton as quantise  # noqa: E402
 from psa_kernels.quantise import triton_channels  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
+from psa_kernels.triton_rows import must_be_told  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from operator_bench import naive  # noqa: E402
@@ -153,6 +154,7 @@ def test_attention(target, head_dim, permuted, group):
         "only_ptr": None,
         "LATE_SUM": target // 10 in sparse.LATE_SUM,
         "GROUP": group,
+        "ALIGNED": must_be_told(2, head_dim),
         **tile,
         **({} if permuted else {"permutation": None}),
     }
@@ -218,6 +220,7 @@ def test_branches_that_the_interpreter_does_not_compile(factors):
         "ONLY": True,
         "LATE_SUM": True,
         "GROUP": 1,
+        "ALIGNED": False,
         "FLAGS": 64,
         "TILE_M": 64,
         "TILE_N": 32,

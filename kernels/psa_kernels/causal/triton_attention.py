@@ -19,7 +19,7 @@ from psa_kernels.sparse.tiles import full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, padded_dim, row_offsets
+from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, must_be_told, padded_dim, row_offsets
 
 
 def sparse_attention(
@@ -70,7 +70,8 @@ def _plan(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
-        GROUP=heads // of_keys[2], **tile,
+        GROUP=heads // of_keys[2], ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]),
+        **tile,
     )  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def attention_kernel(
     text_before, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set.
 
@@ -109,7 +110,7 @@ def attention_kernel(
                 stride_qn, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_ob,
                 stride_on, stride_oh, heads, lead, end, shift, first_row, video_keys, list_width, pyramid_rows,
                 text_before, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS, LISTED, NEGATIVE_SCALE,
-                WIDE, ONLY, TILE_M, TILE_N, STAGES, LATE_SUM, GROUP,
+                WIDE, ONLY, TILE_M, TILE_N, STAGES, LATE_SUM, GROUP, ALIGNED,
             )  # fmt: skip
 
 
@@ -121,6 +122,7 @@ def attend_item(
     PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr,
     LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, TILE_M: tl.constexpr,
     TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`TILE_M` queries of one head: first their diagonal, then what does not fill tiles, last the full tiles."""
     query_tiles = tl.cdiv(end, TILE_M)
@@ -173,6 +175,9 @@ def attend_item(
         pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
         k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
         v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
+        if ALIGNED:
+            # Here, not in a function: the hint belongs to the operation that chose.
+            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
         top, total, accumulator = attend_with_biases(
             q, k_rows, v_rows, dims, scale, tail_bias[None, :], top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM
         )

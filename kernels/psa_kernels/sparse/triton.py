@@ -17,7 +17,16 @@ from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, load_rows, padded_dim, row_offsets, video_tokens
+from psa_kernels.triton_rows import (
+    are_wide,
+    key_head,
+    load_real_rows,
+    load_rows,
+    must_be_told,
+    padded_dim,
+    row_offsets,
+    video_tokens,
+)
 
 # Tiles whose flags one program looks at, when only some tiles are to be computed.
 FLAGS = 64
@@ -105,7 +114,8 @@ def _plan(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
-        LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2], **tile,
+        LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2],
+        ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]), **tile,
     )  # fmt: skip
 
 
@@ -133,7 +143,7 @@ def attention_kernel(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr,
     FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, PERMUTED: tl.constexpr,
     STORE_LSE: tl.constexpr, WIDE: tl.constexpr, ONLY: tl.constexpr, FLAGS: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set."""
     first, last = tl.program_id(0), tl.program_id(0) + 1
@@ -154,6 +164,7 @@ def attention_kernel(
                 stride_vh, stride_ob, stride_on, stride_oh, heads, video_queries, video_keys, list_width, pyramid_rows,
                 text_before, text_keys, query_tokens, scale, HEAD_DIM, PADDED_DIM, BLOCK_QUERY, BLOCK_KEY, FACTORS,
                 LISTED, NEGATIVE_SCALE, PERMUTED, STORE_LSE, WIDE, TILE_M, TILE_N, STAGES, LATE_SUM, GROUP,
+                ALIGNED,
             )  # fmt: skip
 
 
@@ -165,7 +176,7 @@ def attend_tile(
     text_keys, query_tokens, scale, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_QUERY: tl.constexpr,
     BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr, NEGATIVE_SCALE: tl.constexpr,
     PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-    STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, LATE_SUM: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`TILE_M` queries of one head against their list; neighbouring items share a head and its keys in the cache."""
     query_tiles = tl.cdiv(video_queries, TILE_M)
@@ -208,6 +219,9 @@ def attend_tile(
         pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
         k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
         v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
+        if ALIGNED:
+            # Here, not in a function: the hint belongs to the operation that chose.
+            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
         top, total, accumulator = attend(
             q, k_rows, v_rows, dims, scale, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM, PADDED_DIM,
             LATE_SUM,

@@ -22,7 +22,7 @@ from psa_kernels.sparse import triton as native
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, key_head, load_rows, row_offsets, video_tokens
+from psa_kernels.triton_rows import are_wide, key_head, load_rows, must_be_told, row_offsets, video_tokens
 
 
 def sparse_attention(
@@ -89,7 +89,9 @@ def _plan(
          text_before, text_before + text_after, query_tokens, of_keys[1]),
         HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
-        PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, GROUP=heads // of_keys[2], **tile,
+        PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, GROUP=heads // of_keys[2],
+        # Rows of integers, of 64 or 128 bytes, lie side by side.
+        ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[0][:3]), **tile,
     ), tiles  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def attention_kernel(
     list_width, pyramid_rows, text_before, text_keys, query_tokens, key_tokens, HEAD_DIM: tl.constexpr,
     BLOCK_QUERY: tl.constexpr, BLOCK_KEY: tl.constexpr, FACTORS: tl.constexpr, LISTED: tl.constexpr,
     PERMUTED: tl.constexpr, STORE_LSE: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr, TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr, STAGES: tl.constexpr,
+    TILE_N: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """`TILE_M` queries of one head against their list; neighbouring programs share a head and its keys in the cache.
 
@@ -156,6 +158,9 @@ def attention_kernel(
         offsets = row_offsets(tail, HEAD_DIM, WIDE)
         k_rows = tl.where(is_token, k_head, pooled_k) + offsets
         v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + offsets)
+        if ALIGNED:
+            # Here, not in a function: the hint belongs to the operation that chose.
+            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
         top, total, accumulator = attend(
             q, factors, k_rows, v_rows, dims, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM
         )
