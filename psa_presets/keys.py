@@ -1,4 +1,4 @@
-"""The keys of a preset as one writes them in code, for type checkers and editors; `fields.py` checks the values."""
+"""The keys of a preset in code, for type checkers and editors; `fields.py` checks the values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that the model's own attention computes although they are long enough: why, told once a reason."""
+"""Why the model's own attention computes calls that are long enough for PSA; each reason gives one warning."""
 
 from __future__ import annotations
 

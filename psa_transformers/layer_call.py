@@ -1,4 +1,4 @@
-"""One call of an attention function by transformers, and what it has in its way."""
+"""One call of an attention function by transformers, and why PSA may not be able to serve it."""
 
 from __future__ import annotations
 

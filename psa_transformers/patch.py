@@ -20,10 +20,10 @@ from psa_transformers.stock import Stock
 
 
 class DecoderAttention:
-    """What transformers calls in place of a decoder's attention function and of the maker of its masks.
+    """Replaces a decoder's attention function, and the function that makes its masks.
 
-    A forward that may be sparse gets a marker for a mask (`Prefill`); all others get the mask that they had, so that
-    they are computed as before.
+    A forward that may be sparse gets a marker (`Prefill`) as its mask. All others get the mask that they had before,
+    so that they are computed as before.
 
     Attributes:
         prefills, calls, counter: for `PrefillStats`.
