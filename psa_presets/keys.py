@@ -37,6 +37,7 @@ class LayerKeys(TypedDict, total=False):
     similarity: Sequence[float] | None
     rest: Literal["skip", "mean"]
     precision: Literal["native", "int8_qk"]
+    error_model: Literal["tuned", "fitted"]
     order: Literal["hilbert", "tiles", "raster"]
     tile: Sequence[int]
 
