@@ -10,7 +10,7 @@ class PSAFallbackWarning(UserWarning):
 
 
 class PSAFallbackError(RuntimeError):
-    """The same with `strict=True`."""
+    """Raised instead of a `PSAFallbackWarning` with `strict=True`."""
 
 
 class Unserved(Exception):
@@ -18,7 +18,7 @@ class Unserved(Exception):
 
 
 class Fallbacks:
-    """Counts reasons, and tells each once.
+    """Counts reasons, and warns once of each.
 
     Attributes:
         strict: raise instead.

@@ -16,7 +16,7 @@ FLOAT32 = "float32 on a GPU, which the preset keeps dense (float32_on_gpu)"
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """What an attention function is given, but for the mask.
+    """The arguments of an attention function, except the mask.
 
     Attributes:
         query, key, value: `[B, Hq, Nq, D]` and twice `[B, Hkv, Nk, D]`.
