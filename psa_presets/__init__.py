@@ -1,4 +1,4 @@
-"""Presets: every setting of a run under one name, read from YAML or made in code. They know of no model."""
+"""Presets: every setting of a run under one name, read from YAML or made in code. They know nothing of models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Preset", "PresetError", "TokenOrder", "choose_preset", "list_presets
 
 DEFAULT = "psa-3"
 DEFAULT_OF_DENSITY = "psa-auto"
-EXAMPLE = "example"  # it lies among them to be copied, and is read by its path
+EXAMPLE = "example"  # a file to copy that lies beside the presets; it can only be read by its path
 
 
 def list_presets() -> list[str]:
@@ -54,8 +54,8 @@ def choose_preset(preset: str | os.PathLike[str] | Preset | None, density: float
     """The preset for what a user gave: a preset, a density, both, or neither.
 
     Args:
-        preset: as of `load_preset`; None is `psa-3`, or `psa-auto` where a density is given.
-        density: above 0 and up to 1; the preset is then taken `at_density`.
+        preset: as for `load_preset`; None means `psa-3`, or `psa-auto` if a density is given.
+        density: above 0 and up to 1; the preset is then scaled by `at_density`.
 
     Raises:
         PresetError: as `load_preset` and `Preset.at_density`.

@@ -1,4 +1,4 @@
-"""From a density to the thresholds, or the budget, that have it."""
+"""Finds the thresholds, or the budget, that give a density."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from psa_presets.errors import refusal
 from psa_presets.fields import LayerSettings, Rule
 
-# What a rule may not change, if all sparse layers are to have one density at all sparse steps.
+# Keys that no rule may change if all sparse layers are to have the same density at all sparse steps.
 DECISIVE = ("block", "levels", "rule", "thresholds", "density", "floor", "similarity", "rest")
 
 
@@ -19,10 +19,10 @@ def scaled_thresholds(thresholds: Iterable[float], factor: float, digits: int = 
 
 
 def allocation_at(settings: LayerSettings, rules: Mapping[str, Sequence[Rule]], density: float) -> dict[str, Any]:
-    """The keys of a preset to change, and their new values, so that it has a density: see `Preset.at_density`.
+    """The keys of a preset to change for a density, and their new values: see `Preset.at_density`.
 
     Args:
-        rules: the preset's, under `layers` and `steps`.
+        rules: the preset's rules, under `layers` and `steps`.
 
     Raises:
         PresetError: the density is out of reach, depends on the video, or is not the same in all sparse layers and at
@@ -47,17 +47,17 @@ def allocation_at(settings: LayerSettings, rules: Mapping[str, Sequence[Rule]], 
 
 
 def _factor(settings: LayerSettings, density: float) -> float:
-    """What thresholds and floor of the rule `count` are multiplied with: then they are cut at 1."""
+    """The factor for the thresholds and the floor of the rule `count`; products above 1 are cut to 1."""
     ends = [max(threshold, settings.floor) for threshold in settings.thresholds]
     rest = 1 / settings.block.key if settings.rest == "mean" else 0.0
-    # The density is `rest` and for each level its end times what a block costs more there than at the next level.
+    # The density is `rest`, plus for each level its end times how much more a block costs there than at the next level.
     weights = [cost - next_cost for cost, next_cost in pairwise([*(1 / level for level in settings.levels), rest])]
     highest = rest + sum(weight for weight, end in zip(weights, ends, strict=True) if end)
     if not rest < density <= highest + 1e-9:
         reason = f"out of reach for the thresholds {list(settings.thresholds)} of the levels {list(settings.levels)}"
         raise refusal("density", density, reason, f"a number above {rest:g} and up to {highest:g}")
     factor = 0.0
-    for below in range(len(ends), 0, -1):  # so many ends stay below 1, the later ones are cut
+    for below in range(len(ends), 0, -1):  # assume that so many ends stay below 1 and the later ones are cut
         slope = sum(weight * end for weight, end in zip(weights[:below], ends, strict=False))
         if not slope:
             break

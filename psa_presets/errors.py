@@ -1,4 +1,4 @@
-"""How a mistake in a preset is told: one line that names the place, the key, the value and what is allowed."""
+"""Errors of presets: one line that names the place, the key, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class PresetError(ValueError):
         return f"{self.place}: {self.problem}"
 
     def at(self, place: str) -> PresetError:
-        """The same problem, told of another place."""
+        """The same problem at another place."""
         return PresetError(self.problem, place)
 
 
 @contextmanager
 def told_at(place: str) -> Iterator[None]:
-    """Tell a PresetError from inside of this place."""
+    """Let every PresetError raised inside name this place."""
     try:
         yield
     except PresetError as error:
@@ -47,7 +47,7 @@ def refusal(key: str, value: Any, reason: str, allowed: str) -> PresetError:
 
 
 def first_mistake(error: ValidationError, model: type[BaseModel]) -> PresetError:
-    """What pydantic found wrong with a model. An unknown key goes first: it is often what causes the rest."""
+    """The first mistake that pydantic found. An unknown key goes first, because it often causes the others."""
     mistake = min(error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden")
     location, value = mistake["loc"], mistake["input"]
     key = one_line(dotted(location), limit=80)
@@ -70,7 +70,7 @@ def dotted(location: Iterable[str | int]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as one might write it in YAML, shortened to fit into a line."""
+    """A value as in YAML, shortened to fit into a line."""
     return one_line(_SHORT.repr(value), limit=120)
 
 

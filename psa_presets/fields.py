@@ -1,4 +1,4 @@
-"""The parts of a preset: which keys each has, what they may hold, and in words what is allowed (`description`)."""
+"""The parts of a preset: their keys, which values are allowed, and the words for that (`description`)."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def _share_or_steps(value: Any) -> int | float:
         return float(value)
     if not 0 <= value <= MAX_INTEGER:
         raise ValueError("out of range")
-    return int(value) or 0.0  # no steps are a share of 0, so that both are one preset
+    return int(value) or 0.0  # zero steps equal a share of 0, so both give the same preset
 
 
 def layer_ranges(match: str) -> list[tuple[int, int | None]]:
-    """First and last layer of each part of a `match`, the last None for an open end; ValueError if it is not one."""
+    """First and last layer of each part of a `match`; the last is None for an open range. ValueError if malformed."""
     ranges = []
     for part in match.split(","):
         found = re.fullmatch(r"\s*(?P<first>[0-9]{1,3})\s*(?P<dash>-\s*(?P<last>[0-9]{1,3})?\s*)?", part)
@@ -103,14 +103,14 @@ Integer = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Positive = Annotated[Integer, Field(ge=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-# What is a float is a share, what is an integer a number of steps: 1.0 is the whole run and 1 is one step.
+# A float is a share of the steps, an integer a number of them: 1.0 is the whole run and 1 is one step.
 ShareOrSteps = Annotated[int | float, BeforeValidator(_share_or_steps)]
 Cosine = Annotated[Number, Field(ge=-1, le=1)]
 AsTuple = BeforeValidator(_as_tuple)
 
 
 class Section(BaseModel):
-    """Base of every part: immutable, and an unknown key is an error; a part that is given ready-made is checked too."""
+    """Base of every part: immutable, unknown keys are errors, and a part given as an object is checked too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", revalidate_instances="always")
 
@@ -167,12 +167,12 @@ class LayerSettings(Section):
 
 
 class Rule(LayerSettings):
-    """Changes for some layers or steps. Only the keys that were given count: those in `model_fields_set`."""
+    """Changes for some layers or steps. Only keys that were given count: those in `model_fields_set`."""
 
     match: str
     dense: bool = Field(default=False, strict=True, description="true or false")
 
-    # Pydantic would call two rules equal of which one says a default and the other leaves the key out.
+    # For pydantic a rule that gives a key's default value equals a rule without that key. For us they differ.
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, type(self)):
             return NotImplemented

@@ -1,4 +1,4 @@
-"""Where presets are, and reading one that may be anything: broken, huge, hostile."""
+"""Finds the shipped presets, and reads a preset's file safely: it may be broken, huge or hostile."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping with text keys: plain data only, no tags, aliases or duplicate keys.
 
     Raises:
-        PresetError: it cannot be read or holds anything else; the line names the file and where possible the line.
+        PresetError: it cannot be read or holds anything else; the message names the file and, if possible, the line.
     """
     place = str(path)
     text = _read_text(path)
@@ -45,7 +45,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = "; ".join(part for part in (error.problem, error.note) if part)
         raise PresetError(f"not valid YAML{where}: {reason}; {EXPECTED}", place) from None
-    except Exception as error:  # for `!!int x` PyYAML lets through whatever int() or a table raises
+    except Exception as error:  # for `!!int x` PyYAML passes on whatever int() or a look-up raises
         raise PresetError(f"not valid YAML: {one_line(str(error), limit=200)}; {EXPECTED}", place) from None
     if data is None or data == {}:
         raise PresetError(f"the file holds no settings; {EXPECTED}", place)
@@ -77,7 +77,7 @@ def _read_text(path: Path) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """The safe loader without what lets a small file grow (aliases), hide (duplicate keys) or nest without end."""
+    """The safe loader, without aliases (a small file could grow huge), duplicate keys and endless nesting."""
 
     depth = 0
 
@@ -112,7 +112,7 @@ def _refuse_tag(loader: _PlainLoader, node: yaml.Node) -> None:
     raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
-# Beyond JSON's types nothing is built: no dates, sets, ordered mappings, binary data or objects.
+# Only JSON's types are built: no dates, sets, ordered mappings, binary data or objects.
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 _PlainLoader.yaml_constructors = {
     tag: build for tag, build in yaml.SafeLoader.yaml_constructors.items() if tag and tag.rpartition(":")[2] in _PLAIN

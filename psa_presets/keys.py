@@ -1,4 +1,4 @@
-"""The keys of a preset as one writes them in code, for type checkers and editors; `fields.py` checks the values."""
+"""The keys of a preset in code, for type checkers and editors; `fields.py` checks the values."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class LayerKeys(TypedDict, total=False):
     similarity: Sequence[float] | None
     rest: Literal["skip", "mean"]
     precision: Literal["native", "int8_qk"]
+    error_model: Literal["tuned", "fitted"]
     order: Literal["hilbert", "tiles", "raster"]
     tile: Sequence[int]
 

@@ -1,6 +1,6 @@
-"""From a preset's settings and its rules to what each layer does, and the checks that need several keys.
+"""Applies a preset's rules to its settings for each layer, and checks keys that depend on each other.
 
-Rules for steps come after those for layers, in each in turn; later rules win, each key for itself.
+Rules for layers apply first, in order, then rules for steps, in order. Later rules win, key by key.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psa_presets.errors import PresetError, dotted, refusal
 from psa_presets.fields import LayerRule, LayerSettings, Rule, StepRule, layer_ranges
 from psa_presets.steps import possible_sets
 
-MAX_CASES = 20_000  # more ways in which rules meet take minutes to check
+MAX_CASES = 20_000  # checking more combinations of rules takes minutes
 
 
 class TokenOrder(NamedTuple):
@@ -29,7 +29,7 @@ Key = tuple[str, ...]
 
 
 class Conflict(NamedTuple):
-    """Keys that do not fit together: the one to name first, then those that can be at fault as well."""
+    """Keys that do not fit together: first the one to name, then the others that may be at fault."""
 
     reason: str
     keys: tuple[Key, ...]
@@ -77,12 +77,12 @@ class Placed(NamedTuple):
 def check_together(
     settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int | None = None
 ) -> None:
-    """Check the settings, and what they become in each layer at each step of runs of any length.
+    """Check the settings, and what rules make of them in each layer at each step of runs of any length.
 
-    Without a number of layers, those are looked at that rules name.
+    Without a number of layers, only layers that rules name are checked.
 
     Raises:
-        PresetError: keys that are each valid do not fit together; it names the last of them that was set.
+        PresetError: valid keys do not fit together; it names the last of them that was set.
     """
     numbers = _borders(layers) if num_layers is None else range(num_layers)
     by_layer = dict.fromkeys([(), *(_applying(layers, layer) for layer in numbers)])
@@ -104,10 +104,10 @@ def check_together(
 def check_layers(
     settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
 ) -> None:
-    """Check that every layer that a rule names is there, and what the settings become in each.
+    """Check that every layer that a rule names exists, and what rules make of the settings in each layer.
 
     Raises:
-        PresetError: a layer is not there, or as `check_together`.
+        PresetError: a layer does not exist, or as `check_together`.
     """
     for index, rule in enumerate(layers):
         for first, last in layer_ranges(rule.match):
@@ -121,7 +121,7 @@ def check_layers(
 def attention_specs(
     settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
 ) -> tuple[AttentionSpec | None, ...]:
-    """What each layer computes, None where it stays dense; layers alike share one object.
+    """What each layer computes, None if it stays dense. Layers with the same rules share one object.
 
     Args:
         steps: the rules for steps that apply.
@@ -134,7 +134,7 @@ def attention_specs(
 def token_orders(
     settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
 ) -> tuple[TokenOrder, ...]:
-    """In which order each layer has its tokens, also where it stays dense.
+    """The token order of each layer, also of layers that stay dense.
 
     Args:
         steps: the rules for steps that apply.
@@ -170,7 +170,7 @@ def _spec(settings: LayerSettings, rules: Sequence[Rule]) -> AttentionSpec | Non
 
 
 def _merged(settings: LayerSettings, rules: Sequence[Rule]) -> LayerSettings:
-    """The settings with the rules' changes, key by key also inside `block` and `importance`; later ones win."""
+    """The settings with the rules' changes, key by key, also inside `block` and `importance`. Later rules win."""
     merged: dict[str, Any] = {key: getattr(settings, key) for key in LayerSettings.model_fields}
     for rule in rules:
         for key in rule.model_fields_set & merged.keys():
@@ -187,7 +187,7 @@ def _applying(rules: Sequence[LayerRule], layer: int) -> tuple[int, ...]:
 
 
 def _borders(rules: Sequence[LayerRule]) -> list[int]:
-    """The layers where another set of rules begins to apply, up to the highest that a rule names."""
+    """The layers at which the set of rules that apply changes, up to the highest layer that a rule names."""
     ranges = [part for rule in rules for part in layer_ranges(rule.match)]
     highest = max((first if last is None else last for first, last in ranges), default=0)
     borders = {first for first, _ in ranges} | {last + 1 for _, last in ranges if last is not None}
@@ -195,7 +195,7 @@ def _borders(rules: Sequence[LayerRule]) -> list[int]:
 
 
 def _told(found: Conflict, settings: LayerSettings, applying: Sequence[Placed]) -> PresetError:
-    """The error that names the last rule that set one of the keys, and which; without one, the preset's first key."""
+    """The error for a conflict: it names the last rule that set one of the keys, or else the preset's first key."""
     culprits = ((place, rule, key) for place, rule in reversed(applying) for key in found.keys if _was_set(rule, key))
     value: Any
     place, value, key = next(culprits, ((), settings, found.keys[0]))

@@ -34,7 +34,7 @@ from psa_presets.layers import (
 )
 from psa_presets.steps import possible_sets, rules_at
 
-# Videos are called <preset name>.mp4 and stand beside files of these names.
+# Videos are called <preset name>.mp4 and lie beside files of these names.
 RESERVED_NAMES = ("dense", "side-by-side")
 CHANGED = " (changed in code)"
 SHARE_OR_STEPS = "a share of the steps from 0 to 1 (0.25, 1.0), or a whole number of steps (1, 4)"
@@ -51,11 +51,11 @@ def _usable_name(name: str) -> str:
 class Preset(LayerSettings):
     """All settings of a run, checked when made. It is immutable; `replace` returns a changed copy.
 
-    A nested mapping (`block`, `importance`) that leaves out a key gets that key's default; in a rule of `layers` or
-    `steps` it keeps what the preset says.
+    If a nested mapping (`block`, `importance`) leaves out a key, the key has its default; in a rule of `layers` or
+    `steps` it keeps the preset's value.
 
-    Of `dense_steps` and `dense_last` a float is a share of the steps and an integer a number of them: 1.0 keeps the
-    whole run dense, 1 one step.
+    In `dense_steps` and `dense_last` a float is a share of the steps and an integer a number of steps: 1.0 keeps the
+    whole run dense, 1 keeps one step dense.
 
     Raises:
         PresetError: one line that names the key, its value and what is allowed.
@@ -86,7 +86,7 @@ class Preset(LayerSettings):
     _file: str = PrivateAttr("")  # where it was read, for messages; empty if it was made in code
 
     def __init__(self, /, **settings: Unpack[PresetKeys]) -> None:
-        given: Any = settings  # pydantic checks it, and makes of it what its fields hold
+        given: Any = settings  # pydantic checks and converts it
         try:
             super().__init__(**given)
         except ValidationError as error:
@@ -100,19 +100,19 @@ class Preset(LayerSettings):
         return hash(self._values())
 
     def _values(self) -> tuple[Any, ...]:
-        # One step equals the share 1.0 for Python.
+        # With types, because in Python one step (1) equals the share 1.0.
         return (*self.__dict__.values(), type(self.dense_steps), type(self.dense_last))
 
     @classmethod
     def from_file(cls, settings: Mapping[str, Any], file: str) -> Self:
-        """Make a preset of what was read in a file, which error messages then name."""
+        """Make a preset from a file's settings; error messages then name the file."""
         with told_at(file):
             preset = cls(**settings)
         preset._file = file
         return preset
 
     def replace(self, /, **changes: Unpack[PresetKeys]) -> Self:
-        """This preset with other values for some keys, checked; each value is written as in YAML or is a checked one.
+        """Return a checked copy with other values for some keys. Values are as in YAML, or parts of a preset.
 
         Raises:
             PresetError: a key is unknown, a value is refused, or keys do not fit together.
@@ -125,7 +125,7 @@ class Preset(LayerSettings):
             return type(self)(**settings)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy as pydantic makes it; but what is changed is checked, as by `replace`."""
+        """Return a copy as pydantic does, but check changes as `replace` does."""
         if update:
             return self.replace(**{str(key): value for key, value in update.items()})
         return super().model_copy(deep=deep)
@@ -142,14 +142,14 @@ class Preset(LayerSettings):
 
         Raises:
             PresetError: the density is out of reach; or it depends on the video (the rule `mass`, a `similarity`); or a
-                rule of `layers` or `steps` gives some layers or steps another one.
+                rule of `layers` or `steps` gives some layers or steps another density.
         """
         with told_at(self._place()):
             changes = allocation_at(self, {"layers": self.layers, "steps": self.steps}, density)
         return self.replace(**changes)
 
     def dense_step_count(self, num_steps: int) -> int:
-        """How many of a run's first steps `dense_steps` keeps dense: a share of them is rounded up.
+        """How many of a run's first steps `dense_steps` keeps dense; a share is rounded up.
 
         Raises:
             ValueError: `num_steps` is negative.
@@ -160,7 +160,7 @@ class Preset(LayerSettings):
         return _count(self.dense_steps, steps)
 
     def dense_last_count(self, num_steps: int) -> int:
-        """How many of a run's last steps `dense_last` keeps dense, beyond those that `dense_steps` does.
+        """How many of a run's last steps `dense_last` keeps dense, not counting those that `dense_steps` keeps dense.
 
         Raises:
             ValueError: as `dense_step_count`.
@@ -203,7 +203,7 @@ class Preset(LayerSettings):
         return rules_at([rule.match for rule in self.steps], step, num_steps)
 
     def layer_specs(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[AttentionSpec | None, ...]:
-        """What each of a model's layers computes at a sparse step; None is a layer that stays dense.
+        """What each of a model's layers computes at a sparse step; None means that the layer stays dense.
 
         Args:
             step_rules: the rules for steps that apply, as `step_rules_at` gives them.
@@ -216,10 +216,10 @@ class Preset(LayerSettings):
         return attention_specs(self, self.layers, [self.steps[index] for index in step_rules], num_layers)
 
     def layer_orders(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[TokenOrder, ...]:
-        """In which order each of a model's layers has its tokens.
+        """The token order of each of a model's layers.
 
         Args:
-            step_rules: as of `layer_specs`.
+            step_rules: as for `layer_specs`.
 
         Raises:
             PresetError, ValueError: as `layer_specs`.

@@ -1,4 +1,4 @@
-"""Which steps of a run a rule for steps names: by number, or as shares of runs that differ in length."""
+"""Finds the steps that a rule for steps names: by number, or as shares of a run, because runs differ in length."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PART = re.compile(
 
 
 class StepRange(NamedTuple):
-    """A stretch of a run, from `start` up to `end` without it; to the run's end where that is None.
+    """A stretch of a run, from `start` up to but without `end`; to the run's end if that is None.
 
     Attributes:
-        shares: whether both are shares of the run, of which a step has the place where it begins; else they are steps,
+        shares: whether both are shares of the run; then a step counts as being where it begins. Else they are steps,
             counted from 0.
     """
 
@@ -31,14 +31,14 @@ class StepRange(NamedTuple):
     shares: bool
 
     def covers(self, step: int, place: Fraction) -> bool:
-        """Whether the stretch holds a step, whose place in the run is its number by that of all steps."""
+        """Whether the stretch contains a step. `place` is the step's number divided by the number of all steps."""
         at = place if self.shares else step
         return self.start <= at and (self.end is None or at < self.end)
 
 
 @functools.lru_cache(maxsize=256)
 def step_ranges(match: str) -> tuple[StepRange, ...]:
-    """The parts of the `match` of a rule for steps; ValueError if it is not one."""
+    """The parts of the `match` of a rule for steps; ValueError if it is malformed."""
     parts = match.split(",")
     if len(parts) > MAX_PARTS:
         raise ValueError(f"more than {MAX_PARTS} parts")
@@ -71,12 +71,12 @@ def _step_range(part: str) -> StepRange:
 
 
 def rules_at(rules: Sequence[str], step: int, num_steps: int) -> tuple[int, ...]:
-    """Which rules, by number, hold a step of a run; each is given as its `match`."""
+    """The numbers of the rules that contain a step of a run; each rule is given as its `match`."""
     return _covering(rules, step, Fraction(step, num_steps))
 
 
 def possible_sets(rules: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """All that `rules_at` can give, over the steps of runs of any length."""
+    """All results that `rules_at` can have, over the steps of runs of any length."""
     ranges = [part for match in rules for part in step_ranges(match)]
     steps, places = _borders(ranges, shares=False), _borders(ranges, shares=True)
     found: dict[tuple[int, ...], None] = {}
@@ -94,12 +94,12 @@ def _covering(rules: Sequence[str], step: int, place: Fraction) -> tuple[int, ..
 
 
 def _borders(ranges: Iterable[StepRange], shares: bool) -> list[Fraction]:
-    """Where ranges of one kind begin or end, in order, from 0 on; the end of the run is left out."""
+    """The sorted places where ranges of one kind begin or end, with 0 and without the end of the run."""
     borders = {border for part in ranges if part.shares == shares for border in part[:2] if border is not None}
     return sorted({Fraction(0), *(border for border in borders if not shares or border < 1)})
 
 
 def _can_be_in(step: int, place: Fraction, end: Fraction) -> bool:
-    """Whether a step, counted from 0, has a place from `place` up to `end` in a run of some length."""
+    """Whether there is a run in which a step, counted from 0, has a place from `place` up to `end`."""
     shortest = max(step + 1, step // end + 1)  # the run in which it comes latest, but before the end
     return Fraction(step, shortest) >= place

@@ -33,7 +33,7 @@ HANDLE = "_psa_transformers"  # where a patched decoder keeps its handle
 
 
 class PSAHandle:
-    """A patched model: statistics, and the way back. Use it in a `with` statement, or call `restore`."""
+    """A patched model: its statistics, and the way to undo the patch, by a `with` statement or `restore`."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], Any]] = []
@@ -42,7 +42,7 @@ class PSAHandle:
         self._towers: list[TowerAttention] = []
 
     def stats(self) -> PrefillStats:
-        """What was attended since the patch; waits for the device. After `restore`, what it was until then."""
+        """What was attended since the patch, up to `restore`; waits for the device."""
         assert self._decoder is not None
         decoder, towers = self._decoder, [tower.counter for tower in self._towers]
         return summed_up(decoder.prefills, decoder.calls, decoder.counter, towers, self._fallbacks.counts)
@@ -72,37 +72,37 @@ def apply_psa(
 ) -> PSAHandle:
     """Let a model of transformers read long prompts with Pyramid Sparse Attention.
 
-    Prefills become sparse: of whole prompts, chunks (`prefill_chunk_size`) or later turns on a cache, dynamic or
-    static, of batches with padding before or after their prompts. The tokens from the first to the last of all images
-    and videos attend each other sparsely, those of text between them included; text before and after that span is
-    attended exactly, and text queries after it attend everything exactly. Without images and videos all tokens are
-    taken for the span, but for the last ones. Decoding, one token at a time, is dense, and so is what is compiled.
+    Prefills become sparse: whole prompts, chunks (`prefill_chunk_size`) and later turns on a dynamic or static cache,
+    also in batches with padding before or after their prompts. The sparse span reaches from the first to the last token
+    of all images and videos, with the text between them; its tokens attend each other sparsely. Text before and after
+    the span is attended exactly, and text queries after it attend everything exactly. Without images and videos the
+    span is all tokens except the last ones. Decoding, one token at a time, is dense, and so is a compiled model.
 
-    Attention goes through `AttentionInterface` and `AttentionMaskInterface`, where functions of a name of their own
-    are registered until `restore`; no forward is replaced. What is not served runs as before with a warning that says
-    why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout and
-    gradients, quantised and paged caches, `output_attentions`. One patch a model: another one takes its place.
+    Attention goes through `AttentionInterface` and `AttentionMaskInterface`: functions under names of their own are
+    registered there until `restore`, and no forward is replaced. What PSA cannot serve runs as before, with a warning
+    that says why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout
+    and gradients, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it.
 
-    Of a preset counts what concerns attention: rule, levels, thresholds or density, block sizes, importance,
-    similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens; the first key
-    block and the two before the diagonal are exact as well. Dense steps, rules for steps, `refresh`, `share_guidance`,
-    `dense_attention`, `order` and the preset's `min_tokens` concern denoising, and have no effect.
+    Only the keys of a preset that describe attention count: rule, levels, thresholds or density, block sizes,
+    importance, similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens. The
+    first key block and the two before the diagonal are exact too. Dense steps, rules for steps, `refresh`,
+    `share_guidance`, `dense_attention`, `order` and the preset's `min_tokens` concern denoising, and have no effect.
 
     Args:
-        model: with a decoder of text; a vision-language model or a language model.
+        model: a vision-language model or a language model, with a decoder of text.
         preset: a name, a path or a Preset.
-        density: the preset is taken at this density, above 0 and up to 1.
-        min_tokens: forwards after which fewer tokens are in the cache run as before, without a warning.
+        density: scale the preset to this density, above 0 and up to 1.
+        min_tokens: a forward that leaves fewer tokens in the cache runs as before, without a warning.
         dense_last: at least so many of the last tokens of a forward are treated as text.
         strict: raise `PSAFallbackError` instead of a warning.
-        vision: also let vision towers attend sparsely where one call of their attention, which is a frame or a window
-            in most towers, has `min_tokens` tokens or more.
+        vision: also let vision towers attend sparsely, if one call of their attention (a frame or a window in most
+            towers) has `min_tokens` tokens or more.
 
     Returns:
         The handle, also for a `with` statement, which restores the model at its end.
 
     Raises:
-        PresetError: the preset cannot be found, or not be used for causal attention.
+        PresetError: the preset cannot be found, or cannot be used for causal attention.
         TypeError, ValueError: the model has no such decoder, or an argument is out of range.
         ImportError: transformers is too old.
     """

@@ -20,7 +20,7 @@ MAX_FRAMES = 100_000  # of a file; more are not looked at
 
 
 class QuestionError(ValueError):
-    """A question cannot be put; the message is one line that names the thing and why."""
+    """A question cannot be asked; the message is one line that names the thing and why."""
 
 
 @dataclass(frozen=True)

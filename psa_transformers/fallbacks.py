@@ -1,4 +1,4 @@
-"""Calls that the model's own attention computes although they are long enough: why, told once a reason."""
+"""Why the model's own attention computes calls that are long enough for PSA; each reason gives one warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class PSAFallbackWarning(UserWarning):
 
 
 class PSAFallbackError(RuntimeError):
-    """The same with `strict=True`."""
+    """Raised instead of a `PSAFallbackWarning` with `strict=True`."""
 
 
 class Unserved(Exception):
@@ -18,7 +18,7 @@ class Unserved(Exception):
 
 
 class Fallbacks:
-    """Counts reasons, and tells each once.
+    """Counts reasons, and warns once of each.
 
     Attributes:
         strict: raise instead.

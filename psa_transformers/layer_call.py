@@ -1,4 +1,4 @@
-"""One call of an attention function by transformers, and what it has in its way."""
+"""One call of an attention function by transformers, and why PSA may not be able to serve it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLOAT32 = "float32 on a GPU, which the preset keeps dense (float32_on_gpu)"
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """What an attention function is given, but for the mask.
+    """The arguments of an attention function, except the mask.
 
     Attributes:
         query, key, value: `[B, Hq, Nq, D]` and twice `[B, Hkv, Nk, D]`.

@@ -13,7 +13,7 @@ KNOWN_BY_NAME = ("flash", "flex", "paged")
 
 
 def check_library() -> None:
-    """Whether makers of masks are told where queries begin, which an attention function cannot know by itself.
+    """Check that transformers tells functions that make masks where queries begin: attention functions cannot know it.
 
     Raises:
         ImportError: transformers is too old.

@@ -20,10 +20,10 @@ from psa_transformers.stock import Stock
 
 
 class DecoderAttention:
-    """What transformers calls in place of a decoder's attention function and of the maker of its masks.
+    """Replaces a decoder's attention function, and the function that makes its masks.
 
-    A forward that may be sparse gets a marker for a mask (`Prefill`); all others get the mask that they had, so that
-    they are computed as before.
+    A forward that may be sparse gets a marker (`Prefill`) as its mask. All others get the mask that they had before,
+    so that they are computed as before.
 
     Attributes:
         prefills, calls, counter: for `PrefillStats`.
@@ -48,7 +48,7 @@ class DecoderAttention:
     def forget(self) -> None:
         """Between forwards: what was known of the last one is gone."""
         self._prefill: Prefill | None = None
-        # Why the masks of this forward are those of before; empty if it is short, None if no mask was asked for.
+        # Why this forward gets its masks of before; empty if it is too short, None if no mask was asked for.
         self._verdict: str | None = None
 
     def mask(self, **arguments: Any) -> torch.Tensor | None:
@@ -80,7 +80,7 @@ class DecoderAttention:
 
         Args:
             query, key, value: `[B, Hq, Nq, D]` and twice `[B, Hkv, Nk, D]`.
-            attention_mask: what `mask` gave, or what the caller made.
+            attention_mask: the result of `mask`, or a mask that the caller made.
 
         Returns:
             `[B, Nq, Hq, D]`, and the weights if the attention of before gave some.

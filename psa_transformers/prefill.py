@@ -1,4 +1,4 @@
-"""One forward over many tokens: which keys are whose past, which are padding, which are text."""
+"""One forward over many tokens: which keys lie in the past of which queries, which are padding, which are text."""
 
 from __future__ import annotations
 

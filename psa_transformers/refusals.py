@@ -1,4 +1,4 @@
-"""What is not served, and in which words that is told."""
+"""What PSA does not serve, and the words that say so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a preset says to a language model, whose tokens are causal and which has no denoising steps."""
+"""What a preset means for a language model, which is causal and has no denoising steps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def causal_specs(preset: Preset, layers: int) -> tuple[AttentionSpec | None, ...
     """What each layer of a decoder computes; None is a layer that the preset's rules for layers keep dense.
 
     Rules, levels, thresholds, density, block sizes, estimators, `rest`, `similarity` and rules for layers mean what
-    they mean elsewhere. What concerns denoising alone has no effect: dense steps, rules for steps, `refresh`,
-    `share_guidance`, `dense_attention`; nor has `order`, as causal blocks are cut in the order of the tokens, nor
-    `min_tokens`, which `apply_psa` has of its own.
+    they mean elsewhere. Keys that concern only denoising have no effect: dense steps, rules for steps, `refresh`,
+    `share_guidance`, `dense_attention`. Neither has `order`, because causal blocks are cut in the order of the tokens,
+    nor `min_tokens`, because `apply_psa` has its own.
 
     Raises:
         PresetError: the preset keeps every step dense; or causal attention has no such precision, block sizes or

@@ -1,4 +1,4 @@
-"""Where the vision tokens of a prompt stand: an attention function sees neither token types nor the cache."""
+"""Finds the vision tokens of a prompt, because an attention function sees neither token types nor the cache."""
 
 from __future__ import annotations
 

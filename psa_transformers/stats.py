@@ -1,4 +1,4 @@
-"""What prefills attended."""
+"""Statistics of what prefills attended."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PrefillStats:
 
     Attributes:
         prefills: forwards with a sparse layer; each chunk of a chunked prefill is one.
-        calls: calls of the decoder's attention by such forwards and by those that a reason kept dense. Forwards of one
-            token, below `min_tokens` or all of whose queries are text are none.
+        calls: calls of the decoder's attention by such forwards, and by forwards that a reason kept dense. Not counted
+            are forwards of one token, below `min_tokens`, or with text queries only.
         sparse_calls: how many of them were sparse.
         density: mean over the sparse layers and their calls: share of the FLOPs of dense causal attention in the span
             of the video, its diagonal included; text before and after is attended exactly, on top of it. None without

@@ -16,7 +16,7 @@ from psa_transformers.stock import Stock
 
 
 class TowerAttention:
-    """What transformers calls in place of a vision tower's attention function, once for each chunk of its tokens.
+    """Replaces a vision tower's attention function; transformers calls it once for each chunk of the tower's tokens.
 
     A tower's tokens stand in the order in which the tower has them; where that is one frame after the other, row by
     row, blocks of keys are strips of a frame. Its masks are those of before: a call with one is computed as before.

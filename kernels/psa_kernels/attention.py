@@ -17,7 +17,7 @@ from psa_kernels.spec import AttentionSpec
 
 
 class Options(TypedDict, total=False):
-    """What `psa_attention` takes by name, whatever it is asked to return."""
+    """The keyword arguments that every overload of `psa_attention` takes."""
 
     text_before: int
     text_after: int
@@ -111,13 +111,14 @@ def psa_attention(
     lists: BlockLists | None = None,
     return_lists: bool = False,
 ) -> Any:
-    """Attention in which every block of queries reads few keys in full, more of them pooled, and skips the rest.
+    """Attention in which each query block reads a few key blocks in full and more of them pooled, and skips the rest.
 
     Defined in "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", arXiv 2512.04025. Half
     precision is computed in float32 and returned in the dtype of `q`. Forward only: no gradient flows.
 
-    The kernels' pyramids take at most 1 1/4 times the memory of the output, or half a GiB if that is more (but at least
-    those of one head): where those of all heads would take more, the stages run for one group of heads after the other.
+    Pyramids take at most 1 1/4 times the memory of the output, or half a GiB if that is more (but at least the memory
+    of one head's). Where the pyramids of all heads would take more, the stages run for one group of heads after the
+    other.
 
     Args:
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, floating point, one dtype and device; the last stride is
@@ -130,27 +131,27 @@ def psa_attention(
             position i. The output stays in the order of `q`.
         scale: factor on the dot products; 1 / sqrt(D) if None.
         causal: let query t, which stands at position Nk - Nq + t, read no later keys; Nk is no less than Nq. A query
-            block reads its diagonal, the keys that stand where it does, exactly, each query up to itself; and of its
-            candidates, the key blocks before them, those that are listed. So keys and values of a token change no
-            output before it. Lists are chosen for a query block as a whole, from the keys and values of its candidates
-            and from all its queries: the query of a token may change which blocks the earlier queries of its own query
-            block read, and nothing before that. `text_before` and `text_after` then count keys: text queries are those
-            at their positions, and exact. `permutation` has to be None, `block_query` a multiple of `block_key`, the
-            precision native.
+            block reads two things. Its diagonal, the keys at its own positions, is read exactly, each query up to
+            itself. Its candidates are the key blocks before the diagonal; of these it reads those that are listed. So
+            the keys and values of a token change no output before it. Lists are chosen for a query block as a whole,
+            from the keys and values of its candidates and from all its queries. So the query of a token may change
+            which blocks the earlier queries of its own query block read, but nothing before that block. `text_before`
+            and `text_after` then count keys; the queries at the positions of text are text queries, and exact.
+            `permutation` has to be None, `block_query` a multiple of `block_key`, the precision native.
         implementation: `reference` (PyTorch), `triton` (kernels for GPUs of compute capability 8.0 or newer), `hopper`
-            (the same with an attention kernel made for capability 9.0), or `auto`: the fastest that the device has and
-            that serves the call.
+            (the same, with an attention kernel made for capability 9.0), or `auto`, which takes the fastest one that
+            the device has and that can serve the call.
         strict: with `auto`, raise instead of warning where a GPU cannot use its fastest implementation, or the
             precision of the spec.
         return_stats: also return what was attended.
         lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
-            denoising step; computed from `q` and `k` if None.
-        return_lists: also return the lists that were used: `lists`, or what `select_blocks` returns for this call. That
-            spares a caller who keeps them a second pass over the keys.
+            denoising step; computed from `q`, `k` and, if the rule needs them, `v` if None.
+        return_lists: also return the lists that were used: `lists`, or what `select_blocks` returns for this call. A
+            caller who wants to keep lists saves a second pass over the keys.
 
     Returns:
-        The attention output `[B, Nq, Hq, D]`, contiguous; or a tuple of it, with `return_stats` an `AttentionStats`,
-        and with `return_lists` the `BlockLists`; both have an entry for every head of the queries.
+        The attention output `[B, Nq, Hq, D]`, contiguous. With `return_stats` or `return_lists` a tuple of it, the
+        `AttentionStats` and the `BlockLists`, as far as they were asked for; both have an entry for every query head.
 
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
@@ -200,7 +201,7 @@ def psa_attention(
 def _attend(
     call: Call, backend: Backend, lists: BlockLists | None, out: torch.Tensor, alone: bool = False
 ) -> BlockLists:
-    """All stages for a group of heads: fill the rows of video queries of `out`, and return the lists that were used."""
+    """Run all stages for a group of heads: fill the video queries' rows of `out`, and return the lists used."""
     keys = backend.pool_keys(call, lists is None, alone) if backend.has_pyramid else None
     if lists is None:
         lists = backend.select(call, keys)
@@ -222,11 +223,11 @@ def select_blocks(
     implementation: str = "auto",
     strict: bool = False,
 ) -> BlockLists:
-    """The first half of `psa_attention`: which key blocks every query block reads, and at which level.
+    """The first half of `psa_attention`: choose which key blocks every query block reads, and at which level.
 
     Arguments and errors are those of `psa_attention`; only the rule `budget` needs `v`. The lists take 4 bytes a query
     block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block. Under the rule `mass`
-    skipped blocks take as much; under `budget` a row has room for as many blocks as it could pay for.
+    skipped blocks take room too; under `budget` a row has room for as many blocks as it could pay for.
     """
     if v is None:
         if spec.rule == "budget":
@@ -240,7 +241,7 @@ def select_blocks(
 
 
 def _all_dense(call: Call, backend: Backend) -> torch.Tensor:
-    """Without video queries or video keys there is nothing to leave out."""
+    """The output of a call without video queries or without video keys: there is nothing to leave out."""
     if call.causal is not None:
         out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
         backend.attend_causal_text(call, [slice(0, call.q.shape[1])], out)

@@ -1,4 +1,4 @@
-"""How a sequence falls into blocks, and blocks into groups of neighbouring tokens; the last of each may be ragged."""
+"""Cuts a sequence into blocks, and blocks into groups of neighbouring tokens; the last of each may be short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call of the operator: what attends what, checked and laid out once, before anything is computed."""
+"""One call of the operator, checked and laid out once, before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from psa_kernels.spec import AttentionSpec
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a backend is asked to compute; `make_call` makes it, so that it is known to be sound.
+    """What a backend is asked to compute. `make_call` makes it, so backends need not check it.
 
     Attributes:
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, in the order of the model; Hq is a multiple of Hkv.
-        layout: where text and video stand among the tokens; of a causal call, among the keys.
+        layout: where text and video stand among the tokens; in a causal call, among the keys.
         spec: what to compute.
         scale: factor on the dot products.
-        causal: None, or which tokens are whose past.
-        answers: what backends found out of the shapes and settings, kept for all calls that agree in them.
+        causal: None, or which keys lie in the past of which query blocks.
+        answers: what backends worked out from shapes and settings, shared by all calls that have the same ones.
     """
 
     q: torch.Tensor
@@ -54,7 +54,7 @@ class Call:
         return 4 * self.q.shape.numel() * self.k.shape[1]
 
     def of_heads(self, heads: slice) -> Call:
-        """The same call for some neighbouring heads of the queries, all those that share a head of the keys."""
+        """The same call for some neighbouring query heads; heads that share keys must not be split."""
         of_keys = key_heads(heads, group_size(self.q, self.k))
         q, k, v = self.q[:, :, heads], self.k[:, :, of_keys], self.v[:, :, of_keys]
         return Call(q, k, v, self.layout, self.spec, self.scale, self.causal)
@@ -67,7 +67,7 @@ class Call:
         )
 
     def check_lists(self, lists: BlockLists) -> BlockLists:
-        """These lists as the kernels read them, contiguous.
+        """Check lists, and return them contiguous, as the kernels read them.
 
         Raises:
             ValueError: they were made for other shapes or another spec.
@@ -110,7 +110,7 @@ def make_call(
     scale: float | None = None,
     causal: bool = False,
 ) -> Call:
-    """Check the arguments of `psa_attention`, which has their meaning and the errors."""
+    """Check the arguments of `psa_attention`, whose docstring explains them and the errors."""
     key = None if causal else known_calls.key_of(q, k, v, spec, text_before, text_after, permutation, scale)
     known = None if key is None else known_calls.find(key, permutation)
     if known is not None:
@@ -126,7 +126,7 @@ def _checked_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, text_before: int, text_after: int,
     permutation: torch.Tensor | None, scale: float | None, causal: bool,
 ) -> Call:  # fmt: skip
-    """What `make_call` returns for a call of which nothing is known."""
+    """`make_call` for a call that is unlike all that were checked before."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or not x.is_floating_point() or not x.numel():
             raise ValueError(

@@ -19,7 +19,7 @@ def row_budget(spec: AttentionSpec, key_blocks: int) -> int:
     if spec.density is None:
         raise ValueError(f"rule={spec.rule!r}: only the rule 'budget' has a budget")
     unit = unit_costs(spec)[0] * spec.levels[0]
-    # The product may fall short of the whole number that it is in exact arithmetic.
+    # In exact arithmetic the product may be a whole number, of which float64 falls short.
     return math.floor(spec.density * unit * key_blocks + 1e-6)
 
 

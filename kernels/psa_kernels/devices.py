@@ -1,4 +1,4 @@
-"""What is asked of a device at every call, and never changes: it is asked once."""
+"""Facts about a device that every call needs; they never change, so each is looked up once."""
 
 from __future__ import annotations
 

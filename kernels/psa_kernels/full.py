@@ -1,4 +1,4 @@
-"""Dense attention by the kernels: every key block in full, so that nothing has to be chosen."""
+"""Dense attention by the kernels: every key block is read in full, so nothing has to be chosen."""
 
 from __future__ import annotations
 

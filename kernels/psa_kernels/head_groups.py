@@ -1,4 +1,4 @@
-"""Heads that are computed at a time, so that no more of their pyramids than these exist at once."""
+"""Groups of heads that are computed at a time, so that only the pyramids of one group exist at once."""
 
 from __future__ import annotations
 

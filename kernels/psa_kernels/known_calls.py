@@ -18,13 +18,13 @@ _known: OrderedDict[tuple, KnownCall] = OrderedDict()
 
 
 class KnownCall(NamedTuple):
-    """What is known of all calls like one that was sound.
+    """What is known of all calls that are like one that passed the checks.
 
     Attributes:
-        layout: of the call, without its permutation, which is not to be kept alive.
+        layout: of the call, without its permutation, which must not be kept alive.
         scale: factor on the dot products.
-        answers: what backends found out of the shapes and settings, by names of their own.
-        permutation: None, or the permutation of the call, where it was, and how often it had been written to.
+        answers: what backends worked out from shapes and settings, by keys of their own.
+        permutation: None, or a weak reference to the permutation, its address, and how often it had been written to.
         short: the permutation in 32 bits, for kernels.
     """
 
@@ -39,10 +39,10 @@ def key_of(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, text_before: int, text_after: int,
     permutation: torch.Tensor | None, scale: float | None,
 ) -> tuple | None:  # fmt: skip
-    """All that the checks of a call read, but the entries of its permutation; None where a call has to be checked anew.
+    """All that the checks of a call read, except the entries of its permutation; None for a call to be checked anew.
 
-    That is where a gradient may be asked for, on a CPU, whose kernels and permutations are judged at each call, and
-    where a tensor is not a plain one, a permutation does not count its writes, or a number of tokens is none.
+    A call is checked anew if a gradient may be asked for, on a CPU (where kernels and permutations are judged at each
+    call), if a tensor is of a subclass, if its permutation does not count writes, or if a number of tokens is no int.
     """
     if not (type(q) is type(k) is type(v) is torch.Tensor) or q.is_cpu:
         return None
@@ -64,7 +64,7 @@ def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, flo
     if permutation is None or known.permutation is None:
         return known.layout, known.scale, known.answers
     alive, address, version = known.permutation
-    # Another tensor may have got the name of one that is gone.
+    # Another tensor may have got the id of one that is gone.
     if (address, version) != (permutation.data_ptr(), permutation._version) or alive() is not permutation:
         return None
     plain = known.layout
@@ -74,7 +74,7 @@ def find(key: tuple, permutation: torch.Tensor | None) -> tuple[TokenLayout, flo
 
 
 def keep(key: tuple, layout: TokenLayout, scale: float, answers: dict[Any, Any]) -> None:
-    """Note a sound call, and forget the oldest ones past the last few."""
+    """Remember a call that passed the checks, and forget the oldest ones beyond `KEPT_CALLS`."""
     permutation = layout.permutation
     of_permutation = None
     if permutation is not None:

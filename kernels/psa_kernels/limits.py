@@ -1,4 +1,4 @@
-"""What the kernels can hold, where it can be asked without the compilers that they need."""
+"""Limits of the kernels, in a file that needs no compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the allocation hands to the attention: which key blocks a query block reads, and at which level."""
+"""The lists that the allocation hands to the attention: which key blocks a query block reads, and at which level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from psa_kernels.blocks import ranks_below
 from psa_kernels.costs import most_attended
 from psa_kernels.spec import AttentionSpec
 
-# Counts of one call that its statistics may hold, uncounted: a run keeps the statistics of thousands of calls.
+# Statistics hold counts up to this size as they are, and sum up larger ones: a run keeps those of thousands of calls.
 FEW_BYTES = 1 << 15
 
 
@@ -22,7 +22,7 @@ class BlockLists:
     Attributes:
         ids: int16, or int32 beyond 32,767 key blocks, `[B, H, query blocks, list_width]`: in each row first the blocks
             of the finest level, then those of the next, ..., last the blocks past the last threshold, as far as there
-            is room; ascending inside each group.
+            is room; ids ascend inside each group.
         counts: int32 `[B, H, query blocks, levels]`: how many blocks each level has.
         key_blocks: how many key blocks there are, listed or not.
     """
@@ -36,7 +36,7 @@ class BlockLists:
         return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous(), self.key_blocks)
 
     def to_count(self) -> torch.Tensor:
-        """What `AttentionStats.listed` holds of these lists."""
+        """The counts of these lists as `AttentionStats.listed` holds them."""
         return self.counts if self.counts.nbytes <= FEW_BYTES else self.counts.sum(2)
 
     @classmethod
@@ -46,7 +46,7 @@ class BlockLists:
         Args:
             level: integer `[B, H, query blocks, key blocks]`: index into the levels, or `num_levels` past the last.
             num_levels: number of levels.
-            width: how many blocks a row lists, no fewer than have a level; all if None.
+            width: how many blocks a row lists, at least as many as have a level; all if None.
         """
         key_blocks = level.shape[-1]
         ids = level.sort(dim=-1, stable=True).indices[..., :width]
@@ -57,7 +57,7 @@ class BlockLists:
 
     @classmethod
     def of_all_heads(cls, groups: list[BlockLists]) -> BlockLists:
-        """The lists of one call, made of those of its groups of heads."""
+        """Join the lists of a call's groups of heads."""
         if len(groups) == 1:
             return groups[0]
         ids, counts = torch.cat([group.ids for group in groups], 1), torch.cat([group.counts for group in groups], 1)
@@ -72,7 +72,7 @@ class BlockLists:
 
 
 def id_dtype(key_blocks: int) -> torch.dtype:
-    """The shorter integer that can name every key block."""
+    """The shortest integer type that can name every key block."""
     return torch.int16 if key_blocks <= torch.iinfo(torch.int16).max else torch.int32
 
 
@@ -80,9 +80,9 @@ def id_dtype(key_blocks: int) -> torch.dtype:
 def list_width(spec: AttentionSpec, key_blocks: int) -> int:
     """How many key blocks a row of the lists has room for.
 
-    The count rule attends the same number of blocks in every row, so that skipped ones need no room. Under the rule
-    `budget` a row attends no more than it can pay. How many the mass rule attends depends on the data, and `rest: mean`
-    attends all.
+    Under the rule `count` every row attends the same number of blocks, so skipped blocks need no room. Under `budget` a
+    row attends no more than it can pay for. Under `mass` the number depends on the data, and `rest: mean` attends all
+    blocks: both need room for all.
     """
     if spec.rule == "budget":
         return most_attended(spec, key_blocks)
@@ -95,17 +95,18 @@ def list_width(spec: AttentionSpec, key_blocks: int) -> int:
 class AttentionStats:
     """What one call attended, per batch item and head, over the video tokens; tensors stay on the device.
 
-    A call counts pairs of blocks at most, a small one not even these: the rest is worked out where it is looked at.
+    To stay cheap, a call only counts pairs of blocks, and a small call not even these. All figures are worked out when
+    somebody looks at them.
 
     Attributes:
-        listed: integer `[B, H, levels]`: pairs of blocks at each level; or, where that is little to hold, integer
-            `[B, H, query blocks, levels]`: those of each query block.
-        pairs: how many pairs of blocks a head has; in a causal call those that are not wholly in the future.
+        listed: integer `[B, H, levels]`: pairs of blocks at each level. For small calls `[B, H, query blocks, levels]`:
+            those of each query block, not summed up yet.
+        pairs: how many pairs of blocks a head has; in a causal call without those that lie wholly in the future.
         spec: what was computed.
         implementation: what computed the call: `reference`, `triton`, `triton-int8`, `hopper`, `hopper-int8` or
             `dense`.
         diagonal: how many of the pairs of a causal call are on its diagonal: exact, and in no list. They count in full,
-            as they are computed.
+            because they are computed in full.
     """
 
     listed: torch.Tensor
@@ -140,7 +141,7 @@ class AttentionStats:
         if not self.pairs:
             return self.coverage
         shares = self.level_shares
-        # Plain numbers, one by one: a tensor of them would have to be copied to the device, and the copy waited for.
+        # Plain numbers, one by one: a tensor of them would be copied to the device, and the host would wait for that.
         density = shares[..., 0] / self.spec.levels[0]
         for index, level in enumerate(self.spec.levels[1:], start=1):
             density = density + shares[..., index] / level
@@ -150,12 +151,12 @@ class AttentionStats:
 
     @classmethod
     def from_lists(cls, lists: BlockLists, spec: AttentionSpec, implementation: str) -> AttentionStats:
-        """What is to be counted of one call."""
+        """The statistics of one call that is not causal."""
         return cls(lists.to_count(), lists.ids.shape[2] * lists.key_blocks, spec, implementation)
 
     @classmethod
     def of_all_heads(cls, groups: list[AttentionStats]) -> AttentionStats:
-        """The statistics of one call, made of those of its groups of heads."""
+        """Join the statistics of a call's groups of heads."""
         if len(groups) == 1:
             return groups[0]
         return replace(groups[0], listed=torch.cat([group.counts for group in groups], dim=1))

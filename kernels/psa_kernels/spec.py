@@ -37,7 +37,7 @@ class Importance:
 
 
 class _Hashed:
-    """A place for a hash, which is asked several times a call, beside the fields that it is of."""
+    """Holds the hash of a spec, which is asked for several times a call; it is no field."""
 
     __slots__ = ("_hash",)
     _hash: int
@@ -51,25 +51,25 @@ class AttentionSpec(_Hashed):
         block_query: queries per query block.
         block_key: keys per key block.
         levels: pooling factors, finest first; each divides `block_key`.
-        rule: what a block's share is measured in: `count` (of the blocks) or `mass` (of the row's importance); or
-            `budget`: the levels at which a row of the given density errs least, by the estimate in
-            `allocation/prices.py`.
-        thresholds: one per level, non-decreasing in [0, 1]. A block whose more important blocks make up a share
-            c gets the first level h with c < thresholds[h]; past the last threshold it is left to `rest`. The rule
-            `budget` does without.
-        floor: blocks up to this share (by count) get the finest level whatever the rule says.
-        similarity: None, or one threshold per level after the first: the coarsest level that a key block may have is
-            the last one whose neighbouring keys have a mean cosine above the threshold.
+        rule: how levels are chosen. `count` and `mass` compare thresholds with a share, of the blocks or of the row's
+            importance. `budget` chooses the levels with which a row of the given density errs least, by the estimate
+            in `allocation/prices.py`.
+        thresholds: one per level, non-decreasing in [0, 1]. Let c be the share that the blocks more important than a
+            block make up. The block gets the first level h with c < thresholds[h]; past the last threshold `rest`
+            decides. The rule `budget` does not use them.
+        floor: the most important blocks, up to this share (by count), get the finest level whatever the rule says.
+        similarity: None, or one threshold per level after the first. A key block may be pooled up to the last level
+            at which the mean cosine of its neighbouring keys is above the threshold.
         importance: how importance is estimated.
         rest: `skip` drops blocks past the last threshold; `mean` keeps one mean token for each of them.
-        precision: of the products of queries and keys: `native`, that of the tensors, or `int8_qk`: 8-bit integers, as
-            `quantise/reference.py` makes them, where a kernel can; importance and lists are the same. Values and their
-            weights keep the precision of the tensors.
-        density: of the rule `budget`: the share of the cost of dense attention, above 0 and at most 1.
-        error_model: of the rule `budget`: the constants by which it estimates errors, `tuned` on videos of the demo
-            model or `fitted` to measured errors of blocks of three models (`allocation/prices.py`).
-        keep_first, keep_last: of causal calls: how many of the first and of the last key blocks before the diagonal of
-            a query block are always exact. The finest level has to be 1.
+        precision: of the products of queries and keys. `native` is that of the tensors; `int8_qk` is 8-bit integers, as
+            `quantise/reference.py` makes them, where a kernel can. Importance and lists are the same with both, and
+            values and their weights keep the precision of the tensors.
+        density: for the rule `budget` only: the share of the cost of dense attention, above 0 and at most 1.
+        error_model: for the rule `budget` only: the constants by which it estimates errors, `tuned` on videos of the
+            demo model or `fitted` to measured errors of blocks of three models (`allocation/prices.py`).
+        keep_first, keep_last: for causal calls only: of the key blocks before the diagonal of a query block, how many
+            of the first and of the last are always exact. The finest level has to be 1.
 
     Raises:
         ValueError: a field is out of range; the message names the field, its value and what is allowed.
@@ -98,11 +98,11 @@ class AttentionSpec(_Hashed):
             return self._hash
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the hash: another process hashes strings to other numbers.
+        # Leave the hash out: another process hashes strings to other numbers.
         return dict(vars(self))
 
     def __post_init__(self) -> None:
-        # Lists are accepted and stored as tuples, so that a spec can always be hashed.
+        # Store lists as tuples, so that a spec can always be hashed.
         for name in ("levels", "thresholds", "similarity"):
             value = getattr(self, name)
             if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Tests whose outcome is worth keeping from one process to the next, though the process may die of them.
+"""Outcomes of tests, kept from one process to the next, even if a test kills its process.
 
-Each has a JSON file in the user's cache folder. It says that the test has begun before it runs, and how it ended after:
-a process that finds a test begun that nobody is running knows that it killed another.
+Each test has a JSON file in the user's cache folder. The file says "begun" before the test runs, and afterwards how it
+ended. So a process that finds a test begun, and nobody running it, knows that it killed an earlier process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tempfile import NamedTemporaryFile
 from filelock import FileLock, Timeout
 
 BEGUN, PASSED, FAILED = "begun", "passed", "failed"
-# How long a process waits for another one that runs the same test: for several compilations, if it has to.
+# How long a process waits for another one that runs the same test, which may take several compilations.
 SECONDS = 600.0
 
 
@@ -26,10 +26,10 @@ class UntestedError(Exception):
 
 
 def obstacle(key: Mapping[str, str], test: Callable[[], str | None]) -> str | None:
-    """What speaks against something that `test` tests, in one line, or None.
+    """Why the thing that `test` tests must not be used, in one line, or None.
 
-    The test runs where no process has run it yet for the same key. A folder that cannot be read or written is no error:
-    the outcome is then this process's alone.
+    The test runs only if no process has run it yet for the same key. A folder that cannot be read or written is no
+    error: then this process keeps the outcome for itself.
 
     Args:
         key: all that the outcome depends on.
@@ -66,7 +66,7 @@ def _run(key: Mapping[str, str], test: Callable[[], str | None], path: Path | No
 
 
 def _told(known: Mapping[str, str], path: Path | None) -> str | None:
-    """What a file says that was there already."""
+    """What an earlier process wrote down, as an obstacle."""
     if known["outcome"] == PASSED:
         return None
     if known["outcome"] == BEGUN:
@@ -91,7 +91,7 @@ def _path(key: Mapping[str, str]) -> Path | None:
 
 
 def _read(path: Path | None) -> dict[str, str] | None:
-    """What a file says, or None where there is none, or none that makes sense."""
+    """What a file says, or None if there is none or it makes no sense."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
     except (OSError, ValueError):
@@ -100,7 +100,7 @@ def _read(path: Path | None) -> dict[str, str] | None:
 
 
 def _write(path: Path | None, key: Mapping[str, str], outcome: str, problem: str | None = None) -> None:
-    """Replace a file, whole and on disk: the process may die right after."""
+    """Replace a file atomically, and flush it to disk, because the process may die right after."""
     if path is None:
         return
     partial = None

@@ -24,24 +24,24 @@ from psa_diffusers.runs import stopping
 
 Curves = dict[str, Layers]  # by transformer, as the next
 Solutions = dict[str, Solution]
-# Per video the settings that PSNR and measurements depend on; names and files do not count.
+# Settings that neither PSNR nor measurements depend on.
 UNIMPORTANT = ("preset", "compare", "strict", "samples", "model")
 TIMED = (0.12, 0.4)
 CLOSE_ENOUGH = 0.005  # relative, between the density of single calls and that of videos
-FAR_OFF = 0.03  # likewise: what is so far off is tried once more
-TRIED_DENSITY = 0.25  # at which shapes are compared where the target is another
+FAR_OFF = 0.03  # relative too: a candidate whose density is so far off is tried once more
+TRIED_DENSITY = 0.25  # at which shapes are compared if the target is no density
 
 
 @stopping.carried_out()
 def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Carry a calibration out, continuing one that was stopped; return the summary.
+    """Carry out a calibration, or continue one that was stopped; return the summary.
 
     Args:
         tell: called with each line of progress.
 
     Raises:
-        InputError: as `check`; or the measurements there are of other settings; or a target is out of reach.
-        PSAFallbackError: attention would be dense, for the reason that it says.
+        InputError: as `check`; or the kept measurements are of other settings; or the target is out of reach.
+        PSAFallbackError: attention would be dense; the message says why.
     """
     check(calibration)
     plan, target = calibration.plan, calibration.target
@@ -81,13 +81,13 @@ def calibrate(calibration: Calibration, tell: Callable[[str], None]) -> dict[str
 
 
 def measured_steps(first: int, end: int, count: int) -> list[int]:
-    """Steps, counted from 0, spread evenly from `first` to before `end`: the middle of each of `count` stretches."""
+    """Steps spread evenly over `first` to `end - 1`: the middle of each of `count` equal stretches."""
     places = first + (np.arange(count) + 0.5) * (end - first) / count
     return sorted({int(place) for place in places})
 
 
 def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) -> Curves:
-    """What each shape does in each layer, by transformer, without layers that the base preset keeps dense."""
+    """Measure each shape in each layer, by transformer; without layers that the base preset keeps dense."""
     plan = calibration.plan
     shapes = shapes_for(calibration.base, plan.model.num_layers)
     tell(f"{len(shapes)} shapes of attention to compare: {'; '.join(shapes)}")
@@ -103,7 +103,7 @@ def _measure(calibration: Calibration, runs: Runs, tell: Callable[[str], None]) 
 
 @dataclass(frozen=True)
 class _Shaped:
-    """Shapes, and by what factor single calls overrate their density in whole videos."""
+    """Shapes, and the factor by which single calls overrate the density of whole videos."""
 
     shapes: Assignment
     offset: float
@@ -118,9 +118,9 @@ class _Shaped:
 def _choose(
     calibration: Calibration, runs: Runs, curves: Curves, tell: Callable[[str], None]
 ) -> tuple[_Shaped, _Shaped, list[dict[str, Any]]]:
-    """The base preset's shape, and what makes the best of the videos to measure on, and a row for each trial.
+    """The base preset's shape, the shapes that make the best videos of the measured prompts, and a row for each trial.
 
-    Errors of single calls only say which to try.
+    Errors of single calls only decide which shapes to try.
     """
     target = calibration.target
     density = target.value if target.kind == "density" else TRIED_DENSITY
@@ -223,7 +223,7 @@ def _error(curves: Curves, solutions: Solutions) -> float:
 
 
 def _presets(calibration: Calibration, runs: Runs, solutions: Solutions) -> Presets:
-    """A preset for each transformer; the second is None where there is one."""
+    """A preset for each transformer; the second is None if there is only one transformer."""
     base = calibration.base
     source = f"psa-calibrate, {calibration.target}, from {base.name}, on {calibration.plan.settings.model}"[:500]
     make = partial(make_preset, base, source=source)

@@ -1,4 +1,4 @@
-"""Which shape of attention errs least in which layer at a density, and the scale at which it has that density."""
+"""Chooses for a density the shape of attention that errs least in each layer, and the scale that gives the density."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 from psa_diffusers.calibrate.scaling import SCALES
 
-KNOWN = (0.05, 10.0)  # scales to choose from where the density of any is known
+KNOWN = (0.05, 10.0)  # range of scales to choose from if the density of every scale is known
 BETWEEN = 400
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one shape does in one layer at each of `SCALES`, as measured.
+    """Measured density and error of one shape in one layer, at each of `SCALES`.
 
     Attributes:
-        densities: measured.
-        errors: squared error of the attention's output, relative to dense, measured; geometric mean over the calls.
-        density_at: the density of any scale, where that is known; None where only measuring tells.
+        densities: measured densities.
+        errors: measured squared error of the attention's output, relative to dense; geometric mean over the calls.
+        density_at: gives the density of any scale if it can be computed, and None if it has to be measured.
     """
 
     densities: Sequence[float]
@@ -28,7 +28,7 @@ class Curve:
     density_at: Callable[[float], float | None] = lambda scale: None
 
     def error_at(self, density: float) -> float:
-        """Between what was measured on straight lines, both logarithmic."""
+        """The error at a density, interpolated linearly between the logarithms of the measured values."""
         return float(np.exp(np.interp(np.log(density), np.log(self.densities), np.log(self.errors))))
 
 
@@ -38,7 +38,7 @@ Shapes = dict[int, str]  # the shape of each layer
 
 @dataclass(frozen=True)
 class Solution:
-    """The shape and the scale of each layer, and the mean density that they should have."""
+    """The shape and the scale of each layer, and their expected mean density."""
 
     shapes: Shapes
     scales: dict[int, float]
@@ -51,13 +51,13 @@ def everywhere(layers: Layers, shape: str) -> Shapes:
 
 
 def ranked(layers: Layers, density: float) -> list[str]:
-    """The shapes by the geometric mean of their errors over the layers, the least first."""
+    """The shapes, sorted by the geometric mean of their errors over the layers, the smallest first."""
     shapes = next(iter(layers.values()))
     return sorted(shapes, key=lambda shape: error(layers, everywhere(layers, shape), density))
 
 
 def layer_by_layer(layers: Layers, density: float) -> Shapes:
-    """In each layer the shape of the least error."""
+    """In each layer the shape with the smallest error."""
     return {layer: min(curves, key=lambda shape: curves[shape].error_at(density)) for layer, curves in layers.items()}
 
 
@@ -68,7 +68,7 @@ def error(layers: Layers, shapes: Shapes, density: float) -> float:
 
 
 def solve(layers: Layers, shapes: Shapes, density: float) -> Solution:
-    """A scale for all layers of one shape, each shape at that density, or as near as it comes."""
+    """Find one scale for all layers of a shape, so that each shape has the density, or comes as near as it can."""
     scales: dict[int, float] = {}
     densities: dict[int, float] = {}
     for shape in dict.fromkeys(shapes.values()):
@@ -93,7 +93,7 @@ def _dial(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     """Scales and the mean densities that layers of one shape have at them."""
     if all(curve.density_at(1.0) is not None for curve in curves):
         grid = np.geomspace(*KNOWN, BETWEEN)
-        # Layers of one shape mostly have the same density: it is worked out once for each of them all the same.
+        # Computed for each layer, although layers of one shape mostly have the same density.
         known = np.array([[curve.density_at(scale) for scale in grid] for curve in curves], dtype=np.float64)
         return grid, known.mean(axis=0)
     grid = np.geomspace(SCALES[0], SCALES[-1], BETWEEN)

@@ -1,4 +1,4 @@
-"""What each shape of sparse attention would do in each layer at several scales, seen on the calls of a dense run."""
+"""Measures on the calls of a dense run what each shape of sparse attention would do in each layer at several scales."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from psa_diffusers.patch.sites import Layer
 from psa_kernels import AttentionStats
 from psa_presets import Preset
 
-MIN_ERROR = 1e-12  # of what is exact, so that it has a logarithm
+MIN_ERROR = 1e-12  # counts as the error of exact attention, so that it has a logarithm
 
 # Of each layer and shape one list a scale under `densities` and `errors`, and under `blocks` the number of key blocks.
 Figures = dict[str, dict[str, dict[str, list[float]]]]
 
 
 class Measurement:
-    """Patches a pipeline, computes everything densely, and at some steps measures; it never changes the video.
+    """Patches a pipeline, computes everything densely, and measures at some steps. It never changes the video.
 
     Args:
         shapes: the presets to compare, by name.
@@ -36,7 +36,7 @@ class Measurement:
     """
 
     def __init__(self, pipe: Any, shapes: Mapping[str, Preset], steps: set[int]) -> None:
-        # Lists that are kept for later steps would be those of another shape.
+        # Without lists kept for later steps: those would be the lists of another shape.
         alone = {name: each.replace(refresh=1, share_guidance=False, correction=False) for name, each in shapes.items()}
         self.processor = PSAProcessor(pipe, next(iter(alone.values())), strict=True)
         self.processor.compute_with(self._compute)
@@ -116,7 +116,7 @@ def curves_of(figures: list[Figures], shapes: Mapping[str, Preset], names: list[
 
 def _curve(rows: list[dict[str, list[float]]], spec: Any) -> Curve:
     blocks = int(rows[0]["blocks"][0])
-    # More work never counts as a larger error: a rise is noise of the few prompts.
+    # Errors must not rise with more work: a rise is noise, because there are few prompts.
     errors = np.minimum.accumulate(np.exp(np.mean(np.log([row["errors"] for row in rows]), axis=0)))
     densities = np.maximum.accumulate(np.mean([row["densities"] for row in rows], axis=0))
     return Curve(densities.tolist(), errors.tolist(), lambda scale: known_density(scaled_spec(spec, scale), blocks))

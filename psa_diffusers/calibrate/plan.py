@@ -1,4 +1,4 @@
-"""What a calibration is to do, and what is refused before anything runs."""
+"""The plan of a calibration, and the checks before anything runs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Calibration:
         plan: model, size and steps; its preset is the base preset, its prompts are those to measure on.
         held_out: prompts to verify on.
         batch: how many videos are made at once.
-        target: what the preset is to reach.
+        target: what the preset should reach.
         measured_steps: at how many denoising steps to measure.
-        output: the YAML file; that of a second expert has "-2" at the end of its name.
+        output: the YAML file to write; the file of a second expert has "-2" at the end of its name.
     """
 
     plan: Plan
@@ -55,7 +55,7 @@ class Calibration:
 
     @property
     def sparse_steps(self) -> tuple[int, ...]:
-        """The denoising steps, counted from 0, that the base preset does not keep dense: they are in one piece."""
+        """The denoising steps, counted from 0, that the base preset does not keep dense; they follow each other."""
         return self.base.sparse_steps(self.plan.steps)
 
     @property
@@ -65,7 +65,7 @@ class Calibration:
 
     @property
     def measured(self) -> list[Video]:
-        """The videos to measure on. Each of the calibration has a noise of its own."""
+        """The videos to measure on. Each video of the calibration has its own noise."""
         return [Video(prompt, self.plan.settings.seed + index) for index, prompt in enumerate(self.plan.prompts)]
 
     @property

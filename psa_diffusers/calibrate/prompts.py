@@ -1,4 +1,4 @@
-"""Which prompts to measure on, and which to verify on."""
+"""Splits prompts into those to measure on and those to verify on."""
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs.prompts import read_prompt_file

@@ -1,4 +1,4 @@
-"""What a calibration gives: a preset, and its YAML file, which is known again, so that no other is overwritten."""
+"""The result of a calibration: a preset and its YAML file, which can be recognised, so that no other is overwritten."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ HEADER = "# Made by psa-calibrate:"
 
 
 def make_preset(base: Preset, solution: Solution | None, num_layers: int, name: str, source: str) -> Preset:
-    """The base preset with what each layer of a solution is to do; without rules where all do the same.
+    """The base preset with a solution's settings for each layer; without rules if all layers have the same.
 
     Args:
-        solution: None leaves the base preset's settings.
+        solution: None leaves the base preset's settings as they are.
     """
     preset = base.replace(name=name, source=source)
     if solution is None:
         return preset
-    # A solution has no layers that the base preset keeps dense.
+    # A solution does not contain layers that the base preset keeps dense.
     specs = {
         (shape, layer): spec
         for shape in set(solution.shapes.values())
@@ -47,19 +47,19 @@ def make_preset(base: Preset, solution: Solution | None, num_layers: int, name: 
 
 
 def write(path: Path, preset: Preset | None, note: str) -> None:
-    """Write a preset under a first line that says so; nothing where there is none."""
+    """Write a preset below a first line that says who made it; do nothing for None."""
     if preset is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = preset.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
     with whole_file(path) as partial:
-        # The digest tells a file that was edited since, which is not to be overwritten.
+        # The digest shows whether the file was edited since; then it must not be overwritten.
         partial.write_text(f"{HEADER} {note} [{_digest(text)}]\n{text}", encoding="utf-8")
 
 
 def is_own(path: Path) -> bool:
-    """Whether a file is the result of an earlier calibration, as it was written."""
+    """Whether a file is the unedited result of an earlier calibration."""
     try:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, UnicodeDecodeError):
@@ -68,7 +68,7 @@ def is_own(path: Path) -> bool:
 
 
 def _at_the_top(base: Preset, changes: dict[str, Any]) -> dict[str, Any]:
-    """Outside of rules a mapping that leaves out a key would get that key's default, not the base preset's."""
+    """Complete mappings with the base preset's keys: outside of rules a missing key would get its default instead."""
     return {
         key: {**getattr(base, key).model_dump(mode="json"), **value} if isinstance(value, dict) else value
         for key, value in changes.items()

@@ -1,4 +1,4 @@
-"""The pipeline runs of a calibration: measured, dense and sparse; each is made once and then kept."""
+"""The pipeline runs of a calibration: measured, dense and sparse. Each is made once, and its result is kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Presets = tuple[Preset, Preset | None]
 
 
 class Runs:
-    """Runs of one calibration; the pipeline loads with the first that is not kept yet.
+    """Runs of one calibration. The pipeline is loaded for the first run whose result is not kept yet.
 
     Args:
         tell: called with one line before each run.
@@ -35,7 +35,7 @@ class Runs:
         self._count = 0
 
     def measure(self, videos: Sequence[Video], shapes: Mapping[str, Preset], steps: list[int]) -> list[Figures]:
-        """What each shape would do in each layer on the way to each dense video; means of those made at once."""
+        """Make the dense videos, and measure each shape in each layer; means over the videos made at once."""
 
         def run(batch: Sequence[Video]) -> list[Figures]:
             with Measurement(self._pipeline(), shapes, set(steps)) as measurement:
@@ -48,7 +48,7 @@ class Runs:
         return self._once(videos, ("measure", settings, SCALES, steps), run)
 
     def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
-        """Make the dense videos: of each `step`, the median seconds of a step, divided by the videos made at once."""
+        """Make the dense videos; for each, `step` is the median seconds of a step, per video of those made at once."""
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             results = self._make(batch, "dense")
@@ -58,7 +58,7 @@ class Runs:
         return self._once(videos, ("dense",), run)
 
     def timed_dense(self, videos: Sequence[Video]) -> list[float]:
-        """Median seconds of a dense step, a video, from runs in which nothing is measured or patched."""
+        """Median seconds of a dense step, per video, from runs in which nothing is measured or patched."""
 
         def run(batch: Sequence[Video]) -> list[float]:
             return [result.seconds["median_step"] / len(batch) for result in self._make(batch, "timing dense")]
@@ -66,11 +66,10 @@ class Runs:
         return self._once(videos, ("timed",), run)
 
     def sparse(self, videos: Sequence[Video], presets: Presets, what: str) -> list[dict[str, Any]]:
-        """Of each video the PSNR in dB against the dense one (None if equal), `density`, and `step`.
+        """Make sparse videos; for each, the PSNR in dB against the dense one (None if equal), `density`, and `step`.
 
         `step` is the median time of a sparse step in seconds, None without one. It and the density are means over the
-        videos made at once.
-        The dense videos must have been made, by `measure` or `dense`.
+        videos made at once. The dense videos must have been made before, by `measure` or `dense`.
         """
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:

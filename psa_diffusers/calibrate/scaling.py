@@ -1,4 +1,4 @@
-"""One dial for how much a layer attends: its thresholds, or its budget, all multiplied by one scale."""
+"""Scales how much a layer attends: one number multiplies its thresholds, or its budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.allocation.reference import allocate
 from psa_presets.density import scaled_thresholds
 
-# Where errors are measured: with a base preset of density 0.25 from a fifth of that to most of everything.
+# Scales at which errors are measured. With a base preset of density 0.25 they reach from a fifth of that to nearly 1.
 SCALES = (0.2, 0.5, 1.25, 3.0)
 LEAST = 1e-4
 

@@ -1,4 +1,4 @@
-"""What is tried in place of the base preset's shape of attention: other orders, blocks and rules, at equal density."""
+"""Shapes of attention to try instead of the base preset's: other orders, blocks and rules, at equal density."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MIN_ROWS = 8  # of a key block at its coarsest level: fewer leave the tiles of t
 
 
 def shaped(base: Preset, shape: str) -> Preset:
-    """The base preset with a shape in all layers that it has sparse.
+    """The base preset with a shape in all layers that it makes sparse.
 
     Raises:
-        PresetError: something that the base preset says does not fit the shape.
+        PresetError: a setting of the base preset does not fit the shape.
     """
     return base.replace(layers=[*base.layers, {"match": "0-", **SHAPES[shape]}]) if SHAPES[shape] else base
 
 
 def shapes_for(base: Preset, num_layers: int) -> dict[str, Preset]:
-    """The shapes that fit a base preset and a kernel's tiles, each once, by name; the base's own comes first."""
+    """The shapes that fit a base preset and a kernel's tiles, by name, without duplicates; the base's own is first."""
     found: dict[str, Preset] = {}
     seen: set[tuple] = set()
     for name in SHAPES:

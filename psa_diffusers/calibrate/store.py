@@ -1,4 +1,4 @@
-"""What a calibration has measured so far, beside its output, so that the same command continues where it stopped."""
+"""Keeps what a calibration has measured, beside its output, so that the same command continues where it stopped."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Store:
     """A folder of measurements of one model, base preset and set of settings.
 
     Args:
-        path: the folder; made when something is kept.
-        key: everything that the measurements depend on, as JSON values, but for prompts: each has its own entry.
+        path: the folder; created when something is kept.
+        key: everything that the measurements depend on, as JSON values, except prompts: each has its own entry.
 
     Raises:
         InputError: the folder holds measurements of another key, or cannot be read.
@@ -58,7 +58,7 @@ class Store:
         self._content["entries"] = entries
 
     def once(self, name: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
-        """What is kept under a name, or else what `measure` gives, kept before this returns: both are JSON values."""
+        """The value kept under a name. If there is none, call `measure` and keep its result, a JSON value."""
         digest = _digest(name)
         entries = self._content["entries"]
         if digest not in entries:

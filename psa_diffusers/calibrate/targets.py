@@ -1,4 +1,4 @@
-"""From what the user asks for (a density, a PSNR, a speed) to the density that the layers are to have on average."""
+"""Turns the user's target (a density, a PSNR, a speedup) into the mean density that the layers should have."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def one_target(psnr: float | None, density: float | None, speedup: float | None,
 def density_for_psnr(
     target: float, lowest: float, psnr_at: Callable[[float], float]
 ) -> tuple[float, list[tuple[float, float]]]:
-    """The lowest density tried whose PSNR meets a target, by bisection on its logarithm; and all that was tried.
+    """Find a density whose PSNR meets a target, by bisection on its logarithm. Also returns all that was tried.
 
-    If none meets it, the highest one.
+    The result is the lowest tried density that meets the target; if none meets it, the highest tried one.
 
     Args:
-        lowest: the lowest density that can be had.
-        psnr_at: tries a density.
+        lowest: the lowest possible density.
+        psnr_at: tries a density and returns the PSNR.
     """
     tried: list[tuple[float, float]] = []
     low, high = math.log(max(lowest, 0.01)), math.log(0.9)
@@ -84,13 +84,13 @@ def density_for_psnr(
 
 
 def density_for_speedup(target: float, steps: int, dense_steps: int, timed: dict[str, Any], lowest: float) -> float:
-    """The density at which denoising takes 1 / target of dense's time, on a straight line through two timed densities.
+    """The density at which denoising takes 1 / target of the dense time, by a line through two timed densities.
 
     Args:
         timed: `dense`, the seconds of a dense step, and `sparse`, two pairs of density and seconds of a sparse step.
 
     Raises:
-        InputError: that would need a density below the lowest that can be had.
+        InputError: that needs a density below the lowest possible one, or time does not depend on the density here.
     """
     (d_low, s_low), (d_high, s_high) = sorted(timed["sparse"])
     slope = (s_high - s_low) / (d_high - d_low)
@@ -115,7 +115,7 @@ def density_for_speedup(target: float, steps: int, dense_steps: int, timed: dict
 
 
 def _between(low: float, high: float, tried: list[tuple[float, float]], target: float) -> float:
-    """Where a straight line through the last two trials meets the target, kept inside the open interval."""
+    """The next guess: where a line through the last two trials meets the target, but inside the interval."""
     middle = (low + high) / 2
     if len(tried) < 2:
         return middle

@@ -1,4 +1,4 @@
-"""End-to-end trials: which shapes of attention make the videos nearest to dense, and whether that is no chance."""
+"""End-to-end trials: which shapes of attention come nearest to dense videos, and whether that is more than chance."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Assignment = dict[str, Shapes]  # the shape of each layer, by transformer
 
 
 class Candidate(NamedTuple):
-    """What is to be tried, and what to call it."""
+    """Shapes to try, and their name."""
 
     name: str
     shapes: Assignment
 
 
 class Trial(NamedTuple):
-    """What came of a candidate: PSNR in dB of each video (None where it equals the dense one), and the density."""
+    """The result of a candidate: PSNR in dB of each video (None if it equals the dense one), and the density."""
 
     candidate: Candidate
     psnrs: list[float | None]
@@ -34,14 +34,14 @@ class Trial(NamedTuple):
 
 
 def candidates(curves: dict[str, Layers], density: float) -> list[Candidate]:
-    """From the simplest on: the base preset's shape, those of the least error in all layers, one for each layer."""
+    """The candidates, the simplest first: the base preset's shape, the best single shapes, the best of each layer."""
     best = {which: [shape for shape in ranked(each, density) if shape != BASE] for which, each in curves.items()}
     found = [Candidate(BASE, {which: everywhere(each, BASE) for which, each in curves.items()})]
     for place in range(min(SINGLES, *(len(each) for each in best.values()))):
         shapes = {which: everywhere(each, best[which][place]) for which, each in curves.items()}
         found.append(Candidate(" / ".join(dict.fromkeys(best[which][place] for which in curves)), shapes))
     found.append(Candidate("layer by layer", {which: layer_by_layer(each, density) for which, each in curves.items()}))
-    # Where all layers choose alike, it was among the others.
+    # If all layers choose the same shape, the last candidate is a duplicate.
     return [each for index, each in enumerate(found) if each.shapes not in [other.shapes for other in found[:index]]]
 
 
@@ -56,10 +56,10 @@ def try_out(found: Sequence[Candidate], run: Callable[[Candidate], list[Result]]
 
 
 def keep(trials: Sequence[Trial]) -> tuple[Trial, list[dict[str, Any]]]:
-    """The best trial that is better than the base preset's, and than every simpler one, by more than chance.
+    """Choose a trial that is better than the base preset's and every simpler one by more than chance.
 
-    Single shapes are as simple as each other, so among them the best mean is taken. Also a row for each trial with its
-    mean gain over the base preset's shape in dB, and half the 95 % interval of that.
+    All single shapes count as equally simple, so among them the one with the best mean is taken. Also returns a row for
+    each trial, with its mean gain over the base preset's shape in dB and half the 95 % interval of that.
     """
     base, *others = trials
     rows = [
@@ -88,7 +88,7 @@ def is_single(candidate: Candidate) -> bool:
 
 
 def gains(trial: Trial, other: Trial) -> list[float]:
-    """PSNR of a trial's videos above that of another's in dB, where both have one."""
+    """The PSNR of a trial's videos minus that of another trial's, in dB, where both have one."""
     pairs = zip(trial.psnrs, other.psnrs, strict=True)
     return [psnr - against for psnr, against in pairs if psnr is not None and against is not None]
 

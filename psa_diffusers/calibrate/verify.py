@@ -1,4 +1,4 @@
-"""Whether a calibrated preset keeps its promise, on prompts that it was not made on."""
+"""Verifies a calibrated preset on prompts that were not used to make it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from psa_diffusers.calibrate.runner import Presets, Runs
 def verify(
     calibration: Calibration, runs: Runs, presets: Presets, plain: Presets, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """PSNR, density and speed on the prompts that were not measured on, beside the base preset's shape in all layers.
+    """PSNR, density and speed on the held-out prompts, of the calibrated preset and of the base preset's shape.
 
-    `gain_db` is the mean PSNR above that of the latter, video by video, and `gain_interval_db` half its 95 % interval;
-    both None where they cannot be told.
+    `gain_db` is how far the PSNR is above the base preset's, a mean over the videos, and `gain_interval_db` half the
+    95 % interval of that. Each is None if it cannot be computed.
     """
     videos = calibration.verified
     columns = zip(
@@ -55,13 +55,13 @@ def verify(
 
 
 def _gains(rows: list[dict[str, Any]]) -> list[float]:
-    """PSNR of the calibrated preset above that of the base preset, of each video where both have one."""
+    """The calibrated preset's PSNR minus the base preset's, for each video where both have one."""
     pairs = [(row["calibrated"]["psnr"], row["uniform"]["psnr"]) for row in rows]
     return [calibrated - alike for calibrated, alike in pairs if None not in (calibrated, alike)]
 
 
 def _verdict(gain: float, interval: float | None) -> str:
-    """What the verification says of the calibrated preset, and whether it can tell at all."""
+    """The result of the verification in words, with how sure it is."""
     better = f"{abs(gain):.2f} dB {'worse' if gain < 0 else 'better'} than the base preset"
     found = f"on these prompts the calibrated preset is {better} at equal density"
     if interval is None:
@@ -72,14 +72,14 @@ def _verdict(gain: float, interval: float | None) -> str:
 
 
 def _speedup(calibration: Calibration, dense_step: float, sparse_step: float | None) -> float:
-    """Times as fast as dense that denoising is, from the median steps of two runs."""
+    """How many times as fast as dense the denoising is, from the median steps of two runs."""
     steps, dense = calibration.plan.steps, calibration.dense_steps
     sparse = dense_step if sparse_step is None else sparse_step
     return steps * dense_step / (dense * dense_step + (steps - dense) * sparse)
 
 
 def is_met(calibration: Calibration, verified: dict[str, Any]) -> bool:
-    """Whether the target holds on the held-out prompts; a density to a hundredth of the whole."""
+    """Whether the target is met on the held-out prompts; a density is met within 0.01."""
     result, target = verified["calibrated"], calibration.target
     if target.kind == "psnr":
         return result["psnr"] is None or result["psnr"] >= target.value

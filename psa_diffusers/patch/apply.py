@@ -72,13 +72,13 @@ def apply_psa(
         strict: raise instead of falling back to dense attention.
 
     Returns:
-        A handle that tells of runs and undoes the patch, at the end of a `with` block by itself.
+        A handle that has the statistics of runs and undoes the patch; a `with` block undoes it at its end.
 
     Raises:
         UnsupportedModelError: the pipeline's transformer is of no supported family.
         PresetError: a preset cannot be read, cannot have the density, or names layers that the transformer lacks.
         ValueError: `preset_2` is given, but the pipeline has one transformer.
-        PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a foreign processor.
+        PSAFallbackError: with `strict`, if a layer that the preset wants sparse has a processor that PSA does not know.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, density=density, strict=strict)
     processor.install()

@@ -1,4 +1,4 @@
-"""The arguments of attention processors by name: which ones diffusers may give ours, and which the others take."""
+"""Names of the arguments of attention processors: which ones diffusers may pass to ours, and which the others take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEY
 
 
 def with_names(call: Call) -> Call:
-    """Give a processor's `__call__` the signature that names all arguments of all families' processors.
+    """Give a processor's `__call__` a signature that names all arguments of all families' processors.
 
     diffusers passes on only those arguments that it finds in the signature.
     """
@@ -28,7 +28,7 @@ def with_names(call: Call) -> Call:
 
 
 def argument_names(processor: Any) -> tuple[str, ...] | None:
-    """Names of what a processor takes after the attention module, in order; None if it takes any."""
+    """Names of the arguments that a processor takes after the attention module, in order; None if it takes any."""
     kind: Any = type(processor)
     return _names_of(kind)
 

@@ -1,4 +1,4 @@
-"""Attention of a layer's queries, keys and values, whichever processor, graph or rank they come from."""
+"""The attention of a layer, from its queries, keys and values: eagerly, inside a graph, and on several ranks."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ Compute = Callable[["TokenAttention", Layer, Forward, QKV, AttentionCall], tuple
 
 
 class TokenAttention:
-    """Attention after the projections of one family.
+    """Computes the attention of one family, after the projections.
 
-    Tensors are `[B, N, H, D]` with text where the family has it; results are in two parts: the tokens up to text that
-    stands last, and that text. With `strict` a GPU that cannot use its fastest kernel is an error.
+    Tensors are `[B, N, H, D]`, with the text tokens where the family has them. Results come in two parts: all tokens
+    before the text that stands last, and that text. With `strict` it is an error if a GPU cannot use its fastest
+    kernel.
 
     Attributes:
-        guard: told of what is not finite.
-        full: computes dense layers where the preset has the operator do so.
-        compute: what computes a layer that is to be sparse in place of `sparse`, such as what measures it; it is given
-            this object, and without statistics the call counts as a dense one.
-        mask_recorder: is given the block lists of sparse calls.
-        text_tokens: how many text tokens of each sample are said to be real; None if nobody said so.
+        guard: records values that are not finite.
+        full: computes dense layers by the operator, where the preset asks for that.
+        compute: None, or a function that replaces `sparse`, such as one that measures it. It gets this object; if it
+            returns no statistics, the call counts as dense.
+        mask_recorder: gets the block lists of sparse calls.
+        text_tokens: how many text tokens of each sample are real, if the user stated it; else None.
     """
 
     def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
@@ -56,7 +57,7 @@ class TokenAttention:
         self._warm = WarmCalls()
 
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
-        """Whether a call is sparse: the layer's route, unless the call's tensors say otherwise."""
+        """Decide whether a call is sparse: by the layer's route, unless the call's tensors rule it out."""
         route = forward.routes[layer.name]
         if route.full:
             return route if self._can_be_full(layer, call) else Route(False)
@@ -64,7 +65,7 @@ class TokenAttention:
             return route
         if (obstacle := self._why_not_sparse(forward, layer, call)) is None:
             return route
-        # Of a layer that the preset has dense there is nothing to tell.
+        # A layer that the preset keeps dense needs no reason.
         return Route(False, obstacle if route.sparse else None)
 
     def _why_not_sparse(self, forward: Forward, layer: Layer, call: AttentionCall) -> str | None:
@@ -91,7 +92,7 @@ class TokenAttention:
             return False
 
     def settle(self, forward: Forward, layer: Layer, route: Route, call: AttentionCall, qkv: QKV) -> Route:
-        """What `decide` said of a call, unless no kernel serves its queries, keys and values.
+        """Confirm what `decide` said, now that the queries, keys and values are there: a kernel has to serve them.
 
         Raises:
             RuntimeError: the forward is being captured into a CUDA graph, and this sparse call cannot be.
@@ -113,7 +114,7 @@ class TokenAttention:
         self._fallbacks.tell(what)
 
     def note_dense(self, forward: Forward, layer: Layer, reason: str | None) -> None:
-        """Note a dense call of a layer, and why it is dense if the preset wants it sparse."""
+        """Note a dense call of a layer; `reason` is None, or why it is dense although the preset wants it sparse."""
         forward.note(layer, None, reason)
         if reason is not None:
             self._fallbacks.warn_or_raise(reason)
@@ -132,12 +133,12 @@ class TokenAttention:
         Args:
             mask: the attention mask as the model made it.
             text: number of text tokens, padding included.
-            route: what `settle` said of the call, if it was asked.
+            route: what `settle` returned for the call; None if it was not asked.
         """
         before, after = (text, 0) if self._family.text == "before" else (0, text)
         if forward.share is not None:
             qkv = forward.share.gather_tokens(qkv, before, after)
-        # Of the hidden states that the block had, only the number of tokens matters.
+        # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = route or self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
         forward = self._with_all_videos(forward, call)
@@ -149,13 +150,13 @@ class TokenAttention:
         return (head, tail) if forward.share is None else forward.share.gather_heads(head, tail, before)
 
     def _with_all_videos(self, forward: Forward, call: AttentionCall) -> Forward:
-        """The forward as a layer sees it that attends several videos of its grid, if there is such a layer."""
+        """The forward as a layer sees it that attends several videos of the forward's grid."""
         if not self._family.several_videos or forward.grid == NO_GRID:
             return forward
         return replace(forward, videos=max(1, call.hidden_states.shape[1] // math.prod(forward.grid)))
 
     def _ours_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
-        """Attention by the operator, or PyTorch's dense one in its place where it is looked at and not finite."""
+        """Attention by the operator. If its output is checked and not finite, PyTorch's dense attention replaces it."""
         stats: list[AttentionStats] = []
         if route.corrects:
             forward.note(layer, None)
@@ -185,7 +186,7 @@ class TokenAttention:
     def sparse(
         self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
     ) -> tuple[Parts, list[AttentionStats]]:
-        """Sparse attention of a call that `decide` lets be so, and its statistics."""
+        """Sparse attention of a call, with the correction if there is one; and its statistics."""
         (head, tail), stats = self._without_correction(layer, forward, qkv, call)
         if layer.preset.correction and not forward.captured and not forward.run.lists.one_step_only:
             first = self._first_video(forward, qkv, call)
@@ -199,7 +200,7 @@ class TokenAttention:
         return (head, tail), stats
 
     def _dense_and_corrected(self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall) -> Parts:
-        """Dense attention of a call; what sparse attention leaves out of it is kept for later steps."""
+        """Dense attention of a call. Keeps what sparse attention would leave out, for later steps."""
         parts = self.dense(qkv, call)
         grid, moment, corrections = forward.attended_grid, _moment(forward), forward.run.corrections
         dense = self.video_of(parts[0], grid)
@@ -225,7 +226,7 @@ class TokenAttention:
         beside = query.shape[1] - math.prod(grid) - after
         behind = beside if self._family.appended else 0
         moment = _moment(forward)
-        # Rules for steps may have the layer choose otherwise, or from other blocks, at the next step.
+        # Rules for steps may change what the layer chooses, or its blocks, from one step to the next.
         fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
         if layer.keeps_lists:
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
@@ -263,7 +264,7 @@ class TokenAttention:
         return head[:, :video] if self._family.appended else head[:, head.shape[1] - video :]
 
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
-        """Dense attention of a call, with its mask, or better without: padding that all samples have is cut off."""
+        """Dense attention of a call. Where all samples have equally much padding, it is cut off instead of masked."""
         after = call.text_tokens if self._family.text == "after" else 0
         padding = self._common_padding(call)
         q, first = qkv[0], qkv[0].shape[1] - after
@@ -321,5 +322,5 @@ def _moment(forward: Forward) -> Moment:
 
 
 def _fits(forward: Forward, video: torch.Tensor) -> Hashable:
-    """What must be equal at two steps for one's correction to be the other's."""
+    """What must be equal at two steps, for the correction of one to serve the other."""
     return video.shape, video.device, forward.attended_grid

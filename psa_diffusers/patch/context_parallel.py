@@ -1,10 +1,11 @@
 """Context parallelism as diffusers does it: the ranks share the tokens outside attention, and the heads inside it.
 
 `transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=N))` splits the video tokens at the first
-block and joins them after the last. What happens in between, in the attention, is here: all-to-all before it gives each
-rank all tokens of some heads, so that blocks, permutation and importance are those of the whole video; all-to-all after
-it gives every rank its own tokens back. Text of joint attention is on every rank: each takes its heads of it, and the
-heads of the result are gathered. Every rank calls the collectives in the same order, whatever its layers decide.
+block and joins them after the last. This module does what is needed for the attention in between. An all-to-all before
+it gives each rank all tokens of some heads, so that blocks, permutation and importance are those of the whole video. An
+all-to-all after it gives every rank its own tokens back. Every rank has the text of joint attention: each attends it
+with its own heads, and the heads of the result are gathered. Every rank calls the collectives in the same order,
+whatever its layers decide.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Ulysses:
         Raises:
             RuntimeError: n is not what this rank should have.
         """
-        # One is packed while the one before it is on its way.
+        # Each tensor is packed while the one before it is being sent.
         begun = [self._begin_gathering(x, before, after) for x in tensors]
         for _, work in begun:
             work.wait()
@@ -85,7 +86,7 @@ class Ulysses:
         return q, k, v
 
     def _begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
-        """Where the result will be, tokens first, and what to wait for."""
+        """The tensor where the result will be, tokens first, and the work to wait for."""
         video = x[:, before : x.shape[1] - after]
         if video.shape[1] != self.tokens[self.rank]:
             raise RuntimeError(
@@ -95,7 +96,7 @@ class Ulysses:
             )
         batch, width, mine, total = x.shape[0], x.shape[3], self.heads[self.rank], sum(self.tokens)
         sizes = [video.shape[1] * batch * heads * width for heads in self.heads]
-        # Tokens first: then what the ranks send is in order, and text has its place beside it.
+        # Tokens come first: then the ranks' parts arrive in order, and text has its place beside them.
         joined = x.new_empty(before + total + after, batch, mine, width)
         start = sum(self.heads[: self.rank])
         for place, text in ((joined[:before], x[:, :before]), (joined[before + total :], x[:, x.shape[1] - after :])):
@@ -112,7 +113,7 @@ class Ulysses:
         return torch.cat([part.transpose(0, 1).reshape(-1) for part in video.split(self.heads, dim=2)])
 
     def gather_heads(self, head: torch.Tensor, tail: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The way back, for the two parts of an attention output.
+        """The reverse of `gather_tokens`, for the two parts of an attention output.
 
         Args:
             head: `[B, before + N, h, D]`: text, and all video tokens.
@@ -137,7 +138,7 @@ class Ulysses:
         return video, self._gather_text(tail) if tail.shape[1] else video.new_empty(batch, 0, *video.shape[2:])
 
     def _gather_text(self, text: torch.Tensor) -> torch.Tensor:
-        """All heads `[B, T, H, D]` of text of which every rank has its own."""
+        """Gather all heads of text, `[B, T, H, D]`, from the ranks' own heads."""
         most = max(self.heads)
         padded = torch.nn.functional.pad(text, (0, 0, 0, most - text.shape[2])).contiguous()
         gathered = [torch.empty_like(padded) for _ in self.heads]
@@ -148,13 +149,13 @@ class Ulysses:
 def share_of(
     transformer: torch.nn.Module, family: type[ModelFamily], grid: Grid | None, tokens: int | None = None
 ) -> tuple[Ulysses | None, str | None]:
-    """How a forward is shared among ranks, None if it is not or not so; and why its layers cannot be sparse then.
+    """How a forward is shared among ranks, None if it is not shared in this way; and why its layers cannot be sparse.
 
     Args:
-        tokens: how many there are to share; by default those of the grid.
+        tokens: how many tokens there are to share; by default those of the grid.
 
     Raises:
-        ValueError: tokens or heads cannot be shared so, or what diffusers would compute instead were wrong.
+        ValueError: tokens or heads cannot be shared in this way, or diffusers' own attention would be wrong.
     """
     both = parallel_config(transformer)
     if both is None:

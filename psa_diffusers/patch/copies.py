@@ -1,4 +1,4 @@
-"""A copy of a patched transformer is not patched: its modules have their own processors, in copy."""
+"""A copy of a patched transformer is not patched: its modules get copies of their own processors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ COPIED = (
 
 
 class CopiedProcessor(NotPickled):
-    """In a copy, stands where the original has its PSAProcessor, and calls each module's own processor."""
+    """Takes the place of the PSAProcessor in a copy, and calls each module's own processor."""
 
     def __init__(self) -> None:
         self._told = False
 
     @with_names
     def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As the module's own processor."""
+        """Call the module's own processor."""
         if not self._told and not torch.compiler.is_compiling():
             self._told = True
             warnings.warn(COPIED, PSAFallbackWarning, stacklevel=2)
@@ -36,14 +36,14 @@ class CopiedProcessor(NotPickled):
 
 
 def copied_processor(sites: Mapping[torch.nn.Module, Site], memo: dict[int, Any]) -> CopiedProcessor:
-    """The processor of a copy that is being made, whose modules take their sites along.
+    """The processor for a copy that is being made; the copied modules get copies of their sites.
 
     Args:
-        sites: of the modules that are copied.
-        memo: of `copy.deepcopy`: what was copied so far, by the identity of the original.
+        sites: sites of the modules that are copied.
+        memo: that of `copy.deepcopy`: what was copied so far, by the id of the original.
     """
     for attn, site in sites.items():
-        if id(attn) in memo:  # its attributes are being copied just now, and may not be added to
+        if id(attn) in memo:  # its attributes are being copied right now, so none may be added
             vars(memo[id(attn)])[ATTRIBUTE] = copy.deepcopy(site, memo)
         else:
             publish(attn, site)
@@ -51,7 +51,7 @@ def copied_processor(sites: Mapping[torch.nn.Module, Site], memo: dict[int, Any]
 
 
 def own_processor(attn: torch.nn.Module) -> Any:
-    """What attends in a module, past what stands there in a copy."""
+    """The processor that computes a module's attention: in a copy the module's own one."""
     found: Any = attn.processor
     site = site_of(attn)
     return site.original if isinstance(found, CopiedProcessor) and site is not None else found

@@ -1,7 +1,7 @@
-"""What sparse attention left out at the last dense step, which is added to its outputs at the steps that follow.
+"""The correction: what sparse attention leaves out at the last dense step is added to its outputs at later steps.
 
-Between neighbouring steps that changes little. How much of it still holds is told again and again, head by head, by the
-dense attention of a few queries, so that nothing is added where nothing holds.
+What is left out changes little between neighbouring steps. Some 16 times in a run the dense attention of a few queries tells,
+head by head, how much of it still holds, so that nothing is added where nothing holds.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class _Entry:
 
 
 class Corrections:
-    """The corrections of one run, one a layer, window and guidance branch.
+    """The corrections of one run, one for each layer, window and guidance branch.
 
-    Each takes a byte for every number of the layer's output of video tokens, and 4 for every token and head: for
-    Wan2.1-14B at 720p 30 GiB in all with guidance, for Wan2.1-1.3B at 480p 2.9.
+    Each takes one byte for every number of the layer's output of video tokens, and 4 for every token and head. In all,
+    with guidance, that is 30 GiB for Wan2.1-14B at 720p, and 2.9 GiB for Wan2.1-1.3B at 480p.
     """
 
     def __init__(self) -> None:
@@ -55,14 +55,14 @@ class Corrections:
         self._room: dict[tuple[int, int, int], bool] = {}
 
     def has_room(self, moment: Moment, output: torch.Tensor, layers: int, fallbacks: Fallbacks) -> bool:
-        """Whether corrections of all layers of a forward fit into the device's memory; tells of it if they do not.
+        """Whether the corrections of all layers of a forward fit into the device's memory; if not, warn.
 
         Args:
             output: `[B, N, H, D]`, as large as a layer's output of video tokens.
-            layers: how many layers keep one.
+            layers: how many layers keep a correction.
 
         Raises:
-            PSAFallbackError: they do not, with `strict`.
+            PSAFallbackError: with `strict`, if they do not fit.
         """
         if moment not in self._room:
             need = layers * (output.numel() + 4 * output[..., 0].numel())
@@ -77,7 +77,7 @@ class Corrections:
         """Keep what sparse attention leaves out of a layer's video tokens, both `[B, N, H, D]`.
 
         Args:
-            fits: whatever must be equal for the correction to be added: shapes, grid, device.
+            fits: all that must be equal for the correction to be added: shapes, grid, device.
         """
         self._kept[_place(layer, moment)] = _Entry(fits, left_out(dense, sparse))
 
@@ -109,7 +109,7 @@ class Corrections:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that nothing takes and no forward so far took while it ran; None where that is not known."""
+    """Memory that is free now and was not needed by any forward so far; None if that is not known."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)

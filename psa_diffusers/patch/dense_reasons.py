@@ -1,4 +1,4 @@
-"""Why a layer that the preset wants sparse is dense: the reasons in order, each told once."""
+"""The reasons why a layer that the preset wants sparse is dense, in order; each gives one warning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from psa_diffusers.patch.token_order import Grid
 
 
 class PSAFallbackWarning(UserWarning):
-    """Attention runs dense although the preset wants it sparse, or otherwise slower than the preset wants it."""
+    """Attention runs dense although the preset wants it sparse, or is slower than the preset wants in another way."""
 
 
 class PSAFallbackError(RuntimeError):
@@ -22,14 +22,14 @@ class PSAFallbackError(RuntimeError):
 
 
 class Fallbacks:
-    """Tells of each reason once."""
+    """Warns once of each reason, or raises with `strict`."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
         self._told: set[str] = set()
 
     def warn_or_raise(self, reason: str) -> None:
-        """Tell that attention is dense against the preset.
+        """Warn that attention is dense although the preset wants it sparse.
 
         Raises:
             PSAFallbackError: instead of the warning, with `strict`.
@@ -41,7 +41,7 @@ class Fallbacks:
             warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
 
     def tell(self, what: str) -> None:
-        """Tell that a wish of the preset has no effect on attention that is dense anyway.
+        """Warn that a setting of the preset has no effect.
 
         Raises:
             PSAFallbackError: instead of the warning, with `strict`.
@@ -57,13 +57,13 @@ class Facts(NamedTuple):
     """What is known of a layer before it is called.
 
     Attributes:
-        processor: what its module has now.
-        mine: what the patch set there.
-        left_out: whether the patch was set on another transformer alone.
+        processor: the processor that its module has now.
+        mine: the processor that the patch set there.
+        left_out: whether the patch was set only on the pipeline's other transformer.
         unknown_step: why the denoising step is not known.
         unshared: why no layer can be sparse among these ranks.
         refused: why the family lets no layer be sparse in this forward.
-        grid: None where the model was not told.
+        grid: the token grid; None if the pipeline does not tell the transformer.
     """
 
     site: LayerSite
@@ -77,12 +77,12 @@ class Facts(NamedTuple):
 
 
 def left_out(facts: Facts) -> str | None:
-    """The patch was set on the pipeline's other transformer alone."""
+    """The patch was set only on the pipeline's other transformer."""
     return tell_left_out(facts.site.patch.name) if facts.left_out else None
 
 
 def tell_left_out(transformer: str) -> str:
-    """What to do for a transformer that was left out."""
+    """The line that says what to do for a transformer that was left out."""
     return (
         f"pipe.{transformer} was not patched; call pipe.{transformer}.set_attn_processor(processor) with the same "
         "PSAProcessor, or patch all transformers with apply_psa(pipe)"
@@ -125,7 +125,7 @@ REASONS: tuple[Callable[[Facts], str | None], ...] = (
 )
 
 
-# Dense attention needs no blocks, and where a sequence is short the kernel says so itself.
+# Dense attention needs no blocks, and for short sequences the kernel decides itself.
 FULL_REASONS = tuple(ask for ask in REASONS if ask not in (unknown_grid, too_short))
 
 
@@ -135,5 +135,5 @@ def dense_reason(facts: Facts) -> str | None:
 
 
 def can_be_full(facts: Facts) -> bool:
-    """Whether the operator can compute a layer that is dense as the preset has it."""
+    """Whether the operator can compute a layer that the preset keeps dense."""
     return not any(ask(facts) for ask in FULL_REASONS)

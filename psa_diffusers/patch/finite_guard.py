@@ -1,12 +1,12 @@
-"""Never a black video: sparse attention that gives values that are not finite is computed again, dense.
+"""Never a black video: sparse attention whose output is not finite is computed again, dense.
 
-A residual stream never loses a NaN or an infinity, so the output of a transformer tells of all its attentions. A look
-at it, a few megabytes and one wait for the device a forward, is all that a sound run pays. If that output is not
-finite, the forward is computed once more, now with a look at each sparse attention and dense attention in place of
-those that are at fault, and so are the forwards of the rest of the run.
+A residual stream never loses a NaN or an infinity, so the output of a transformer shows whether any attention made one.
+Checking it (a few megabytes, and one wait for the device a forward) is all that a sound run pays. If the output is not
+finite, the forward is computed once more. Now the output of each sparse attention is checked, and dense attention
+replaces those that are not finite. The remaining forwards of the run are checked in the same way.
 
-A forward cannot be computed twice where something keeps values from one forward to the next, as caches of whole blocks
-do, or where other processes take part in it. Each sparse attention is looked at there from the start.
+A forward cannot be computed twice if something keeps values from one forward to the next, as caches of whole blocks do,
+or if other processes take part in it. There each sparse attention is checked from the start.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ FULL_COMPUTED_AGAIN = "its dense output by PSA's kernel held values that are not
 
 
 class FiniteGuard:
-    """Notes in a run what was not finite, and tells of it; with `strict` it raises instead."""
+    """Notes in a run what was not finite, and warns of it; with `strict` it raises instead."""
 
     def __init__(self, fallbacks: Fallbacks, strict: bool) -> None:
         self._fallbacks, self._strict = fallbacks, strict
 
     def is_spoiled(self, forward: Forward, output: Any) -> bool:
-        """Whether what a transformer gave is not finite, and the operator's attention may be why."""
+        """Whether a transformer's output is not finite, and the operator's attention may be the cause."""
         if forward.run.model_not_finite or not any(note.stats or note.full_by for note in forward.notes):
             return False
         return not is_finite(output)
 
     def record_not_finite(self, forward: Forward, layer: str, reason: str) -> None:
-        """Note that attention of the operator was not finite where PyTorch's dense attention is."""
+        """Note that the operator's attention was not finite, although PyTorch's dense attention is."""
         run = forward.run
         first = layer not in run.not_finite
         steps = run.not_finite.setdefault(layer, [])
@@ -62,18 +62,18 @@ class FiniteGuard:
 def all_finite(*tensors: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; waits for the device.
 
-    The largest magnitude tells, in one pass and without a mask of the tensor's size.
+    It looks at the largest magnitude, which takes one pass and no mask of the tensor's size.
     """
     return all(bool(torch.linalg.vector_norm(x, float("inf")).isfinite()) for x in tensors if x.numel())
 
 
 def is_finite(output: Any) -> bool:
-    """`all_finite` of what a transformer gave."""
+    """`all_finite` of a transformer's output."""
     return all_finite(*_tensors(output))
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """What a transformer gives: a tensor, a tuple or list of them, or a mapping, as diffusers' output classes are."""
+    """The tensors in an output: a tensor, a tuple or list of them, or a mapping, as diffusers' output classes are."""
     if torch.is_tensor(output):
         if output.is_floating_point():
             yield output

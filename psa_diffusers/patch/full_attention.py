@@ -1,4 +1,4 @@
-"""Dense steps and layers by the operator's kernel in place of the model's own attention, where the preset says so."""
+"""Dense steps and layers computed by the operator's kernel instead of the model's own attention (`dense_attention`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LEFT = "dense_attention: psa has no effect, dense steps and layers stay with the
 
 
 class FullAttention:
-    """Computes dense calls as they are, text and all, with every key in full.
+    """Computes dense calls, including text, with every key in full.
 
     Attributes:
-        implementation: of the operator. Only the kernel for Hopper is faster than what PyTorch has.
+        implementation: of the operator. Only the kernel for Hopper is faster than PyTorch's attention.
     """
 
     implementation = "hopper"
@@ -30,10 +30,10 @@ class FullAttention:
         self._refused: set[tuple[str, torch.Size]] = set()
 
     def is_on(self, device: torch.device) -> bool:
-        """Whether a device has the kernel at all; if it has not, tells of it once.
+        """Whether a device has the kernel at all; if not, warn once.
 
         Raises:
-            PSAFallbackError: it has not, with `strict`.
+            PSAFallbackError: with `strict`, if it does not.
         """
         if device not in self._on:
             smallest = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device)
@@ -44,14 +44,14 @@ class FullAttention:
         return self._on[device]
 
     def was_refused(self, layer: Layer, call: AttentionCall) -> bool:
-        """Whether `serves` once said no for a call like this, which spares the projections."""
+        """Whether `serves` once said no for a call like this; asking first saves the projections."""
         return (layer.name, call.hidden_states.shape) in self._refused
 
     def serves(self, layer: Layer, call: AttentionCall, qkv: QKV) -> bool:
-        """Whether the kernel can compute a call, and is faster; if it cannot, tells of it once.
+        """Whether the kernel can compute a call, and is faster; if it cannot, warn once.
 
         Raises:
-            PSAFallbackError: it cannot, with `strict`.
+            PSAFallbackError: with `strict`, if it cannot.
         """
         served, why = serves_full(*qkv, self.implementation)
         if why is not None:
@@ -61,7 +61,7 @@ class FullAttention:
         return served
 
     def attend(self, run: Run, qkv: QKV, after: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dense attention in which padding is attended by nobody.
+        """Dense attention in which nothing attends padding.
 
         Args:
             run: keeps the lists.

@@ -1,14 +1,14 @@
 """Sparse attention inside compiled transformer blocks.
 
-All layers of a kind share one graph, at all steps, so a graph may hold neither the layer nor the step. What depends on
+All layers of a kind share one graph, at all steps, so a graph must not contain the layer or the step. What depends on
 them (statistics, kept lists, text lengths, which kernels run) is behind two operators that `torch.compile` does not
-look into, and they are told the layer by a tensor: a number would be compiled in. Whether a layer is dense or sparse is
-decided before each forward, and is the one thing that graphs are chosen by.
+look into. A tensor tells them the layer, because a number would be compiled in. Whether a layer is dense or sparse is
+decided before each forward, and graphs are chosen by that alone.
 
-For the same reason a CUDA graph that PyTorch captures by itself must not hold them: a replay runs no Python, and would
-attend as the layer and the step did that were captured. (Who captures by hand states the step, see `stated_step`.) The
-operators say so, and `mode="reduce-overhead"` captures what is around them alone. A PyTorch
-that has no such tag yet captures nothing of a graph with an argument on the CPU, as the layer's number is.
+For the same reason a CUDA graph that PyTorch captures by itself must not contain these operators: a replay runs no
+Python, so it would attend as the captured layer did at the captured step. (To capture by hand, state the step, see
+`stated_step`.) A tag on the operators says so, and `mode="reduce-overhead"` then captures only what is around them. An
+older PyTorch without that tag captures no graph that has an argument on the CPU, which the layer's number is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_CAPTURED: dict[str, Any] = (
 )
 
 
-# The argument is said to be changed, because an operator without effect and result would be dropped from the graph.
+# Declared to change its argument, because an operator without effect and result would be dropped from the graph.
 @torch.library.custom_op(
     "psa_diffusers::note_dense", mutates_args=("site",), schema="(Tensor(a!) site) -> ()", **_NOT_CAPTURED
 )
@@ -57,11 +57,11 @@ def attend(
         mask: the attention mask as the model made it.
         site: `LayerSite.number`.
         text: number of text tokens, padding included.
-        text_last: whether they are the last ones.
+        text_last: whether the text tokens are the last ones.
 
     Returns:
-        The attention output, contiguous: of the text tokens if they are the last ones, else of none, and before that
-        of the others.
+        The attention output in two parts, contiguous: of all tokens before text that stands last, and of that text. The
+        second is empty if text is not last.
     """
     found = site_numbered(site)
     head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text)

@@ -1,4 +1,4 @@
-"""The hooks on one patched transformer: each forward is decided about before it begins, and looked at when it ends."""
+"""The hooks on a patched transformer: they decide each layer's route before a forward, and check its output after."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDic
 
 
 class Patch(NotPickled):
-    """What a processor is to one transformer. A transformer has one patch at a time: a newcomer evicts it.
+    """The patch of one transformer by a processor. A transformer has one patch at a time: a new one replaces the old.
 
     Attributes:
-        name: of the transformer in the pipeline.
+        name: the transformer's name in the pipeline.
         sites: its attention modules.
         attention: computes its layers.
-        forward: the one that is going on; outside of any, one in which all layers are dense.
+        forward: the current forward; outside of any, a placeholder in which all layers are dense.
         attached: whether its hooks are set.
     """
 
@@ -61,20 +61,20 @@ class Patch(NotPickled):
         self.forward = self._outside = runs.outside({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
-        """That of the hooks that a copy of the transformer takes along, which do nothing."""
+        """A copy of the transformer takes its hooks along: give them a patch that does nothing."""
         idle = object.__new__(Patch)
         idle.attached = False
         return idle
 
     def know(self, sites: Mapping[torch.nn.Module, Site]) -> None:
-        """Take the transformer's attention modules."""
+        """Register the transformer's attention modules."""
         self.sites.update(sites)
         layers = [site for site in sites.values() if isinstance(site, LayerSite)]
         routes = {site.layer.name: Route(False, UNHOOKED if site.may_be_sparse else None) for site in layers}
         self.forward = self._outside = self._runs.outside(routes)
 
     def attach(self) -> None:
-        """Set the hooks; another patch's go."""
+        """Set the hooks, and remove those of another patch."""
         transformer = self.transformer()
         if transformer is None or self.attached:
             return
@@ -87,7 +87,7 @@ class Patch(NotPickled):
         ]
 
     def detach(self) -> None:
-        """Remove the hooks, if they are there, and all that was noted on modules."""
+        """Remove the hooks, if they are set, and all notes on modules."""
         transformer = self.transformer()
         while self._hooks:
             self._hooks.pop().remove()
@@ -116,7 +116,7 @@ class Patch(NotPickled):
         return owner
 
     def begin_late(self) -> None:
-        """Begin the forward that is going on already: its first attention told that the processor was set."""
+        """Begin a forward that is running already: only its first attention call showed that the processor is set."""
         transformer = self.transformer()
         if transformer is not None and (inputs := _going_on(transformer)) is not None:
             self.begin(transformer, *inputs)
@@ -126,7 +126,7 @@ class Patch(NotPickled):
     # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
     def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook, which comes before anything else touches the inputs.
+        """A forward pre-hook, which runs before anything else touches the inputs.
 
         Raises:
             RuntimeError: the forward is being captured into a CUDA graph, and cannot be.
@@ -173,7 +173,7 @@ class Patch(NotPickled):
             if not isinstance(site, LayerSite):
                 continue
             site.layer = layers[site.layer.name]
-            # A module that has its own processor back was taken out of the patch by somebody.
+            # If a module has its own processor back, somebody took it out of the patch on purpose.
             wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
             if unknown is None:
                 wanted = wanted and forward.step not in run.dense[self.name].steps
@@ -196,9 +196,9 @@ class Patch(NotPickled):
         return forward
 
     def _corrects(self, forward: Forward, layer: Layer) -> bool:
-        """Whether this is the last step of the dense phase, at which what sparse attention leaves out is kept.
+        """Whether this is the last step of the dense phase, where what sparse attention would leave out is kept.
 
-        Of a layer that rules keep dense, or whose settings they change at the next step, nothing is kept.
+        Nothing is kept for a layer that the preset keeps dense, or if the next step is dense too.
         """
         run, step = forward.run, forward.step
         if not layer.preset.correction or layer.spec is None or forward.captured or step + 1 >= run.steps:
@@ -207,13 +207,13 @@ class Patch(NotPickled):
         return step + 1 == dense.first and step + 1 not in dense.steps
 
     def _note_unreached(self, forward: Forward) -> None:
-        """Note the layers that never call the processor, for it is not in its place."""
+        """Note the layers that never call the processor, because their module has another one."""
         for attn, site in self.sites.items():
             if isinstance(site, LayerSite) and attn.processor is not self.processor():
                 self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:
-        """What graphs and stock processors go by, which cannot ask for the forward."""
+        """Write onto modules what graphs and stock processors need: they cannot ask for the forward."""
         joint = self.forward.share is not None and self._family.text != "none"
         for attn, site in self.sites.items():
             if attn.processor is self.processor():
@@ -224,13 +224,13 @@ class Patch(NotPickled):
                 site.in_graph = self.forward.routes[site.layer.name].ours or joint or not self._family.stock_traceable
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
-        """Give the module's own processor what diffusers has since set on the patch's, or on the transformer."""
+        """Pass settings on to the module's own processor that diffusers has set on ours, or on the transformer."""
         config = parallel_config(transformer)
         has_all = self._family.replicates_text and not isinstance(site, LayerSite) and not site.reads_video
         if config is not None and has_all:
             config = None
             if vars(site.original).get("_parallel_config", self) is not None:
-                # A copy, made once: self-attention may have the same object, and does share its heads.
+                # A copy, made once: self-attention may have the same object, and its heads are shared among ranks.
                 site.original = copy.copy(site.original)
                 site.original._parallel_config = None
         backend = self._owner()._attention_backend
@@ -240,7 +240,7 @@ class Patch(NotPickled):
 
     @torch.compiler.disable
     def _end(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """A forward hook: gives the output of the forward that was computed again, or None to keep the first one."""
+        """A forward hook: return the output of a second computation if one was needed, or None to keep the first."""
         if not self.attached:
             return None
         forward, guard, again = self.forward, self.attention.guard, None
@@ -265,7 +265,7 @@ class Patch(NotPickled):
 
 
 def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | None:
-    """What a module was called with, if its call is going on, from the frame of torch's `__call__`."""
+    """The arguments of a module's current call, from the frame of torch's `__call__`; None if there is no such call."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is transformer:
@@ -275,12 +275,12 @@ def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | No
 
 
 def _device(transformer: Any, inputs: Mapping[str, Any]) -> torch.device:
-    """Where a forward is computed: weights that are offloaded may be elsewhere."""
+    """The device of a forward: that of its inputs, because weights may be offloaded."""
     video = inputs.get("hidden_states")
     return video.device if torch.is_tensor(video) else transformer.device
 
 
 @functools.cache
 def _argument_names(transformer: Any) -> tuple[str, ...]:
-    """Names of what the forward of a class of transformers takes, in order."""
+    """The argument names of the forward of a class of transformers, in order."""
     return tuple(inspect.signature(transformer.forward).parameters)[1:]

@@ -13,7 +13,7 @@ from psa_presets import Preset
 
 
 class Moment(NamedTuple):
-    """Where in a run lists are made or wanted: step, window of a long video, guidance branch, each counted from 0."""
+    """A place in a run where lists are made or wanted: step, window of a long video, guidance branch, each from 0."""
 
     step: int
     window: int
@@ -28,16 +28,16 @@ class _Entry:
 
 
 class ListCache:
-    """Lists of one run: one set a layer, window and guidance branch, or one a layer and window where branches share.
+    """The lists of one run: one set for each layer, window and guidance branch; branches may share a set.
 
-    A set takes 2 bytes for each query block and attended key block, head and batch item (4 beyond 32,767 key blocks);
-    for Wan2.1-14B at 720p with psa-3 that is 25 MB a layer and branch. With the mass rule or `rest: mean` skipped key
-    blocks take as much, 56 MB in all; under the rule `budget` a row has room for all that it could pay for, with
-    psa-auto as many. Nothing is kept with `refresh` 1 and separate branches.
+    A set takes 2 bytes for each query block and attended key block, head and batch item (4 beyond 32,767 key blocks).
+    For Wan2.1-14B at 720p with psa-3 that is 25 MB a layer and branch. With the mass rule or `rest: mean` skipped key
+    blocks take room too, 56 MB in all. Under the rule `budget` a row has room for all that it could pay for, with
+    psa-auto also 56 MB. Nothing is kept with `refresh` 1 and separate branches.
 
     Attributes:
-        one_step_only: whether lists serve only the step that they were made at. So it is in a run over windows: the
-            next step may have others in the same places.
+        one_step_only: whether lists serve only the step that they were made at. In a run over windows they do, because
+            the next step may have other windows in the same places.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class ListCache:
 
         Args:
             layer: name of the layer, of all transformers.
-            call: whatever must be equal for lists to fit: shapes, grid, device, what the
-                layer computes and in which order.
+            call: all that must be equal for lists to fit: shapes, grid, device, what the layer computes and in which
+                order.
             preset: says for how many steps lists serve, and whether guidance branches share them.
-            stated: whether forwards of this moment may be run again, each of which makes its lists anew.
+            stated: whether forwards of this moment may be run again; each then makes its lists anew.
         """
         entry = self._entries.get(_key(layer, moment, preset))
         if entry is None or entry.call != call or (stated and entry.made == moment):
@@ -71,9 +71,9 @@ class ListCache:
     def rewrite(
         self, layer: str, moment: Moment, call: Hashable, preset: Preset, lists: BlockLists
     ) -> BlockLists | None:
-        """Keep lists in the tensors of those that are kept for such a call, which captured graphs read; returns these.
+        """Write lists into the tensors that are already kept for such a call, because captured graphs read those.
 
-        Returns None, and keeps nothing, where there are none.
+        Returns the kept lists. If there are none, nothing is kept and None is returned.
         """
         key = _key(layer, moment, preset)
         entry = self._entries.get(key)
@@ -85,7 +85,7 @@ class ListCache:
         return entry.lists
 
     def forget_step(self, step: int) -> None:
-        """Drop the lists that were made at this step: what they were made from was not finite."""
+        """Drop the lists that were made at this step, because they were made from values that were not finite."""
         self._entries = {key: entry for key, entry in self._entries.items() if entry.made.step != step}
 
 

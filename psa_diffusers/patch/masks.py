@@ -22,10 +22,10 @@ class BlockMask:
         layer: its name.
         step, steps: the denoising step, counted from 0, and how many the run has.
         grid: video tokens along frames, height and width.
-        videos: how many videos of that grid the layer attends, one after another. What follows shows the first.
+        videos: how many videos of that grid the layer attends, one after another. Pictures show the first.
         preset, spec: what the layer computed.
         order: which tokens form a block.
-        first_head, first_row: the head and the query block that the first entries are.
+        first_head, first_row: the head and the query block of the first entries of `levels`.
         levels: int64 [heads, query blocks, key blocks]: index into `spec.levels`; `len(spec.levels)` where skipped.
     """
 
@@ -42,7 +42,7 @@ class BlockMask:
     videos: int = 1
 
     def detail(self) -> np.ndarray:
-        """How finely each pair of blocks was read, float64 like `levels`: 1 / pooling factor, 0 where skipped."""
+        """How finely each pair of blocks was read: 1 / pooling factor, 0 where skipped; float64, shaped as `levels`."""
         rest = 1 / self.spec.block_key if self.spec.rest == "mean" else 0.0
         return np.array([*(1 / level for level in self.spec.levels), rest])[self.levels]
 
@@ -72,8 +72,8 @@ class BlockMask:
 class MaskRecorder:
     """Keeps the block lists of chosen calls of the last run, on their device until `masks` is called.
 
-    Of each call one batch item is kept: the last one, which belongs to the prompt where a model computes both guidance
-    branches at once. Where it computes them one after the other, the first one, the prompt's, is kept.
+    Of each call one batch item is kept: the last one, because it is the prompt's in models that compute both guidance
+    branches in one batch. In models that compute them one after the other the first forward, the prompt's, is kept.
 
     Args:
         layers: names of the layers, as `RunStats.layers` has them.

@@ -11,17 +11,17 @@ from psa_diffusers.families import UnsupportedModelError
 from psa_diffusers.families.lookup import REASONS
 
 TRANSFORMERS = ("transformer", "transformer_2", "transformer_ref")
-# Runs of a workflow that has nothing to do with the others, while experts share every run.
+# Transformers of a workflow of their own, which has nothing to do with the others; experts share every run.
 OF_OTHER_WORKFLOWS = ("transformer_ref",)
 
 
 def unwrapped(module: Any) -> Any:
-    """A module for what `torch.compile(module)` returns, which uses its hooks and processors."""
+    """The module inside of what `torch.compile(module)` returns, which uses the module's hooks and processors."""
     return getattr(module, "_orig_mod", module)
 
 
 def find_transformers(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of a pipeline by attribute name; one that has two names is there by the first.
+    """The transformers of a pipeline by attribute name; one that has two names is listed under the first.
 
     Raises:
         UnsupportedModelError: it has none.

@@ -36,10 +36,10 @@ class PSAProcessor(PatchingProcessor, Told):
 
     One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
     the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged.
-    Text tokens of joint attention are attended exactly, padding is not attended. Models without `set_attn_processor`
-    (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
+    Text tokens of joint attention are attended exactly, and padding is not attended. Models without
+    `set_attn_processor` (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
 
-    Making one changes nothing. It takes effect when it is set, and then replaces an earlier one.
+    Creating one changes nothing. It takes effect when it is set, and replaces an earlier one.
 
     Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
@@ -49,13 +49,13 @@ class PSAProcessor(PatchingProcessor, Told):
         preset: name of a shipped preset, path of a YAML file, or a `Preset`; by default `psa-3`, or `psa-auto` where
             a density is given.
         preset_2: the same for `transformer_2` of pipelines with two experts; by default `preset`.
-        density: what attention may cost in sparse layers, as a share of dense attention, above 0 and up to 1: the
-            presets are then taken `at_density`.
+        density: what attention may cost in sparse layers, as a share of dense attention, above 0 and up to 1. The
+            presets are then scaled by `Preset.at_density`.
         strict: raise instead of falling back to dense attention.
 
     Attributes:
         presets: the preset of each transformer, by its name in the pipeline.
-        layers: the layers of each transformer, as they are where no rule of the preset for steps applies.
+        layers: the layers of each transformer, at steps where none of the preset's rules for steps applies.
         strict: as given.
 
     Raises:
@@ -101,7 +101,8 @@ class PSAProcessor(PatchingProcessor, Told):
         """Set this processor on all attention modules of the pipeline's transformers.
 
         Raises:
-            PSAFallbackError: with `strict`, where a layer that the preset wants sparse has a foreign processor.
+            PSAFallbackError: with `strict`, if a layer that the preset wants sparse has a processor that PSA does not
+                know.
         """
         self._tell_of_foreign_processors()
         for attn in self._sites:
@@ -118,15 +119,15 @@ class PSAProcessor(PatchingProcessor, Told):
         return any(patch.holds() for patch in self._patches)
 
     def record_masks(self, recorder: MaskRecorder | None) -> None:
-        """From now on, hand the block lists of sparse calls to a recorder; None ends it."""
+        """From now on, hand the block lists of sparse calls to a recorder; None stops that."""
         self._attention.mask_recorder = recorder
 
     def compute_with(self, compute: Compute | None) -> None:
-        """From now on, compute sparse layers with something else, as `TokenAttention.compute` says; None ends it."""
+        """From now on, compute sparse layers with another function (see `TokenAttention.compute`); None stops that."""
         self._attention.compute = compute
 
     def restore(self) -> None:
-        """Give the attention modules their own processors back, where they still have this one."""
+        """Give the attention modules that still have this processor their own ones back."""
         shared = False
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
@@ -147,7 +148,7 @@ class PSAProcessor(PatchingProcessor, Told):
 
     @with_names
     def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Output:
-        """The attention of one module; arguments and result are those of the diffusers processor that it had."""
+        """Compute the attention of one module; arguments and result are those of the processor that it had before."""
         compiling = torch.compiler.is_compiling()
         if compiling:
             self.arrive_in_graph()
@@ -167,13 +168,13 @@ class PSAProcessor(PatchingProcessor, Told):
         return copied_processor(self._sites, memo)
 
     def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """Compute a layer's attention; None, with a note, where the module's own processor is to compute it."""
+        """Compute a layer's attention. If the module's own processor has to compute it, note that and return None."""
         if not site.patch.attached:
             self._arrive()
         if site.skips_scores:
             return None
         forward, route = site.patch.forward, None
-        # Ranks that share a forward must all take the same route, so it was decided before the forward.
+        # Ranks that share a forward must all take the same route, so that was decided before the forward.
         ours = forward.routes[site.layer.name].ours if forward.share is None else site.in_graph
         call = self._family.call(site.by_name(args, kwargs)) if ours else None
         if ours and call is None:
@@ -194,7 +195,7 @@ class PSAProcessor(PatchingProcessor, Told):
         return self._output(attn, call, head, tail)
 
     def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """The same inside a graph, where it was decided before the forward."""
+        """As `_eagerly`, inside a graph; there the route was decided before the forward."""
         if site.skips_scores:
             return None
         if not site.in_graph:
@@ -222,12 +223,12 @@ class PSAProcessor(PatchingProcessor, Told):
 
     @torch.compiler.assume_constant_result
     def arrive_in_graph(self) -> bool:
-        """Called while a block is traced: sets the hooks before the graph is chosen, if no call told of it before."""
+        """Called while a block is traced: set the hooks before the graph is chosen, if no earlier call has done so."""
         self._arrive()
         return True
 
     def _arrive(self) -> None:
-        """Set the hooks and begin the forward that is going on; `set_attn_processor` tells a processor nothing."""
+        """Set the hooks, begin the current forward. `set_attn_processor` does not tell a processor that it is set."""
         for patch in self._attach():
             patch.begin_late()
 
@@ -240,7 +241,7 @@ class PSAProcessor(PatchingProcessor, Told):
             patch.attach()
         for patch in self._patches if found else ():
             if not patch.attached and patch.is_free():
-                patch.attach()  # to tell of a transformer that was left out, of an expert at once
+                patch.attach()  # to warn of a transformer that was left out; of an expert at once
                 if patch.name not in OF_OTHER_WORKFLOWS:
                     self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
@@ -252,7 +253,7 @@ class PSAProcessor(PatchingProcessor, Told):
     def _patch(
         self, name: str, transformer: torch.nn.Module, modules: dict[torch.nn.Module, str], layers: StepLayers
     ) -> Patch:
-        """The patch of a transformer, which knows all its attention modules and their processors."""
+        """Make the patch of a transformer, with all its attention modules and their processors."""
         patch = Patch(self, name, transformer, self._family, self._runs, self._attention, layers)
         sites: dict[torch.nn.Module, Site] = {}
         foreign: dict[str, list[LayerSite]] = {}

@@ -1,4 +1,4 @@
-"""One denoising run, and one forward of a transformer in it: all that a layer's attention has to know."""
+"""One denoising run, and one forward of a transformer in it: what a layer's attention has to know about them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NO_GRID: Grid = (0, 0, 0)
 
 
 class Route(NamedTuple):
-    """Whether a layer is sparse, and if it is not although the preset wants it so, why.
+    """How a layer is computed. `reason` says why it is dense although the preset wants it sparse.
 
-    With `full` it is dense as the preset has it, and the operator's kernel is to compute it, if it can. With `corrects`
-    it is dense likewise, and what sparse attention leaves out there is kept.
+    With `full` the preset wants it dense, and computed by the operator's kernel if that can. With `corrects` the preset
+    wants it dense too, and what sparse attention would leave out is kept.
     """
 
     sparse: bool
@@ -38,9 +38,9 @@ class Route(NamedTuple):
 
 
 class Note(NamedTuple):
-    """One attention call: its statistics if it was sparse, and why it was dense if that is against the preset.
+    """One attention call: its statistics if it was sparse, and the reason if it was dense against the preset.
 
-    `full_by` is what computed it, if it was dense and went to the operator.
+    `full_by` is the operator's implementation, if it was dense and the operator computed it.
     """
 
     step: int
@@ -54,8 +54,8 @@ class DenseSteps(NamedTuple):
     """Which steps of a run a preset keeps dense.
 
     Attributes:
-        first, last: how many of the first and of the last ones.
-        steps: all of them, counted from 0, with those that rules for steps keep dense.
+        first, last: how many of the first and of the last steps.
+        steps: all dense steps, counted from 0, including those that rules for steps keep dense.
     """
 
     first: int = 0
@@ -64,29 +64,29 @@ class DenseSteps(NamedTuple):
 
     @classmethod
     def of(cls, preset: Preset, num_steps: int) -> Self:
-        """Those of a run of so many steps."""
+        """The dense steps of a run of `num_steps` steps."""
         dense = frozenset(range(num_steps)).difference(preset.sparse_steps(num_steps))
         return cls(preset.dense_step_count(num_steps), preset.dense_last_count(num_steps), dense)
 
 
 @dataclass(eq=False)
 class Run:
-    """A denoising run and what is kept during it; nothing outlives it.
+    """A denoising run and what is kept during it. Nothing of this outlives the run.
 
     Attributes:
         number: counted from 1 since the patch; 0 for calls that belong to no known run.
-        steps: how many it has, over all transformers.
-        dense: which of them the preset keeps dense, by the name of the transformer.
+        steps: how many steps it has, over all transformers.
+        dense: which steps the preset keeps dense, by the name of the transformer.
         first: place of the run's first step among `timesteps`.
-        timesteps: what the run's scheduler had at its beginning: another tensor is another run.
-        pipe_timesteps: the same of the pipeline that was patched, whose run it may not be.
+        timesteps: the tensor that the run's scheduler had at its beginning: another tensor means another run.
+        pipe_timesteps: the same of the patched pipeline's scheduler; the run may be another pipeline's.
         step: the current one, counted from 0.
         lists: importance lists for later steps and other guidance branches.
         corrections: what sparse attention left out at the last dense step, where the preset wants it added later.
         full_lists: by shape, the lists of dense calls that the operator computes.
-        notes: of each forward, its attention calls.
-        watch: whether each sparse attention is looked at for values that are not finite.
-        model_not_finite: what was not finite with dense attention either; from then on nothing is computed again.
+        notes: for each forward its attention calls.
+        watch: whether the output of each sparse attention is checked for values that are not finite.
+        model_not_finite: what was not finite with dense attention either. From then on nothing is computed again.
         not_finite: layers whose sparse output was not finite, and at which steps.
     """
 
@@ -108,19 +108,20 @@ class Run:
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
 
     def asks_first(self, transformer: str) -> bool:
-        """True once a transformer: for what is looked up once a run."""
+        """True the first time a transformer's name is given: for what is looked up once a run."""
         first = transformer not in self._asked
         self._asked.add(transformer)
         return first
 
     def enter(self, step: int, transformer: str, latents: torch.Tensor | None) -> tuple[int, int]:
-        """Begin a forward at a step; returns its window and its guidance branch, each counted from 0.
+        """Begin a forward at a step; return its window and its guidance branch, each counted from 0.
 
-        Forwards of one step with the same input are guidance branches of each other, those with another input are other
-        windows of a long video. The first sample tells: some branches are in one batch, and others alone.
+        Forwards of one step with the same input are guidance branches of each other. Forwards with another input are
+        other windows of a long video. Only the first sample is compared, because some branches are in one batch and
+        others alone.
 
         Args:
-            latents: the input to tell windows by; None where nothing is kept that another window could be given.
+            latents: the input by which windows are told apart; None if nothing is kept that windows could mix up.
         """
         if step != self.step:
             self.step, self._inputs = step, {}
@@ -141,18 +142,18 @@ class Forward:
     """One forward of a transformer.
 
     Attributes:
-        run: which it belongs to.
-        step: of the run, counted from 0.
+        run: the run that it belongs to.
+        step: its step in the run, counted from 0.
         branch: 0 for the first forward of this transformer in this step and window, 1 for the second (guidance), ...
-        window: 0 but where a step's forwards have different inputs, as windows of a long video have.
-        grid: video tokens along frames, height and width; `NO_GRID` where the model was not told.
+        window: its window; 0 unless a step's forwards have different inputs, as windows of a long video have.
+        grid: video tokens along frames, height and width; `NO_GRID` if the pipeline does not tell the transformer.
         videos: how many videos of that grid a layer attends, one after another.
-        routes: of each layer, by name.
+        routes: the route of each layer, by name.
         share: how ranks share it; None on one device.
-        watch: whether each sparse attention is looked at for values that are not finite.
-        stated: whether its step was stated, so that it may have been captured or be run again.
-        transformer: whose it is, if it is captured.
-        captured: whether it is being captured into a CUDA graph, so that nothing on the device can be read.
+        watch: whether the output of each sparse attention is checked for values that are not finite.
+        stated: whether the user stated its step; then it may be captured, or run again.
+        transformer: its transformer, if it is captured.
+        captured: whether it is being captured into a CUDA graph; then nothing on the device can be read.
         notes: its attention calls so far, also in `run.notes` unless it is captured.
     """
 

@@ -1,4 +1,4 @@
-"""The denoising runs of one processor: the one that is going on, and what the last one attended."""
+"""The denoising runs of one processor: the current one, and what the last one attended."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ALL_DENSE = "attention is dense: a run of length {steps} has no sparse step with
 
 
 class Runs:
-    """Knows the run that is going on, and the last one when none is.
+    """Keeps track of the current run, or of the last one if none is going on.
 
     Args:
         pipe: the pipeline that was patched; is not kept alive.
         presets: by the name of the transformer.
         layers: names of all layers.
-        expected: what a transformer is given at each step of a scheduler, `[steps]`.
+        expected: from a scheduler, the timesteps that a transformer is given at each step, `[steps]`.
 
     Attributes:
-        stated: what is said of the forwards that follow, inside `told`.
+        stated: what the user states of the forwards that follow, inside `told`.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Runs:
         self._unseen_told = False
 
     def enter(self, transformer: torch.nn.Module, name: str, timestep: Any, latents: torch.Tensor | None) -> Forward:
-        """Begin a forward of a transformer, of which all layers' routes are to be decided.
+        """Begin a forward of a transformer. The routes of its layers are still to be decided.
 
         Args:
-            timestep: what the transformer was given, a number or a tensor of any shape, as `expected` has it.
-            latents: what it is to denoise.
+            timestep: the timestep that the transformer was given, a number or a tensor of any shape.
+            latents: its input, noisy latents.
 
         Raises:
             UnknownStepError: the denoising step cannot be known.
@@ -69,7 +69,7 @@ class Runs:
             return self._enter_stated(self.stated)
         run = self._run
         at = self._schedule.position(transformer, timestep, run.first + run.step)
-        # Every run sets its timesteps anew, so another tensor is another run, also where both runs have one step only.
+        # Every run sets its timesteps anew, so another tensor means another run, even if both runs have only one step.
         same = run.timesteps is at.timesteps
         if not same or at.index < run.first + run.step:
             first = at.index if at.first is None else at.first
@@ -83,7 +83,7 @@ class Runs:
         return forward
 
     def _enter_stated(self, stated: StatedStep) -> Forward:
-        """A forward of a step that needs no looking up, so that nothing is read from the device."""
+        """Begin a forward whose step the user stated, so that nothing has to be read from the device."""
         told = self._schedule.told
         assert told is not None, "a step is stated inside a run that was told"
         run = self._run if self._run.timesteps is told else self._begin(told, 0)
@@ -97,11 +97,11 @@ class Runs:
         return forward
 
     def told_steps(self) -> int | None:
-        """How many steps the run has that was told; None where none was."""
+        """How many steps the run has that the user told of; None if there is none."""
         return None if self._schedule.told is None else len(self._schedule.told)
 
     def outside(self, routes: Mapping[str, Route]) -> Forward:
-        """A forward, or calls, of no run that is known."""
+        """A forward, or single calls, outside of any known run."""
         self._count_strays()
         return Forward(self._strays, 0, routes, notes=self._stray_notes)
 
@@ -137,7 +137,7 @@ class Runs:
         return self._run
 
     def _tell_if_all_dense(self) -> None:
-        """Warn, once for each number of steps, where a run is too short for the preset to leave it a sparse step."""
+        """Warn, once for each number of steps, if the preset keeps every step of such a short run dense."""
         steps = self._run.steps
         if steps in self._told or any(len(dense.steps) < steps for dense in self._run.dense.values()):
             return

@@ -1,7 +1,7 @@
-"""Which denoising step a forward belongs to, read from the scheduler and from the timestep that the model is given.
+"""Finds out which denoising step a forward belongs to, from the scheduler and the timestep that the model is given.
 
-Counting calls would go wrong with guidance switched off, caches that skip calls, two experts and aborted runs. Asking
-the patched pipeline alone would go wrong where several pipelines share the transformer.
+Counting calls would go wrong if guidance is switched off, caches skip calls, there are two experts, or a run is
+aborted. Asking only the patched pipeline would go wrong if several pipelines share the transformer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Position:
     """A step of a run.
 
     Attributes:
-        timesteps: those of the run's scheduler; another tensor is another run.
+        timesteps: those of the run's scheduler; another tensor means another run.
         index: place of the step among them.
-        first: place of the run's first step; None where only its first forward tells.
+        first: place of the run's first step; None if it can only be taken from the run's first forward.
     """
 
     timesteps: torch.Tensor
@@ -45,13 +45,13 @@ class Position:
 class Schedule:
     """Finds the position of a forward.
 
-    The timesteps are those that `told` names, else those of the pipeline that runs, which is looked for among the
-    callers, else those of the pipeline that was patched, if somebody has set them.
+    The timesteps are those in `told`. Without these, they are those of the running pipeline, which is looked for among
+    the callers. If none runs, they are those of the patched pipeline, if somebody has set them.
 
     Args:
-        pipe: the pipeline that was patched; not kept alive, but for its scheduler, which a pipeline made of its parts
-            goes on using.
-        expected: what the transformer is given at each step of a scheduler, `[steps]`.
+        pipe: the pipeline that was patched. Only its scheduler is kept alive, because a pipeline that is made of its
+            parts goes on using that.
+        expected: from a scheduler, the timesteps that a transformer is given at each step, `[steps]`.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class Schedule:
         return _timesteps(self._patched_scheduler())
 
     def missed_since(self, timesteps: torch.Tensor | None, patched: Mapping[str, Any]) -> int | None:
-        """How many steps a run had that the patched pipeline made without the patched transformers; None without one.
+        """How many steps the patched pipeline's last run had, if it ran without the patched transformers; else None.
 
         Args:
-            timesteps: what its scheduler had when the last run began that came to the patch.
+            timesteps: what its scheduler had when the last run began that went through the patch.
             patched: the transformers by name.
         """
         pipe, now = self._pipe(), self.patched_timesteps()
@@ -80,14 +80,14 @@ class Schedule:
         return len(now) if replaced else None
 
     def position(self, transformer: torch.nn.Module, timestep: Any, step: int) -> Position:
-        """Where a forward stands.
+        """The position of a forward.
 
         Args:
-            timestep: what the transformer was given, a number or a tensor of any shape.
-            step: place of the last forward among the run's timesteps, for timesteps that come twice.
+            timestep: the timestep that the transformer was given, a number or a tensor of any shape.
+            step: place of the last forward among the run's timesteps, which decides between equal timesteps.
 
         Raises:
-            UnknownStepError: the run does not tell.
+            UnknownStepError: it cannot be found.
         """
         timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
@@ -117,7 +117,7 @@ class Schedule:
         first = begin if first is None else first
         index = getattr(scheduler, "step_index", None)
         name = f"the {len(values)} timesteps of {type(scheduler).__name__}"
-        # Diffusion forcing steps copies of the scheduler, one a frame, and this one never.
+        # Diffusion forcing steps copies of the scheduler, one for each frame, and never this one.
         if index is None and hasattr(scheduler, "step_index") and (timestep is None or timestep.dim() < 2):
             index = first or 0  # the run's first step is still to come
             if given is not None and not (index < len(values) and _is_near(values, index, given)):
@@ -133,7 +133,7 @@ class Schedule:
         return Position(timesteps, index, first)
 
     def _on_cpu(self, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
-        """What is given at each of a run's timesteps, copied once: the device would be waited for at every look."""
+        """The timesteps that a transformer is given in a run; copied once, because each copy waits for the device."""
         if self._copied is None or self._copied[0] is not timesteps:
             self._copied = (timesteps, self._expected(scheduler).detach().float().cpu())
         return self._copied[1]
@@ -143,10 +143,9 @@ class Schedule:
 
 
 def running_pipeline(transformer: torch.nn.Module) -> Any | None:
-    """The pipeline, or whatever else has both a scheduler with timesteps and this transformer, that is being called.
+    """The running pipeline: the innermost caller that has a scheduler with timesteps and this transformer.
 
-    The callers are looked through from the innermost one. A modular pipeline hands itself to its blocks by the name
-    `components`.
+    A modular pipeline hands itself to its blocks by the name `components`.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -167,7 +166,7 @@ def _runs(owner: Any, transformer: torch.nn.Module) -> bool:
 
 
 def _find(timesteps: torch.Tensor, given: float | None, name: str, after: int) -> int:
-    """Place of the timestep nearest to the one given, the next from a place on if it comes several times."""
+    """Place of the timestep nearest to the given one; if it comes several times, the first place from `after` on."""
     if given is None:
         raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
     distance = (timesteps - given).abs()
@@ -179,14 +178,14 @@ def _find(timesteps: torch.Tensor, given: float | None, name: str, after: int) -
 
 
 def _is_near(timesteps: torch.Tensor, index: int, given: float) -> bool:
-    """Whether a timestep is the one given, which may have been cast to bfloat16 or cut to an integer."""
+    """Whether a timestep equals the given one, which may have been cast to bfloat16 or cut to an integer."""
     expected = float(timesteps[index])
     cut = 1.0 if float(timesteps.max()) > 2 else 2**-8
     return abs(expected - given) <= abs(expected) * 2**-8 + cut
 
 
 def _largest(timestep: torch.Tensor) -> float | None:
-    """The timestep that is meant: that of the largest entry, because image conditions have timestep 0."""
+    """The timestep of a forward: the largest entry, because image conditions have timestep 0."""
     value = float(timestep.float().max())
     return value if math.isfinite(value) else None
 
@@ -202,13 +201,13 @@ def _timesteps(scheduler: Any) -> torch.Tensor | None:
 
 
 def _is_set(scheduler: Any, timesteps: torch.Tensor) -> bool:
-    """Whether somebody set the timesteps; a scheduler that was just made has all those of its training."""
+    """Whether somebody set the timesteps: a new scheduler has all timesteps of its training."""
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     return trained is None or len(timesteps) < trained
 
 
 def as_timesteps(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    """The timesteps of a run that somebody tells, as a new float tensor `[steps]` on the CPU.
+    """The timesteps that a user tells, as a new float tensor `[steps]` on the CPU.
 
     Raises:
         ValueError: they are not a sequence of finite numbers.

@@ -1,4 +1,4 @@
-"""Which sparse calls go to stock attention because sparse attention is, or may be, slower on this device."""
+"""Decides which sparse calls go to stock attention, because sparse attention is or may be slower on this device."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ FLOAT32 = (
 
 
 class ServedCalls:
-    """Asks once for each kind of call; a call that was refused is not even projected the next time."""
+    """Decides once for each kind of call. A kind that was refused is not even projected the next time."""
 
     def __init__(self) -> None:
         self._answers: dict[Hashable, str | None] = {}
         self._refused: dict[Hashable, str] = {}
 
     def earlier(self, layer: Layer, call: AttentionCall) -> str | None:
-        """Why a call like this was refused before; None if it was not."""
+        """Why a call like this was refused earlier; None if it was not."""
         return self._refused.get(_like(layer, call)) if self._refused else None
 
     def why_not(self, layer: Layer, call: AttentionCall, qkv: QKV, video: int) -> str | None:
-        """Why a sparse call should be dense, in one line; None where a kernel serves it, and on a CPU.
+        """Why a sparse call should be dense, in one line; None if a kernel serves it, and on a CPU.
 
         Args:
             video: number of video tokens.

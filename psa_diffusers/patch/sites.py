@@ -1,4 +1,4 @@
-"""The attention modules of a patched transformer: which layer each is, and what attended there before."""
+"""The attention modules of a patched transformer: which layer each is, and which processor it had before."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _sites: weakref.WeakValueDictionary[int, LayerSite] = weakref.WeakValueDictionar
 
 
 class NotPickled:
-    """What belongs to one transformer and its hooks in this process."""
+    """Base of objects that belong to one transformer and its hooks in this process, and cannot leave it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -33,7 +33,7 @@ class NotPickled:
 
 
 class PatchingProcessor(NotPickled, ABC):
-    """What PSAProcessor is to those that it imports."""
+    """The part of PSAProcessor that modules need which it imports itself."""
 
     # Written by diffusers' set_attention_backend and enable_parallelism, where a processor has them.
     _attention_backend: Any = None
@@ -50,11 +50,11 @@ class PatchingProcessor(NotPickled, ABC):
 
 @dataclass(frozen=True)
 class Layer:
-    """One video self-attention, at the steps where the same rules for steps apply.
+    """One video self-attention layer, as it is at all steps where the same rules for steps apply.
 
     Attributes:
-        spec: None where the preset keeps it dense.
-        order: what its blocks hold.
+        spec: what it computes; None if the preset keeps it dense.
+        order: in which order its tokens form blocks.
         keeps_lists: whether its importance lists ever serve a second call.
     """
 
@@ -66,12 +66,12 @@ class Layer:
 
 
 class Site(NotPickled):
-    """An attention module of a patched transformer, such as that to text, or of a copy of one.
+    """An attention module of a patched transformer, such as cross-attention to text, or of a copy of one.
 
     Attributes:
         original: the processor that the module had before.
-        names: of what that takes after the module, in order; None if it takes any.
-        reads_video: whether its keys are the video's tokens, which ranks share, and its queries others.
+        names: names of the arguments that this takes after the module, in order; None if it takes any.
+        reads_video: whether its keys are the video's tokens, which ranks share, while its queries are others.
     """
 
     def __init__(self, original: Any, reads_video: bool = False) -> None:
@@ -79,11 +79,11 @@ class Site(NotPickled):
         self.names = argument_names(original)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
-        """That of a copy of the module, which is not patched."""
+        """The site of a copy of the module, which is not patched."""
         return Site(copy.deepcopy(self.original, memo))
 
     def call_original(self, attn: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """What the module's own processor gives; as from diffusers, it gets only the named arguments that it takes."""
+        """Call the module's own processor. As in diffusers, it gets only those named arguments that it takes."""
         names = self.names
         return self.original(attn, *args, **{name: kwargs[name] for name in kwargs if names is None or name in names})
 
@@ -97,14 +97,14 @@ class LayerSite(Site):
 
     Attributes:
         patch: the `Patch` of its transformer.
-        layer: which one it is, as it is at the step of the current forward.
-        may_be_sparse: whether the preset has it sparse at any step of any run.
+        layer: its layer, as it is at the step of the current forward.
+        may_be_sparse: whether the preset makes it sparse at any step of any run.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.
-        skips_scores: whether a guider has values in place of attention in the current forward, which only `original`
-            takes part in.
-        in_graph: whether the graph that a compiled block takes in the current forward calls the patch's attention; else
-            it calls `original`.
+        skips_scores: whether a guider replaces attention by its values in the current forward; only `original` can do
+            that.
+        in_graph: whether a compiled block calls the patch's attention in the current forward; if not, it calls
+            `original`.
     """
 
     def __init__(self, patch: Any, original: Any, layer: Layer) -> None:
@@ -126,7 +126,7 @@ def site_numbered(number: torch.Tensor) -> LayerSite:
 
 
 def site_of(attn: torch.nn.Module) -> Site | None:
-    """What `publish` noted on a module; readable inside a graph, unlike a dictionary of modules."""
+    """The site that `publish` noted on a module; unlike a dictionary of modules, it can be read inside a graph."""
     return getattr(attn, ATTRIBUTE, None)
 
 

@@ -1,9 +1,8 @@
-"""The step that forwards are said to be of, so that they can be captured into CUDA graphs.
+"""Forwards whose step the user states, so that they can be captured into CUDA graphs.
 
-A replay runs no Python: it goes on attending as the forward did that was captured. So a graph is one of a step that
-somebody states, and all that a replay reads on the device has to stay where it was: the permutation, and lists that are
-kept, which are written into the same tensors each time. They live as long as the transformer, whose weights the graph
-reads as well.
+A replay runs no Python: it attends as the captured forward did. So a graph belongs to one step, which the user states.
+All that a replay reads on the device has to stay where it was: the permutation, and kept lists, which are written into
+the same tensors each time. They live as long as the transformer, whose weights the graph reads as well.
 """
 
 from __future__ import annotations
@@ -46,12 +45,12 @@ _held: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, Any]] = weakref.Weak
 
 @dataclass(frozen=True)
 class StatedStep:
-    """What is said of forwards.
+    """What the user states about forwards.
 
     Attributes:
         index: of the step in its run, counted from 0.
-        branch: which forward of the step it is, of those of different guidance; counted from 0.
-        text_tokens: how many text tokens of each sample are no padding; None where the mask is to tell.
+        branch: the guidance branch: which forward of the step it is, counted from 0.
+        text_tokens: how many text tokens of each sample are no padding; None to read that from the mask.
     """
 
     index: int
@@ -60,10 +59,10 @@ class StatedStep:
 
 
 def stated_step(index: int, steps: int, branch: int, text_tokens: Sequence[int] | None) -> StatedStep:
-    """Check what somebody says of forwards in a run of so many steps.
+    """Check what the user states about forwards in a run of `steps` steps.
 
     Raises:
-        ValueError: a number is none, or out of range.
+        ValueError: a value is no integer, or out of range.
     """
     if not _is_count(index) or index >= steps:
         raise ValueError(f"index={index!r}: expected a step of the run, an integer from 0 to {steps - 1}")
@@ -93,7 +92,7 @@ def held(transformer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 class WarmCalls:
-    """Which kinds of sparse calls were made eagerly, so that kernels are compiled and tables are on the device."""
+    """Remembers which kinds of sparse calls were made eagerly, so that kernels are compiled and tables in place."""
 
     def __init__(self) -> None:
         self._seen: set[Hashable] = set()
@@ -103,10 +102,10 @@ class WarmCalls:
         self._seen.add(_kind(layer, q))
 
     def check(self, layer: Any, q: torch.Tensor) -> None:
-        """Before a call of a layer is captured.
+        """Check that a call may be captured.
 
         Raises:
-            RuntimeError: none like it was made.
+            RuntimeError: no call like it was made eagerly before.
         """
         if _kind(layer, q) not in self._seen:
             raise RuntimeError(NOT_WARM.format(layer=layer.name))

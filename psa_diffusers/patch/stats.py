@@ -23,24 +23,24 @@ class RunStats:
         steps: denoising steps of the run; 0 before the first run.
         dense_steps: how many of the first steps are dense by the preset.
         dense_last: how many of the last steps are dense by the preset.
-        dense_at: the steps, counted from 0, at which all attention was dense, by the preset or against it.
+        dense_at: the steps, counted from 0, at which all attention was dense, whether the preset wants that or not.
         layers: names of the self-attention layers, of all transformers.
         density: `[step][layer]`: share of the FLOPs of dense attention between video tokens, mean over heads, batch and
-            guidance branches (text tokens of joint attention are attended exactly, on top of it);
-            1.0 where the layer was dense, None where it did not run.
-        coverage: `[step][layer]`: share of the key blocks that were attended at all, likewise.
+            guidance branches. 1.0 where the layer was dense, None where it did not run. Text tokens of joint attention
+            are attended exactly, on top of it.
+        coverage: `[step][layer]`: share of the key blocks that were attended at all; a mean in the same way.
         density_run: mean of `density` over all steps and layers that ran.
         density_sparse: mean of `density` over the layers and steps that were sparse; None if there were none.
-        coverage_sparse: mean of `coverage`, likewise.
+        coverage_sparse: mean of `coverage` over the same layers and steps.
         implementation: what computed the sparse calls; None if there were none.
         dense_implementation: the operator's implementation that computed dense calls, where the preset has
             `dense_attention: psa`; None if the modules' own processors computed them all.
         fallbacks: each reason why calls ran dense although the preset wanted them sparse, with the number of calls.
             Calls after the run that belong to no known run are counted too.
-        not_finite: for each layer whose sparse output held NaN or infinite values the steps, counted from 0. There
-            it was computed again, dense.
+        not_finite: for each layer whose sparse output held NaN or infinite values, the steps where it did, counted from
+            0. There it was computed again, dense.
         model_not_finite: one line on what was not finite with dense attention either; None if nothing was.
-        missed: why there are no figures: the pipeline's last run did not go through the patch. None if it did.
+        missed: why there are no figures, if the pipeline's last run did not go through the patch; None if it did.
     """
 
     run: int = field(default=0, compare=False)
@@ -67,11 +67,11 @@ class RunStats:
 
 
 def summed_up(run: Run, layers: Sequence[str], strays: Mapping[str, int], missed: str | None = None) -> RunStats:
-    """The statistics of a run, whose figures are brought from the device in one transfer.
+    """The statistics of a run. All figures come from the device in one transfer.
 
     Args:
         layers: names of all layers.
-        strays: why calls outside of any run were dense, and how many.
+        strays: why calls outside of any run were dense, and how many calls for each reason.
         missed: why there are no figures of the pipeline's last run.
     """
     notes = [note for forward in run.notes for note in forward]

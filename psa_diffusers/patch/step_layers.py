@@ -1,4 +1,4 @@
-"""What the layers of a transformer compute, which the preset's rules for steps change from step to step."""
+"""The layers of a transformer at each step, as the preset's rules for steps change them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepLayers:
         self.plain = self._under(())
 
     def at(self, step: int, num_steps: int) -> Mapping[str, Layer]:
-        """The layers by name, in order, at a step of a run; of a run that is not known there are no steps."""
+        """The layers by name, in order, at a step of a run; for an unknown run, `num_steps` 0, those of `plain`."""
         return self._under(self._preset.step_rules_at(step, num_steps)) if num_steps else self.plain
 
     def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:

@@ -1,4 +1,4 @@
-"""What a user tells a patch of a run that no pipeline makes: its timesteps, and the step of forwards to be captured."""
+"""What a user tells a patch about a loop of their own: its timesteps, and the step of forwards to be captured."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from psa_diffusers.patch.stated_step import stated_step
 
 
 class Told:
-    """The part of PSAProcessor that is told of loops by hand."""
+    """The part of PSAProcessor for denoising loops written by hand."""
 
     _runs: Runs
     _attention: TokenAttention
 
     def run(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
-        """Tell which timesteps the denoising loop inside a `with` block goes through, for loops by hand.
+        """Tell which timesteps the denoising loop inside a `with` block goes through, for loops written by hand.
 
         A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
 
@@ -38,22 +38,22 @@ class Told:
 
     @contextmanager
     def step(self, index: int, *, branch: int = 0, text_tokens: Sequence[int] | None = None) -> Iterator[None]:
-        """Inside `run`, state that forwards are of one step, whatever timestep they are given, to capture them.
+        """Inside `run`, state which step forwards belong to, whatever timestep they are given, so as to capture them.
 
-        A replay attends as the step that was captured: dense or sparse, with lists made anew or with those that the
-        graph of an earlier step writes. So capture one graph for each kind of step, in the order of the steps.
+        A replay attends as the captured step did: dense or sparse, with new lists or with those that the graph of an
+        earlier step writes. So capture one graph for each kind of step, in the order of the steps.
 
         Example:
             >>> with processor.run(timesteps), processor.step(30), torch.no_grad():
-            ...     transformer(**inputs)  # compiles kernels, which cannot be done in a capture
+            ...     transformer(**inputs)  # compiles kernels, which is impossible during a capture
             ...     with torch.cuda.graph(graph):
             ...         noise = transformer(**inputs, return_dict=False)[0]
 
         Args:
             index: of the step among the timesteps of `run`, counted from 0.
-            branch: which forward of the step, of those of different guidance, counted from 0.
-            text_tokens: how many text tokens of each sample are no padding, where the model is given a mask that tells.
-                It is checked at each forward that is not captured.
+            branch: the guidance branch: which forward of the step it is, counted from 0.
+            text_tokens: how many text tokens of each sample are no padding, for models that are given a text mask. It
+                is checked against the mask at each forward that is not captured.
 
         Raises:
             ValueError: a number is out of range.

@@ -15,8 +15,8 @@ from psa_kernels import AttentionSpec, AttentionStats, BlockLists, psa_attention
 class TextLengths:
     """How many text tokens of each sample are real.
 
-    The mask has to be brought from the device, so the answer for one mask is kept: a forward gives all its layers the
-    same one.
+    Reading the mask waits for the device, so the answer for the last mask is kept: a forward gives all its layers the
+    same mask.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class TextLengths:
         """The number of real tokens of each sample.
 
         Args:
-            source: the tensor that the model made, of which `text_mask` is the part about text.
+            source: the model's own mask; `text_mask` is the part of it about text.
             text_mask: `[B, T]`, false or zero at padding.
 
         Raises:
@@ -63,8 +63,8 @@ def attend_real_text(
 ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats], BlockLists | None]:
     """`psa_attention` in which each sample has its own number of text tokens after the video.
 
-    Samples of one text length are computed together, otherwise each alone: to cut padding off is a view, a mask would
-    be of every query by every key.
+    If all samples have the same text length they are computed together, otherwise each alone. Padding is cut off, which
+    is a view; a mask would need an entry for every query and key.
 
     Args:
         q, k, v: `[B, N, H, D]`: `before` text tokens, the video, `after` text tokens, padding last.
@@ -74,7 +74,7 @@ def attend_real_text(
         return_lists: whether the lists are wanted.
 
     Returns:
-        The attention output of the first N - after tokens and of the last `after` ones, which is zero at padding; the
+        The attention output of the first N - after tokens, and that of the last `after` ones, zero at padding; the
         statistics of each computation; and the lists, None if they are not wanted.
     """
     first = q.shape[1] - after

@@ -46,13 +46,13 @@ def token_permutation(order: str, grid: Sequence[int], tile: Sequence[int] = (4,
         raise ValueError(f"order={order!r}: expected one of {', '.join(ORDERS)}")
     grid = _triple("grid", grid)
     tile = _triple("tile", tile)
-    # What is cached is a NumPy array, and callers get a copy: no caller's inference mode or write can reach the cache.
+    # The cache holds a NumPy array, and callers get a copy, so no caller's inference mode or write can reach the cache.
     return torch.from_numpy(_permutation(order, grid, tile if order == "tiles" else (1, 1, 1)).copy())
 
 
 @lru_cache(maxsize=KEPT_ON_DEVICES)
 def permutation_on(order: TokenOrder, grid: Grid, device: torch.device) -> torch.Tensor | None:
-    """The permutation of a layer's order on a device, None for raster; the last few are kept, and not to be written."""
+    """The permutation of a layer's order on a device, None for raster. Do not write to it: the last few are cached."""
     if order.order == "raster":
         return None
     with torch.inference_mode(False):
@@ -102,11 +102,12 @@ def _curve_through(grid: Triple) -> np.ndarray:
 def _crossing(size: Triple) -> np.ndarray:
     """Coordinates [N, 3] of a curve that fills a box, from its origin to the other end of its first axis.
 
-    Only the size matters, and halving soon meets the same few sizes again: each is worked out once and then placed
-    (turned, mirrored, moved), so no Python loop runs over tokens: 75,600 of them take milliseconds.
+    Only the size matters, and halving soon meets the same few sizes again. So each size is worked out once and then
+    placed (turned, mirrored, moved). No Python loop runs over tokens, and 75,600 of them take milliseconds.
 
-    Every step goes to a neighbour. Where parity forbids that (an even number of tokens has ends of unlike colour on a
-    checkerboard), a step is diagonal within one plane: 0.7 % of the steps for 21 x 45 x 80, none for 16 x 32 x 32.
+    Every step goes to a neighbour, if parity allows it: on a checkerboard the ends of an even number of tokens have
+    unlike colours. Where it does not, a step is diagonal within one plane: 0.7 % of the steps for 21 x 45 x 80, none
+    for 16 x 32 x 32.
     """
     first, second, third = size
     if second < third:
@@ -141,7 +142,7 @@ def _place(low: Triple, high: Triple, along: int, before: Sequence[int]) -> np.n
 def _cut(size: Triple) -> list[tuple[Triple, Triple, int]]:
     """Cut a box (third axis no longer than the second) into boxes (low, high, axis to run along), in visiting order.
 
-    A long box is cut across its first axis alone, a flat one not through its third, so that pieces tend to cubes.
+    A long box is cut only across its first axis, and a flat one not through its third, so that pieces come near cubes.
     """
     a, b, c = size
     x, y, z = (_middle(length) for length in size)
@@ -160,6 +161,6 @@ def _cut(size: Triple) -> list[tuple[Triple, Triple, int]]:
 
 
 def _middle(length: int) -> int:
-    """Where to cut: the half, made even if that can be, because curves of even length need no diagonal step."""
+    """Where to cut: in the middle, at an even length if possible, because such curves need no diagonal step."""
     half = length // 2
     return half + 1 if half % 2 and length > 2 else half

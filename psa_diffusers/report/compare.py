@@ -1,4 +1,4 @@
-"""Two videos of one size against each other: figures, side by side, filmstrip; and `psa-compare` for two files."""
+"""Compares two videos of the same size: figures, side by side, filmstrip; and `psa-compare` for two files."""
 
 import os
 import shutil
@@ -33,11 +33,11 @@ def write_comparison(
 
     Args:
         reference, other: [frames, height, width, 3], uint8 or float in [0, 1]; the reference stands left and above.
-        sounds: of the two videos; the first that there is goes with the side by side.
+        sounds: of the two videos, each may be None; the side by side gets the first one that exists.
 
     Returns:
-        What `compare_frames` gives, the names of the two files under "files", and under "sound", if there is any, the
-        name of the video that it is from.
+        The result of `compare_frames`, with the names of the two files under "files" and, if there is sound, the name
+        of the video that it comes from under "sound".
     """
     figures = compare_frames(reference, other)
     heard = {label.name: sound for label, sound in zip(labels, sounds, strict=True) if sound is not None}

@@ -1,4 +1,4 @@
-"""Flicker: how far one video's changes from frame to frame are from those of another."""
+"""Flicker: how much one video's changes from frame to frame differ from another's."""
 
 import math
 import os
@@ -16,7 +16,7 @@ def flicker(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
     For each frame after the first it is the root mean square, over pixels and colours, of
     `(other[t] - other[t - 1]) - (reference[t] - reference[t - 1])`: dtSSD of Erofeev et al., "Perceptually Motivated
     Benchmark for Video Matting" (BMVC 2015), of colours and with the mean over pixels instead of the sum. An error that
-    stays as it is from frame to frame counts nothing, one that comes and goes counts in full.
+    stays the same from frame to frame does not count; one that comes and goes counts in full.
 
     Args:
         reference, other: [frames, height, width, 3], of one shape, uint8 or float in [0, 1].

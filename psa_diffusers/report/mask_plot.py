@@ -19,7 +19,7 @@ SKIPPED = (0.965, 0.965, 0.955)
 
 
 def require_matplotlib() -> None:
-    """Raise InputError, which says what to install, where matplotlib is missing."""
+    """Raise an InputError that says what to install, if matplotlib is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -43,7 +43,7 @@ def mask_figure(mask: BlockMask, prompt: str) -> Figure:
     colours = level_colours(len(mask.spec.levels))
     figure = Figure(figsize=(9.6, 1.75 + min(8.0, max(2.5, 6.6 * rows / columns))), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    # One picture element a pair of blocks where they are few; many are averaged, or thin lines would be lost.
+    # Few pairs of blocks get one pixel each; many are averaged, because thin lines would get lost otherwise.
     shown = np.array(colours)[levels] if rows * columns > 300_000 else levels
     axes.imshow(
         shown,
@@ -76,7 +76,7 @@ def mask_figure(mask: BlockMask, prompt: str) -> Figure:
 
 
 def level_names(mask: BlockMask) -> list[str]:
-    """What is said of each level and of the blocks past the last threshold."""
+    """The legend's words for each level, and for the blocks past the last threshold."""
     names = ["exact" if level == 1 else f"pooled {level}\u00d7" for level in mask.spec.levels]
     return [*names, "one mean a block" if mask.spec.rest == "mean" else "skipped"]
 

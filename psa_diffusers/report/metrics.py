@@ -1,4 +1,4 @@
-"""How far one video is from another, frame by frame, and what is plainly wrong with a video.
+"""Measures how far one video is from another, frame by frame, and finds what is plainly wrong with a video.
 
 Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1]. Figures are taken on frames in memory,
 before any video coding.
@@ -22,7 +22,7 @@ LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 
 def compare_frames(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
-    """PSNR, SSIM, flicker and, where they can be had, LPIPS and VMAF of `other` against `reference`, as JSON values.
+    """PSNR, SSIM, flicker and, if they are available, LPIPS and VMAF of `other` against `reference`, as JSON values.
 
     Returns:
         psnr (dB) and ssim: mean, worst and per_frame. A frame equal to its reference has no finite PSNR: it is None in
@@ -70,7 +70,7 @@ def lpips(reference: np.ndarray, other: np.ndarray) -> dict[str, Any]:
 
 
 def frame_faults(frames: np.ndarray) -> list[str]:
-    """Say what is broken: frames that are not finite, all black, or all of one colour."""
+    """What is broken, one line each: frames that are not finite, all black, or all of one colour."""
     faults = []
     finite = np.isfinite(frames).all(axis=(1, 2, 3)) if frames.dtype != np.uint8 else np.ones(len(frames), bool)
     if not finite.all():

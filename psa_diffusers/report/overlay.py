@@ -1,4 +1,4 @@
-"""Where in the video one block of queries looks closely: the levels of its key blocks, drawn over the frames."""
+"""Shows where in the video one block of queries looks closely: the levels of its key blocks, drawn over the frames."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ STRIP_FRAME_WIDTH = 256
 
 @dataclass(frozen=True)
 class Label:
-    """What stands above a panel: a name on the left, facts such as "48.3 s" and "density 0.44" on the right."""
+    """The text above a panel: a name on the left, facts such as "48.3 s" and "density 0.44" on the right."""
 
     name: str
     facts: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def filmstrip(top: np.ndarray, bottom: np.ndarray, labels: tuple[Label, Label]) 
 def write_image(path: Path, image: "Image.Image") -> None:
     """Write a PNG, whole or not at all."""
     with whole_file(path) as partial:
-        image.save(partial)  # to optimize it takes ten times as long and saves a twentieth
+        image.save(partial)  # optimizing takes ten times as long and saves only a twentieth of the size
 
 
 def bar_height(panel_width: int) -> int:

@@ -1,4 +1,4 @@
-"""Sound in video files: put beside the pictures of a file that is written already, and read back."""
+"""Sound in video files: added to a file that has its pictures already, and read back."""
 
 import errno
 import heapq
@@ -12,12 +12,12 @@ import numpy as np
 
 from psa_diffusers.errors import InputError
 
-# That AAC knows; sound of any other rate is resampled to the last.
+# Rates that AAC knows; sound of any other rate is resampled to the last of them.
 RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 LAYOUTS = {1: "mono", 2: "stereo"}
 BITS_A_SECOND = 96_000  # a channel
 CHUNK = 1 << 16
-# How far sound and pictures may differ in length before it is told: sound comes in latents of 1/40 to 1/25 s.
+# How far sound and pictures may differ in length without a warning: sound comes in latents of 1/40 to 1/25 s.
 SECONDS_APART = 0.15
 SILENCE = 1e-4
 
@@ -52,7 +52,7 @@ def sound_faults(sound: Sound, seconds: float) -> list[str]:
 
 
 def fitted(sound: Sound, seconds: float) -> Sound:
-    """The sound made as long as the video: cut off, or filled up with silence; what is not finite is silent."""
+    """Sound of the video's length: cut off, or filled up with silence. Values that are not finite become silence."""
     wanted = round(seconds * sound.rate)
     samples = _clean(sound.samples[:, :wanted])
     return Sound(np.pad(samples, ((0, 0), (0, wanted - samples.shape[1]))), sound.rate)

@@ -40,7 +40,7 @@ def write_video(path: Path, frames: np.ndarray, fps: float, sound: Sound | None 
     """Write an mp4 (H.264, yuv420p: every browser plays it); an odd side is padded by one repeated row or column.
 
     Args:
-        sound: made as long as the frames and put beside them, which stay as they are without it.
+        sound: None, or sound to add; it is cut or filled up to the length of the frames. It does not change the frames.
 
     Raises:
         OSError: it could not be written in full.
@@ -82,7 +82,7 @@ def _write_frames(partial: Path, frames: np.ndarray, fps: float, path: Path) -> 
 
 
 def _check_length(partial: Path, frames: int, path: Path) -> None:
-    """The encoder is a process of its own, whose failure at the end, as of a full disk, goes unnoticed."""
+    """Check the number of frames written. The encoder is another process; if it fails at the end, nobody says so."""
     import imageio_ffmpeg
 
     try:

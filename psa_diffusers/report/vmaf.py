@@ -1,4 +1,4 @@
-"""VMAF, by the ffmpeg that imageio-ffmpeg brings, where that is built with libvmaf."""
+"""VMAF, computed by the ffmpeg that comes with imageio-ffmpeg, if it is built with libvmaf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from psa_diffusers.report.video import to_uint8
 
 LOG = "vmaf.json"
-# Both videos come in one picture, the reference above, so that one pipe carries them and no file need be written.
+# Both videos are in one picture, the reference above, so that one pipe carries them and no file has to be written.
 FILTER = (
     "[0:v]split[a][b];[a]crop=iw:ih/2:0:0,{yuv}[reference];[b]crop=iw:ih/2:0:ih/2,{yuv}[main];"
     f"[main][reference]libvmaf=log_fmt=json:log_path={LOG}:n_threads={{threads}}"

@@ -1,4 +1,4 @@
-"""The folder of a run: what is finished, what is missing, whose it is; results appear whole or not at all."""
+"""The folder of a run: what is finished, what is missing, whose it is. Results appear whole or not at all."""
 
 import contextlib
 import hashlib
@@ -19,13 +19,13 @@ from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
 
 
 class RunFolder:
-    """One folder a prompt, `0000-slug`, below `path`; `run.json` tells the settings and prompts they all belong to.
+    """One folder for each prompt, `0000-slug`, below `path`; `run.json` holds the settings and prompts of the run.
 
-    A prompt's folder is filled under a hidden name and renamed when it is complete, so the ones that exist are done.
-    Several processes may fill one folder: each prompt has a lock, which the system frees when its holder dies.
+    A prompt's folder is filled under a hidden name and renamed when it is complete, so a folder that exists is done.
+    Several processes may work in one run's folder: each prompt has a lock, which the system frees when its holder dies.
 
     Args:
-        launch: what the processes that were started together have in common; None if this one is alone.
+        launch: text that processes that were started together share; None for a single process.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RunFolder:
         self._replaces = False
 
     def missing(self) -> list[int]:
-        """The prompts, by index, that have no finished folder."""
+        """The indices of the prompts that have no finished folder."""
         if self._replaces:
             return list(range(len(self.names)))
         return [index for index in range(len(self.names)) if not self._is_done(index)]
@@ -47,7 +47,7 @@ class RunFolder:
         return (self.path / self.names[index] / PROMPT_FILE).is_file()
 
     def finished(self) -> list[dict[str, Any]]:
-        """The reports of the prompts that are done, in order; each with its folder's name under "folder"."""
+        """The reports of the finished prompts, in order, each with its folder's name under "folder"."""
         done = sorted(set(range(len(self.names))) - set(self.missing()))
         names = [self.names[index] for index in done]
         return [{**_read_json(self.path / name / PROMPT_FILE), "folder": name} for name in names]
@@ -56,7 +56,7 @@ class RunFolder:
         """Refuse a folder that holds another run's results, or that cannot be written to.
 
         Raises:
-            InputError: the settings or prompts there differ, or files of the same names are in the way.
+            InputError: the settings or prompts there differ, files of the same names exist, or it cannot be written to.
         """
         self._replaces = overwrite
         if self.path.exists() and not self.path.is_dir():
@@ -86,14 +86,14 @@ class RunFolder:
             with self._locked(leftover.name[1:].removesuffix(".partial")) as free:
                 if free:
                     shutil.rmtree(leftover, ignore_errors=True)
-        # Processes that begin at once would rename each other's half-written file.
+        # With a lock: processes that begin at the same time would rename each other's half-written file.
         with self._locked(RUN_FILE, wait=True):
             write_json(self.path / RUN_FILE, self.contents)
 
     @contextmanager
     def claim(self, index: int) -> Iterator[bool]:
-        """Whether this process is to make a prompt: no other is making it, it is not done, and none of the processes
-        that were started together has failed at it or died."""
+        """Whether this process is to make a prompt: nobody else is making it, it is not done, and no process of the
+        same launch has failed at it or died."""
         with self._locked(self.names[index]) as free:
             tried = self._lock_folder() / f"{self.names[index]}.tried"
             mine = free and not self._is_done(index)
@@ -103,14 +103,14 @@ class RunFolder:
             yield mine
 
     def wait(self) -> None:
-        """Wait until nobody is making a prompt."""
+        """Wait until no process is making a prompt any more."""
         for index in self.missing():
             with self._locked(self.names[index], wait=True):
                 pass
 
     @contextmanager
     def _locked(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Hold a prompt's lock; false if another process has it and is not waited for."""
+        """Hold a prompt's lock. Without `wait`, yields False if another process has it."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._lock_folder() / f"{name}.lock")
@@ -125,14 +125,14 @@ class RunFolder:
             lock.release()
 
     def _lock_folder(self) -> Path:
-        """Beside the system's other temporary files: locks work there, and nothing of them is left with the results."""
+        """A folder among the system's temporary files: locks work there, and no lock files end up with the results."""
         owner = f"{getattr(os, 'getuid', str)()} {self.path.resolve()}"
         folder = Path(tempfile.gettempdir(), f"psa-generate-{hashlib.sha256(owner.encode()).hexdigest()[:24]}")
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
 
     def refusal(self, said: str | None = None) -> str | None:
-        """What one of the processes that were started together says is wrong with the input; the last one's counts."""
+        """What a process of this launch found wrong with the input; `said` writes it. The last message counts."""
         file = self._lock_folder() / f"{self.launch}.refused"
         if said is not None:
             file.write_text(said, encoding="utf-8")
@@ -144,19 +144,19 @@ class RunFolder:
         return said
 
     def withdraw(self) -> None:
-        """Remove the folder that `check` made if nothing was put there."""
+        """Remove the folder that `check` made, if it is still empty."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
     @contextmanager
     def writing(self, index: int) -> Iterator[Path]:
-        """Give a hidden folder for a prompt's files; name it if all went well, remove it if not."""
+        """Yield a hidden folder for a prompt's files. Rename it if all went well, remove it if not."""
         partial = self.path / f".{self.names[index]}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
-            # One without its report counts as missing, and would be in the way.
+            # A folder without its report counts as missing; remove it, or the rename would fail.
             shutil.rmtree(self.path / self.names[index], ignore_errors=True)
             os.replace(partial, self.path / self.names[index])
         except BaseException:
@@ -164,7 +164,7 @@ class RunFolder:
             raise
 
     def _must_match(self, there: dict[str, Any]) -> None:
-        # As text, for Python holds one dense step and the share 1.0 of them equal.
+        # Compared as text, because in Python one dense step (1) equals the share 1.0.
         if json.dumps(there, sort_keys=True) == json.dumps(self.contents, sort_keys=True):
             return
         old, new = (_flat(each.get("settings", {})) for each in (there, self.contents))
@@ -202,7 +202,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the keys of a preset beside the others, so that a message can name the one that differs."""
+    """Settings with a preset's keys on the same level, so that a message can name the key that differs."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {key: value}

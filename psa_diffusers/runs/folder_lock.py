@@ -1,4 +1,4 @@
-"""One process at a time in an output folder."""
+"""A lock that lets only one process at a time into an output folder."""
 
 import os
 from collections.abc import Iterator
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from psa_diffusers.errors import InputError
 
-# Who tries to lock a file empties it, so the owner's number stands in another.
+# A process that tries to lock a file empties it, so the owner's process number is in another file.
 LOCK_FILE, OWNER_FILE = ".lock", ".lock-owner"
-# The library does not count a lock on a file that its last owner removed meanwhile, and tries again until then.
+# If the last owner removed the lock's file meanwhile, the library discards that lock and tries again until the timeout.
 SECONDS, BETWEEN = 0.2, 0.02
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it when the process ends, however it ends.
+    """Lock a folder for this process; the system frees the lock when the process ends, however it ends.
 
-    Where the file system has no locks, nothing is held.
+    On a file system without locks nothing is locked.
 
     Raises:
         InputError: another process holds it.
@@ -42,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         if held:
-            # Removed before the lock is: later they may be another run's.
+            # Remove the files before the lock is released: afterwards they may belong to another run.
             owner.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             lock.release()
@@ -51,5 +51,5 @@ def locked(folder: Path) -> Iterator[None]:
 def _named(owner: Path) -> str:
     try:
         return owner.read_text(encoding="ascii", errors="replace")[:20] or "unknown"
-    except OSError:  # it has the lock and has not written its number yet, or is just ending
+    except OSError:  # the owner has not written its number yet, or is just ending
         return "unknown"

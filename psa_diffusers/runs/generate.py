@@ -1,4 +1,4 @@
-"""A run of `psa-generate`: every missing prompt through the pipeline, dense and sparse, and the files it leaves."""
+"""A run of `psa-generate`: generates every missing prompt, dense and sparse, and writes the files."""
 
 import contextlib
 import sys
@@ -31,7 +31,7 @@ OVERLAY = "attention.png"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run; `summary` tells what is finished and how much is missing."""
+    """Ctrl-C during a run; `summary` says what is finished and how much is missing."""
 
     def __init__(self, summary: dict[str, Any]) -> None:
         self.summary = summary
@@ -39,15 +39,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run(plan: Plan, place: Place = ALONE) -> dict[str, Any] | None:
-    """Make what is missing in the plan's folder and the report of all that is there; return the summary.
+    """Make what is missing in the plan's folder, and the report of everything there; return the summary.
 
-    Of several processes each makes what no other has begun; the first one waits for the others and makes the report,
-    if it is not left to the process that started them. The others return None.
+    Several processes share the work: each makes prompts that no other has begun. The first process waits for the others
+    and makes the report, unless their parent makes it. The others return None.
 
     Raises:
         InputError: the folder holds something else, another run is writing there, or it cannot be written to. Nothing
             was loaded then.
-        Interrupted: by Ctrl-C; finished prompts are kept, the rest left no files.
+        Interrupted: by Ctrl-C. Finished prompts are kept, the others have left no files.
     """
     folder = RunFolder(plan.output, plan.settings.to_dict(), plan.prompts, place.launch)
     folder.check(plan.overwrite)
@@ -68,7 +68,7 @@ def _run(plan: Plan, folder: RunFolder, place: Place) -> dict[str, Any] | None:
     except KeyboardInterrupt:
         raise Interrupted(finish(plan, folder, todo, phases) if place.reports else {}) from None
     except BaseException:
-        with contextlib.suppress(Exception):  # what failed first is the one to tell
+        with contextlib.suppress(Exception):  # the first error is the one to raise
             if place.reports:
                 finish(plan, folder, folder.missing())
         raise
@@ -122,7 +122,7 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: 
 
 
 def _videos(plan: Plan) -> list[str]:
-    """What each prompt's videos are called, in the order in which they are made."""
+    """The names of each prompt's videos, in the order in which they are made."""
     dense = [DENSE] if plan.preset is None or plan.settings.compare else []
     return dense if plan.preset is None else [*dense, plan.name]
 
@@ -192,7 +192,7 @@ def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None
     """Write the report of what is finished and sum it up.
 
     Args:
-        todo: what was missing before.
+        todo: the prompts that were missing before.
         phases: where this process's seconds went; None where other processes made the videos.
     """
     reports = folder.finished()

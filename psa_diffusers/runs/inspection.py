@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class _EnoughSeen(BaseException):
-    """The step that was asked for is done; the rest of the run is not needed. Modular pipelines log any Exception."""
+    """The step that was asked for is done, so the run can end. No Exception, because modular pipelines log those."""
 
 
 @dataclass(frozen=True)
 class MaskPlace:
-    """Which attention to look at. `layer` and `head` count from 0, `step` from 1; None stands for the middle one.
+    """Which attention to look at. `layer` and `head` count from 0, `step` from 1; None means the middle one.
 
-    `layer` counts through both transformers where there are two.
+    If there are two transformers, `layer` counts through both.
     """
 
     layer: int | None = None
@@ -38,8 +38,8 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
     """Run the pipeline up to the step and draw its mask; return the summary.
 
     Raises:
-        InputError: the plan is dense or has several prompts, there is no such layer, head or step, it is dense by the
-            preset, or the file is in the way. Nothing has run then.
+        InputError: the plan is dense or has several prompts, there is no such layer, head or step, the preset keeps it
+            dense, or the output file exists already. Nothing has run then.
         PSAFallbackError: attention would be dense there, for the reason that it says.
     """
     require_matplotlib()

@@ -10,7 +10,7 @@ from typing import Any
 
 from psa_diffusers.environment import compiled_kernels_folder
 
-# In the order in which they come, and as they are told. The first calls are what compiles kernels, if anything does.
+# The phases in order, with their names for the user. If anything compiles kernels, it is the first calls.
 PHASES = {
     "imports": "imports",
     "loading": "loading the model",
@@ -26,10 +26,10 @@ PHASES = {
 
 
 class Phases:
-    """Seconds by phase; those of all prompts add up.
+    """Seconds by phase, summed over all prompts.
 
     Args:
-        imports: seconds that were spent before.
+        imports: seconds that imports took before this was made.
     """
 
     def __init__(self, imports: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around what belongs to a phase."""
+        """Wraps the code of a phase."""
         started = time.perf_counter()
         try:
             yield
@@ -50,7 +50,7 @@ class Phases:
         """Count one call of the pipeline.
 
         Args:
-            seconds: of `Generated`.
+            seconds: those of `Generated`.
             dense_at: which steps were dense, counted from 0; None for a dense run.
         """
         steps = list(enumerate(seconds["per_step"]))
@@ -64,7 +64,7 @@ class Phases:
         self._seconds["decoding"] += seconds["decode"]
 
     def seconds(self) -> dict[str, float]:
-        """All phases, what belongs to none, and the total until now."""
+        """Seconds of all phases, of what belongs to no phase ("other"), and the total until now."""
         total = time.perf_counter() - self._started
         other = max(0.0, total - sum(self._seconds.values()))
         return {name: round(took, 3) for name, took in {**self._seconds, "other": other, "total": total}.items()}
@@ -76,13 +76,13 @@ def first_call(steps: Sequence[float]) -> float:
 
 
 def as_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What is told of each phase that took any time, and the total."""
+    """A row for each phase that took a noticeable time, and one for the total."""
     shown = [(words, seconds[name]) for name, words in PHASES.items() if seconds.get(name, 0.0) >= 0.05]
     return [(words, f"{took:.1f} s") for words, took in [*shown, ("in all", seconds["total"])]]
 
 
 def as_line(seconds: Mapping[str, float], device: str) -> str:
-    """All of it in one line."""
+    """All phases in one line."""
     line = "seconds: " + ", ".join(f"{words} {took.removesuffix(' s')}" for words, took in as_rows(seconds))
     if not device.startswith("cuda"):
         return line

@@ -1,4 +1,4 @@
-"""What a pipeline is called with: a plan's settings, by the names that its class has for them."""
+"""The arguments of a pipeline's call: a plan's settings, under the names that the pipeline's class has for them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from psa_diffusers.runs.plan import Plan
 def call_arguments(
     pipe: Any, plan: Plan, prompts: Sequence[str], seeds: Sequence[int], step_done: Callable[..., dict[str, Any]]
 ) -> dict[str, Any]:
-    """Arguments of the call, and guidance set where it is a component of the pipeline.
+    """The arguments of the call. If guidance is a component of the pipeline, it is set there.
 
-    The noise is drawn on the CPU, so that a seed means the same video on every device.
+    The noise is drawn on the CPU, so that a seed gives the same video on every device.
 
     Args:
-        step_done: told of each step by pipelines that do that.
+        step_done: callback after each step, for pipelines that take one.
 
     Raises:
         InputError: a modular pipeline has no input of one of the names.
@@ -60,7 +60,7 @@ def call_arguments(
 
 
 def _check_inputs(pipe: Any, arguments: dict[str, Any]) -> None:
-    """A modular pipeline leaves out what it does not know, with a warning."""
+    """Refuse arguments that a modular pipeline does not know: it would only warn, and leave them out."""
     known = {spec.name for spec in pipe.blocks.inputs}
     unknown = [name for name in arguments if name not in known]
     if unknown:

@@ -1,4 +1,4 @@
-"""One call of the pipeline: a prompt or several to videos, dense or sparse, timed, and with what is wrong with them."""
+"""One call of the pipeline: from one or more prompts to videos, dense or sparse, with their times and their faults."""
 
 import contextlib
 import sys
@@ -39,10 +39,10 @@ class Generated:
         seconds: total, prepare (text encoding), denoise, decode, per_step and median_step; of a sparse run also
             sparse_steps and dense_steps, the number of each, median_sparse_step, and dense_share, the share of the
             time of all steps that the dense ones took.
-        warnings: what is wrong with the frames and the sound, empty if nothing is.
-        attention: what `RunStats.to_dict()` told, None for a dense run.
-        masks: what a few layers read for the queries in the middle of the video; empty unless the run is compared.
-        sound: what belongs to the frames, None if the pipeline makes none.
+        warnings: what is wrong with the frames and the sound; empty if nothing is.
+        attention: `RunStats.to_dict()`; None for a dense run.
+        masks: which keys a few layers read for the queries in the middle of the video; empty unless runs are compared.
+        sound: the sound that belongs to the frames; None if the pipeline makes none.
     """
 
     frames: np.ndarray
@@ -57,11 +57,11 @@ class Generated:
 def generate_video(
     pipe: Any, plan: Plan, prompt: str, name: str, seed: int, after_step: Callable[[int], None] | None = None
 ) -> Generated:
-    """Run the pipeline once. The noise is drawn on the CPU, so that a seed means the same video on every device.
+    """Run the pipeline once. The noise is drawn on the CPU, so that a seed gives the same video on every device.
 
     Args:
-        name: what the progress bar, or in a log the lines about steps, call the run.
-        after_step: told the number of each step, from 0, when it is done; may raise to end the run.
+        name: the run's name in the progress bar, or in the lines of a log.
+        after_step: called with the number of each finished step, from 0; may raise to end the run.
     """
     (result,) = generate_videos(pipe, plan, (prompt,), name, (seed,), after_step)
     return result
@@ -75,7 +75,7 @@ def generate_videos(
     seeds: Sequence[int],
     after_step: Callable[[int], None] | None = None,
 ) -> list[Generated]:
-    """`generate_video` for several prompts at once, each with its seed; seconds and memory are those of all of them."""
+    """`generate_video` for several prompts at once, each with its seed. Seconds and memory are for all together."""
     settings, kind, clock, log = plan.settings, plan.model.kind, StepClock(plan.settings.device), StepLog(name)
 
     def step_done(pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -105,11 +105,11 @@ def generate_videos(
 
 
 def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: int) -> Generated:
-    """Run the pipeline once with a preset; add what was attended, and what was not as asked for."""
+    """Run the pipeline once with a preset. Add what was attended, and warnings about what was not done as asked."""
     from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 
     with warnings.catch_warnings(), _patched(pipe, plan, preset) as psa:
-        # Both are told below, with the number of calls.
+        # Silenced, because both are reported below, with the number of calls.
         warnings.simplefilter("ignore", PSAFallbackWarning)
         warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
         recorder = _watch(psa.processor) if plan.settings.compare else None

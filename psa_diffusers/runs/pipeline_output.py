@@ -1,4 +1,4 @@
-"""What a pipeline's call gave: the videos, and their sound where it makes sound."""
+"""Reads a pipeline's output: the videos, and their sound if the pipeline makes sound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VIDEOS = "videos"  # as modular pipelines call them
 
 
 def wanted_outputs(kind: PipelineKind) -> list[str]:
-    """What a modular pipeline is to give."""
+    """The names of the outputs to ask a modular pipeline for."""
     return [VIDEOS] if kind.sound is None else [VIDEOS, kind.sound.name]
 
 

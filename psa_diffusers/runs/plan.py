@@ -29,10 +29,10 @@ OFFLOADS = ("none", "model", "group")
 class Settings:
     """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
 
-    `preset_rules` is the whole preset (None for dense), `preset_2_rules` that of the second of two transformers where
-    it has its own, both at `density` where one was asked for, `image_digest` the first half of the image file's
-    SHA-256. The videos of a prompt (`samples`) have the seeds `seed`, `seed + 1`, ... `loras` has what `Lora.settings`
-    tells of each, in order, `arguments` what the card adds to the pipeline's call.
+    `preset_rules` is the whole preset (None for dense), and `preset_2_rules` the second transformer's preset if it has
+    its own; both are scaled to `density` if one was asked for. `image_digest` is the first half of the image file's
+    SHA-256. The videos of a prompt (`samples`) have the seeds `seed`, `seed + 1`, ... `loras` has the `Lora.settings`
+    of each LoRA, in order, and `arguments` what the model's card adds to the pipeline's call.
     """
 
     model: str
@@ -64,17 +64,17 @@ class Settings:
     arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON values; what earlier versions did not have is left out where it is empty."""
+        """The settings as JSON values. Keys that earlier versions did not have are left out if they are empty."""
         later = ("loras", "arguments", "density")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: nothing in it is left to guess.
+    """A checked run: every choice is made.
 
-    `preset` is None for a dense run. `prompts` has each prompt as often as there are samples of it, one after another.
-    `seconds` is how long it took to make the plan, which is mostly the import of PyTorch.
+    `preset` is None for a dense run. `prompts` repeats each prompt once for each of its samples. `seconds` is how long
+    it took to make the plan, which is mostly the import of PyTorch.
     """
 
     settings: Settings
@@ -90,7 +90,7 @@ class Plan:
     seconds: float = field(default=0.0, compare=False)
 
     def sample(self, index: int) -> int:
-        """Which video of its prompt the one at an index of `prompts` is, counted from 0."""
+        """The sample number, counted from 0, of the video at an index of `prompts`."""
         return index % self.settings.samples
 
     @property
@@ -100,7 +100,7 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The stem of the video's file: the preset's name (presets allow only what a file name may hold) or "dense"."""
+        """The stem of the video's file: "dense", or the preset's name, which is always usable as a file name."""
         return self.settings.preset
 
 
@@ -179,7 +179,7 @@ def _checked(request: Request) -> Plan:
 
 
 def default_output(settings: Settings, prompts: tuple[str, ...]) -> Path:
-    """A folder of its own for every combination of settings and prompts, so that the same command finds its results."""
+    """A separate folder for every combination of settings and prompts, so that the same command finds its results."""
     digest = hashlib.sha256(repr((sorted(settings.to_dict().items()), prompts)).encode()).hexdigest()[:6]
     return Path("psa-output", f"{slug(settings.model)}-{slug(settings.preset)}-{slug(prompts[0], 24)}-{digest}")
 

@@ -1,4 +1,4 @@
-"""Several processes that share the prompts of one run, each with a GPU of its own."""
+"""Runs several processes that share the prompts of one run, each on its own GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from psa_diffusers.runs.generate import Interrupted, finish, run
 from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.rank import Place
 
-REFUSED = 2  # exit code of a process that was given what it cannot do
+REFUSED = 2  # exit code of a process whose input is wrong
 
 
 def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
-    """Refuse what several processes cannot do.
+    """Refuse options that do not work with several processes.
 
     Args:
-        overwrite_alone: whether nobody is there to remove an older run before the processes start.
+        overwrite_alone: whether no parent process can remove an older run before the processes start.
 
     Raises:
         InputError: names the option.
@@ -43,7 +43,7 @@ def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> 
 
 
 def work(plan: Plan, place: Place) -> None:
-    """What one process does: its part of the prompts. What is wrong with the input is left for the parent to tell."""
+    """The work of one process: its part of the prompts. If the input is wrong, the parent tells the user."""
     try:
         run(plan, place)
     except Interrupted:
@@ -58,14 +58,14 @@ def _folder(plan: Plan, launch: str | None) -> RunFolder:
 
 
 def run_shared(plan: Plan, processes: int, target: Callable[[Plan, Place], None] = work) -> dict[str, Any]:
-    """As `generate.run`, by so many processes on this machine; a prompt whose process dies is missing in the summary.
+    """As `generate.run`, with several processes on this machine. The summary lacks a prompt whose process died.
 
     Args:
-        target: what each process calls; must be importable.
+        target: the function that each process calls; must be importable.
 
     Raises:
-        InputError: as `generate.run`, and there are not so many devices.
-        Interrupted: likewise.
+        InputError: as `generate.run`, or there are too few devices.
+        Interrupted: as `generate.run`.
     """
     check_devices(plan, processes)
     folder = _folder(plan, uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""How far a run is, in lines for a log. Where a terminal shows progress bars there are none."""
+"""Progress of a run, in lines for a log. A terminal shows progress bars instead."""
 
 import sys
 import time
@@ -17,12 +17,12 @@ def tell(line: str) -> None:
 
 
 class Progress:
-    """A line for each stage of each prompt, with the time that is left as far as earlier stages tell.
+    """Writes a line for each stage of each prompt, with the time left, estimated from earlier stages.
 
     Args:
-        prompts: how many are to be made.
-        videos: what each prompt's videos are called, in the order in which they are made.
-        processes: how many share the prompts.
+        prompts: how many prompts are to be made.
+        videos: the names of each prompt's videos, in the order in which they are made.
+        processes: how many processes share the prompts.
     """
 
     def __init__(self, prompts: int, videos: Sequence[str], processes: int = 1) -> None:
@@ -31,10 +31,11 @@ class Progress:
 
     @contextmanager
     def stage(self, prompt: int, name: str) -> Iterator[None]:
-        """Around one stage: a video by its name, or `FILES`.
+        """Wraps one stage.
 
         Args:
             prompt: which of the prompts, from 0.
+            name: the name of the video, or `FILES`.
         """
         left = self._left(prompt, name)
         known = "" if left is None else f"; about {duration(left)} left"
@@ -48,7 +49,7 @@ class Progress:
         videos = [mean(seconds) for stage, seconds in self._seconds.items() if stage != FILES]
         if not videos:
             return None
-        guess = {FILES: 0.0}  # of a stage that was not reached yet
+        guess = {FILES: 0.0}  # for a stage that was not reached yet
         each = {
             stage: mean(self._seconds[stage]) if stage in self._seconds else guess.get(stage, mean(videos))
             for stage in self._stages
@@ -58,10 +59,10 @@ class Progress:
 
 
 class StepLog:
-    """A line now and then while the steps of one video go on.
+    """Writes a line now and then while the steps of one video go on.
 
     Args:
-        name: what the video is called.
+        name: the video's name.
         now: the clock, in seconds.
     """
 
@@ -71,9 +72,9 @@ class StepLog:
         self._first = (0, self._told)
 
     def done(self, step: int, steps: int) -> None:
-        """Tell of a step that is done, counted from 0, if nothing was told for a while and it is not the last."""
+        """Write a line about a finished step, counted from 0, if the last line is old and the step is not the last."""
         at = self._now()
-        if step <= self._last or self._last < 0:  # the first, which may compile, or that of another loop
+        if step <= self._last or self._last < 0:  # the first step, which may compile, or the first of another loop
             self._first = (step, at)
         self._last = step
         if at - self._told < SECONDS_APART or step + 1 >= steps:
@@ -85,7 +86,7 @@ class StepLog:
 
 
 def duration(seconds: float) -> str:
-    """As one says it: `45 s`, `3 min 20 s`, `1 h 5 min`."""
+    """Seconds in words: `45 s`, `3 min 20 s`, `1 h 5 min`."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole % 3600 // 60
     if hours:

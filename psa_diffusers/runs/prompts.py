@@ -13,8 +13,8 @@ from psa_diffusers.runs.rank import launched_place
 
 SLUG_LENGTH = 48
 STDIN = "-"
-MAX_BYTES = 64 * 2**20  # of a file of prompts; a pipe need not end
-# Their lines are not prompts: headers, quotes, keys, brackets.
+MAX_BYTES = 64 * 2**20  # of a file of prompts; a pipe might never end
+# The lines of such files are not prompts: they have headers, quotes, keys or brackets.
 DATA_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".md", ".xml", ".html")
 ENDINGS = (".txt", *DATA_ENDINGS)
 ACCEPTED = "give a text file with one prompt a line ('#' starts a comment), a pipe, or - for stdin"
@@ -22,11 +22,11 @@ IN_A_FILE = "if these are the words of a prompt, put them in a file or pipe them
 
 
 def read_prompts(arguments: tuple[str, ...]) -> tuple[str, ...]:
-    """Prompts in order; an argument is words, or it names what has one prompt a line.
+    """The prompts in order. An argument is either the words of a prompt, or names a source with one prompt a line.
 
-    `-` is stdin. What exists as a file or a pipe is read, and so must be what looks like a path: an argument with a
-    separator and without spaces, or with an ending as files have it. Lines end at line feeds; blank ones and those that
-    start with `#` are left out.
+    `-` is stdin. Files and pipes that exist are read. An argument that looks like a path has to exist: one with a
+    separator and without spaces, or one that ends like a file's name. Lines end at line feeds; blank lines and those
+    that start with `#` are left out.
 
     Raises:
         InputError: the first argument that is neither, in one line.
@@ -48,7 +48,7 @@ def read_prompt_file(name: str, what: str = "prompt file") -> list[str]:
     """The prompts of a file, a pipe, or with `-` of stdin.
 
     Args:
-        what: what the error calls it, such as the option that named it.
+        what: its name in error messages, such as the option that named it.
 
     Raises:
         InputError: there is no such file, or it is not text with a prompt in it.

@@ -1,4 +1,4 @@
-"""Numbers of layers and steps as one says them."""
+"""Numbers of layers and steps in words."""
 
 from collections.abc import Sequence
 

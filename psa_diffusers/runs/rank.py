@@ -1,4 +1,4 @@
-"""Which of several processes this one is, that share the prompts of a run."""
+"""The place of this process among those that share the prompts of a run."""
 
 import os
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ class Place:
     """Which of several processes this is.
 
     Attributes:
-        rank, ranks: its number, and how many there are.
-        local_rank: its number on this machine, which is that of its GPU.
-        launch: what all of them have in common, and the processes of no other run; None for one process.
-        reports: whether it makes the report.
+        rank, ranks: its number, and how many processes there are.
+        local_rank: its number on this machine, which is also the number of its GPU.
+        launch: text that all processes of this run share, and those of no other run; None for a single process.
+        reports: whether this process makes the report.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ ALONE = Place()
 
 
 def launched_place() -> Place:
-    """This process's place among those that `accelerate launch` or torchrun started, as the environment says."""
+    """This process's place among those that `accelerate launch` or torchrun started, read from the environment."""
     ranks, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
     if ranks == 1:
         return ALONE

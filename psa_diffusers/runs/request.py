@@ -8,10 +8,11 @@ from psa_diffusers.errors import InputError
 
 @dataclass(frozen=True)
 class Request:
-    """The command's options as given; None means the model's own default, and of `preset` that of `choose_preset`.
+    """The command's options as given; None means the model's own default, and for `preset` that of `choose_preset`.
 
-    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal`, words alone. With `check` the plan
-    is only looked at: prompts and a first frame may be missing, and LoRAs are left out, as their files are weights.
+    `prompts` are words, files or `-`, as `read_prompts` takes them; with `literal` they are only words. With `check`
+    nothing is generated: prompts and a first frame may be missing, and LoRAs are left out, because their files are
+    weights.
     """
 
     prompts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Timing a pipeline run step by step, without touching what it computes."""
+"""Times a pipeline run step by step, without changing what it computes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ from typing import Any
 
 
 def step_count(pipe: Any) -> int:
-    """How many denoising steps the run has that is going on; modular pipelines do not tell themselves."""
+    """How many denoising steps the current run has; modular pipelines do not say it themselves."""
     return getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))
 
 
 @dataclass
 class StepClock:
-    """The times of a pipeline run: start, first transformer call, end of every step, end. GPUs are waited for."""
+    """The times of a pipeline run: start, first transformer call, end of every step, end. Each waits for the GPU."""
 
     device: str
     finite: bool = True
@@ -45,7 +45,7 @@ class StepClock:
                 hook.remove()
 
     def step(self, pipe: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """For `callback_on_step_end`; changes nothing."""
+        """A callback for `callback_on_step_end`, which changes nothing."""
         self._marks.append(self._now())
         if index + 1 == step_count(pipe):
             self.finite = self.finite and bool(values["latents"].isfinite().all())
@@ -53,12 +53,12 @@ class StepClock:
 
     @contextmanager
     def following_scheduler(self, pipe: Any, done: Callable[..., Any]) -> Iterator[None]:
-        """Call `done` as pipelines call `callback_on_step_end`, for those that take none."""
+        """Call `done` after each step as `callback_on_step_end`, for pipelines that take no such callback."""
         scheduler = pipe.scheduler
 
         def step(this: Any, *arguments: Any, **settings: Any) -> Any:
             result = type(this).step(this, *arguments, **settings)
-            if this is scheduler:  # and not a copy, as a pipeline makes for its sound
+            if this is scheduler:  # a pipeline may have a copy for its sound
                 done(pipe, len(self._marks), None, {"latents": result[0]})
             return result
 
@@ -69,7 +69,7 @@ class StepClock:
             del scheduler.step
 
     def seconds(self) -> dict[str, Any]:
-        """Seconds in all, before the first step, in every step, and after the last."""
+        """Seconds in total, before the first step, in every step, and after the last."""
         begin = self._start if self._first_call is None else self._first_call
         marks = [begin, *self._marks]
         steps = [after - before for before, after in pairwise(marks)]

@@ -1,8 +1,8 @@
-"""A request to stop by Ctrl-C or by a job scheduler's SIGTERM, which must not get lost.
+"""Requests to stop, by Ctrl-C or by a job scheduler's SIGTERM, must not get lost.
 
-The exception of a signal handler can get lost: Python swallows it in a callback, as when it starts a process, and a
-compiled library that calls Python turns it into another error, as when weights are read. So the request is noted as
-well, and the code that works asks for it between steps and after errors.
+The exception that a signal handler raises can get lost. Python swallows it in a callback, for example while it starts a
+process. A compiled library that calls Python turns it into another error, for example while weights are read. So the
+request is noted as well, and the working code checks for it between steps and after errors.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ _requested = threading.Event()
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Take SIGINT and SIGTERM as requests to stop, until it is left; other requests are forgotten."""
+    """Take SIGINT and SIGTERM as requests to stop inside this context; forget requests from before and after."""
     _requested.clear()
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -38,7 +38,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def carried_out() -> Iterator[None]:
-    """Raise KeyboardInterrupt in place of an error if a stop was requested, for then the stop caused the error."""
+    """Raise KeyboardInterrupt instead of an error if a stop was requested, because then the stop caused the error."""
     try:
         yield
     except Exception:

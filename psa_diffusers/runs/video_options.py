@@ -1,4 +1,4 @@
-"""Which videos a model can make: the size, frames, rate, steps and image of a request, checked."""
+"""Checks the size, frames, rate, steps and image of a request against what the model can make."""
 
 import hashlib
 from pathlib import Path
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def load_image(path: str | None, model: Model, required: bool = True) -> "tuple[Image.Image | None, str | None]":
-    """The image file as RGB, upright, and its digest; None where none is given.
+    """The image file as RGB, upright, and its digest; None for both if no image is given.
 
     Args:
-        required: whether a model that needs an image is refused without one.
+        required: whether to refuse a request without an image for a model that needs one.
 
     Raises:
         InputError: the model takes none or needs one, or the file cannot be read.
@@ -77,7 +77,7 @@ def video_size(request: Request, model: Model, image: "Image.Image | None") -> t
 
 
 def fit_image(image: "Image.Image", height: int, width: int) -> "Image.Image":
-    """Scale to cover the video's size and crop what hangs over, so that nothing is squeezed."""
+    """Scale an image to cover the video's size, and crop the rest, so that nothing is squeezed."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

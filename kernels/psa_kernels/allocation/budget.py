@@ -13,11 +13,11 @@ from psa_kernels.spec import AttentionSpec
 
 
 def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec) -> BlockLists:
-    """Spend on each row of pairs the share `spec.density` of what dense attention costs, where it pays most.
+    """Spend on each row of pairs the share `spec.density` of the cost of dense attention, where it helps most.
 
-    The lowest price that the row can afford is found by bisection. What is then left goes to the pairs whose upgrades
-    the next lower price would pay, in the order of the blocks. The row's most important block is never
-    skipped, even where the budget is smaller than that.
+    The lowest price that the row can afford is found by bisection. What is left then goes to upgrades that the next
+    lower price would buy, in the order of the blocks. The row's most important block is never skipped, even if it costs
+    more than the budget.
 
     Args:
         prices: of `upgrade_prices`: int16 `[levels, B, H, query blocks, key blocks]`.

@@ -1,20 +1,20 @@
 """What a finer level is worth, for every pair of blocks, in PyTorch.
 
-To pool keys that differ, or to skip a block, moves the output of the attention. For a block that holds the share m of
-a query's attention, whose logits vary by `noise` (a variance) inside groups of p tokens, the values by `spread`, and
-whose mean value lies `distance` from the output, the squared error is to second order
+Pooling keys that differ, or skipping a block, moves the output of the attention. Let a block hold the share m of a
+query's attention. Inside groups of p tokens let its logits have the variance `noise` and its values the variance
+`spread`, and let its mean value lie `distance` from the output. Then the squared error is, to second order,
 
     pooled p-fold   m^2 (c p / block_key noise * spread + (noise * distance)^2 / 4)
     skipped         m^2 distance^2
 
 The first term is the covariance of weights and values that a mean loses, in `block_key / p` groups that err
-independently; the second, the weight that a group loses because exp is convex. A price is the error that a finer level
-spares for each unit of the cost that it adds.
+independently. The second is the weight that a group loses because exp is convex. A price is the error that a finer
+level saves for each unit of cost that it adds.
 
-Some constants are not of this theory. With the error model `tuned` they are those with which videos of the demo model
-came closest to the dense ones: c is 16 where independent groups would have at most 1, for their errors are not
-independent; and m has the exponent 1.4, for what is known of it is an estimate. The model `fitted` has those with which
-levels spare most of the measured errors of blocks of three trained models; docs/quality/learned.md says how.
+Some constants differ from this theory. Those of the error model `tuned` brought videos of the demo model closest to the
+dense ones: c is 16, while independent groups would have at most 1, because their errors are not independent; and m has
+the exponent 1.4, because it is only an estimate. Those of `fitted` save most of the measured errors of blocks of three
+trained models; docs/quality/learned.md says how.
 """
 
 from __future__ import annotations

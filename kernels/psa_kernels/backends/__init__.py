@@ -1,4 +1,4 @@
-"""What can compute a call, the fastest first: a new kernel is one file here and one line below."""
+"""All backends, the fastest first. A new kernel is one file here and one line below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every backend has to say of itself and to compute."""
+"""The interface of a backend: what it says about itself, and what it computes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from psa_kernels.lists import BlockLists
 
 
 class Backend(ABC):
-    """The two halves of the operator, and the pyramid that both may use.
+    """Computes the two halves of the operator, `select` and `attend`, and the pyramid that both may use.
 
     Attributes:
-        name: what `AttentionStats.implementation` calls it.
-        implementation: what the argument `implementation` of `psa_attention` calls it; several backends may share it,
+        name: its name in `AttentionStats.implementation`.
+        implementation: its name in the argument `implementation` of `psa_attention`. Several backends may share one,
             each for precisions of its own.
-        precisions: those of the spec that it computes. What computes natively may stand in for another.
-        devices: types of device on which `auto` looks at it.
-        has_pyramid: whether it pools the keys of all heads before it attends; else `attend` pools head by head.
+        precisions: the spec's precisions that it computes. A backend that computes natively may stand in for others.
+        devices: types of device on which `auto` considers it.
+        has_pyramid: whether it pools the keys of all heads before it attends. If not, `attend` pools head by head.
     """
 
     name: str
@@ -32,23 +32,23 @@ class Backend(ABC):
     has_pyramid: bool = True
 
     def pays(self, call: Call) -> bool:
-        """Whether `auto` should take it on this GPU for this much work; if not, it goes on without a warning."""
+        """Whether `auto` should take it on this GPU for this much work. If not, `auto` goes on without a warning."""
         return True
 
     @abstractmethod
     def why_not(self, call: Call) -> str | None:
-        """The reason why it cannot serve a call, in one line, or None. Asked at every call, so it has to be cheap."""
+        """Why it cannot serve a call, in one line, or None if it can. Asked at every call, so it has to be cheap."""
 
     def pyramid_rows(self, call: Call) -> int:
-        """Rows that the pyramid of one head of the keys has, its keys and its values each."""
+        """How many rows the pyramid of one key head has, for keys and for values each."""
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but not of how many rows")
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        """The pyramid of keys, whatever that is here, and of values if it likes.
+        """Make the pyramid of keys, in a form of the backend's own; it may pool the values already.
 
         Args:
-            selects: whether `select` will be given it.
-            alone: whether it is that of all heads, so that there is memory for values too before `attend`.
+            selects: whether `select` will get it.
+            alone: whether it is made for all heads at once. Then there is memory for values before `attend` too.
         """
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but pools no keys")
 
@@ -61,7 +61,7 @@ class Backend(ABC):
         """Pool the values and fill the rows of video queries of `out`, `[B, Nq, H, D]`."""
 
     def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
-        """Let some of the queries of a causal call attend all keys that are not later, and fill their rows of `out`."""
+        """Let the queries in `parts` of a causal call attend all keys that are not later; fill their rows of `out`."""
         for part in parts:
             seen = call.k.shape[1] - call.q.shape[1] + part.stop
             queries, keys, values = call.q[:, part], call.k[:, :seen], call.v[:, :seen]

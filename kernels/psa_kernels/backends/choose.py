@@ -1,4 +1,4 @@
-"""Which backend a call gets."""
+"""The choice of a backend for a call."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SlowerKernelWarning(UserWarning):
 def choose(call: Call, wanted: str = "auto", strict: bool = False) -> Backend:
     """The backend of one call.
 
-    `auto` takes the first of `BACKENDS` that pays and can serve the call, and warns once for each reason why one that
-    pays cannot. If no backend has the precision, one that computes natively serves the call.
+    `auto` takes the first of `BACKENDS` that pays and can serve the call. If one that pays cannot serve it, `auto`
+    warns once for each reason. If no backend has the precision, one that computes natively serves the call.
 
     Args:
         wanted: one of `IMPLEMENTATIONS`.
@@ -46,7 +46,7 @@ def choose(call: Call, wanted: str = "auto", strict: bool = False) -> Backend:
         if exact and precision != "native":
             problem = f"precision={precision!r} cannot be used"
         if call.causal is not None and backend is BACKENDS[-2]:
-            # The reference goes through a causal call row by row, so that it has to be asked for.
+            # The reference goes through a causal call row by row, so it is taken only if asked for.
             raise ValueError(
                 f"causal=True on {device}: {problem}: {obstacle}; implementation='reference' computes it, slowly"
             )

@@ -15,8 +15,8 @@ from psa_kernels.lists import BlockLists
 
 # Gluon changes from one release of Triton to the next: with any but these a self-test decides.
 KNOWN_VERSIONS = ("3.6.",)
-# Floating point operations of dense attention below which the kernel, whose launch takes the host a tenth of a
-# millisecond longer, spares the GPU less than that (docs/benchmarks/host.json).
+# Floating point operations of dense attention. The kernel's launch takes the host a tenth of a millisecond longer than
+# the portable one's; below this work it saves the GPU less than that (docs/benchmarks/host.json).
 MIN_HOPPER_WORK = 4e11
 
 

@@ -14,14 +14,14 @@ from psa_kernels.lists import BlockLists
 
 
 class HopperInt8(Hopper):
-    """Needs what the kernel needs natively, and bfloat16."""
+    """Needs what the native Hopper kernel needs, and bfloat16."""
 
     name = "hopper-int8"
     precisions = ("int8_qk",)
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         obstacle = super()._why_not_beside_triton(call)
-        # What runs over is computed anew only under a frozen maximum, which float16 has not the range for.
+        # Only the frozen maximum has a second computation for what overflows, and float16 lacks the range for it.
         if obstacle is None and call.q.dtype != torch.bfloat16:
             obstacle = f"dtype {call.q.dtype}: expected torch.bfloat16"
         return obstacle
@@ -30,7 +30,7 @@ class HopperInt8(Hopper):
         from psa_kernels.quantise.triton import quantised_rows
 
         rows = quantised_rows(call.layout, call.spec, group_size(call.q, call.k))
-        # Counted as rows of keys and of values in 16 bits, 4 bytes an entry.
+        # A row of the pyramid has an entry of keys and one of values, 16 bits each: 4 bytes, as 4 integers.
         return super().pyramid_rows(call) + block_count(rows, 4)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Whether a backend works with a version of Triton that it was not made with: small calls beside the portable kernels.
+"""Tests whether a backend works with an untried version of Triton: small calls must agree with the portable kernels.
 
-Asked only where the version is not one that is known to work. Each answer is kept, in memory and on disk.
+Versions that are known to work are not tested. Each answer is kept, in memory and on disk.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from psa_kernels.lists import BlockLists
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.verdicts import UntestedError
 
-# Largest distance of the output of one query from that of the portable kernel, relative to its length. Rounding gives
-# at most a sixth of it; one row of keys too few, of the several hundred that a query attends here, far more to some.
+# Largest distance of one query's output from the portable kernel's, relative to its length. Rounding gives at most a
+# sixth of it. One missing row of keys, of the several hundred that a query attends here, gives some queries far more.
 TOLERANCES = {torch.bfloat16: 0.03, torch.float16: 0.01}
-# The same where queries are multiplied by keys in integers, which the portable kernel does not: they give 0.02 to 0.04.
+# The same for integer products, which are compared with the native portable kernel: they give 0.02 to 0.04.
 INT8_TOLERANCE = 0.1
-# Video tokens and heads of a call that has several items for each multiprocessor of a large GPU.
+# Video tokens and heads of a call, enough to give each multiprocessor of a large GPU several items.
 TOKENS, HEADS = 4000, 12
 TEXT = 77
 LISTED_BLOCKS = 12
@@ -59,9 +59,9 @@ class _Variant(NamedTuple):
 
 
 def obstacle(backend: Backend, call: Call) -> str | None:
-    """Why a backend cannot serve a call with the installed Triton, in one line, or None. Cheap but for the first time.
+    """Why a backend cannot serve a call with the installed Triton, in one line, or None. Only the first call is slow.
 
-    Where nothing may run, for a CUDA graph is being captured or a function compiled, only what is known counts.
+    While a CUDA graph is captured or a function compiled, no test may run. Then only known answers count.
     """
     spec, layout = call.spec, call.layout
     precision = spec.precision if spec.precision in backend.precisions else "native"
@@ -117,7 +117,7 @@ def _package_version() -> str:
 
 @cache
 def _sources() -> str:
-    """A digest of all sources of the operator: a kernel is made of many."""
+    """A digest of all sources of the operator, because a kernel is made of many of them."""
     digest, folder = sha256(), Path(verdicts.__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode() + path.read_bytes())
@@ -157,7 +157,7 @@ def _sizes(variant: _Variant) -> list[tuple[int, int, bool]]:
 
 
 def _difference(backend: Backend, variant: _Variant, heads: int, tokens: int, runs_over: bool) -> str | None:
-    """How the results of one call differ from the portable kernel's, if by more than rounding."""
+    """How the results of one call differ from the portable kernel's, in one line; None if by rounding alone."""
     call, lists = _small_call(variant, heads, tokens, runs_over)
     try:
         expected = _attend(Triton(), call, lists)
@@ -167,7 +167,7 @@ def _difference(backend: Backend, variant: _Variant, heads: int, tokens: int, ru
         message = " ".join(str(error).split())[:200]
         raise UntestedError(f"its self-test has nothing to compare with: {type(error).__name__}: {message}") from error
     tolerance = TOLERANCES[variant.dtype] if variant.precision == "native" else INT8_TOLERANCE
-    # Once as Triton launches it and once as it is prepared.
+    # The first launch goes through Triton, the second is the prepared one.
     for _ in range(2):
         distance = (_attend(backend, call, lists) - expected).norm(dim=-1) / expected.norm(dim=-1)
         largest = distance.max().item()  # NaN, if any is
@@ -192,8 +192,8 @@ def _small_call(variant: _Variant, heads: int, tokens: int, runs_over: bool) -> 
     """A call of random tensors, always the same, and lists of a few blocks of every level for each query block.
 
     Args:
-        runs_over: let keys in the second half exceed the first ones by more than any exponent holds; in a causal call,
-            whose queries meet their own key first, those in the first half the others.
+        runs_over: let keys in the second half exceed those in the first by more than an exponent can hold. In a causal
+            call the first half exceeds the second, because queries meet their own key first.
     """
     device, levels = variant.device, len(variant.levels)
     chance = torch.Generator(device).manual_seed(0)
@@ -231,7 +231,7 @@ def _small_call(variant: _Variant, heads: int, tokens: int, runs_over: bool) -> 
 
 @contextmanager
 def _on(device: torch.device) -> Iterator[None]:
-    """Makes a GPU the current one meanwhile, and lets the test wait for it; nothing for a CPU."""
+    """Make a GPU the current one meanwhile, and allow waiting for it; does nothing for a CPU."""
     if device.type != "cuda":
         yield
         return

@@ -1,4 +1,4 @@
-"""What serves a call, asked before it is computed by those who have another way to compute it."""
+"""Whether a kernel serves a call: for callers who have another way to compute it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from psa_kernels.call import Call
 
 
 def pays_and_serves(call: Call, implementation: str) -> tuple[bool, str | None]:
-    """Whether an implementation should compute a call natively, and if it cannot, why.
+    """Whether an implementation should compute a call natively; and why not, if it cannot.
 
     Args:
         implementation: as of `psa_attention`, but not `auto`.
 
     Returns:
-        True and None where it can and `auto` would find that it pays; False and None where it does not pay; False and
-        the reason, in one line, where it cannot.
+        True and None if it can, and pays as `auto` sees it; False and None if it does not pay; False and the reason, in
+        one line, if it cannot.
     """
     backend = next(each for each in BACKENDS if each.implementation == implementation and "native" in each.precisions)
     obstacle = backend.why_not(call)
@@ -22,10 +22,11 @@ def pays_and_serves(call: Call, implementation: str) -> tuple[bool, str | None]:
 
 
 def why_no_kernel(call: Call) -> str | None:
-    """Why `auto` would leave a call to the reference, which is made for CPUs, on another device.
+    """Why `auto` would compute a call on a GPU by the reference, which is made for CPUs.
 
     Returns:
-        None where a kernel serves the call, and on a CPU; else the reason of the kernel that serves most, in one line.
+        None if a kernel serves the call, and on a CPU. Else the reason of the kernel that serves most calls, in one
+        line.
     """
     device, precisions = call.q.device.type, {call.spec.precision, "native"}
     if device == "cpu":

@@ -20,7 +20,7 @@ from psa_kernels.devices import capability
 from psa_kernels.limits import MAX_BLOCK_SAMPLES, MAX_KEY_BLOCKS
 from psa_kernels.lists import BlockLists
 
-# Bytes of values that are pooled before there are lists: a launch less for a small call.
+# Values of up to so many bytes are pooled together with the keys, which saves a small call a launch.
 FEW_VALUES = 1 << 26
 
 
@@ -80,7 +80,7 @@ class Triton(Backend):
         return call.answers[key]
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        """The pyramid of keys, with values where it costs no memory to speak of to have them during the selection."""
+        """The pyramid of keys; with values too, if holding them during the selection costs little memory."""
         from psa_kernels.pyramid.triton import empty_keys, pool_keys
 
         k, layout, spec = call.k, call.layout, call.spec

@@ -21,7 +21,7 @@ class TritonInt8(Triton):
     precisions = ("int8_qk",)
 
     def pays(self, call: Call) -> bool:
-        # There the kernel made for it is faster, in integers or natively.
+        # On Hopper the kernel made for it is faster, with integers or without.
         return not is_hopper(call.q.device)
 
     def why_not(self, call: Call) -> str | None:
@@ -41,7 +41,7 @@ class TritonInt8(Triton):
 
         rows = super().pyramid_rows(call)
         integers = rows_as_read(call.q.shape[1], call.k.shape[1], rows, group_size(call.q, call.k))
-        # Counted as rows of keys and of values in 16 bits, 4 bytes an entry.
+        # A row of the pyramid has an entry of keys and one of values, 16 bits each: 4 bytes, as 4 integers.
         return rows + block_count(integers, 4)
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Which tokens are whose past in a causal call, and how its video tokens fall into rows of blocks."""
+"""Which keys lie in the past of which queries in a causal call, and how its video tokens form rows of blocks."""
 
 from __future__ import annotations
 

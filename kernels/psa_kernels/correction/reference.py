@@ -1,4 +1,4 @@
-"""What sparse attention leaves out of an output, kept in 8-bit integers and added to later outputs, in PyTorch."""
+"""The correction, in PyTorch: what sparse attention leaves out, kept in 8-bit integers and added to later outputs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Correction:
 
 
 def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
-    """The correction that makes one output the other.
+    """The correction that turns the sparse output into the dense one.
 
-    A row that is not finite anywhere has none.
+    A row with a value that is not finite has no correction.
 
     Args:
         dense, sparse: `[B, N, H, D]`, of one dtype.

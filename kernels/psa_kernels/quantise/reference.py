@@ -1,15 +1,15 @@
-"""Queries and keys in 8-bit integers, in PyTorch: what `precision="int8_qk"` is.
+"""Queries and keys in 8-bit integers, in PyTorch: the definition of `precision="int8_qk"`.
 
-With the mean m of a head's keys taken away, which adds the same to all logits of a query and so changes no weight,
+The mean m of a head's keys is subtracted. It adds the same to all logits of a query, so it changes no weight:
 
     logit = q . (k - m) * scale ~ (integers of q' . integers of k' - m') * (step of q') * (step of the head) * scale
 
-Queries have a step for each token. Keys have one for each head, and means of keys too: their entries are no larger, and
-a tile of keys of several levels needs no factor for each of its rows.
+Queries have one step for each token. The keys of a head and their means share one step: means have no larger entries,
+and with one step a tile of keys of several levels needs no factor for each of its rows.
 
 q' and k' are q and k in other channels, with the same products. Some channels of keys may be many times as large as the
-others, and would leave these few of the integers. First each channel of q is multiplied by a number and that of k
-divided by it, so that it varies as much in both; then a fixed rotation spreads what is large over all channels.
+others, and would leave the others few of the integers. So each channel of q is multiplied by a number, and the channel
+of k divided by it, so that both vary equally much. Then a fixed rotation spreads what is large over all channels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_EXPONENT = 5
 
 
 def channel_scales(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """By what the channels of queries are multiplied, and those of keys divided, to be about equally large.
+    """The numbers that channels of queries are multiplied by, and those of keys divided by, to be about equally large.
 
     Powers of two, which are exact in any dtype. Half the range of the keys is what is left of them without their mean.
 
@@ -109,5 +109,5 @@ def to_integers(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
 
 
 def quantised(rows: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """What the integers of rows stand for."""
+    """The values that the integers of rows stand for."""
     return to_integers(rows, largest) * (largest / LARGEST_INTEGER)

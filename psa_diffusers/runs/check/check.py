@@ -1,4 +1,4 @@
-"""What a run would get, gathered from a plan: configuration files are read, and on a GPU one small call is made."""
+"""What a run would get here. Only configuration files are read, and on a GPU one small call is made."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Expert:
 
     Attributes:
         preset: None for a dense run.
-        uses: the kinds of attention at sparse steps, each with what computes it; None there: it is dense.
-        density: expected of a sparse step, None where it depends on the video or no step is sparse.
+        uses: the kinds of attention at sparse steps, each with what computes it, or None if it is dense.
+        density: expected at a sparse step; None if it depends on the video or no step is sparse.
         kept_lists: bytes of lists that are kept for later calls.
         corrections: bytes of the corrections of all layers.
     """
@@ -39,7 +39,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Check:
-    """All that `psa-generate --check` tells. `trials` are by the backends' names, none on a CPU."""
+    """All that `psa-generate --check` reports. `trials` has the backends' names as keys, and is empty on a CPU."""
 
     plan: Plan
     experts: tuple[Expert, ...]
@@ -50,7 +50,7 @@ def check_plan(plan: Plan) -> Check:
     """Look at a plan's model and machine; no weights are read or downloaded.
 
     Raises:
-        InputError: the model cannot be loaded here, as far as its configuration tells.
+        InputError: the model's configuration shows that it cannot be loaded here.
     """
     settings, experts = plan.settings, []
     grid = plan.model.token_grid(settings.frames, settings.height, settings.width, with_image=plan.image is not None)
@@ -70,7 +70,7 @@ def _expert(plan: Plan, network: Network, preset: Preset) -> Expert:
     found: list[tuple[Usage, Offer | None]] = []
     for usage in usages(preset, network, steps):
         found.append((usage, None if usage.layer is None else offer(network, usage.layer, dtype, settings.device)))
-    # What no kernel serves is left to stock attention.
+    # Calls that no kernel serves stay with stock attention.
     sparse = [(usage, None if offered is None or offered.dense else offered) for usage, offered in found]
     density = mean_density(sparse)
     gain = None

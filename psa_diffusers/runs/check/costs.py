@@ -22,12 +22,12 @@ Uses = Sequence[tuple[Usage, Offer | None]]
 
 @dataclass(frozen=True)
 class Speedup:
-    """What arithmetic alone would give, if all of it took equally long.
+    """The speedup that arithmetic alone would give, if all operations took equally long.
 
     Attributes:
         attention: share of a dense step's arithmetic that is attention between video tokens. It is rather too small,
-            for every matrix of the transformer counts as if all tokens went through it, and text is left out.
-        step: how many times as fast a sparse step would be as a dense one, `run` all steps.
+            because every matrix counts as if all tokens went through it, and text is left out.
+        step: how many times as fast as a dense step a sparse one would be; `run` is the same for the whole run.
     """
 
     attention: float
@@ -57,7 +57,7 @@ def speedup(network: Network, density: float, sparse_steps: int, num_steps: int)
 
 
 def pyramid_bytes(offered: Offer) -> int:
-    """Bytes of the pyramids that exist at once, for one video; 0 where each head's comes and goes."""
+    """Bytes of the pyramids that exist at the same time, for one video; 0 if they are made head by head."""
     call = offered.call
     if not offered.backend.has_pyramid:
         return 0

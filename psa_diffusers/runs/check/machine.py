@@ -1,4 +1,4 @@
-"""Which implementation a call of full size gets on a device, and whether its kernels compile there."""
+"""Which implementation a call of full size gets on this device, and whether its kernels compile and work."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Offer:
-    """What computes the calls of a layer.
+    """The implementation that the calls of a layer get.
 
     Attributes:
-        backend: what `auto` takes.
-        passed_over: of each faster one, its name and why it is not taken.
-        dense: why the calls are left to stock attention all the same, or None.
+        backend: the backend that `auto` takes.
+        passed_over: for each faster backend, its name and why it is not taken.
+        dense: why the calls go to stock attention nevertheless, or None.
     """
 
     call: Call
@@ -46,7 +46,7 @@ class Trial:
     """A small call on a GPU.
 
     Attributes:
-        first, second: seconds of the first call, which compiles what is in no cache, and of the next.
+        first, second: seconds of the first call, which compiles all that no cache has, and of the next call.
         problem: why it failed, in one line, or None.
     """
 
@@ -56,7 +56,7 @@ class Trial:
 
 
 def full_size_tensors(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> QKV:
-    """Queries, keys and values `[1, tokens, H, D]` that take the memory of one row: their contents do not matter."""
+    """Queries, keys and values `[1, tokens, H, D]` in the memory of one row each: their contents do not matter."""
     row = torch.zeros(shape.head_dim, dtype=dtype, device=device)
     counts = shape.heads, shape.kv_heads, shape.kv_heads
     q, k, v = (row.expand(1, tokens, heads, shape.head_dim) for heads in counts)
@@ -64,14 +64,14 @@ def full_size_tensors(shape: Shape, tokens: int, dtype: torch.dtype, device: str
 
 
 def offer(network: Network, layer: Layer, dtype: torch.dtype, device: str) -> Offer:
-    """Ask for a sparse layer's calls at their full size; text tokens are left out.
+    """Find out what a sparse layer's calls of full size get; text tokens are left out.
 
-    Where the version of Triton is not a known one this runs the self-test of the kernel for Hopper GPUs.
+    If the version of Triton is not a known one, this runs the self-test of the kernel for Hopper GPUs.
     """
     assert layer.spec is not None, "a dense layer gets no implementation"
     q, k, v = full_size_tensors(network.shape, network.tokens, dtype, device)
     call = make_call(q, k, v, layer.spec, permutation=permutation_on(layer.order, network.grid, q.device))
-    with warnings.catch_warnings():  # its reasons are told below
+    with warnings.catch_warnings():  # the reasons are returned instead
         warnings.simplefilter("ignore")
         backend = choose(call)
     dense = ServedCalls().why_not(layer, AttentionCall(q[:, :, 0]), (q, k, v), network.tokens)
@@ -91,10 +91,10 @@ def _why_not(backend: Backend, call: Call) -> str:
 
 
 def try_kernels(chosen: Offer, shape: Shape) -> Trial:
-    """Make one small call twice on the offer's device, and hold it against the reference with the same lists."""
+    """Make one small call twice on the offer's device, and compare it with the reference given the same lists."""
     like, spec = chosen.call.q, chosen.call.spec
     if spec.precision not in chosen.backend.precisions:
-        spec = replace(spec, precision="native")  # which stands in for it
+        spec = replace(spec, precision="native")  # the backend computes natively instead
     generator = torch.Generator(like.device).manual_seed(0)
     counts = TRIAL_HEADS * shape.heads // shape.kv_heads, TRIAL_HEADS, TRIAL_HEADS
     sizes = [(1, TRIAL_TOKENS + TRIAL_TEXT, heads, shape.head_dim) for heads in counts]
@@ -107,7 +107,7 @@ def try_kernels(chosen: Offer, shape: Shape) -> Trial:
                 torch.cuda.synchronize(out.device)
             marks.append(time.perf_counter())
         expected = psa_attention(q, k, v, spec, text_after=TRIAL_TEXT, implementation="reference", lists=lists)
-    except Exception as error:  # a compiler fails in many ways, and each is what is asked for here
+    except Exception as error:  # a compiler can fail in many ways, and all of them are of interest here
         return Trial(problem=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     distance = float((out.float() - expected.float()).norm() / expected.float().norm())
     problem = None if distance <= TOLERANCE else f"its result is {distance:.3f} away from the reference's"

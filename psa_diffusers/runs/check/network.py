@@ -1,4 +1,4 @@
-"""What a transformer is, as its configuration tells: its layers, their sizes, and where a preset has them sparse."""
+"""A transformer's layers and their sizes, read from its configuration, and where a preset makes them sparse."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Network:
 
 
 def read_network(name: str, transformer: torch.nn.Module, grid: tuple[int, int, int], preset: Preset | None) -> Network:
-    """Look at a transformer, which needs no values.
+    """Read a transformer's layers and sizes; its weights may be on the meta device.
 
     Raises:
         UnsupportedModelError: it is of no family.
@@ -100,7 +100,7 @@ def attention_shape(attn: Any) -> Shape:
 
 
 class Kind(NamedTuple):
-    """What layers compute alike at sparse steps."""
+    """A kind of attention: layers of one kind compute the same at sparse steps."""
 
     spec: AttentionSpec
     order: TokenOrder
@@ -111,8 +111,8 @@ class Usage:
     """Where a kind of attention is used.
 
     Attributes:
-        layer: one of the layers, as it is then; None for what is dense at sparse steps, by the preset or against it.
-        calls: how many calls of layers at sparse steps are of the kind, for one guidance branch.
+        layer: one of the layers of this kind; None for layers that are dense at sparse steps, for whatever reason.
+        calls: how many calls at sparse steps are of the kind, for one guidance branch.
         layers: which layers are of the kind at any sparse step, counted from 0.
     """
 

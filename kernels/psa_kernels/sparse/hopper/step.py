@@ -2,8 +2,8 @@
 
 All programs walk through the keys and values of a head in the same order, each for queries of its own. Where a head has
 more rows than the cache holds, a row is read from memory once for all of them if they are at about the same place, and
-again for those that are far behind. So a program that is ahead waits before its next item. That takes little time, as
-the others catch up the faster, and the power that memory does not draw goes to the multiprocessors.
+again for those that are far behind. So a program that is ahead waits before its next item. That costs little time,
+because the others catch up sooner, and the power that memory does not draw goes to the multiprocessors.
 """
 
 from __future__ import annotations
