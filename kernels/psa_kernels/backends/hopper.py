@@ -74,7 +74,7 @@ class Hopper(Triton):
 
             hopper.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
             return
-        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers)
 
 
 def _why_not_at_these_addresses(call: Call) -> str | None:

@@ -124,7 +124,7 @@ class Triton(Backend):
 
             triton_attention.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
             return
-        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers)
 
     def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
         from psa_kernels.causal.triton_dense import dense_causal_attention
