@@ -12,6 +12,7 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
@@ -46,7 +47,7 @@ def sparse_attention(
         lse: None, or a contiguous float32 `[B, Hq, Nq]`, of which the video queries are filled with ln of the sum of
             exp over their logits.
         out: where the result goes: `[B, Nq, Hq, D]` in the dtype of q, its last stride 1; a new tensor if None.
-        known: None, or what was found out of calls with the same shapes, strides and settings; added to.
+        known: None, or the answers of calls with the same shapes, strides and settings, as in `Call`.
 
     Returns:
         `out`; the rows of text queries are not written.
@@ -80,15 +81,11 @@ def launch(
     permutation = layout.short_permutation
     # What the other settings leave open.
     key = "portable attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, only is None
-    plan = None if known is None else known.get(key)
-    if plan is None:
-        plan = _plan(
-            q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
-            layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
-            ids.shape[3], ids.dtype, keys.shape[2], spec, scale, lse is None, only is None,
-        )  # fmt: skip
-        if known is not None:
-            known[key] = plan
+    plan = recall(known, key, lambda: _plan(
+        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
+        layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
+        ids.shape[3], ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
+    ))  # fmt: skip
     # Tokens are read from the originals also where the pyramid has them.
     tokens = layout.video_keys if 1 in pyramid.factors else 0
     skipped = tokens * keys.shape[3] * keys.element_size()

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.heads import group_size
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
@@ -59,16 +60,12 @@ def sparse_attention(
     key = (
         "hopper attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, integers is None
     )  # fmt: skip
-    plan = None if known is None else known.get(key)
-    if plan is None:
-        plan = _plan(
-            q.shape, queries.stride(), (q.dtype, queries.dtype, ids.dtype), q.device,
-            (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
-            layout.video_queries, layout.video_keys, permutation is not None, ids.shape[3], spec, scale,
-            lse is not None, keeps_in_step(layout, spec, k),
-        )  # fmt: skip
-        if known is not None:
-            known[key] = plan
+    plan = recall(known, key, lambda: _plan(
+        q.shape, queries.stride(), (q.dtype, queries.dtype, ids.dtype), q.device,
+        (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
+        layout.video_queries, layout.video_keys, permutation is not None, ids.shape[3], spec, scale,
+        lse is not None, keeps_in_step(layout, spec, k),
+    ))  # fmt: skip
     counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
     redo = counters.narrow(0, COUNTERS, plan.items)
     if integers is None:
