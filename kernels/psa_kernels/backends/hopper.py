@@ -78,6 +78,8 @@ class Hopper(Triton):
 
 
 def _why_not_at_these_addresses(call: Call) -> str | None:
+    if not (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) & 15:
+        return None
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if x.data_ptr() % 16:
             return _misaligned(name, x)
