@@ -57,7 +57,8 @@ class Call:
         """The same call for some neighbouring query heads; heads that share keys must not be split."""
         of_keys = key_heads(heads, group_size(self.q, self.k))
         q, k, v = self.q[:, :, heads], self.k[:, :, of_keys], self.v[:, :, of_keys]
-        return Call(q, k, v, self.layout, self.spec, self.scale, self.causal)
+        answers = self.answers.setdefault(("heads", heads.start, heads.stop), {})
+        return Call(q, k, v, self.layout, self.spec, self.scale, self.causal, answers)
 
     def no_lists(self) -> BlockLists:
         """The lists of a call without video queries or without video keys."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -13,6 +14,8 @@ from psa_kernels.spec import AttentionSpec
 
 # A pipeline makes calls of few shapes: its layers are alike.
 KEPT_CALLS = 64
+
+_Answer = TypeVar("_Answer")
 
 _known: OrderedDict[tuple, KnownCall] = OrderedDict()
 
@@ -83,3 +86,17 @@ def keep(key: tuple, layout: TokenLayout, scale: float, answers: dict[Any, Any])
     _known[key] = KnownCall(plain, scale, answers, of_permutation, layout.short_permutation)
     while len(_known) > KEPT_CALLS:
         _known.popitem(last=False)
+
+
+def recall(answers: dict[Any, Any] | None, key: Hashable, make: Callable[[], _Answer]) -> _Answer:
+    """What `make` returns, asked once for all calls with these answers; every time where there are none to add to.
+
+    Args:
+        key: a name, and what shapes, strides and settings of the call leave open.
+    """
+    if answers is None:
+        return make()
+    found = answers.get(key)
+    if found is None:
+        found = answers[key] = make()
+    return found

@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 # Of each kernel. A pipeline calls it for few shapes: its layers are alike.
 KEPT_LAUNCHES = 64
+# Of one launch. Memory is given out at the same addresses again and again.
+KEPT_ROWS = 1024
 
 
 class Launch:
@@ -45,6 +47,8 @@ class Launch:
         self._arguments: list[Any] = []
         self._tensors: list[int] = []
         self._rows: list[int] = []
+        self._like: dict[int, tuple[Shape, Shape]] = {}
+        self._kept: dict[tuple[int, int], PlacedRows] = {}
         self._run: Callable[[list[Any]], None] | None = None
 
     def __call__(self, *tensors: Any) -> None:
@@ -74,6 +78,38 @@ class Launch:
         if hasattr(found, "function"):  # Triton's interpreter compiles nothing
             self._keep(found, tensors)
 
+    def at(self, *addresses: int) -> bool:
+        """Launch it for tensors of which nothing but the addresses is new, if Triton need not look at them.
+
+        Args:
+            addresses: of what a call takes, 0 for None; of `Rows`, that of the first one.
+
+        Returns:
+            Whether it was launched. It is not before the first call, and not at addresses between multiples of 16
+            bytes: then call it.
+        """
+        if self._run is None:
+            return False
+        together = 0
+        for each in addresses:
+            together |= each
+        if together & 15:
+            return False
+        arguments = self._arguments[:]
+        arguments[: len(addresses)] = addresses
+        for place in self._rows:
+            rows = self._kept.get((place, addresses[place]))
+            arguments[place] = self._rows_at(place, addresses[place]) if rows is None else rows
+        self._run(arguments)
+        return True
+
+    def _rows_at(self, place: int, address: int) -> PlacedRows:
+        """Rows like those of the first launch, kept for the next one."""
+        if len(self._kept) >= KEPT_ROWS:
+            self._kept.clear()
+        rows = self._kept[place, address] = PlacedRows(address, *self._like[place])
+        return rows
+
     def _keep(self, compiled: Any, tensors: Sequence[Any]) -> None:
         """Note what was compiled, if it was for addresses at multiples of 16 bytes."""
         places = [place for place, tensor in enumerate(tensors) if isinstance(tensor, torch.Tensor)]
@@ -84,33 +120,46 @@ class Launch:
         self._arguments = [*absent, *self._numbers, *(self._constants[name] for name in names)]
         self._tensors = places
         self._rows = [place for place, tensor in enumerate(tensors) if isinstance(tensor, Rows)]
+        self._like = {place: (tensors[place].shape, tensors[place].strides) for place in self._rows}
         self._run = runner(compiled, self._grid)
 
 
-class Rows(ABC):
-    """Rows of a tensor for a kernel that takes a descriptor of them; what a launch reads of one.
+def address_of(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor for `Launch.at`."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class PlacedRows:
+    """What a launch reads of a descriptor of rows of a tensor.
 
     Attributes:
+        address: of the first row.
         shape, strides: of the rows, in elements.
         padding: what lies past their ends.
         round_f32_to_tf32: whether float32 is rounded on its way; read by Triton 3.7 and newer.
     """
 
-    __slots__ = ("_address", "shape", "strides")
+    __slots__ = ("address", "shape", "strides")
     padding = "zero"
     round_f32_to_tf32 = False
 
     def __init__(self, address: int, shape: Shape, strides: Shape) -> None:
-        self._address, self.shape, self.strides = address, shape, strides
+        self.address, self.shape, self.strides = address, shape, strides
 
     @property
-    def base(self) -> Rows:
+    def base(self) -> PlacedRows:
         """What tells the address."""
         return self
 
     def data_ptr(self) -> int:
         """The address of the first row."""
-        return self._address
+        return self.address
+
+
+class Rows(PlacedRows, ABC):
+    """Rows of a tensor for a kernel that takes a descriptor of them, which can be made where it is compiled."""
+
+    __slots__ = ()
 
     @abstractmethod
     def descriptor(self) -> Any:

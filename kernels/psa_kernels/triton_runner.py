@@ -12,8 +12,6 @@ from typing import Any
 
 # Releases whose launcher takes the arguments in the order below; any other goes the way of Triton's runner.
 FIRST_ORDER, SECOND_ORDER = ("3.6.",), ("3.7.", "3.8.", "3.9.")
-# What the first order has before the arguments of the kernel.
-BEFORE_ARGUMENTS = 13
 # Of one launch. Memory is given out at the same addresses again and again.
 KEPT_DESCRIPTORS = 1024
 
@@ -22,8 +20,8 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
     """What launches a compiled kernel on the current stream, given all its arguments.
 
     Args:
-        compiled: what Triton returned of a launch. Arguments that stand for descriptors differ in addresses alone from
-            one launch to the next.
+        compiled: what Triton returned of a launch. Descriptors are given as `PlacedRows`, of which the address alone
+            differs from one launch to the next.
         grid: three numbers of programs.
     """
     usual = compiled[grid]
@@ -41,7 +39,7 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
     settings = (function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     x, y, z = grid
     if triton.__version__.startswith(FIRST_ORDER):
-        launch = _with_kept_descriptors(launch)
+        launch, expand = _with_kept_descriptors(launch)
         # No scratch memory; then what the hooks are told, and the hooks.
         between = (*settings, None, None, metadata, None, None, None)
 
@@ -49,7 +47,7 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
             if _hooked(hooks):
                 usual(*arguments)
             else:
-                launch(x, y, z, stream(device()), *between, *arguments)
+                launch(x, y, z, stream(device()), *between, *(arguments if expand is None else expand(arguments)))
 
         return run
     if triton.__version__.startswith(SECOND_ORDER) and hasattr(launcher, "arg_annotations"):
@@ -67,39 +65,41 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
     return lambda arguments: usual(*arguments)
 
 
-def _with_kept_descriptors(launch: Callable[..., None]) -> Callable[..., None]:
-    """The same launcher, making no descriptor twice: one follows from its place and address, and is never changed.
+def _with_kept_descriptors(
+    launch: Callable[..., None],
+) -> tuple[Callable[..., None], Callable[[list[Any]], list[Any]] | None]:
+    """The launcher without what makes descriptors, and that: it makes none twice.
 
-    Triton wraps the launcher of a kernel that takes descriptors in a function that makes them at each launch. It is
-    replaced where what it refers to is as known.
+    One follows from its place and address, and is never changed. Triton wraps the launcher of a kernel that takes
+    descriptors in a function that makes them at each launch. It is replaced where what it refers to is as known; else
+    the second is None.
     """
     if not inspect.isfunction(launch):
-        return launch
+        return launch, None
     found = inspect.getclosurevars(launch).nonlocals
     if found.keys() != {"launcher", "tensordesc_indices", "tensordesc_meta"} or None in found["tensordesc_meta"]:
-        return launch
+        return launch, None
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
-    inner = found["launcher"]
     # From the last place to the first: each descriptor becomes several arguments.
     places = sorted(found["tensordesc_indices"], reverse=True)
     described = list(zip(places, reversed(found["tensordesc_meta"]), strict=True))
     made: dict[tuple[int, int], list[Any]] = {}
 
-    def run(*arguments: Any) -> None:
-        expanded = list(arguments)
+    def expand(arguments: list[Any]) -> list[Any]:
+        expanded = arguments[:]
         for place, metadata in described:
-            rows = arguments[BEFORE_ARGUMENTS + place]
-            key = place, rows.base.data_ptr()
+            rows = arguments[place]
+            key = place, rows.address
             descriptor = made.get(key)
             if descriptor is None:
                 if len(made) >= KEPT_DESCRIPTORS:
                     made.clear()
                 descriptor = made[key] = make_tensordesc_arg(rows, metadata)
-            expanded[BEFORE_ARGUMENTS + place : BEFORE_ARGUMENTS + place + 1] = descriptor
-        inner(*expanded)
+            expanded[place : place + 1] = descriptor
+        return expanded
 
-    return run
+    return found["launcher"], expand
 
 
 def _is_plain(launcher: Any) -> bool:

@@ -1,7 +1,7 @@
 """The correction: what sparse attention leaves out at the last dense step is added to its outputs at later steps.
 
-What is left out changes little between neighbouring steps. Some 16 times in a run the dense attention of a few queries tells,
-head by head, how much of it still holds, so that nothing is added where nothing holds.
+What is left out changes little between neighbouring steps. Some 16 times in a run the dense attention of a few queries
+tells, head by head, how much of it still holds, so that nothing is added where nothing holds.
 """
 
 from __future__ import annotations

@@ -108,3 +108,27 @@ def test_a_spec_is_hashed_anew_in_another_process():
     assert hash(spec) == hash(AttentionSpec()) and vars(spec).keys() == AttentionSpec.__dataclass_fields__.keys()
     copy = pickle.loads(pickle.dumps(spec))
     assert copy == spec and not hasattr(copy, "_hash") and hash(copy) == hash(spec)
+
+
+def test_an_answer_is_found_once_for_calls_that_share_their_answers(checked):
+    asked = []
+
+    def make(found):
+        return lambda: asked.append(found) or found
+
+    q, spec = on_meta(1, 40, 4, 16), AttentionSpec()
+    first, second = (make_call(q, q, q, spec) for _ in range(2))
+    other = make_call(q, q, q, spec, 1)
+    assert known_calls.recall(first.answers, ("plan", 3), make(5)) == 5
+    assert known_calls.recall(second.answers, ("plan", 3), make(6)) == 5
+    assert known_calls.recall(second.answers, ("plan", 4), make(7)) == 7
+    assert known_calls.recall(other.answers, ("plan", 3), make(8)) == 8
+    assert [known_calls.recall(None, ("plan", 3), make(9)) for _ in range(2)] == [9, 9] and asked == [5, 7, 8, 9, 9]
+
+
+def test_groups_of_heads_share_the_answers_of_the_same_heads_alone(checked):
+    q, spec = on_meta(1, 40, 4, 16), AttentionSpec()
+    first, second = (make_call(q, q, q, spec) for _ in range(2))
+    answers = first.of_heads(slice(0, 2)).answers
+    assert second.of_heads(slice(0, 2)).answers is answers is not first.answers
+    assert second.of_heads(slice(2, 4)).answers is not answers and second.of_heads(slice(0, 3)).answers is not answers

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from psa_kernels import triton_launch
 from psa_kernels.layout import make_layout
-from psa_kernels.pyramid.pooled import row_places
+from psa_kernels.lists import BlockLists
+from psa_kernels.pyramid.pooled import TritonPyramid, row_places
+from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import Launch, Rows
 
 
@@ -152,3 +155,79 @@ def test_rows_of_text_and_levels_are_where_they_are_said_to_be(before, after, fa
 def test_a_constant_that_the_kernel_does_not_have_is_refused():
     with pytest.raises(TypeError, match="kernel has no constants C, D"):
         Launch(Kernel(), (1,), (7, 0.5), A=2, B=4, D=1, C=0, num_warps=4)
+
+
+def test_a_prepared_launch_takes_addresses():
+    class Described(Rows):
+        def descriptor(self):
+            return "descriptor"
+
+    kernel, x, y = Kernel(), torch.zeros(64), torch.ones(64)
+    launch = Launch(kernel, (1,), (7, 0.5), A=2, B=4)
+    assert not launch.at(x.data_ptr(), 0) and not kernel.looked_at
+    launch(Described(x.data_ptr(), (4, 16), (16, 1)), None)
+    for _ in range(2):
+        assert launch.at(y.data_ptr(), 0)
+    (rows, *others), (again, *_) = (arguments for _, arguments in kernel.launched)
+    assert others == [0, 7, 0.5, 2, 4] and again is rows
+    assert (rows.data_ptr(), rows.shape, rows.strides) == (y.data_ptr(), (4, 16), (16, 1))
+    assert rows.base.data_ptr() == y.data_ptr() and rows.padding == "zero" and not hasattr(rows, "descriptor")
+    assert not launch.at(y.data_ptr() + 8, 0) and not launch.at(y.data_ptr(), 8)
+    assert len(kernel.looked_at) == 1 and len(kernel.launched) == 2
+
+
+def test_the_rows_that_a_launch_keeps_are_bounded(monkeypatch):
+    class Described(Rows):
+        def descriptor(self):
+            return "descriptor"
+
+    monkeypatch.setattr(triton_launch, "KEPT_ROWS", 3)
+    kernel = Kernel()
+    launch = Launch(kernel, (1,), (7, 0.5), A=2, B=4)
+    launch(Described(16, (4, 16), (16, 1)), None)
+    for place in range(1, 9):
+        assert launch.at(place * 16, 0) and len(launch._kept) <= 3
+    assert [arguments[0].data_ptr() for _, arguments in kernel.launched] == [place * 16 for place in range(1, 9)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (3, 5)])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_addresses_of_the_hopper_kernel_are_those_of_its_rows(before, after, permuted, monkeypatch):
+    pytest.importorskip("triton")
+    from psa_kernels.sparse.hopper import launch
+
+    plans, make_plan, given = [], launch._plan, []
+
+    def plan(*arguments):
+        made = make_plan(*arguments)
+        plans.append(made)
+        return made._replace(launch=Unprepared(given))
+
+    class Unprepared:
+        def __init__(self, given):
+            self.given = given
+
+        def at(self, *addresses):
+            self.given.append(addresses)
+            return False
+
+        def __call__(self, *tensors):
+            self.given.append(tuple(0 if each is None else each.data_ptr() for each in tensors))
+
+    monkeypatch.setattr(launch, "_plan", plan)
+    monkeypatch.setattr(launch, "cache_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(launch.portable, "launch", lambda *_, **__: None)
+    video, spec = 256, AttentionSpec()
+    tokens = before + video + after
+    q, k, v = (torch.randn(1, tokens, 2, 64, dtype=torch.bfloat16) for _ in range(3))
+    wide = torch.randn(1, tokens, 3, 2, 64, dtype=torch.bfloat16)[:, :, 1]
+    layout = make_layout(tokens, tokens, before, after, torch.randperm(video) if permuted else None)
+    factors = tuple(level for level in spec.levels if level > 1 or permuted)
+    means = torch.randn(2, 1, 2, sum(-(-video // factor) for factor in factors), 64).bfloat16()
+    lists = BlockLists.from_levels(torch.zeros(1, 2, 2, video // spec.block_key, dtype=torch.int64), len(spec.levels))
+    for values, known in ((v, {}), (wide, of_wide := {}), (wide, of_wide)):
+        pyramid = TritonPyramid(k, means[0], factors, None, values, means[1])
+        launch.sparse_attention(q, pyramid, lists, layout, spec, 0.125, out=torch.empty_like(q), known=known)
+        addresses, of_tensors = given[-2:]
+        assert addresses == of_tensors and len(set(addresses)) > 10
+    assert len(plans) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -10,25 +11,33 @@ import triton.language as tl
 
 from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.blocks import next_power_of_2, ranks_below
+from psa_kernels.known_calls import recall
 from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 
 
-def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec) -> BlockLists:
+def allocate(
+    importance: torch.Tensor, coarsest: torch.Tensor | None, spec: AttentionSpec, known: dict[Any, Any] | None = None
+) -> BlockLists:
     """Give every pair of blocks a level.
 
     Args:
         importance: non-negative float32 `[B, Hq, query blocks, key blocks]` whose rows lie at equal distances; fastest
             where these are multiples of 16.
         coarsest: None, or int32 `[B, Hkv, key blocks]`: index of the coarsest level a key block may have.
+        known: None, or the answers of calls like this one, as in `Call`.
 
     Returns:
         The same lists as the reference.
     """
     key_blocks, device = importance.shape[3], importance.device
     cap_heads = None if coarsest is None else coarsest.shape[1]
-    ids_shape, counts_shape, launch = _plan(*importance.shape, importance.stride(2), device, cap_heads, spec)
+    ids_shape, counts_shape, launch = recall(
+        known,
+        ("allocation", cap_heads),
+        lambda: _plan(*importance.shape, importance.stride(2), device, cap_heads, spec),
+    )
     ids = torch.empty(ids_shape, dtype=id_dtype(key_blocks), device=device)
     counts = torch.empty(counts_shape, dtype=torch.int32, device=device)
     launch(importance, coarsest, ids, counts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from psa_kernels.backends import self_test
-from psa_kernels.backends.triton import Triton, triton_version
+from psa_kernels.backends.triton import Triton, kernels, triton_version
 from psa_kernels.call import Call
 from psa_kernels.devices import is_hopper
 from psa_kernels.limits import MAX_HOPPER_LEVELS, MIN_HOPPER_ROWS
@@ -65,19 +65,21 @@ class Hopper(Triton):
         return None
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
-        from psa_kernels.pyramid.triton import add_values
-        from psa_kernels.sparse.hopper.launch import sparse_attention
-
-        pyramid = add_values(keys, call.v, call.layout)
+        pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
         if call.causal is not None:
             from psa_kernels.causal import hopper
 
             hopper.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
             return
-        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+        attention = kernels("sparse.hopper.launch")
+        attention.sparse_attention(
+            call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers
+        )
 
 
 def _why_not_at_these_addresses(call: Call) -> str | None:
+    if not (call.q.data_ptr() | call.k.data_ptr() | call.v.data_ptr()) & 15:
+        return None
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         if x.data_ptr() % 16:
             return _misaligned(name, x)

@@ -40,4 +40,5 @@ class HopperInt8(Hopper):
 
         q, layout, spec, scale = call.q, call.layout, call.spec, call.scale
         integers = quantise_rows(q, keys, layout, spec, scale)
-        sparse_attention(q, add_values(keys, call.v, layout), lists, layout, spec, scale, out=out, integers=integers)
+        pyramid = add_values(keys, call.v, layout)
+        sparse_attention(q, pyramid, lists, layout, spec, scale, out=out, integers=integers, known=call.answers)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -81,56 +82,59 @@ class Triton(Backend):
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
         """The pyramid of keys; with values too, if holding them during the selection costs little memory."""
-        from psa_kernels.pyramid.triton import empty_keys, pool_keys
-
+        pyramid = kernels("pyramid.triton")
         k, layout, spec = call.k, call.layout, call.spec
         if selects and spec.rule == "budget" and call.causal is None:
             from psa_kernels.allocation.triton_statistics import key_spread, pools_alike
 
             if pools_alike(spec):
                 # The keys are read once for the pyramid and for the prices.
-                keys = empty_keys(k, layout, spec, self.gathered)
+                keys = pyramid.empty_keys(k, layout, spec, self.gathered)
                 return replace(keys, spread=key_spread(k, layout, spec, keys.keys, keys.factors))
         v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
-        return pool_keys(k, layout, spec, selects, self.gathered, v)
+        return pyramid.pool_keys(k, layout, spec, selects, self.gathered, v, call.answers)
 
     def select(self, call: Call, keys: Any) -> BlockLists:
-        from psa_kernels.allocation.triton import allocate
-        from psa_kernels.allocation.triton_budget import allocate_budget
-        from psa_kernels.allocation.triton_prices import upgrade_prices
-        from psa_kernels.importance.triton import block_importance
-        from psa_kernels.pyramid.triton import coarsest_levels
-
         if call.causal is not None:
             from psa_kernels.causal.triton_select import select
 
             return select(call, call.causal, keys)
         q, k, layout, spec, scale = call.q, call.k, call.layout, call.spec, call.scale
-        importance = block_importance(q, k, layout, spec, scale)
+        importance = kernels("importance.triton").block_importance(q, k, layout, spec, scale, call.answers)
         if spec.rule == "budget":
+            from psa_kernels.allocation.triton_budget import allocate_budget
+            from psa_kernels.allocation.triton_prices import upgrade_prices
+
             spread = None if keys is None else keys.spread
             prices = upgrade_prices(q, k, call.v, importance, layout, spec, scale, spread)
             return allocate_budget(prices, importance, spec)
-        coarsest = coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
-        return allocate(importance, coarsest, spec)
+        coarsest = kernels("pyramid.triton").coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
+        lists: BlockLists = kernels("allocation.triton").allocate(importance, coarsest, spec, call.answers)
+        return lists
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
-        from psa_kernels.pyramid.triton import add_values
-        from psa_kernels.sparse.triton import sparse_attention
-
-        pyramid = add_values(keys, call.v, call.layout)
+        pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
         if call.causal is not None:
             from psa_kernels.causal import triton_attention
 
             triton_attention.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
             return
-        sparse_attention(call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out)
+        attention = kernels("sparse.triton")
+        attention.sparse_attention(
+            call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers
+        )
 
     def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
         from psa_kernels.causal.triton_dense import dense_causal_attention
 
         for part in parts:
             dense_causal_attention(call.q, call.k, call.v, call.scale, part, out)
+
+
+@cache
+def kernels(module: str) -> Any:
+    """A module of this package with kernels; a statement that imports one costs every call a microsecond."""
+    return import_module(f"psa_kernels.{module}")
 
 
 @cache

@@ -8,12 +8,14 @@ columns is as good to a matrix product, and here one is made in which those to b
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets, video_tokens
@@ -49,8 +51,9 @@ NATURAL_ROWS = (1, 3, 0, 2)
 
 
 def in_tiles(
-    x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool, dims: tuple[int, ...], natural: tuple[int, ...]
-) -> torch.Tensor:
+    x: torch.Tensor, layout: TokenLayout, stride: int, pooled: bool, dims: tuple[int, ...], natural: tuple[int, ...],
+    known: dict[Any, Any] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Copy representatives of all heads into tiles.
 
     Args:
@@ -58,15 +61,17 @@ def in_tiles(
         stride: one of every so many video tokens is copied, or the mean of them if `pooled`.
         dims: what the rows of a tile unfold to.
         natural: these dimensions in natural order.
+        known: None, or the answers of calls like this one, as in `Call`.
 
     Returns:
         `[B * H, tiles, rows of a tile, padded_dim(D)]` in the dtype of x, zeros past the last.
     """
     permutation = layout.short_permutation
-    shape, launch = _tiling(
+    # The order tells queries from keys.
+    shape, launch = recall(known, ("tiles", natural), lambda: _tiling(
         x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.text_after, permutation is not None, stride,
         pooled, dims, natural,
-    )  # fmt: skip
+    ))  # fmt: skip
     out = torch.empty(shape, dtype=x.dtype, device=x.device)
     launch(x, out, permutation)
     return out

@@ -21,6 +21,7 @@ from psa_kernels.importance.representatives import (
     row_dims,
     smaller,
 )
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -31,21 +32,25 @@ READ = 16384
 
 
 def block_importance(
-    q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float,
+    known: dict[Any, Any] | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Importance S of every pair of video blocks.
 
     Args:
         q, k: `[B, Nq, Hq, D]` and `[B, Nk, Hkv, D]`, all queries and keys, in the order of the model.
         scale: factor on the dot products.
+        known: None, or the answers of calls like this one, as in `Call`.
 
     Returns:
         float32 `[B, Hq, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
     """
-    plan = _plan(*q.shape, group_size(q, k), q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale)
+    plan = recall(known, "importance", lambda: _plan(
+        *q.shape, group_size(q, k), q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale
+    ))  # fmt: skip
     how, pooled = spec.importance, spec.importance.estimator == "pooled"
-    queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS)
-    keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS)
+    queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS, known)
+    keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS, known)
     importance = torch.empty(plan.padded, device=q.device).narrow(3, 0, plan.key_blocks)
     scratch = torch.empty(plan.scratch, dtype=torch.uint16, device=q.device)
     tops = torch.empty(plan.tops, device=q.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.pyramid.similarity import coarsest_level
@@ -40,6 +42,7 @@ def pool_keys(
     similarity: bool = False,
     gathered: bool = False,
     v: torch.Tensor | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> TritonPyramid:
     """The pyramid of keys `[B, N, H, D]`.
 
@@ -47,12 +50,14 @@ def pool_keys(
         similarity: find the coarsest levels in the same pass, where the spec asks for a cap.
         gathered: hold single tokens too where the layout permutes them, in the order of the blocks.
         v: None, or the values, to be pooled in the same pass; `add_values` has nothing left to do then.
+        known: None, or the answers of calls like this one, as in `Call`.
     """
-    factors = held_factors(layout, spec, gathered)
+    factors = recall(known, ("held factors", gathered), lambda: held_factors(layout, spec, gathered))
+    cap = spec if similarity else None
     if v is not None and factors:
-        keys, coarsest, values = pool_both(k, v, layout, factors, spec if similarity else None)
+        keys, coarsest, values = pool_both(k, v, layout, factors, cap, known)
         return TritonPyramid(k, keys, factors, coarsest, v, values)
-    keys, coarsest = pool_tokens(k, layout, factors, spec if similarity else None)
+    keys, coarsest = pool_tokens(k, layout, factors, cap, known)
     return TritonPyramid(k, keys, factors, coarsest)
 
 
@@ -90,19 +95,21 @@ def held_factors(layout: TokenLayout, spec: AttentionSpec, gathered: bool) -> tu
 
 
 def pool_tokens(
-    x: torch.Tensor, layout: TokenLayout, factors: tuple[int, ...], similarity: AttentionSpec | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, layout: TokenLayout, factors: tuple[int, ...], similarity: AttentionSpec | None = None,
+    known: dict[Any, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Means over groups of neighbouring video tokens, for several group sizes at once.
 
     Args:
         x: `[B, N, H, D]`; queries or keys and values, of which the layout has equally many where they are permuted.
         factors: group sizes, powers of two, none decreasing.
         similarity: None, or the spec whose cap to find.
+        known: None, or the answers of calls like this one, as in `Call`, if x are its keys.
 
     Returns:
         `[B, H, sum of groups, D]` in the dtype of x; and int32 `[B, H, key blocks]` or None.
     """
-    means, coarsest, _ = _pooled(x, None, layout, factors, similarity)
+    means, coarsest, _ = _pooled(x, None, layout, factors, similarity, known)
     return means, coarsest
 
 
@@ -112,23 +119,25 @@ def pool_both(
     layout: TokenLayout,
     factors: tuple[int, ...],
     similarity: AttentionSpec | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """What `pool_tokens` returns of keys `[B, N, H, D]`, and the means of values of their shape, in one launch."""
-    keys, coarsest, values = _pooled(k, v, layout, factors, similarity)
+    keys, coarsest, values = _pooled(k, v, layout, factors, similarity, known)
     assert values is not None
     return keys, coarsest, values
 
 
 def _pooled(
     x: torch.Tensor, v: torch.Tensor | None, layout: TokenLayout, factors: tuple[int, ...],
-    similarity: AttentionSpec | None,
+    similarity: AttentionSpec | None, known: dict[Any, Any] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     cap = similarity if similarity is not None and similarity.similarity is not None else None
     permutation = layout.short_permutation
-    shapes, launch = _pooling(
+    key = "pooling", factors, cap is None, v is None
+    shapes, launch = recall(known, key, lambda: _pooling(
         x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.text_after, permutation is not None, factors,
         cap, None if v is None else v.stride(),
-    )  # fmt: skip
+    ))  # fmt: skip
     means = torch.empty(shapes[0], dtype=x.dtype, device=x.device)
     value_means = None if v is None else torch.empty(shapes[0], dtype=x.dtype, device=x.device)
     coarsest = None if cap is None else torch.empty(shapes[1], dtype=torch.int32, device=x.device)

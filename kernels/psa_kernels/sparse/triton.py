@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -11,12 +12,13 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape, address_of
 from psa_kernels.triton_rows import (
     are_wide,
     key_head,
@@ -44,6 +46,7 @@ def sparse_attention(
     scale: float,
     lse: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> torch.Tensor:
     """Let the video queries attend the listed blocks at their levels, and all text.
 
@@ -53,13 +56,14 @@ def sparse_attention(
         lse: None, or a contiguous float32 `[B, Hq, Nq]`, of which the video queries are filled with ln of the sum of
             exp over their logits.
         out: where the result goes: `[B, Nq, Hq, D]` in the dtype of q, its last stride 1; a new tensor if None.
+        known: None, or the answers of calls with the same shapes, strides and settings, as in `Call`.
 
     Returns:
         `out`; the rows of text queries are not written.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    launch(q, pyramid, lists, layout, spec, scale, out, lse)
+    launch(q, pyramid, lists, layout, spec, scale, out, lse, known=known)
     return out
 
 
@@ -73,25 +77,34 @@ def launch(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     only: torch.Tensor | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> None:
     """Fill the rows of video queries of `out`, and of `lse` if there is one, as `sparse_attention` describes.
 
     Args:
         only: None, or int32 `[B * Hq * tiles of 128 queries]`: compute just the tiles where it is not 0.
+        known: as in `sparse_attention`.
     """
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
-    keys, values = pyramid.keys, value_means
-    if 1 in pyramid.factors:
-        # Tokens are read from the originals also where the pyramid has them.
-        rows = keys.shape[2] - layout.video_keys
-        keys, values = (means.narrow(2, layout.video_keys, rows) for means in (keys, values))
+    keys, values, ids = pyramid.keys, value_means, lists.ids
     permutation = layout.short_permutation
-    plan = _plan(
+    # What the other settings leave open.
+    key = "portable attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, only is None
+    plan = recall(known, key, lambda: _plan(
         q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
         layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
-        lists.ids.shape[3], lists.ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
-    )  # fmt: skip
-    plan(q, k, v, keys, values, out, lse, lists.ids, lists.counts, permutation, only)
+        ids.shape[3], ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
+    ))  # fmt: skip
+    # Tokens are read from the originals also where the pyramid has them.
+    tokens = layout.video_keys if 1 in pyramid.factors else 0
+    skipped = tokens * keys.shape[3] * keys.element_size()
+    if not plan.at(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), keys.data_ptr() + skipped, values.data_ptr() + skipped,
+        out.data_ptr(), address_of(lse), ids.data_ptr(), lists.counts.data_ptr(), address_of(permutation),
+        address_of(only),
+    ):  # fmt: skip
+        keys, values = (means.narrow(2, tokens, means.shape[2] - tokens) for means in (keys, values))
+        plan(q, k, v, keys, values, out, lse, ids, lists.counts, permutation, only)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)

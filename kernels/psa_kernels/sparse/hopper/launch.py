@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import cache_bytes, multiprocessors
 from psa_kernels.heads import group_size
+from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
@@ -22,7 +23,7 @@ from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper.kernel import attention_kernel
 from psa_kernels.sparse.hopper.tiles import TILE_M, panel_columns, tile_layout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Rows, Shape
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Rows, Shape, address_of
 
 # Integers that the programs share before the one of each item: two, and as many more as keep that at 16 bytes.
 COUNTERS = 4
@@ -38,6 +39,7 @@ def sparse_attention(
     lse: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     integers: Integers | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> torch.Tensor:
     """The same as the portable `sparse.triton.sparse_attention`, on a GPU of compute capability 9.0.
 
@@ -46,34 +48,48 @@ def sparse_attention(
         integers: None, or what `quantise_rows` returned for the same bfloat16 tensors: queries are then multiplied by
             keys in 8-bit integers. A tile whose sums run over, or which has numbers that are not finite, is computed in
             bfloat16.
+        known: as in the portable one.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     permutation = layout.short_permutation
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     queries, factors = (q, None) if integers is None else (integers.queries, integers.factors)
-    plan = _plan(
-        q.shape, queries.stride(), (q.dtype, queries.dtype, lists.ids.dtype), q.device,
-        (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
-        layout.video_queries, layout.video_keys, permutation is not None, lists.ids.shape[3], spec, scale,
-        lse is not None, keeps_in_step(layout, spec, k),
+    ids = lists.ids
+    # What the other settings leave open.
+    key = (
+        "hopper attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, integers is None
     )  # fmt: skip
+    plan = recall(known, key, lambda: _plan(
+        q.shape, queries.stride(), (q.dtype, queries.dtype, ids.dtype), q.device,
+        (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
+        layout.video_queries, layout.video_keys, permutation is not None, ids.shape[3], spec, scale,
+        lse is not None, keeps_in_step(layout, spec, k),
+    ))  # fmt: skip
     counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
     redo = counters.narrow(0, COUNTERS, plan.items)
-    keys = plan.boxes(k, pyramid.keys) if integers is None else plan.boxes_of(integers.keys)
-    values = plan.boxes(v, value_means)
+    if integers is None:
+        key_addresses = plan.addresses(k, pyramid.keys)
+    else:
+        key_addresses = [address_of(rows) for rows in integers.keys]
+        key_addresses += [0] * (2 + MAX_HOPPER_LEVELS - len(key_addresses))
     # Where there is no permutation or log-sum-exp, any pointer will do.
-    plan.launch(
-        queries, factors, *keys, *values, out, counters if lse is None else lse, lists.ids, lists.counts,
-        counters if permutation is None else permutation, counters, redo,
-    )  # fmt: skip
+    sums, order = counters if lse is None else lse, counters if permutation is None else permutation
+    if not plan.launch.at(
+        queries.data_ptr(), address_of(factors), *key_addresses, *plan.addresses(v, value_means), out.data_ptr(),
+        sums.data_ptr(), ids.data_ptr(), lists.counts.data_ptr(), order.data_ptr(), counters.data_ptr(),
+        redo.data_ptr(),
+    ):  # fmt: skip
+        keys = plan.boxes(k, pyramid.keys) if integers is None else plan.boxes_of(integers.keys)
+        values = plan.boxes(v, value_means)
+        plan.launch(queries, factors, *keys, *values, out, sums, ids, lists.counts, order, counters, redo)
     if integers is not None and lse is not None:
         # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
         video = slice(layout.text_before, layout.text_before + layout.video_queries)
         means = integers.key_means.repeat_interleave(group_size(q, k), dim=1)
         lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), means) * scale
     if not plan.online:
-        portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo)
+        portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo, known=known)
     return out
 
 
@@ -93,6 +109,13 @@ class _Plan(NamedTuple):
     online: bool
     heights: tuple[int, ...]
     places: dict[Shape, tuple[Place | None, ...]]
+
+    def addresses(self, tokens: torch.Tensor, means: torch.Tensor) -> list[int]:
+        """Where the first rows of what `boxes` returns are, 0 for None."""
+        first, size = (tokens.data_ptr(), means.data_ptr()), tokens.element_size()
+        places = self.places[tokens.stride()]
+        found = [0 if place is None else first[place.pooled] + place.offset * size for place in places]
+        return found + [0] * (2 + MAX_HOPPER_LEVELS - len(found))
 
     def boxes(self, tokens: torch.Tensor, means: torch.Tensor) -> list[Boxes | None]:
         """Where the boxes of text and of every level come from; each ends where its rows end: zeros follow."""
