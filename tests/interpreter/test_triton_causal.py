@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from psa_kernels import AttentionSpec, Importance, head_groups, psa_attention, select_blocks
 from psa_kernels.blocks import ranks_below
 from psa_kernels.call import make_call
+from psa_kernels.causal import lists as causal_lists
 from psa_kernels.causal import triton_allocation, triton_importance, triton_select
 from psa_kernels.causal.lists import _importance, _key_representatives
 from psa_testing.brute_force_causal import brute_force_causal
@@ -54,6 +55,25 @@ def inputs(queries, keys=None, heads=(2, 1), *, batch=1, head_dim=16, dtype=torc
     return [(1.5 * torch.randn(shape)).to(dtype)[..., :head_dim] for shape in shapes]
 
 
+def inputs_without_near_ties(queries, keys, spec, before, after, **shape):
+    """Random inputs whose lists stay as they are where importance is off by more than the kernel rounds it, 0.1 %."""
+    call = {"causal": True, "text_before": before, "text_after": after, "implementation": "reference"}
+    exact = causal_lists._importance
+
+    def off(*arguments):
+        found = exact(*arguments)
+        return found * (1 + 3e-3 * (2 * torch.rand_like(found) - 1))
+
+    while True:
+        q, k, v = inputs(queries, keys, **shape)
+        levels = select_blocks(q, k, spec, v=v, **call).levels()
+        with pytest.MonkeyPatch.context() as changed:
+            changed.setattr(causal_lists, "_importance", off)
+            others = [select_blocks(q, k, spec, v=v, **call).levels() for _ in range(8)]
+        if spec.rule == "budget" or all(torch.equal(levels, each) for each in others):
+            return q, k, v
+
+
 def attention_error(q, k, v, spec, **options):
     """Largest difference from the reference with the same lists."""
     call = {"causal": True, **options}
@@ -72,7 +92,7 @@ def attention_error(q, k, v, spec, **options):
     ids=str,
 )
 def test_lists_and_statistics_are_those_of_the_reference(name, queries, keys):
-    q, k, v = inputs(queries, keys)
+    q, k, v = inputs_without_near_ties(queries, keys, SPECS[name], 3, 4)
     options = {"causal": True, "text_before": 3, "text_after": 4, "return_stats": True, "return_lists": True}
     out, stats, lists = psa_attention(q, k, v, SPECS[name], implementation="triton", **options)
     expected, its_stats, its_lists = psa_attention(q, k, v, SPECS[name], implementation="reference", **options)
@@ -92,7 +112,7 @@ def test_lists_and_statistics_are_those_of_the_reference(name, queries, keys):
 
 @pytest.mark.parametrize("name", ["psa-3", "mass"])
 def test_the_maths_written_down(name):
-    q, k, v = inputs(21, 150, (2, 1), head_dim=8)
+    q, k, v = inputs_without_near_ties(21, 150, SPECS[name], 2, 3, head_dim=8)
     out, lists = psa_attention(
         q, k, v, SPECS[name], causal=True, text_before=2, text_after=3, implementation="triton", return_lists=True
     )
