@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -19,18 +18,8 @@ from psa_kernels.correction.choose import add_correction, left_out
 from psa_kernels.correction.reference import Correction, correction_weights, sample_tokens
 
 NO_ROOM = "correction: true has no effect: it would take {need:.1f} GiB on {device}, of which {free:.1f} are free"
-
-
 # How often in a run it is told how much of a correction holds: at every step of 16, at every third of 50.
 TELLINGS = 16
-
-
-class Place(NamedTuple):
-    """Which calls of a run are each other's at different steps."""
-
-    layer: str
-    window: int
-    branch: int
 
 
 @dataclass(eq=False)
@@ -51,8 +40,8 @@ class Corrections:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Place, _Entry] = {}
-        self._room: dict[tuple[int, int, int], bool] = {}
+        self._kept: dict[tuple[str, int, int], _Entry] = {}
+        self._room: dict[Moment, bool] = {}
 
     def has_room(self, moment: Moment, output: torch.Tensor, layers: int, fallbacks: Fallbacks) -> bool:
         """Whether the corrections of all layers of a forward fit into the device's memory; if not, warn.
@@ -66,10 +55,9 @@ class Corrections:
         """
         if moment not in self._room:
             need = layers * (output.numel() + 4 * output[..., 0].numel())
-            free = free_bytes(output.device)
+            free, gib = free_bytes(output.device), 2**30
             self._room[moment] = free is None or need <= free
-            if free is not None and need > free:
-                gib = 2**30
+            if free is not None and not self._room[moment]:
                 fallbacks.tell(NO_ROOM.format(need=need / gib, device=output.device, free=free / gib))
         return self._room[moment]
 
@@ -116,5 +104,6 @@ def free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
 
 
-def _place(layer: Layer, moment: Moment) -> Place:
-    return Place(layer.name, moment.window, moment.branch)
+def _place(layer: Layer, moment: Moment) -> tuple[str, int, int]:
+    """What a call has in common with those of other steps whose correction it shares."""
+    return layer.name, moment.window, moment.branch

@@ -82,3 +82,19 @@ def quicker_interpreter():
         changed.setattr(interpreter, "_patch_lang", patch_once)
         changed.setattr(interpreter, "_get_np_dtype", numpy_type)
         yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Memory that is not initialized holds what is no number, so that whatever a kernel leaves unwritten shows."""
+    import torch
+
+    def poisoned(make):
+        def filled(*arguments, **options):
+            made = make(*arguments, **options)
+            return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+        return filled
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -24,20 +24,9 @@ from psa_kernels.quantise import triton as triton_quantise
 from psa_kernels.quantise import triton_channels
 from psa_kernels.sparse import triton as triton_sparse
 
+# Whatever a kernel leaves unwritten shows.
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SPEC = AttentionSpec(block_query=64, block_key=16, thresholds=(0.2, 0.4, 0.8), importance=Importance(key_stride=8))
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    def poisoned(make):
-        def filled(*arguments, **options):
-            made = make(*arguments, **options)
-            return made.fill_(torch.nan if made.is_floating_point() else 77)
-
-        return filled
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
 
 
 def inputs(queries, keys=None, heads=(4, 2), *, batch=1, head_dim=16, dtype=torch.float32):

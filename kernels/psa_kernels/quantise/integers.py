@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from psa_kernels.layout import TokenLayout
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -23,3 +25,15 @@ class Integers:
     keys: list[torch.Tensor | None]
     factors: torch.Tensor
     key_means: torch.Tensor
+
+    def add_key_means(self, lse: torch.Tensor, q: torch.Tensor, layout: TokenLayout, scale: float) -> None:
+        """Give the log-sum-exp of centred keys what the mean of the keys adds to the logits of each video query.
+
+        Args:
+            lse: float32 `[B, Hq, Nq]`, changed in place.
+            q: `[B, Nq, Hq, D]`, as the caller has them.
+            scale: factor on the dot products.
+        """
+        video = slice(layout.text_before, layout.text_before + layout.video_queries)
+        means = self.key_means.repeat_interleave(q.shape[2] // self.key_means.shape[1], dim=1)
+        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), means) * scale

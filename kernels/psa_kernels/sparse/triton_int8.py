@@ -13,7 +13,6 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability
-from psa_kernels.heads import group_size
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
@@ -63,10 +62,7 @@ def sparse_attention(
         lists.ids, lists.counts, permutation,
     )  # fmt: skip
     if lse is not None:
-        # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
-        video = slice(layout.text_before, layout.text_before + layout.video_queries)
-        key_means = integers.key_means.repeat_interleave(group_size(q, v), dim=1)
-        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), key_means) * scale
+        integers.add_key_means(lse, q, layout, scale)
     native.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo)
     return out
 

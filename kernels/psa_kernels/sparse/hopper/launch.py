@@ -12,7 +12,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import cache_bytes, multiprocessors
-from psa_kernels.heads import group_size
 from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.limits import MAX_HOPPER_LEVELS
@@ -84,10 +83,7 @@ def sparse_attention(
         values = plan.boxes(v, value_means)
         plan.launch(queries, factors, *keys, *values, out, sums, ids, lists.counts, order, counters, redo)
     if integers is not None and lse is not None:
-        # Integer keys are centred: what the mean of the keys would add to each query's logits goes back into the sum.
-        video = slice(layout.text_before, layout.text_before + layout.video_queries)
-        means = integers.key_means.repeat_interleave(group_size(q, k), dim=1)
-        lse[:, :, video] += torch.einsum("bnhd,bhd->bhn", q[:, video].float(), means) * scale
+        integers.add_key_means(lse, q, layout, scale)
     if not plan.online:
         portable.launch(q, pyramid, lists, layout, spec, scale, out, lse, only=redo, known=known)
     return out
