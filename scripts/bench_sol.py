@@ -6,8 +6,8 @@ Needs a CUDA device and the package comfy-kitchen, whose `sol_attn` engines use.
 at 75,600 tokens, 40 heads of 128, bf16, random data. The error is the relative L2 error against dense attention in
 float32, a mean over heads and calls, of the same bf16 queries, keys and values of the bundled demo model (its heads of
 64 are filled up with zeros to the 128 that Sol-Attn takes). PSA reads the video along a Hilbert curve, Sol-Attn in
-raster order, each as it is used. `density` of Sol-Attn is the share of blocks that are exact; it also reads one pooled
-term of each other block.
+raster order, each as it is used. `sol-rule` is Sol-Attn's rule by PSA's portable kernel, without 8-bit integers.
+`density` of both is the share of blocks that are exact; they also read one pooled term of each other block.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from attention_judges.judges import Grid, dense_attention
 from operator_bench import sol_int8
 from operator_bench.timing import measure
 from operator_bench.workloads import WORKLOADS
+from quality_lab.sol import as_preset
 from results import document, write
 
 from psa_diffusers import load_preset
@@ -77,6 +78,11 @@ def methods() -> Iterator[tuple[dict[str, Any], Method]]:
             for kept in (False, True):
                 about = {"method": name, "setting": density, "density": density, "kept_lists": kept}
                 yield about, _psa(spec, preset.order, kept)
+    for density in DENSITIES:
+        preset = as_preset(density)
+        [spec] = set(preset.layer_specs(1))
+        about = {"method": "sol-rule top-k", "setting": density, "density": density, "kept_lists": False}
+        yield about, _psa(spec, preset.order, kept=False)
     for rule in sol_int8.RULES:
         yield {"method": f"sol-int8 {rule.kind}", "setting": rule.value, "kept_lists": False}, rule
 
