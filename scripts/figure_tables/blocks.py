@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import models, operator, quality
+from figure_tables import models, operator, quality, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -26,4 +26,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "held-out": quality.held_out,
+    "sol": sol.compared,
+    "sol-ahead": sol.ahead,
 }
