@@ -195,16 +195,16 @@ class Forwards:
         pipe = OneStep(transformer, self._inputs, step=step)
         processor = PSAProcessor(pipe, line.preset(machine)) if line.psa else None
         try:
-            with nullcontext() if threshold is None else cached(transformer, threshold):
+            if threshold is None:
+                compile_blocks(transformer, machine.backend)
+                around = nullcontext()
+            else:
+                around = cached(transformer, threshold, machine.backend)
+            with around:
                 if processor:
                     processor.install()
-                # The cache decides outside of graphs, which breaks them.
-                compile_blocks(transformer, machine.backend, fullgraph=threshold is None)
                 call: Callable[[], torch.Tensor] = lambda: transformer(**self._inputs, return_dict=False)[0]  # noqa: E731
-                finite = bool(call().isfinite().all())
-                if threshold is not None:  # graphs that the cache breaks are made anew at the second call
-                    call()
-                if not finite:
+                if not bool(call().isfinite().all()):
                     raise RuntimeError("the output is not finite")
                 ms, peak = clock(call, self._repeats, machine)
                 if processor and threshold != ALWAYS:

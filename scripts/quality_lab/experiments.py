@@ -171,6 +171,24 @@ def auto() -> Iterator[Setting]:
         yield Setting(f"hilbert, denser ends {share}", edges, first, "hilbert, denser ends")
 
 
+def corrected() -> Iterator[Setting]:
+    """What goes well with the correction: one thing changed at a time, dense steps among them."""
+    ways: dict[str, dict[str, Any]] = {
+        "psa-auto": {},
+        "fitted errors": {"error_model": "fitted"},
+        "mean of the rest": {"rest": "mean"},
+        "levels to 8": {"levels": [1, 2, 4, 8]},
+        "refresh 4": {"refresh": 4},
+        "dense last step": {"dense_last": 1},
+        **{f"{steps} of 16 steps dense": {"dense_steps": steps} for steps in (1, 2, 3)},
+    }
+    for share in (0.10, 0.15, 0.25):
+        first = f"psa-3 {share}"
+        yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
+        for way, changes in ways.items():
+            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
+
+
 def held_out() -> Iterator[Setting]:
     """`psa-auto` as it is, to be run with prompts of another seed than those among which it was chosen."""
     for share in (0.15, 0.25):
@@ -226,6 +244,7 @@ EXPERIMENTS = {
     "order": Experiment("the order of the tokens", order),
     "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
     "auto": Experiment("what psa-auto could be, at the same densities", auto),
+    "corrected": Experiment("what goes well with the correction of psa-auto", corrected, "density"),
     "held-out": Experiment("psa-auto and psa-3, for prompts of a seed of their own", held_out, "density"),
     "sol": Experiment("Sol-Attn beside psa-auto, psa-3 and binary blocks", sol, "density"),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
