@@ -22,6 +22,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": operator.scaling,
     "model": models.whole,
     "parallel": models.parallel,
+    "stack": models.stack,
     "blocks": models.blocks,
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,

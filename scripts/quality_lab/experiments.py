@@ -182,7 +182,7 @@ def corrected() -> Iterator[Setting]:
         "dense last step": {"dense_last": 1},
         **{f"{steps} of 16 steps dense": {"dense_steps": steps} for steps in (1, 2, 3)},
     }
-    for share in (0.10, 0.15, 0.25):
+    for share in (0.15, 0.25, 0.10):
         first = f"psa-3 {share}"
         yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
         for way, changes in ways.items():

@@ -133,3 +133,22 @@ def test_only_the_linear_layers_of_blocks_are_quantised(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", SimpleNamespace(quantize_=quantize_, **names))
     stack_lines.quantise_linear(model)
     assert [name for name, chosen in found.items() if chosen] == ["blocks.0"]
+
+
+def test_lines_that_an_earlier_run_measured_are_taken_from_it(bench, monkeypatch, tmp_path):
+    import bench_stack
+
+    none = {"psnr": None, "skipped_dense": 0.0, "skipped_sparse": 0.0}
+    monkeypatch.setattr(bench_stack, "Demo", lambda *_: SimpleNamespace(figures=lambda line: none))
+    monkeypatch.setattr(bench_stack, "quantise_linear", lambda _: None)
+    monkeypatch.setattr(FullAttention, "implementation", "reference")
+    rows, compiled = bench()
+    path = tmp_path / "stack.json"
+    earlier = json.loads(path.read_text())
+    earlier["rows"] = [*rows[:-1], {"workload": rows[-1]["workload"], "stack": rows[-1]["stack"], "error": "killed"}]
+    path.write_text(json.dumps(earlier))
+    compiled.clear()
+    merged, compiled = bench("--merge", str(path))
+    assert [row["seconds_50"] for row in merged[:-1]] == [row["seconds_50"] for row in rows[:-1]]
+    assert all(row["commit"] == earlier["commit"] for row in merged[:-1]) and "error" not in merged[-1]
+    assert set(compiled) == {"forward"}
