@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import models, operator, quality
+from figure_tables import modalities, models, operator, quality
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -26,4 +26,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "held-out": quality.held_out,
+    "modalities": modalities.errors,
+    "modalities-answer": modalities.answer,
+    "needles": modalities.needles,
 }
