@@ -47,8 +47,17 @@ def text_title(tokens: int) -> str:
 
 
 def longest(task: str) -> int | None:
-    """Tokens of the longest windows in which a task was measured; None if it was not."""
-    return max((row["tokens"] for row in load(LANGUAGE)["rows"] if _is_sparse(row, task)), default=None)
+    """Tokens of the longest windows in which a task was measured; None if it was not.
+
+    Of errors those of which the sentences tell have to be there: a run that was stopped may have others alone.
+    """
+    rows = [row for row in load(LANGUAGE)["rows"] if row["task"] == task and row["method"] in METHODS]
+    lengths = {row["tokens"] for row in rows}
+    if task == "error":
+        said = [row for row in rows if row["target"] == SAID and row["kept"]]
+        for method in ("budget", "binary"):
+            lengths &= {row["tokens"] for row in said if row["method"] == method}
+    return max(lengths, default=None)
 
 
 def loss_rows(tokens: int, method: str, kept: bool = True) -> list[Row]:
@@ -130,10 +139,6 @@ def _origins() -> Iterator[str]:
     yield f"Text: [JSON](language.json), {about}, on {machine(LANGUAGE)}, {origin(LANGUAGE)}."
     if load(LANGUAGE).get("note"):
         yield load(LANGUAGE)["note"]
-
-
-def _is_sparse(row: Row, task: str) -> bool:
-    return row["task"] == task and row["method"] in METHODS
 
 
 def _of_text(task: str, tokens: int, method: str, kept: bool) -> Row:

@@ -74,6 +74,11 @@ def test_what_was_not_measured_is_said(measured):
     assert [panel.title.split()[0] for panel in figures_of.panels()] == ["video", "images", "speech"]
 
 
+def test_windows_that_were_not_measured_to_the_end_are_left_out(measured):
+    measured([*TEXT, row("error", "binary", 0.25, 0.4, tokens=1024), row("error", "budget", 0.25, 0.4, False, 1024)])
+    assert "| text (SmolLM2-135M, 512 tokens) |" in figures_of.errors()
+
+
 def test_needles_have_a_line_a_way(measured):
     found = {"task": "needle", "tokens": 512, "texts": 16, "found_ci": 0.104}
     dense = {"kept": None, "target": None, "dense_last": None}
