@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import models, operator, quality, sol
+from figure_tables import modalities, models, operator, quality, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -29,4 +29,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "held-out": quality.held_out,
     "sol": sol.compared,
     "sol-ahead": sol.ahead,
+    "modalities": modalities.errors,
+    "modalities-answer": modalities.answer,
+    "needles": modalities.needles,
 }
