@@ -11,6 +11,7 @@ from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
 from psa_kernels.head_groups import head_groups
 from psa_kernels.heads import dense_attention, group_size, query_heads
+from psa_kernels.known_calls import recall
 from psa_kernels.lists import AttentionStats, BlockLists
 from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
@@ -167,11 +168,7 @@ def psa_attention(
         if lists is not None:
             lists = call.check_lists(lists)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        groups = [slice(None)]
-        if backend.has_pyramid:
-            head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
-            group = group_size(q, k)
-            groups = [query_heads(part, group) for part in head_groups(k.shape[2], head_bytes, out.nbytes)]
+        groups = recall(call.answers, (backend.name, "groups of heads"), lambda: _groups(call, backend, out.nbytes))
         used, stats = [], []
         for heads in groups:
             if len(groups) == 1:
@@ -196,6 +193,16 @@ def psa_attention(
     if return_lists:
         results.append(BlockLists.of_all_heads(used) if lists is None else lists)
     return tuple(results)
+
+
+def _groups(call: Call, backend: Backend, output_bytes: int) -> list[slice]:
+    """Groups of heads of the queries that are computed at a time."""
+    q, k = call.q, call.k
+    if not backend.has_pyramid:
+        return [slice(None)]
+    head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
+    group = group_size(q, k)
+    return [query_heads(part, group) for part in head_groups(k.shape[2], head_bytes, output_bytes)]
 
 
 def _attend(

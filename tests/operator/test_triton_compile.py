@@ -24,6 +24,7 @@ from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: 
 from psa_kernels.correction.triton import ROWS, add_kernel, left_out_kernel  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
+from psa_kernels.pool_and_attend_hopper import pool_and_clear_kernel  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.quantise import triton as quantise  # noqa: E402
 from psa_kernels.quantise import triton_channels  # noqa: E402
@@ -244,6 +245,10 @@ def test_pyramid(target, values):
         "VALUES": values,
     }
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+    if values and target == 90:
+        constants |= {"CAP": False, "coarsest_ptr": None, "FACTORS": (1, 2, 4)}
+        types = {"counters_ptr": "*i32"}
+        compile_and_check(pool_and_clear_kernel, target, constants, {"num_warps": 4}, tensor_cores=False, types=types)
 
 
 @pytest.mark.parametrize(
