@@ -8,9 +8,10 @@ import triton.language as tl
 
 from psa_kernels.call import Call
 from psa_kernels.lists import BlockLists
-from psa_kernels.pool_and_attend import PART, PoolAndAttend
+from psa_kernels.pool_and_attend import PoolAndAttend
 from psa_kernels.pyramid.triton import pool_kernel
 from psa_kernels.sparse.hopper import launch as hopper
+from psa_kernels.triton_prepared import Prepared
 
 # Integers that a program sets to zero at a time.
 CLEARED = tl.constexpr(128)
@@ -26,53 +27,52 @@ class PoolAndAttendHopper(PoolAndAttend):
 
     all_tiles = False
 
-    def __init__(self, call: Call, lists: BlockLists, out: torch.Tensor, gathered: bool) -> None:
-        super().__init__(call, lists, out, gathered)
-        self._plan = hopper.prepare(
-            call.q, call.k, call.v, self._factors, lists.ids, call.layout, call.spec, call.scale, out,
+    def prepare(self, call: Call, lists: BlockLists, out: torch.Tensor) -> Prepared:
+        self.plan = hopper.prepare(
+            call.q, call.k, call.v, self.factors, lists.ids, call.layout, call.spec, call.scale, out,
             known=call.answers,
         )  # fmt: skip
-        self._counters, self._size = self._size, self._size + -(-4 * self._plan.counters // PART) * PART
-        if self._pooling is not None:
-            self._pooling = self._pooling.with_more(pool_and_clear_kernel, self._plan.counters)
-        self._launches = [self._pooling, self._plan.launch, None if self._plan.online else self._portable]
+        self.rows: dict[tuple[int, int, int], list[int]] = {}
+        self.strides, self.element_size = (call.k.stride(), call.v.stride()), call.k.element_size()
+        if self.pooling is not None:
+            self.pooling = self.pooling.with_more(pool_and_clear_kernel, self.plan.counters)
+        launches = self.pooling, self.plan.launch, None if self.plan.online else self.portable
+        sizes = self.means_bytes, self.means_bytes, 4 * self.plan.counters
         # Without anything to pool nobody clears the counters here.
-        self._by_addresses = self._pooling is not None
-        self._strides = call.k.stride(), call.v.stride()
-        self._element_size = call.k.element_size()
-        self._rows: dict[tuple[int, int, int], list[int]] = {}
+        return Prepared(sizes, launches, by_addresses=self.pooling is not None)
 
-    def _launch(self, q: int, k: int, v: int, work: int, out: int, ids: int, counts: int, permutation: int) -> None:
-        keys, values, counters = work, work + self._half, work + self._counters
+    def launch(self, work: int, q: int, k: int, v: int, out: int, ids: int, counts: int, permutation: int) -> None:
+        _, values, counters, _ = (work + start for start in self.prepared.starts)
         redo = counters + 4 * hopper.COUNTERS
-        assert self._pooling is not None, "then tensors are looked at"
-        self._pooling.at_multiples(k, keys, 0, v, values, permutation, counters)
-        rows = self._rows.get((k, v, work))
+        assert self.pooling is not None, "then tensors are looked at"
+        self.pooling.at_multiples(k, work, 0, v, values, permutation, counters)
+        rows = self.rows.get((k, v, work))
         if rows is None:
-            rows = self._rows_at(k, v, work)
+            rows = self.rows_at(k, v, work)
         # Where there is no log-sum-exp or permutation, any pointer will do.
-        self._plan.launch.at_multiples(q, 0, *rows, out, counters, ids, counts, permutation or counters, counters, redo)
-        if not self._plan.online:
-            self._portable.at_multiples(
-                q, k, v, keys + self._skipped, values + self._skipped, out, 0, ids, counts, permutation, redo
+        self.plan.launch.at_multiples(q, 0, *rows, out, counters, ids, counts, permutation or counters, counters, redo)
+        if not self.plan.online:
+            self.portable.at_multiples(
+                q, k, v, work + self.skipped, values + self.skipped, out, 0, ids, counts, permutation, redo
             )
 
-    def _rows_at(self, k: int, v: int, work: int) -> list[int]:
+    def rows_at(self, k: int, v: int, work: int) -> list[int]:
         """Where the rows of keys and values are, as the kernel takes them."""
-        if len(self._rows) >= KEPT_ROWS:
-            self._rows.clear()
-        found = self._rows[k, v, work] = [
-            *self._plan.addresses_at(self._strides[0], self._element_size, k, work),
-            *self._plan.addresses_at(self._strides[1], self._element_size, v, work + self._half),
+        if len(self.rows) >= KEPT_ROWS:
+            self.rows.clear()
+        values = work + self.prepared.starts[1]
+        found = self.rows[k, v, work] = [
+            *self.plan.addresses_at(self.strides[0], self.element_size, k, work),
+            *self.plan.addresses_at(self.strides[1], self.element_size, v, values),
         ]
         return found
 
-    def _look(self, call: Call, lists: BlockLists, out: torch.Tensor, work: torch.Tensor) -> None:
-        pyramid, counters = self._pyramid(call, work), None
-        if self._pooling is not None:
-            counters = work[self._counters : self._counters + 4 * self._plan.counters].view(torch.int32)
+    def look(self, call: Call, lists: BlockLists, out: torch.Tensor, work: torch.Tensor) -> None:
+        pyramid, counters = self.pyramid(call, work), None
+        if self.pooling is not None:
+            counters = self.prepared.part(work, 2, [self.plan.counters], torch.int32)
             permutation = call.layout.short_permutation
-            self._pooling(call.k, pyramid.keys, None, call.v, pyramid.values, permutation, counters)
+            self.pooling(call.k, pyramid.keys, None, call.v, pyramid.values, permutation, counters)
         hopper.sparse_attention(
             call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers, counters=counters
         )

@@ -12,6 +12,8 @@ from psa_kernels import AttentionSpec, pool_and_attend_hopper
 from psa_kernels.attention import _attend
 from psa_kernels.backends import BACKENDS
 from psa_kernels.call import make_call
+from psa_kernels.importance import representatives
+from psa_kernels.importance import triton as triton_importance
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import triton as triton_pyramid
 from psa_kernels.sparse import triton as triton_sparse
@@ -55,6 +57,43 @@ def test_a_call_by_addresses_gives_what_one_from_tensors_gives(name, permuted, m
         assert looked_at == ((0, 0) if turn else (pools, 1)), "the first call alone is looked at"
         assert (len(pool.launches), len(attend.launches)) == ((pools, 1) if turn else (0, 0))
         pool.looked_at.clear(), attend.looked_at.clear()
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["sampled", "pooled"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "key_heads"), [(150, 150, 2, 2), (70, 400, 4, 2), (300, 20, 1, 1)]
+)
+def test_tiles_of_queries_and_keys_are_those_of_each_alone(queries, keys, heads, key_heads, pooled, poisoned_memory):
+    q, k = torch.randn(2, queries + 5, heads, 16), torch.randn(2, keys + 5, 3, key_heads, 16)[:, :, 1]
+    permutation = torch.randperm(queries) if queries == keys else None
+    layout, steps = make_layout(queries + 5, keys + 5, 2, 3, permutation), (4, 2)
+    rows, columns = (2, 4, 2, 8), (4, 2, 4, 1, 1, 2)
+    *shapes, launch = representatives.tiling_of_both(
+        (q.shape, k.shape), (q.stride(), k.stride()), q.dtype, q.device, 2, 3, permutation is not None, steps, pooled,
+        rows, columns,
+    )  # fmt: skip
+    found = [torch.empty(shape) for shape in shapes]
+    launch(q, k, *found, layout.short_permutation)
+    settings = ((rows, representatives.NATURAL_ROWS), (columns, representatives.NATURAL_COLUMNS))
+    for tiles, x, step, how in zip(found, (q, k), steps, settings, strict=True):
+        assert torch.equal(tiles, representatives.in_tiles(x, layout, step, pooled, *how))
+
+
+def test_importance_by_addresses_is_that_from_tensors(monkeypatch, poisoned_memory):
+    kernels = prepared_launches.stand_in(
+        monkeypatch, (representatives, "tiles_kernel"), (triton_importance, "importance_kernel"), computes=True
+    )
+    monkeypatch.setattr(triton_importance, "tiling_of_both", representatives.tiling_of_both.__wrapped__)
+    spec, known = AttentionSpec(block_query=64, block_key=16), {}
+    for turn in range(2):
+        q, k, _ = inputs(45)
+        layout = make_layout(45, 45, 2, 3, torch.randperm(40))
+        found = triton_importance.block_importance(q, k, layout, spec, 0.3, known)
+        assert [(len(kernel.looked_at), len(kernel.launches)) for kernel in kernels] == [(1 - turn, turn)] * 2
+        expected = triton_importance.block_importance(q, k, layout, spec, 0.3)
+        assert torch.equal(found, expected) and found.isfinite().all()
+        for kernel in kernels:
+            kernel.looked_at.clear()
 
 
 @pytest.mark.parametrize("counters", [1, 128, 1000])

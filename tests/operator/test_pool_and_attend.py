@@ -44,6 +44,12 @@ def make(answers, tokens=300, text=(3, 5), permuted=True, dtype=torch.bfloat16, 
     return call, lists, torch.empty_like(v)
 
 
+def in_one_go(answers):
+    """What calls that share these answers share."""
+    [found] = [each for key, each in answers.items() if "in one go" in key]
+    return found
+
+
 def attend(backend, call, lists, out):
     keys = backend.pool_keys(call, False, alone=True)
     assert keys is None
@@ -59,20 +65,20 @@ def test_a_known_call_launches_each_kernel_once_at_the_addresses_of_its_tensors(
     answers, backend = {}, BY_NAME[name]
     attend(backend, *make(answers, text=text, permuted=permuted))
     assert [len(kernel.looked_at) for kernel in kernels[name]] == [1] * len(kernels[name])
-    [prepared] = [each for key, each in answers.items() if "in one go" in key]
+    prepared = in_one_go(answers).prepared
     for _ in range(2):
         made = make(answers, text=text, permuted=permuted)
-        work = torch.empty(prepared._size, dtype=torch.uint8)
+        work = torch.empty(prepared.starts[-1], dtype=torch.uint8)
         with monkeypatch.context() as same:
             same.setattr(torch, "empty", lambda *_, work=work, **__: work)
             by_addresses, from_tensors = [], []
             for found in (by_addresses, from_tensors):
-                prepared._prepared = found is by_addresses
+                prepared._ready = found is by_addresses
                 attend(backend, *made)
                 found.extend(kernel.launches.pop() for kernel in kernels[name])
                 assert not any(kernel.launches for kernel in kernels[name]), "each was launched once"
         assert by_addresses == from_tensors
-        assert prepared._prepared, "what was looked at again goes by addresses the next time"
+        assert prepared._ready, "what was looked at again goes by addresses the next time"
     assert [len(kernel.looked_at) for kernel in kernels[name]] == [1] * len(kernels[name])
 
 
@@ -117,13 +123,15 @@ def test_counters_of_a_call_on_hopper_are_its_own_and_cleared_by_its_first_launc
     [clearing], [attending], [redoing] = clear.launches, attention.launches, again.launches
     counters, redo = attending[-2:]
     assert clearing[-1] == counters and redo == counters + 4 * hopper.COUNTERS == redoing[-1]
-    [prepared] = [each for key, each in answers.items() if "in one go" in key]
-    tiles = -(-300 // 128) * 2
-    assert prepared._plan.counters == hopper.COUNTERS + tiles
+    found = in_one_go(answers)
+    tiles, prepared = -(-300 // 128) * 2, found.prepared
+    assert found.plan.counters == hopper.COUNTERS + tiles
     # Past the means of keys and of values, and inside the memory of the call.
     work = clearing[1]
-    assert counters == work + 2 * prepared._half and counters + 4 * prepared._plan.counters <= work + prepared._size
-    assert clearing[4] == work + prepared._half
+    assert (
+        counters == work + 2 * prepared.starts[1] and counters + 4 * found.plan.counters <= work + prepared.starts[-1]
+    )
+    assert clearing[4] == work + prepared.starts[1]
 
 
 def test_nothing_to_pool_on_hopper_leaves_the_counters_to_pytorch(kernels, monkeypatch):
@@ -141,8 +149,7 @@ def test_rows_of_many_addresses_are_kept_up_to_a_bound(kernels, monkeypatch):
     for _ in range(6):
         made.append(make(answers))  # alive, so that no address comes twice
         attend(BY_NAME["hopper"], *made[-1])
-    [prepared] = [each for key, each in answers.items() if "in one go" in key]
-    assert 1 <= len(prepared._rows) <= 2
+    assert 1 <= len(in_one_go(answers).rows) <= 2
 
 
 @pytest.mark.parametrize(("name", "similarity", "alone"), [("triton", (0.1, 0.1), True), ("triton", None, False)])

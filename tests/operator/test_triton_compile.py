@@ -198,6 +198,12 @@ def test_representatives(target, count):
         "CHUNK": representatives.CHUNK,
     }
     compile_and_check(representatives.tile_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+    both = {name: constants.pop(name) for name in ("COUNT", "TILE", "SIZES", "STRIDES")}
+    constants |= {f"{which}_{name}": value for which in ("QUERY", "KEY") for name, value in both.items()}
+    ones = ("batch", "query_heads", "key_heads", "query_chunks", "key_chunks")
+    # With one sample and head the launcher makes constants of these.
+    constants |= dict.fromkeys(ones, 1) if target == 90 and count == 1 else {}
+    compile_and_check(representatives.tiles_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
 @pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
