@@ -10,9 +10,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from psa_kernels import AttentionSpec, BlockLists, pool_and_attend_hopper
+from psa_kernels import AttentionSpec, BlockLists, attention, pool_and_attend_hopper, psa_attention
+from psa_kernels.allocation import triton as allocation
 from psa_kernels.backends import BACKENDS
 from psa_kernels.call import make_call
+from psa_kernels.importance import representatives
+from psa_kernels.importance import triton as importance
 from psa_kernels.pyramid import triton as pyramid
 from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper import launch as hopper
@@ -90,6 +93,35 @@ def test_a_call_allocates_its_memory_and_nothing_else(name, kernels, monkeypatch
     asked = prepared_launches.count_allocations(monkeypatch)
     attend(backend, *made)
     assert asked == ["empty"] and [len(kernel.launches) for kernel in kernels[name]] == [1] * len(kernels[name])
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_what_a_whole_call_takes(name, kernels, monkeypatch):
+    selecting = prepared_launches.stand_in(
+        monkeypatch, (representatives, "tiles_kernel"), (importance, "importance_kernel"),
+        (allocation, "allocation_kernel"),
+    )  # fmt: skip
+    monkeypatch.setattr(importance, "tiling_of_both", representatives.tiling_of_both.__wrapped__)
+    call, _, _ = make({}, text=(0, 0))
+    # On a CPU every call is checked anew, and no kernel serves it.
+    monkeypatch.setattr(attention, "make_call", lambda *_: call)
+    monkeypatch.setattr(attention, "choose", lambda *_: BY_NAME[name])
+
+    def run(lists):
+        return psa_attention(call.q, call.k, call.v, SPEC, lists=lists, return_stats=True, return_lists=True)
+
+    lists = run(None)[2]
+    with monkeypatch.context() as counted:
+        asked = prepared_launches.count_allocations(counted)
+        run(lists)
+    assert asked == ["empty_like", "empty"]
+    with monkeypatch.context() as counted:
+        asked = prepared_launches.count_allocations(counted)
+        run(None)
+    # The output; importance, what only its kernels read, ids and counts; what only pooling and attention read.
+    assert asked == ["empty_like", *["empty"] * 4, "empty"]
+    assert [len(kernel.launches) for kernel in selecting] == [1, 1, 1]
+    assert [len(kernel.launches) for kernel in kernels[name]] == [2] * len(kernels[name])
 
 
 @pytest.mark.parametrize("name", ["triton", "hopper"])
