@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import prepared_launches
@@ -173,6 +174,25 @@ def test_nothing_to_pool_on_hopper_leaves_the_counters_to_pytorch(kernels, monke
     asked = prepared_launches.count_allocations(monkeypatch)
     attend(BY_NAME["hopper"], *made)
     assert asked == ["empty", "zeros"] and [len(kernel.launches) for kernel in kernels["hopper"]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_launches_are_found_again_by_calls_of_which_nothing_is_known(name, monkeypatch):
+    monkeypatch.setattr(hopper, "cache_bytes", lambda device: 1 << 20)
+    found = [in_one_go(made[0].answers) for made in (make_one(name), make_one(name))]
+    assert found[0] is not found[1]
+    for one, other in zip(*(each.prepared._launches for each in found), strict=True):
+        assert one is other
+
+
+def make_one(name):
+    """A call that shares its answers with no other, and for which everything was prepared but no kernel launched."""
+    made = make({})
+    call, lists, out = made
+    module, kind = BY_NAME[name].in_one_go
+    prepared = getattr(importlib.import_module(f"psa_kernels.{module}"), kind)
+    call.answers[name, "in one go"] = prepared(call, lists, out, BY_NAME[name].gathered)
+    return made
 
 
 def test_rows_of_many_addresses_are_kept_up_to_a_bound(kernels, monkeypatch):
