@@ -5,7 +5,8 @@
 Needs a CUDA device. A call is what the pipeline's path makes of a layer: the spec of psa-3 in Hilbert order, statistics
 asked for. `host_us` is the time until the call returns while the GPU has less to do than a queue holds; `wall_us` is
 that of calls one after the other until the GPU has done all of them; `graph_us` is a replay of the captured call.
-Kept lists are those of an earlier call. Medians. Dense attention of PyTorch stands beside.
+Kept lists are those of an earlier call. Medians. Dense attention of PyTorch stands beside. Of the stages,
+`attend` pools too where the selection reads nothing of the pyramid, and `pool_keys` finds out no more than that.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from psa_kernels.lists import BlockLists
 from psa_kernels.pool_and_attend import PoolAndAttend
 from psa_kernels.pyramid.triton import pool_kernel
 from psa_kernels.sparse.hopper import launch as hopper
+from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
 from psa_kernels.triton_prepared import Prepared
 
 # Integers that a program sets to zero at a time.
@@ -35,7 +38,7 @@ class PoolAndAttendHopper(PoolAndAttend):
         self.rows: dict[tuple[int, int, int], list[int]] = {}
         self.strides, self.element_size = (call.k.stride(), call.v.stride()), call.k.element_size()
         if self.pooling is not None:
-            self.pooling = self.pooling.with_more(pool_and_clear_kernel, self.plan.counters)
+            self.pooling = _clearing(self.pooling, self.plan.counters)
         launches = self.pooling, self.plan.launch, None if self.plan.online else self.portable
         sizes = self.means_bytes, self.means_bytes, 4 * self.plan.counters
         # Without anything to pool nobody clears the counters here.
@@ -76,6 +79,12 @@ class PoolAndAttendHopper(PoolAndAttend):
         hopper.sparse_attention(
             call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers, counters=counters
         )
+
+
+@lru_cache(maxsize=KEPT_LAUNCHES)
+def _clearing(pooling: Launch, counters: int) -> Launch:
+    """The same pooling, which clears as many integers too; found again by calls of which nothing is known."""
+    return pooling.with_more(pool_and_clear_kernel, counters)
 
 
 @triton.jit

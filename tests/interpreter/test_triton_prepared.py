@@ -35,8 +35,11 @@ def inputs(tokens, heads=2, dim=16):
     return q, k, torch.randn(1, tokens, heads, dim)
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("permuted", [False, True], ids=["ordered", "permuted"])
+@pytest.mark.parametrize(
+    ("name", "permuted"),
+    [("levels", False), ("levels", True), ("mean of the rest", False), ("nothing to pool", True), ("mass, cap", True)],
+    ids=str,
+)
 def test_a_call_by_addresses_gives_what_one_from_tensors_gives(name, permuted, monkeypatch, poisoned_memory):
     pool, attend = prepared_launches.stand_in(
         monkeypatch, (triton_pyramid, "pool_kernel"), (triton_sparse, "attention_kernel"), computes=True
@@ -60,9 +63,7 @@ def test_a_call_by_addresses_gives_what_one_from_tensors_gives(name, permuted, m
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["sampled", "pooled"])
-@pytest.mark.parametrize(
-    ("queries", "keys", "heads", "key_heads"), [(150, 150, 2, 2), (70, 400, 4, 2), (300, 20, 1, 1)]
-)
+@pytest.mark.parametrize(("queries", "keys", "heads", "key_heads"), [(60, 60, 2, 2), (40, 150, 4, 2), (140, 20, 1, 1)])
 def test_tiles_of_queries_and_keys_are_those_of_each_alone(queries, keys, heads, key_heads, pooled, poisoned_memory):
     q, k = torch.randn(2, queries + 5, heads, 16), torch.randn(2, keys + 5, 3, key_heads, 16)[:, :, 1]
     permutation = torch.randperm(queries) if queries == keys else None

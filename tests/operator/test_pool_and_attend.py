@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import prepared_launches
@@ -10,9 +11,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from psa_kernels import AttentionSpec, BlockLists, pool_and_attend_hopper
+from psa_kernels import AttentionSpec, BlockLists, attention, pool_and_attend_hopper, psa_attention
+from psa_kernels.allocation import triton as allocation
 from psa_kernels.backends import BACKENDS
 from psa_kernels.call import make_call
+from psa_kernels.importance import representatives
+from psa_kernels.importance import triton as importance
 from psa_kernels.pyramid import triton as pyramid
 from psa_kernels.sparse import triton as portable
 from psa_kernels.sparse.hopper import launch as hopper
@@ -93,6 +97,35 @@ def test_a_call_allocates_its_memory_and_nothing_else(name, kernels, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_what_a_whole_call_takes(name, kernels, monkeypatch):
+    selecting = prepared_launches.stand_in(
+        monkeypatch, (representatives, "tiles_kernel"), (importance, "importance_kernel"),
+        (allocation, "allocation_kernel"),
+    )  # fmt: skip
+    monkeypatch.setattr(importance, "tiling_of_both", representatives.tiling_of_both.__wrapped__)
+    call, _, _ = make({}, text=(0, 0))
+    # On a CPU every call is checked anew, and no kernel serves it.
+    monkeypatch.setattr(attention, "make_call", lambda *_: call)
+    monkeypatch.setattr(attention, "choose", lambda *_: BY_NAME[name])
+
+    def run(lists):
+        return psa_attention(call.q, call.k, call.v, SPEC, lists=lists, return_stats=True, return_lists=True)
+
+    lists = run(None)[2]
+    with monkeypatch.context() as counted:
+        asked = prepared_launches.count_allocations(counted)
+        run(lists)
+    assert asked == ["empty_like", "empty"]
+    with monkeypatch.context() as counted:
+        asked = prepared_launches.count_allocations(counted)
+        run(None)
+    # The output; importance, what only its kernels read, ids and counts; what only pooling and attention read.
+    assert asked == ["empty_like", *["empty"] * 4, "empty"]
+    assert [len(kernel.launches) for kernel in selecting] == [1, 1, 1]
+    assert [len(kernel.launches) for kernel in kernels[name]] == [2] * len(kernels[name])
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
 def test_tensors_between_multiples_of_16_bytes_are_looked_at(name, kernels):
     answers, backend = {}, BY_NAME[name]
     call, lists, out = make(answers)
@@ -141,6 +174,25 @@ def test_nothing_to_pool_on_hopper_leaves_the_counters_to_pytorch(kernels, monke
     asked = prepared_launches.count_allocations(monkeypatch)
     attend(BY_NAME["hopper"], *made)
     assert asked == ["empty", "zeros"] and [len(kernel.launches) for kernel in kernels["hopper"]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_launches_are_found_again_by_calls_of_which_nothing_is_known(name, monkeypatch):
+    monkeypatch.setattr(hopper, "cache_bytes", lambda device: 1 << 20)
+    found = [in_one_go(made[0].answers) for made in (make_one(name), make_one(name))]
+    assert found[0] is not found[1]
+    for one, other in zip(*(each.prepared._launches for each in found), strict=True):
+        assert one is other
+
+
+def make_one(name):
+    """A call that shares its answers with no other, and for which everything was prepared but no kernel launched."""
+    made = make({})
+    call, lists, out = made
+    module, kind = BY_NAME[name].in_one_go
+    prepared = getattr(importlib.import_module(f"psa_kernels.{module}"), kind)
+    call.answers[name, "in one go"] = prepared(call, lists, out, BY_NAME[name].gathered)
+    return made
 
 
 def test_rows_of_many_addresses_are_kept_up_to_a_bound(kernels, monkeypatch):

@@ -46,6 +46,8 @@ class Backend(ABC):
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
         """Make the pyramid of keys, in a form of the backend's own; it may pool the values already.
 
+        It may return None, where `select` needs no pyramid and `attend` makes it.
+
         Args:
             selects: whether `select` will get it.
             alone: whether it is made for all heads at once. Then there is memory for values before `attend` too.
@@ -58,7 +60,7 @@ class Backend(ABC):
 
     @abstractmethod
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
-        """Pool the values and fill the rows of video queries of `out`, `[B, Nq, H, D]`."""
+        """Pool what `keys`, as for `select`, lacks, and fill the rows of video queries of `out`, `[B, Nq, H, D]`."""
 
     def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
         """Let the queries in `parts` of a causal call attend all keys that are not later; fill their rows of `out`."""
