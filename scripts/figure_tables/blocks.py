@@ -27,6 +27,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "held-out": quality.held_out,
+    "corrected": quality.corrected,
     "sol": sol.compared,
     "sol-ahead": sol.ahead,
     "modalities": modalities.errors,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from figure_tables.source import load, table
 
 HELD_OUT = "quality/held-out"
-SERIES = {"psa-3": "`psa-3`", "not corrected": "`psa-auto`, not corrected", "psa-auto": "**`psa-auto`**"}
+CORRECTED = "quality/corrected"
+SERIES = {"psa-3": "`psa-3`", "not corrected": "budget, not corrected", "psa-auto": "**budget, corrected**"}
 
 
 def held_out() -> str:
@@ -19,3 +20,17 @@ def held_out() -> str:
             cells = [f"{row['psnr']:.1f}", gain, f"{row['flicker']:.1f}"]
             body.append([title, f"{row['density']:.3f}", *(f"**{x}**" if series == "psa-auto" else x for x in cells)])
     return table(["", "density", "PSNR", "to `psa-3`", "flicker"], body)
+
+
+def corrected() -> str:
+    """What goes well with the correction: differences to psa-3."""
+    rows = {(row["series"], row["setting"].split()[-1]): row for row in load(CORRECTED)["rows"]}
+    shares = sorted({share for _, share in rows}, key=float)
+    body = []
+    for series in dict.fromkeys(series for series, _ in rows):
+        found = [rows[series, share] for share in shares]
+        if series == "psa-3":
+            body.append(["`psa-3`: PSNR", *(f"{row['psnr']:.1f}" for row in found)])
+        else:
+            body.append([series, *(f"{row['delta_psnr']:+.1f} ± {row['delta_ci']:.1f}" for row in found)])
+    return table(["", *shares], body)

@@ -30,6 +30,8 @@ RASTER: dict[str, dict[str, Any]] = {
 FINE = {**SAMPLED, "query_stride": 4, "key_stride": 4}
 SAMPLED_MEAN = {**SAMPLED, "statistic": "mean"}
 POOLED_MEAN = {**SAMPLED_MEAN, "estimator": "pooled"}
+# What psa-auto was changed from, one thing after the other.
+FORMER: dict[str, Any] = {"error_model": "tuned", "refresh": 1, "correction": False}
 
 
 @dataclass(frozen=True)
@@ -159,22 +161,18 @@ def auto() -> Iterator[Setting]:
         corrected = vary("psa-3", thresholds=at_density(share), share_guidance=True, correction=True)
         yield Setting(f"psa-3, shared, corrected {share}", corrected, first, "psa-3, shared, corrected")
         for way, changes in ways.items():
-            yield Setting(
-                f"{way} {share}", vary("psa-auto", density=share, **{"correction": False, **changes}), first, way
-            )
+            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **{**FORMER, **changes}), first, way)
         for (way, parts), order in product(falls.items(), ("hilbert", "raster")):
-            preset = vary("psa-auto", density=share, order=order, correction=False, steps=_over_steps(share, parts))
+            preset = vary("psa-auto", density=share, order=order, steps=_over_steps(share, parts), **FORMER)
             yield Setting(f"{order}, {way} {share}", preset, first, f"{order}, {way}")
-        edges = vary(
-            "psa-auto", density=share * 0.8, correction=False, layers=[{"match": "0,7", "density": share * 1.6}]
-        )
+        edges = vary("psa-auto", density=share * 0.8, layers=[{"match": "0,7", "density": share * 1.6}], **FORMER)
         yield Setting(f"hilbert, denser ends {share}", edges, first, "hilbert, denser ends")
 
 
 def corrected() -> Iterator[Setting]:
     """What goes well with the correction: one thing changed at a time, dense steps among them."""
     ways: dict[str, dict[str, Any]] = {
-        "psa-auto": {},
+        "tuned errors, refresh 1": {},
         "fitted errors": {"error_model": "fitted"},
         "mean of the rest": {"rest": "mean"},
         "levels to 8": {"levels": [1, 2, 4, 8]},
@@ -186,7 +184,8 @@ def corrected() -> Iterator[Setting]:
         first = f"psa-3 {share}"
         yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
         for way, changes in ways.items():
-            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
+            preset = vary("psa-auto", density=share, **{**FORMER, "correction": True, **changes})
+            yield Setting(f"{way} {share}", preset, first, way)
 
 
 def held_out() -> Iterator[Setting]:

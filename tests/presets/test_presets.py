@@ -59,12 +59,12 @@ def test_published_allocations(name):
     assert preset.dense_steps == 0.25 and preset.order == "hilbert" and "2512.04025" in preset.source
 
 
-def test_the_recommended_preset_is_psa_3_with_a_budget_shared_guidance_and_correction():
-    changed = {"name", "source", "rule", "density", "share_guidance", "correction"}
+def test_the_recommended_preset_is_psa_3_with_a_budget_kept_lists_and_correction():
+    changed = {"name", "source", "rule", "density", "error_model", "refresh", "share_guidance", "correction"}
     auto, published = load_preset("psa-auto"), load_preset("psa-3")
     assert auto.model_dump(exclude=changed) == published.model_dump(exclude=changed)
     assert (auto.rule, auto.density, auto.share_guidance, auto.correction) == ("budget", 0.25, True, True)
-    assert auto.order == "hilbert" and auto.refresh == 1 and "docs/quality.md" in auto.source
+    assert (auto.error_model, auto.refresh, auto.order) == ("fitted", 4, "hilbert") and "docs/quality.md" in auto.source
     assert auto.at_density(0.15) == auto.replace(density=0.15)
 
 

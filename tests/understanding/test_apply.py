@@ -164,7 +164,8 @@ def test_the_density_is_the_one_that_was_asked_for():
 
 def test_what_a_shipped_preset_says_to_a_language_model():
     specs = causal_specs(load_preset("psa-auto"), 3)
-    assert specs == (AttentionSpec(128, 64, (1, 2, 4), "budget", density=0.25, keep_first=1, keep_last=2),) * 3
+    kept = {"keep_first": 1, "keep_last": 2}
+    assert specs == (AttentionSpec(128, 64, (1, 2, 4), "budget", density=0.25, error_model="fitted", **kept),) * 3
 
 
 @pytest.mark.parametrize(
