@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import models, operator, quality
+from figure_tables import causal, models, operator, quality
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -25,5 +25,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "blocks": models.blocks,
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
+    "causal": causal.causal,
+    "understanding": causal.understanding,
     "held-out": quality.held_out,
 }
