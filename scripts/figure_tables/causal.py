@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from figure_tables.source import Row, duration, load, machine, need, origin, table, times
+from figure_tables.source import Row, duration, find, load, machine, need, origin, table, times
 
 CAUSAL = "benchmarks/causal"
 DENSITIES = (0.35, 0.25, 0.15)
@@ -11,6 +11,7 @@ OURS = {
     for rule in ("count", "budget")
     for kind, title in (("hopper", "Hopper"), ("triton", "portable"))
 }
+PEER = "flexprefill"
 TEXT = "total, last 512 dense"
 
 
@@ -32,8 +33,13 @@ def causal() -> str:
             cells = [times(call(tokens, method, density)["ms"], fa3) for density in DENSITIES]
             body.append([*first, title, *cells])
             first = ["", "", ""]
+        peer = [find(CAUSAL, tokens=tokens, method=PEER, density=density) for density in DENSITIES]
+        if any(peer):
+            cells = ["did not run" if row is None else times(row["ms"], fa3) for row in peer]
+            body.append([*first, "FlexPrefill", *cells])
     head = ["tokens", "cuDNN dense", "FlashAttention-3 dense", "rule, kernel", *(f"density {d}" for d in DENSITIES)]
-    return f"{table(head, body)}\n\n{_around()}\n\nOn {machine(CAUSAL)}, {origin(CAUSAL)}."
+    peer = "" if any(row["method"] == PEER for row in load(CAUSAL)["rows"]) else " FlexPrefill was not run this time."
+    return f"{table(head, body)}\n\n{_around()}{peer}\n\nOn {machine(CAUSAL)}, {origin(CAUSAL)}."
 
 
 def _around() -> str:
