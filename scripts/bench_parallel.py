@@ -92,7 +92,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
         if gpus > 1:
             config = ContextParallelConfig(ulysses_degree=gpus)
             transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
-        for compiled, method in product((False, True) if options.compiled else (False,), methods):
+        for compiled, method in product(options.compiled, methods):
             with compiled_blocks(transformer, machine) if compiled else nullcontext():
                 result, figures = run(transformer, inputs, methods[method], options.repeats, machine)
             if gpus == 1:
@@ -201,7 +201,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help=f"default: {' '.join(NAMES)}")
     parser.add_argument("--density", type=float, default=DENSITY, help="of psa; default: %(default)s")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=METHODS, help="default: both")
-    parser.add_argument("--compiled", action="store_true", help="with compiled blocks too")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--compiled", dest="compiled", action="store_const", const=(True,), help="compiled blocks only")
+    modes.add_argument("--eager", dest="compiled", action="store_const", const=(False,), help="eager blocks only")
+    parser.set_defaults(compiled=(False, True))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"

@@ -1,13 +1,14 @@
 """PSA beside Sol-Attn's kernel in 8-bit integers: time at the size of Wan2.1-14B, error on a trained model's attention.
 
-    python scripts/bench_sol.py --output docs/benchmarks/sol.json
+    python scripts/bench_sol.py                # writes docs/benchmarks/sol.json
+    python scripts/bench_sol.py --plot-only    # draws docs/benchmarks/sol.png from it and from docs/quality/sol.json
 
 Needs a CUDA device and the package comfy-kitchen, whose `sol_attn` engines use. Milliseconds are medians of whole calls
 at 75,600 tokens, 40 heads of 128, bf16, random data. The error is the relative L2 error against dense attention in
 float32, a mean over heads and calls, of the same bf16 queries, keys and values of the bundled demo model (its heads of
 64 are filled up with zeros to the 128 that Sol-Attn takes). PSA reads the video along a Hilbert curve, Sol-Attn in
-raster order, each as it is used. `density` of Sol-Attn is the share of blocks that are exact; it also reads one pooled
-term of each other block.
+raster order, each as it is used. `sol-rule` is Sol-Attn's rule by PSA's portable kernel, without 8-bit integers.
+`density` of both is the share of blocks that are exact; they also read one pooled term of each other block.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 from attention_judges.demo_model import JUDGE, samples_on
 from attention_judges.judges import Grid, dense_attention
+from figure_tables.sol import points
 from operator_bench import sol_int8
+from operator_bench.sol_plot import plot
 from operator_bench.timing import measure
 from operator_bench.workloads import WORKLOADS
+from quality_lab.sol import as_preset
 from results import document, write
 
 from psa_diffusers import load_preset
@@ -43,7 +47,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/sol.json")
     parser.add_argument("--commit", help="default: git's HEAD")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing, plot what docs/ holds")
     options = parser.parse_args()
+    if options.plot_only:
+        if not plot(points(), ROOT / "docs/benchmarks/sol.png"):
+            raise SystemExit("bench_sol: matplotlib is not installed")
+        return
     if not torch.cuda.is_available():
         raise SystemExit("bench_sol: no CUDA device")
     [size] = [workload for workload in WORKLOADS if workload.name == "wan2.1-14b-720p"]
@@ -77,6 +86,11 @@ def methods() -> Iterator[tuple[dict[str, Any], Method]]:
             for kept in (False, True):
                 about = {"method": name, "setting": density, "density": density, "kept_lists": kept}
                 yield about, _psa(spec, preset.order, kept)
+    for density in DENSITIES:
+        preset = as_preset(density)
+        [spec] = set(preset.layer_specs(1))
+        about = {"method": "sol-rule top-k", "setting": density, "density": density, "kept_lists": False}
+        yield about, _psa(spec, preset.order, kept=False)
     for rule in sol_int8.RULES:
         yield {"method": f"sol-int8 {rule.kind}", "setting": rule.value, "kept_lists": False}, rule
 

@@ -50,8 +50,9 @@ def main() -> None:
     rows = read_rows(options.merge, options.output, machine.device)
     quality = Quality(machine, options)
     for name in options.workload or CHOSEN:
+        known = {row["stack"]: row for row in rows if row["workload"] == name and "error" not in row}
         rows = [row for row in rows if row["workload"] != name]
-        for row in measure(WORKLOADS[name], options, machine, quality):
+        for row in measure(WORKLOADS[name], options, machine, quality, known):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if options.output:
@@ -76,9 +77,13 @@ class Quality:
 
 
 def measure(
-    workload: Workload, options: argparse.Namespace, machine: Machine, quality: Quality
+    workload: Workload,
+    options: argparse.Namespace,
+    machine: Machine,
+    quality: Quality,
+    known: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of all lines on one workload."""
+    """Rows of all lines on one workload; those that are known, by their lines' names, are not measured again."""
     torch.manual_seed(0)
     transformer = Models(machine).get(workload.checkpoint)
     inputs = make_inputs(workload.checkpoint, transformer, machine, latents=workload.latents, sizes=workload.sizes)
@@ -89,8 +94,12 @@ def measure(
     for field, line in lines(options.cache):
         line = replace(line, **failed)
         row = {"workload": workload.name, "stack": line.name, "cache": line.cache}
+        earlier = known.get(line.name)
         figures, reason = attempt(
-            lambda line=line, field=field: run(forwards, line, field, workload.branches, quality), machine
+            lambda line=line, field=field, earlier=earlier: run(
+                forwards, line, field, workload.branches, quality, earlier
+            ),
+            machine,
         )
         if figures is None:
             if field:
@@ -103,15 +112,20 @@ def measure(
         yield {**row, **figures, "speedup": speedup}
 
 
-def run(forwards: Forwards, line: Line, field: str, branches: int, quality: Quality) -> dict[str, Any]:
+def run(
+    forwards: Forwards, line: Line, field: str, branches: int, quality: Quality, known: dict[str, Any] | None
+) -> dict[str, Any]:
     """Times of one line; the transformer is left as it was, but that its linear layers stay in 8 bits.
 
     Args:
         field: what the line switches on.
         branches: forwards a step.
+        known: the line's earlier row, which is taken as it is.
     """
     if field == "float8":
         quantise_linear(forwards.transformer)
+    if known is not None:
+        return known
     demo = quality.of(line)
     with prefer_cudnn(), torch.no_grad():
         # A step of the cache's own: it stands still while forwards are timed, and the forward that it skips is timed
@@ -195,16 +209,16 @@ class Forwards:
         pipe = OneStep(transformer, self._inputs, step=step)
         processor = PSAProcessor(pipe, line.preset(machine)) if line.psa else None
         try:
-            with nullcontext() if threshold is None else cached(transformer, threshold):
+            if threshold is None:
+                compile_blocks(transformer, machine.backend)
+                around = nullcontext()
+            else:
+                around = cached(transformer, threshold, machine.backend)
+            with around:
                 if processor:
                     processor.install()
-                # The cache decides outside of graphs, which breaks them.
-                compile_blocks(transformer, machine.backend, fullgraph=threshold is None)
                 call: Callable[[], torch.Tensor] = lambda: transformer(**self._inputs, return_dict=False)[0]  # noqa: E731
-                finite = bool(call().isfinite().all())
-                if threshold is not None:  # graphs that the cache breaks are made anew at the second call
-                    call()
-                if not finite:
+                if not bool(call().isfinite().all()):
                     raise RuntimeError("the output is not finite")
                 ms, peak = clock(call, self._repeats, machine)
                 if processor and threshold != ALWAYS:

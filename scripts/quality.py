@@ -4,8 +4,9 @@
     python scripts/quality.py all --device cuda --settings 1/3           # a third of all settings; run 2/3 and 3/3 too
     python scripts/quality.py all --plots-only                           # draws what the JSON files hold
 
-Experiments: density, levels, thresholds, estimators, similarity, order, dense-steps, rules. Each finished setting is
-saved at once and not measured again, so a run can be stopped and goes on; several processes may work on one experiment.
+Experiments: density, levels, thresholds, estimators, similarity, order, dense-steps, rules, auto, corrected, held-out,
+sol. Each finished setting is saved at once and not measured again, so a run can be stopped and goes on; several
+processes may work on one experiment. What a machine lacks the package for is left out, with a line that says so.
 PSNR and SSIM are those of the sparse video against the dense one, means over frames; intervals are 95 % over prompts,
 `delta_psnr` is the mean difference to the setting `against`, prompt by prompt. `seconds` can be compared only between
 settings that had the device to themselves.
@@ -66,8 +67,9 @@ def _measure(paths: dict[str, Path], options: argparse.Namespace) -> None:
         work += [(name, setting) for setting in settings]
     work = work[options.settings[0] - 1 :: options.settings[1]]
     finished = {(name, row["setting"]) for name, store in stores.items() for row in store.rows()}
-    todo = [(name, setting) for name, setting in work if (name, setting.name) not in finished]
-    print(f"{len(todo)} settings to measure, {len(work) - len(todo)} are there", flush=True)
+    missing = [(name, setting) for name, setting in work if (name, setting.name) not in finished]
+    todo = [(name, setting) for name, setting in missing if _can_be_measured(setting, options.device)]
+    print(f"{len(todo)} settings to measure, {len(work) - len(missing)} are there", flush=True)
     if not todo:
         return
     pipe = load_pipeline(
@@ -83,6 +85,14 @@ def _measure(paths: dict[str, Path], options: argparse.Namespace) -> None:
     print(json.dumps({name: str(store.path) for name, store in stores.items()}))
 
 
+def _can_be_measured(setting: Setting, device: str) -> bool:
+    """Prints why not."""
+    obstacle = None if setting.compute is None else setting.compute.obstacle(device)
+    if obstacle is not None:
+        print(f"{setting.name} is left out: {obstacle}", flush=True)
+    return obstacle is None
+
+
 def _rows(lab: Lab, todo: list[tuple[str, Setting]], *, alone: bool) -> Iterator[tuple[str, Row, Row]]:
     """The experiment, the setting's row, and what is known of the dense videos it was compared with."""
     for name, setting in todo:
@@ -95,9 +105,16 @@ def _rows(lab: Lab, todo: list[tuple[str, Setting]], *, alone: bool) -> Iterator
             **{key: value for key, value in figures.items() if key != "psnr"},
             "psnr_each": figures["psnr"],
             "alone": alone,
-            "preset": setting.preset.model_dump(mode="json", exclude={"name", "source"}),
+            **_computed(setting),
         }
         yield name, row, {setting.content or "all": lab.dense(setting.content).about}
+
+
+def _computed(setting: Setting) -> Row:
+    """What computed the sparse calls."""
+    if setting.compute is not None:
+        return {"computed_by": setting.compute.about, "dense_steps": setting.preset.dense_steps}
+    return {"preset": setting.preset.model_dump(mode="json", exclude={"name", "source"})}
 
 
 def _draw(name: str, path: Path) -> None:

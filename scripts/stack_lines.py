@@ -90,14 +90,20 @@ def quantise_linear(transformer: torch.nn.Module) -> None:
 
 
 @contextmanager
-def cached(transformer: torch.nn.Module, threshold: float | None) -> Iterator[None]:
-    """The first-block cache on a transformer, in one context; off again afterwards."""
-    if threshold is None:
-        yield
-        return
+def cached(transformer: torch.nn.Module, threshold: float, backend: str) -> Iterator[None]:
+    """The first-block cache on a transformer of compiled blocks, in one context; all is off again afterwards.
+
+    The cache wraps the `forward` of each block. What it wraps is compiled here, so that one whole graph serves all
+    blocks; compiled with the cache in it, each block would get graphs of its own.
+    """
+    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
         with transformer.cache_context(CONTEXT):
             yield
     finally:
         transformer.disable_cache()
+        for block in blocks:
+            del block.forward

@@ -51,8 +51,15 @@ class Demo:
         if line.cache is not None:
             transformer.enable_cache(FirstBlockCacheConfig(threshold=line.cache))
         try:
-            with apply_psa(self._pipe, preset) if line.psa else nullcontext(), self._counting() as computed:
+            with (
+                apply_psa(self._pipe, preset) if line.psa else nullcontext() as processor,
+                self._counting() as computed,
+            ):
                 videos = self._videos()
+                if processor:
+                    stats = processor.stats()
+                    if stats.density_sparse is None:
+                        raise RuntimeError(f"the demo model's attention was dense: {'; '.join(stats.fallbacks)}")
         finally:
             if line.cache is not None:
                 transformer.disable_cache()

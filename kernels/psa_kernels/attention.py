@@ -6,11 +6,12 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from psa_kernels import head_groups
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
-from psa_kernels.head_groups import head_groups
 from psa_kernels.heads import dense_attention, group_size, query_heads
+from psa_kernels.known_calls import recall
 from psa_kernels.lists import AttentionStats, BlockLists
 from psa_kernels.sparse.reference import text_attention
 from psa_kernels.spec import AttentionSpec
@@ -167,11 +168,8 @@ def psa_attention(
         if lists is not None:
             lists = call.check_lists(lists)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        groups = [slice(None)]
-        if backend.has_pyramid:
-            head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
-            group = group_size(q, k)
-            groups = [query_heads(part, group) for part in head_groups(k.shape[2], head_bytes, out.nbytes)]
+        key = "groups of heads", backend.name, head_groups.LARGEST_SHARE, head_groups.SMALL_PYRAMIDS
+        groups = recall(call.answers, key, lambda: _groups(call, backend))
         used, stats = [], []
         for heads in groups:
             if len(groups) == 1:
@@ -196,6 +194,18 @@ def psa_attention(
     if return_lists:
         results.append(BlockLists.of_all_heads(used) if lists is None else lists)
     return tuple(results)
+
+
+def _groups(call: Call, backend: Backend) -> list[slice]:
+    """Groups of heads of the queries that are computed at a time."""
+    if not backend.has_pyramid:
+        return [slice(None)]
+    q, k = call.q, call.k
+    head_bytes = 2 * q.shape[0] * backend.pyramid_rows(call) * q.shape[3] * q.element_size()
+    # As much as the output, which has the shape of the queries.
+    parts = head_groups.head_groups(k.shape[2], head_bytes, q.shape.numel() * q.element_size())
+    group = group_size(q, k)
+    return [slice(None)] if len(parts) == 1 else [query_heads(part, group) for part in parts]
 
 
 def _attend(

@@ -73,14 +73,10 @@ class Call:
         Raises:
             ValueError: they were made for other shapes or another spec.
         """
-        rows, key_blocks = (self.q.shape[0], self.q.shape[2], self.query_blocks), self.key_blocks
-        width, levels = list_width(self.spec, key_blocks), len(self.spec.levels)
-        found = *lists.ids.shape[:3], lists.key_blocks, *lists.counts.shape
-        if found != (*rows, key_blocks, *rows, levels) or not width <= lists.ids.shape[3] <= key_blocks:
-            raise ValueError(
-                f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and "
-                f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
-            )
+        found = lists.ids.shape, lists.key_blocks, lists.counts.shape
+        if self.answers.get("shapes of lists") != found:
+            self._check_shapes(lists)
+            self.answers["shapes of lists"] = found
         if self.causal is not None:
             place = torch.arange(lists.ids.shape[3], device=lists.ids.device)
             attended = place < lists.counts.sum(-1, keepdim=True)
@@ -91,6 +87,16 @@ class Call:
                 row = int(wrong.nonzero()[0])
                 raise ValueError(f"lists: made for another call: row {row} lists blocks that are not past")
         return lists if lists.ids.is_contiguous() and lists.counts.is_contiguous() else lists[:]
+
+    def _check_shapes(self, lists: BlockLists) -> None:
+        rows, key_blocks = (self.q.shape[0], self.q.shape[2], self.query_blocks), self.key_blocks
+        width, levels = list_width(self.spec, key_blocks), len(self.spec.levels)
+        found = *lists.ids.shape[:3], lists.key_blocks, *lists.counts.shape
+        if found != (*rows, key_blocks, *rows, levels) or not width <= lists.ids.shape[3] <= key_blocks:
+            raise ValueError(
+                f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and "
+                f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
+            )
 
     def stats(self, lists: BlockLists, implementation: str) -> AttentionStats:
         """What a call with these lists attends."""

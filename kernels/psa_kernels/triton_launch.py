@@ -7,12 +7,12 @@ host, as long as a small call takes the GPU.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from psa_kernels.triton_runner import runner
+from psa_kernels.triton_runner import Runner, runner
 
 Shape = tuple[int, ...]
 
@@ -43,13 +43,16 @@ class Launch:
         unknown = constants.keys() - OPTIONS - set(kernel.arg_names)
         if unknown:
             raise TypeError(f"{kernel.__name__} has no constants {', '.join(sorted(unknown))}")
-        # Of a prepared launch: all arguments, with gaps for the addresses, and where tensors and rows stand.
+        # Of a prepared launch: all arguments, with gaps for the addresses, those after the gaps, and where tensors and
+        # rows stand.
         self._arguments: list[Any] = []
+        self._rest: list[Any] = []
         self._tensors: list[int] = []
         self._rows: list[int] = []
         self._like: dict[int, tuple[Shape, Shape]] = {}
-        self._kept: dict[tuple[int, int], PlacedRows] = {}
-        self._run: Callable[[list[Any]], None] | None = None
+        # What stands between the first and the last rows, as given and as the launcher takes it, by their addresses.
+        self._kept: dict[tuple[int, ...], tuple[list[Any], list[Any]]] = {}
+        self._run: Runner | None = None
 
     def __call__(self, *tensors: Any) -> None:
         """Launch it on the current stream.
@@ -78,6 +81,14 @@ class Launch:
         if hasattr(found, "function"):  # Triton's interpreter compiles nothing
             self._keep(found, tensors)
 
+    def with_more(self, kernel: Any, *numbers: float) -> Launch:
+        """The launch of a kernel that does the same and more, in the same programs.
+
+        Args:
+            kernel: takes further tensors after those of this one, and further numbers, `numbers`, after its numbers.
+        """
+        return Launch(kernel, self._grid, (*self._numbers, *numbers), **self._constants)
+
     def at(self, *addresses: int) -> bool:
         """Launch it for tensors of which nothing but the addresses is new, if Triton need not look at them.
 
@@ -95,20 +106,41 @@ class Launch:
             together |= each
         if together & 15:
             return False
-        arguments = self._arguments[:]
-        arguments[: len(addresses)] = addresses
-        for place in self._rows:
-            rows = self._kept.get((place, addresses[place]))
-            arguments[place] = self._rows_at(place, addresses[place]) if rows is None else rows
-        self._run(arguments)
+        self.at_multiples(*addresses)
         return True
 
-    def _rows_at(self, place: int, address: int) -> PlacedRows:
-        """Rows like those of the first launch, kept for the next one."""
+    @property
+    def prepared(self) -> bool:
+        """Whether `at_multiples` can be called."""
+        return self._run is not None
+
+    def at_multiples(self, *addresses: int) -> None:
+        """As `at`, of a prepared launch, where all addresses are known to be multiples of 16 bytes."""
+        run = self._run
+        assert run is not None, "a launch takes tensors first"
+        short = run.short
+        if not self._rows:
+            (short or run)([*addresses, *self._rest])
+            return
+        first, end = self._rows[0], self._rows[-1] + 1
+        kept = self._kept.get(addresses[first:end])
+        rows, expanded = self._rows_at(run, addresses) if kept is None else kept
+        between = rows if short is None else expanded
+        (short or run)([*addresses[:first], *between, *addresses[end:], *self._rest])
+
+    def _rows_at(self, run: Runner, addresses: tuple[int, ...]) -> tuple[list[Any], list[Any]]:
+        """What stands between the first and the last rows, kept for the next launch."""
         if len(self._kept) >= KEPT_ROWS:
             self._kept.clear()
-        rows = self._kept[place, address] = PlacedRows(address, *self._like[place])
-        return rows
+        first, end = self._rows[0], self._rows[-1] + 1
+        arguments: list[Any] = list(addresses)
+        for place in self._rows:
+            arguments[place] = PlacedRows(addresses[place], *self._like[place])
+        rows = arguments[first:end]
+        # Descriptors are known by their places among all arguments.
+        expanded = run.expanded(arguments)
+        kept = self._kept[addresses[first:end]] = rows, expanded[first : len(expanded) - len(arguments) + end]
+        return kept
 
     def _keep(self, compiled: Any, tensors: Sequence[Any]) -> None:
         """Note what was compiled, if it was for addresses at multiples of 16 bytes."""
@@ -117,7 +149,8 @@ class Launch:
             return
         names = self._kernel.arg_names[len(tensors) + len(self._numbers) :]
         absent: list[Any] = [0] * len(tensors)
-        self._arguments = [*absent, *self._numbers, *(self._constants[name] for name in names)]
+        self._rest = [*self._numbers, *(self._constants[name] for name in names)]
+        self._arguments = absent + self._rest
         self._tensors = places
         self._rows = [place for place, tensor in enumerate(tensors) if isinstance(tensor, Rows)]
         self._like = {place: (tensors[place].shape, tensors[place].strides) for place in self._rows}

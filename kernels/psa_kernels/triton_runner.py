@@ -15,8 +15,46 @@ FIRST_ORDER, SECOND_ORDER = ("3.6.",), ("3.7.", "3.8.", "3.9.")
 # Of one launch. Memory is given out at the same addresses again and again.
 KEPT_DESCRIPTORS = 1024
 
+Arguments = list[Any]
+Expand = Callable[[Arguments], Arguments]
 
-def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
+
+class Runner:
+    """Launches a compiled kernel on the current stream, given all its arguments.
+
+    Args:
+        usual: Triton's own way, which takes the arguments one by one.
+        put: None, or what hands arguments in the launcher's own form over to it.
+        expand: None where that form is the arguments' own, or what brings arguments into it.
+        hooks: where those are kept who want to be told of launches.
+    """
+
+    __slots__ = ("_expand", "_hooks", "_put", "_usual")
+
+    def __init__(
+        self, usual: Callable[..., None], put: Callable[[Arguments], None] | None = None, expand: Expand | None = None,
+        hooks: Any = None,
+    ) -> None:  # fmt: skip
+        self._usual, self._put, self._expand, self._hooks = usual, put, expand, hooks
+
+    def __call__(self, arguments: Arguments) -> None:
+        """Launch it. Descriptors are given as `PlacedRows`."""
+        if self._put is None or _hooked(self._hooks):
+            self._usual(*arguments)
+        else:
+            self._put(arguments if self._expand is None else self._expand(arguments))
+
+    @property
+    def short(self) -> Callable[[Arguments], None] | None:
+        """What launches it with expanded arguments; None where that must go Triton's own way, this time or always."""
+        return None if self._put is None or _hooked(self._hooks) else self._put
+
+    def expanded(self, arguments: Arguments) -> Arguments:
+        """Arguments as `short` takes them."""
+        return arguments if self._expand is None else self._expand(arguments)
+
+
+def runner(compiled: Any, grid: Sequence[int]) -> Runner:
     """What launches a compiled kernel on the current stream, given all its arguments.
 
     Args:
@@ -27,14 +65,12 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
     usual = compiled[grid]
     launcher: Any = getattr(compiled, "run", None)
     if type(launcher).__module__ != "triton.backends.nvidia.driver" or not _is_plain(launcher):
-        return lambda arguments: usual(*arguments)
+        return Runner(usual)
     import triton
     from triton import knobs
     from triton.runtime import driver
 
-    device, stream, hooks, launch = (
-        driver.active.get_current_device, driver.active.get_current_stream, knobs.runtime, launcher.launch
-    )  # fmt: skip
+    device, stream, launch = driver.active.get_current_device, driver.active.get_current_stream, launcher.launch
     function, metadata = compiled.function, compiled.packed_metadata
     settings = (function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     x, y, z = grid
@@ -43,31 +79,25 @@ def runner(compiled: Any, grid: Sequence[int]) -> Callable[[list[Any]], None]:
         # No scratch memory; then what the hooks are told, and the hooks.
         between = (*settings, None, None, metadata, None, None, None)
 
-        def run(arguments: list[Any]) -> None:
-            if _hooked(hooks):
-                usual(*arguments)
-            else:
-                launch(x, y, z, stream(device()), *between, *(arguments if expand is None else expand(arguments)))
+        def put(arguments: Arguments) -> None:
+            launch(x, y, z, stream(device()), *between, *arguments)
 
-        return run
+        return Runner(usual, put, expand, knobs.runtime)
     if triton.__version__.startswith(SECOND_ORDER) and hasattr(launcher, "arg_annotations"):
         after = (
             *settings, metadata, None, None, None, None, None, launcher.arg_annotations, launcher.kernel_signature
         )  # fmt: skip
 
-        def run_described(arguments: list[Any]) -> None:
-            if _hooked(hooks):
-                usual(*arguments)
-            else:
-                launch(x, y, z, stream(device()), *after, tuple(arguments))
+        def put_described(arguments: Arguments) -> None:
+            launch(x, y, z, stream(device()), *after, tuple(arguments))
 
-        return run_described
-    return lambda arguments: usual(*arguments)
+        return Runner(usual, put_described, None, knobs.runtime)
+    return Runner(usual)
 
 
 def _with_kept_descriptors(
     launch: Callable[..., None],
-) -> tuple[Callable[..., None], Callable[[list[Any]], list[Any]] | None]:
+) -> tuple[Callable[..., None], Expand | None]:
     """The launcher without what makes descriptors, and that: it makes none twice.
 
     One follows from its place and address, and is never changed. Triton wraps the launcher of a kernel that takes
@@ -86,7 +116,7 @@ def _with_kept_descriptors(
     described = list(zip(places, reversed(found["tensordesc_meta"]), strict=True))
     made: dict[tuple[int, int], list[Any]] = {}
 
-    def expand(arguments: list[Any]) -> list[Any]:
+    def expand(arguments: Arguments) -> Arguments:
         expanded = arguments[:]
         for place, metadata in described:
             rows = arguments[place]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import causal, models, operator, quality
+from figure_tables import causal, modalities, models, operator, quality, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -22,10 +22,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": operator.scaling,
     "model": models.whole,
     "parallel": models.parallel,
+    "stack": models.stack,
     "blocks": models.blocks,
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "causal": causal.causal,
     "understanding": causal.understanding,
     "held-out": quality.held_out,
+    "sol": sol.compared,
+    "sol-ahead": sol.ahead,
+    "modalities": modalities.errors,
+    "modalities-answer": modalities.answer,
+    "needles": modalities.needles,
 }

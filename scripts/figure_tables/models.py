@@ -7,6 +7,7 @@ from figure_tables.source import Row, duration, find, gpu_of, load, machine, nee
 
 MODEL = "benchmarks/model"
 PARALLEL = "benchmarks/parallel"
+STACK = "benchmarks/stack"
 DEMO = "benchmarks/demo"
 BLOCKS = "benchmarks/blocks"
 CALIBRATION = "quality/calibration"
@@ -107,11 +108,12 @@ def parallel() -> str:
     body = []
     rows = load(PARALLEL)["rows"]
     counts = sorted({row["gpus"] for row in rows})
-    for workload, method in dict.fromkeys((row["workload"], row["method"]) for row in rows):
-        one = need(PARALLEL, workload=workload, method=method, gpus=1)
+    for workload, method, compiled in dict.fromkeys((row["workload"], row["method"], row["compiled"]) for row in rows):
+        kind = {"workload": workload, "method": method, "compiled": compiled}
+        one = need(PARALLEL, gpus=1, **kind)
         cells = []
         for gpus in counts:
-            row = find(PARALLEL, workload=workload, method=method, gpus=gpus)
+            row = find(PARALLEL, gpus=gpus, **kind)
             if row is None:
                 cells.append("")
             elif gpus == 1:
@@ -119,9 +121,28 @@ def parallel() -> str:
             else:
                 cells.append(f"{duration(row['ms'])} ({one['ms'] / row['ms']:.2f}x)")
         what = f"density {one['density']:.2f}" if method == "psa" else "cuDNN dense"
-        body.append([f"{PARALLEL_MODELS.get(workload, workload)}, {what}", *cells])
-    head = ["one forward", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)]
-    return f"{table(head, body)}\n\nOn one host with {load(PARALLEL)['hardware']['gpu']}, {origin(PARALLEL)}."
+        body.append([PARALLEL_MODELS.get(workload, workload), what, "compiled" if compiled else "eager", *cells])
+    head = ["one forward of", "", "blocks", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)]
+    commits = dict.fromkeys(row.get("commit", load(PARALLEL)["commit"]) for row in rows)
+    where = (
+        f"On hosts with {load(PARALLEL)['hardware']['gpu']}, commits {' and '.join(commits)}, {load(PARALLEL)['date']}."
+    )
+    return f"{table(head, body)}\n\n{where}"
+
+
+def stack() -> str:
+    """A whole run as one thing after the other is switched on."""
+    body = []
+    for row in load(STACK)["rows"]:
+        added = row["stack"].split(" + ")[-1]
+        if "error" in row:
+            raise ValueError(f"{STACK}: {row['stack']}: {row['error']}")
+        psnr = "" if row["demo_psnr"] is None else f"{row['demo_psnr']:.1f} dB"
+        seconds = (duration(row["ms_dense"]), duration(row["ms_sparse"]), f"{row['seconds_50']:.0f} s")
+        label = added if not body else f"+ {added}"
+        body.append([label, *seconds, f"{row['speedup']:.2f}x", f"{row['peak_gib']:.0f} GiB", psnr])
+    head = ["Wan2.1-14B 720p", "dense forward", "sparse forward", "50 steps", "speedup", "peak", "PSNR of the demo"]
+    return f"{table(head, body)}\n\nOn {machine(STACK)}, {origin(STACK)}."
 
 
 def blocks() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from psa_diffusers.calibrate.intervals import half_interval
 
 Row = dict[str, Any]
+FIGURES = {"loss": ("excess", "excess_all", "loss"), "error": ("error",), "needle": ("found", "excess", "loss")}
 WAY = ("task", "tokens", "method", "kept", "target", "dense_last")
 
 
@@ -20,7 +21,7 @@ def summed_up(rows: Iterable[Row]) -> list[Row]:
 
     Returns:
         Rows with the means over texts and `_ci`, half their 95 % intervals over texts; of `excess`, the loss over
-        dense, and `found`, the share of needles found, also the values of each text.
+        dense, `error`, that of attention outputs, and `found`, the share of needles found, also those of each text.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -33,12 +34,12 @@ def _figures(rows: Sequence[Row]) -> Row:
     done: Row = {"texts": len(texts)}
     densities = [row["density"] for row in rows if row["density"] is not None]
     done["density"] = round(mean(densities), 4) if densities else None
-    for name in ("excess", "excess_all", "loss", "found"):
+    for name in ("excess", "excess_all", "loss", "error", "found"):
         if name not in rows[0]:
             continue
         each = [mean(float(row[name]) for row in rows if row["text"] == text) for text in texts]
         done |= {name: round(mean(each), 5), f"{name}_ci": half_interval(each)}
-        if name in ("excess", "found"):
+        if name in ("excess", "error", "found"):
             done[f"{name}_each"] = {text: round(value, 5) for text, value in zip(texts, each, strict=True)}
     if "depth" in rows[0]:
         depths = sorted({row["depth"] for row in rows})
@@ -51,7 +52,7 @@ def _figures(rows: Sequence[Row]) -> Row:
 def tables(rows: Sequence[Row]) -> list[str]:
     """Lines of Markdown, a table a task."""
     lines: list[str] = []
-    for task, names in (("loss", ("excess", "excess_all", "loss")), ("needle", ("found", "excess", "loss"))):
+    for task, names in FIGURES.items():
         some = [row for row in rows if row["task"] == task]
         if some:
             head = ["tokens", "method", "first and last kept", "dense last", "aimed at", "density", *names, "texts"]

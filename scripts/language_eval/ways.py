@@ -9,7 +9,8 @@ from unittest import mock
 
 import torch
 
-from psa_kernels import psa_attention
+from psa_kernels import AttentionSpec, select_blocks
+from psa_kernels.call import make_call
 from psa_presets import Preset
 from psa_presets.density import scaled_thresholds
 from psa_transformers import settings
@@ -23,6 +24,8 @@ METHODS: dict[str, tuple[str, tuple[int, ...], tuple[float, ...]]] = {
 }
 LOWEST = 1e-4  # of what is scaled
 NEAR = 0.01  # a density that is so much above the one aimed at is out of reach
+GOOD = 0.002  # as near as a search has to come to it
+STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ class Way:
             **about,
         )
 
+    def spec(self, value: float, block: tuple[int, int]) -> AttentionSpec:
+        """What each layer computes, with the arguments of `preset`."""
+        with kept_blocks(self.kept):
+            (spec,) = settings.causal_specs(self.preset(value, block), 1)
+        assert spec is not None  # no rule for layers keeps it dense
+        return spec
+
 
 @contextmanager
 def kept_blocks(kept: bool) -> Iterator[None]:
@@ -78,31 +88,39 @@ def kept_blocks(kept: bool) -> Iterator[None]:
             yield
 
 
-def value_for(way: Way, density_of: Callable[[float], float], steps: int) -> float | None:
-    """What a way has to be made with to have its density, found by halving; None if its least is more than that.
+def value_for(way: Way, density_of: Callable[[float], float], steps: int = STEPS) -> float | None:
+    """What a way has to be made with to have its density or nearly so; None if its least is more than that.
+
+    Halving, and interpolation in turns, which ends sooner where the density is nearly linear.
 
     Args:
         density_of: what a value leads to; does not fall.
+        steps: how many values are tried at most.
     """
-    low, high = LOWEST, way.highest
-    if density_of(low) > way.target + NEAR:
+    (low, least), (high, most) = (LOWEST, density_of(LOWEST)), (way.highest, 1.0)
+    if least > way.target + NEAR:
         return None
-    for _ in range(steps):
-        middle = (low + high) / 2
-        if density_of(middle) <= way.target:
-            low = middle
+    tried = {least: low, most: high}
+    for step in range(steps):
+        if min(abs(density - way.target) for density in tried) <= GOOD:
+            break
+        share = 0.5 if step % 2 or most <= least else (way.target - least) / (most - least)
+        middle = low + min(max(share, 0.05), 0.95) * (high - low)
+        density = density_of(middle)
+        tried.setdefault(density, middle)
+        if density <= way.target:
+            low, least = middle, density
         else:
-            high = middle
-    return low
+            high, most = middle, density
+    return tried[min(tried, key=lambda density: abs(density - way.target))]
 
 
-def density_of_noise(
-    way: Way, value: float, tokens: int, block: tuple[int, int], device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> float:
-    """The density of one layer that attends noise: for rules whose density does not depend on what is attended."""
-    q, k, v = torch.randn(3, 1, tokens, 1, 64, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    with kept_blocks(way.kept):
-        (spec,) = settings.causal_specs(way.preset(value, block), 1)
-    assert spec is not None
-    _, stats = psa_attention(q, k, v, spec, causal=True, return_stats=True)
-    return float(stats.density.mean())
+def density_of_noise(way: Way, value: float, tokens: int, block: tuple[int, int]) -> float:
+    """The density of one layer that attends noise: for rules whose density does not depend on what is attended.
+
+    Computed on the CPU: kernels would be compiled anew for each value.
+    """
+    q, k, v = torch.randn(3, 1, tokens, 1, 64, generator=torch.Generator().manual_seed(0))
+    spec = way.spec(value, block)
+    lists = select_blocks(q, k, spec, v=v, causal=True)
+    return float(make_call(q, k, v, spec, causal=True).stats(lists, "reference").density.mean())

@@ -8,7 +8,9 @@ from itertools import product
 from typing import Any
 
 from demo.captions import BACKGROUNDS
+from operator_bench.sol_int8 import RULES
 from quality_lab.settings import SAMPLED, Setting, at_density, published, vary, vary_if_known
+from quality_lab.sol import SolAttention, as_preset
 
 from psa_diffusers import Preset, load_preset
 from psa_presets.density import scaled_thresholds
@@ -169,6 +171,24 @@ def auto() -> Iterator[Setting]:
         yield Setting(f"hilbert, denser ends {share}", edges, first, "hilbert, denser ends")
 
 
+def corrected() -> Iterator[Setting]:
+    """What goes well with the correction: one thing changed at a time, dense steps among them."""
+    ways: dict[str, dict[str, Any]] = {
+        "psa-auto": {},
+        "fitted errors": {"error_model": "fitted"},
+        "mean of the rest": {"rest": "mean"},
+        "levels to 8": {"levels": [1, 2, 4, 8]},
+        "refresh 4": {"refresh": 4},
+        "dense last step": {"dense_last": 1},
+        **{f"{steps} of 16 steps dense": {"dense_steps": steps} for steps in (1, 2, 3)},
+    }
+    for share in (0.15, 0.25, 0.10):
+        first = f"psa-3 {share}"
+        yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
+        for way, changes in ways.items():
+            yield Setting(f"{way} {share}", vary("psa-auto", density=share, **changes), first, way)
+
+
 def held_out() -> Iterator[Setting]:
     """`psa-auto` as it is, to be run with prompts of another seed than those among which it was chosen."""
     for share in (0.15, 0.25):
@@ -176,6 +196,26 @@ def held_out() -> Iterator[Setting]:
         yield Setting(first, vary("psa-3", thresholds=at_density(share)), first, "psa-3")
         yield Setting(f"psa-auto {share}", auto, first, "psa-auto")
         yield Setting(f"psa-auto, not corrected {share}", auto.replace(correction=False), first, "not corrected")
+
+
+def sol() -> Iterator[Setting]:
+    """Sol-Attn by its own kernel and by ours, beside PSA; to be run with the prompts of `held-out`."""
+    shares = (0.1, 0.15, 0.25)
+    plain = {share: f"psa-auto, not corrected {share}" for share in shares}
+    for share in shares:
+        auto = vary("psa-auto", density=share)
+        yield Setting(plain[share], auto.replace(correction=False), plain[share], "psa-auto, not corrected")
+        yield Setting(f"psa-auto {share}", auto, plain[share], "psa-auto")
+        for name, base in (("psa-3", "psa-3"), ("binary", "psa-1")):
+            thresholds = load_preset(base).at_density(share).thresholds
+            yield Setting(f"{name} {share}", vary(base, thresholds=thresholds), plain[share], name)
+    for share in shares:
+        yield Setting(f"sol-rule top-k {share}", as_preset(share), plain[share], "sol-rule top-k")
+    for rule in RULES:
+        share = rule.value if rule.kind == "top-k" else 0.15  # the nearest density
+        series = f"sol-int8 {rule.kind}"
+        compute = SolAttention(rule)
+        yield Setting(f"{series} {rule.value}", as_preset(share), plain[share], series, compute=compute)
 
 
 def _over_steps(share: float, parts: tuple[float, float, float]) -> list[dict[str, Any]]:
@@ -204,6 +244,8 @@ EXPERIMENTS = {
     "order": Experiment("the order of the tokens", order),
     "dense-steps": Experiment("the share of dense steps", dense_steps, "density_run"),
     "auto": Experiment("what psa-auto could be, at the same densities", auto),
+    "corrected": Experiment("what goes well with the correction of psa-auto", corrected, "density"),
     "held-out": Experiment("psa-auto and psa-3, for prompts of a seed of their own", held_out, "density"),
+    "sol": Experiment("Sol-Attn beside psa-auto, psa-3 and binary blocks", sol, "density"),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
 }

@@ -81,6 +81,7 @@ class Lab:
         runs: list[tuple[int, RunStats]] = []
         psnrs, ssims, flickers, seconds = [], [], [], []
         with apply_psa(self._pipe, setting.preset) as psa:
+            psa.processor.compute_with(setting.compute)
             for videos, taken in self._batches(setting.content):
                 start = len(psnrs)
                 dense = reference.videos[start : start + len(videos)]

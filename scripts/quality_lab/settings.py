@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from quality_lab.sol import SolAttention
+
 from psa_diffusers import Preset, PresetError, load_preset
 
 # The published rule of sampling, a quarter as dear to compute as that of strides 4 and 4.
@@ -21,6 +23,8 @@ class Setting:
         against: name of the setting whose PSNR this one's is compared with, prompt by prompt; its own for a baseline.
         series: settings of one series are joined in the plot.
         content: the kind of background that all prompts get; None leaves them as sampled.
+        compute: what computes the calls that the preset wants sparse, if PSA does not; of the preset only the steps
+            and layers that are dense count then.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Setting:
     against: str
     series: str = ""
     content: str | None = None
+    compute: SolAttention | None = None
 
 
 def vary(base: str, **changes: Any) -> Preset:

@@ -282,9 +282,10 @@ def test_wide_offsets_change_nothing(monkeypatch):
     q, k, v = inputs(75)
     spec = AttentionSpec(block_query=64, block_key=16)
     narrow = psa_attention(q, k, v, spec, implementation="triton")
-    for module, plan in ((triton_pyramid, "_pooling"), (representatives, "_tiling"), (triton_sparse, "_plan")):
-        monkeypatch.setattr(module, "are_wide", lambda *_: True)
+    for module, plan in ((triton_pyramid, "_pooling"), (triton_importance, "tiling_of_both"), (triton_sparse, "_plan")):
         monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
+    for module in (triton_pyramid, representatives, triton_sparse):
+        monkeypatch.setattr(module, "are_wide", lambda *_: True)
     assert torch.equal(psa_attention(q, k, v, spec, implementation="triton"), narrow)
 
 

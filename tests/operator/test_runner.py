@@ -129,3 +129,71 @@ def test_a_descriptor_is_made_once_for_each_place_and_address(compiled, monkeypa
         assert launcher.noted.pop() == without_hooks(by_triton)
         made[asked - 2 : asked] = []
     assert made == [32, 16, 16, 32, 64, 16]  # the last was kept at first, and dropped when there were three
+
+
+def test_a_launch_by_addresses_ends_in_the_same_call_as_one_from_tensors(compiled):
+    """With descriptors among the arguments, and absent ones between them; whether or not someone listens."""
+    import torch
+    from triton import knobs
+    from triton.backends.nvidia import driver
+
+    from psa_kernels.triton_launch import Launch
+
+    class Described(Rows):
+        def descriptor(self):
+            return "descriptor"
+
+    def rows(tensor):
+        return Described(tensor.data_ptr(), (4, 16), (16, 1))
+
+    first_order = triton.__version__.startswith(triton_runner.FIRST_ORDER)
+    if first_order:
+        triton.runtime.driver.active.utils = SimpleNamespace(fill_tma_descriptor=lambda *arguments: ("map", *arguments))
+        signature = {0: "*bf16", 1: "tensordesc<x>", 2: "constexpr", 3: "tensordesc<y>", 4: "*bf16", 5: "i32"}
+        metadata = [
+            {"swizzle": swizzle, "elem_size": 2, "elem_type": 10, "block_size": [2, 16], "fp4_padded": False}
+            for swizzle in (1, 3)
+        ]
+        compiled.run.launch = driver.wrap_handle_tensordesc(compiled.run.launch, signature, metadata)
+
+    class Kernel:
+        __name__, arg_names = "kernel", ("a", "b", "c", "d", "e", "n", "X")
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: compiled
+
+    def plain(noted):
+        # What hooks are told is made anew for each launch.
+        told = [each for each in noted if type(each).__name__ != "LazyDict"]
+        return [(each.address, each.shape, each.strides) if isinstance(each, Rows.__base__) else each for each in told]
+
+    a, b, d, e = (torch.zeros(64) for _ in range(4))
+    launch, noted = Launch(Kernel(), GRID, (7,), X=5), compiled.run.noted
+    launch(a, rows(b), None, rows(d), e)
+    assert launch.prepared and not noted
+
+    def both(*tensors):
+        a, b, d, e = tensors
+        launch(a, rows(b), None, rows(d), e)
+        assert launch.at(a.data_ptr(), b.data_ptr(), 0, d.data_ptr(), e.data_ptr())
+        by_addresses, from_tensors = noted.pop(), noted.pop()
+        if not first_order:
+            *_, by_addresses = by_addresses
+            *_, from_tensors = from_tensors
+        assert plain(by_addresses) == plain(from_tensors) and not noted
+        return by_addresses
+
+    both(a, b, d, e)
+    assert both(a, b, d, e)[-2:] == (7, 5)
+    short = both(e, d, b, a)
+
+    def hook(metadata):
+        raise AssertionError("a stub launcher calls no hooks")
+
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        told = both(e, d, b, a)
+        assert not first_order or knobs.runtime.launch_enter_hook in told
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert told[-2:] == short[-2:]

@@ -24,6 +24,7 @@ from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: 
 from psa_kernels.correction.triton import ROWS, add_kernel, left_out_kernel  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
+from psa_kernels.pool_and_attend_hopper import pool_and_clear_kernel  # noqa: E402
 from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.quantise import triton as quantise  # noqa: E402
 from psa_kernels.quantise import triton_channels  # noqa: E402
@@ -197,6 +198,12 @@ def test_representatives(target, count):
         "CHUNK": representatives.CHUNK,
     }
     compile_and_check(representatives.tile_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+    both = {name: constants.pop(name) for name in ("COUNT", "TILE", "SIZES", "STRIDES")}
+    constants |= {f"{which}_{name}": value for which in ("QUERY", "KEY") for name, value in both.items()}
+    ones = ("batch", "query_heads", "key_heads", "query_chunks", "key_chunks")
+    # With one sample and head the launcher makes constants of these.
+    constants |= dict.fromkeys(ones, 1) if target == 90 and count == 1 else {}
+    compile_and_check(representatives.tiles_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 
 @pytest.mark.parametrize("factors", [(1,), (2, 64)], ids=str)
@@ -244,6 +251,10 @@ def test_pyramid(target, values):
         "VALUES": values,
     }
     compile_and_check(pool_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
+    if values and target == 90:
+        constants |= {"CAP": False, "coarsest_ptr": None, "FACTORS": (1, 2, 4)}
+        types = {"counters_ptr": "*i32"}
+        compile_and_check(pool_and_clear_kernel, target, constants, {"num_warps": 4}, tensor_cores=False, types=types)
 
 
 @pytest.mark.parametrize(

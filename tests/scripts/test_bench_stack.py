@@ -25,18 +25,19 @@ pytestmark = [
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """Runs it on the toy of one workload, without a compiler; returns the rows, and how blocks were to be compiled."""
+    """Runs it on the toy of one workload, without a compiler; returns the rows, and what was to be compiled."""
     import bench_stack
 
-    graphs = []
-    monkeypatch.setattr(bench_stack, "compile_blocks", lambda *_, fullgraph: graphs.append(fullgraph))
+    compiled = []
+    monkeypatch.setattr(bench_stack, "compile_blocks", lambda *_: compiled.append("blocks"))
+    monkeypatch.setattr(torch, "compile", lambda call, **_: compiled.append("forward") or call)
 
     def run(*arguments):
         output = tmp_path / "stack.json"
         chosen = ["--tiny", "--demo-prompts", "1", "--output", str(output), *arguments]
         monkeypatch.setattr(sys, "argv", ["bench_stack.py", "--workload", "wan2.1-14b-720p", *chosen])
         bench_stack.main()
-        return json.loads(output.read_text())["rows"], graphs
+        return json.loads(output.read_text())["rows"], compiled
 
     return run
 
@@ -49,7 +50,7 @@ def test_every_line_adds_one_thing(bench, monkeypatch):
     for module in (bench_stack, stack_quality):
         monkeypatch.setattr(module, "quantise_linear", quantised.append)
     monkeypatch.setattr(FullAttention, "implementation", "reference")
-    rows, graphs = bench("--cache", "100")
+    rows, compiled = bench("--cache", "100")
     assert all(row.keys() >= FIELDS and "error" not in row for row in rows), rows
     names = [row["stack"] for row in rows]
     assert [len(name.split(" + ")) for name in names] == [1, 2, 3, 4, 5, 6]
@@ -58,10 +59,11 @@ def test_every_line_adds_one_thing(bench, monkeypatch):
     assert rows[0]["speedup"] == 1 and rows[0]["ms_dense"] == rows[0]["ms_sparse"] and rows[0]["demo_psnr"] is None
     assert all(row["demo_psnr"] < 60 for row in rows[1:])
     assert len(quantised) == 2  # the model, and the demo model
-    # The cache alone skips forwards, and cannot be in one graph.
+    # The cache alone skips forwards, and is no part of the graphs.
     assert [row["skipped_sparse"] for row in rows[:5]] == [0] * 5 and rows[5]["skipped_sparse"] > 0.5
     # Lines share the forwards that are the same: the dense ones of PSA are stock, and lists are made alike.
-    assert graphs == [True] * (1 + 1 + 2 + 1 + 1) + [False] * 4
+    blocks = 2
+    assert compiled == ["blocks"] * (1 + 1 + 2 + 1 + 1) + ["forward"] * blocks * 4
     assert [row["ms_lists_made"] is None for row in rows] == [True] * 3 + [False] * 3
     assert [row["ms_skipped"] is None for row in rows] == [True] * 5 + [False]
 
@@ -131,3 +133,22 @@ def test_only_the_linear_layers_of_blocks_are_quantised(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", SimpleNamespace(quantize_=quantize_, **names))
     stack_lines.quantise_linear(model)
     assert [name for name, chosen in found.items() if chosen] == ["blocks.0"]
+
+
+def test_lines_that_an_earlier_run_measured_are_taken_from_it(bench, monkeypatch, tmp_path):
+    import bench_stack
+
+    none = {"psnr": None, "skipped_dense": 0.0, "skipped_sparse": 0.0}
+    monkeypatch.setattr(bench_stack, "Demo", lambda *_: SimpleNamespace(figures=lambda line: none))
+    monkeypatch.setattr(bench_stack, "quantise_linear", lambda _: None)
+    monkeypatch.setattr(FullAttention, "implementation", "reference")
+    rows, compiled = bench()
+    path = tmp_path / "stack.json"
+    earlier = json.loads(path.read_text())
+    earlier["rows"] = [*rows[:-1], {"workload": rows[-1]["workload"], "stack": rows[-1]["stack"], "error": "killed"}]
+    path.write_text(json.dumps(earlier))
+    compiled.clear()
+    merged, compiled = bench("--merge", str(path))
+    assert [row["seconds_50"] for row in merged[:-1]] == [row["seconds_50"] for row in rows[:-1]]
+    assert all(row["commit"] == earlier["commit"] for row in merged[:-1]) and "error" not in merged[-1]
+    assert set(compiled) == {"forward"}

@@ -8,13 +8,16 @@ import math
 import eval_language
 import pytest
 import torch
-from language_eval import models
+from language_eval import evaluation, models
+from language_eval.errors import relative_error
 from language_eval.needles import plant
 from language_eval.summary import summed_up, tables
 from language_eval.texts import read_texts
 from language_eval.ways import METHODS, Way, density_of_noise, kept_blocks, value_for
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from psa_diffusers.errors import InputError
+from psa_kernels import psa_attention
 from psa_testing.tiny_language_models import tiny
 from psa_testing.toy_processor import ToyTokenizer
 from psa_transformers import apply_psa, settings
@@ -94,6 +97,62 @@ def test_what_is_out_of_reach_is_listed(evaluate):
     assert [row["method"] for row in written["rows"]] == ["dense"]
 
 
+def test_errors_of_attention_are_told(evaluate, capsys):
+    written = evaluate("--densities", "0.4", "0.8", "--methods", "psa-3", "--kept", "no", "--tasks", "error")
+    low, high = written["rows"]
+    assert (low["task"], low["target"], high["target"], low["texts"]) == ("error", 0.4, 0.8, 4)
+    assert low["error"] > high["error"] > 0 and low["error_ci"] > 0 and len(low["error_each"]) == 4
+    assert low["density"] == pytest.approx(0.4, abs=0.05)
+    assert f"| 256 | psa-3 | no | 0 | 0.4 | {low['density']} | {low['error']:.4f} ±" in capsys.readouterr().out
+
+
+def test_a_run_stops_in_time_and_goes_on(evaluate, tmp_path, capsys):
+    given = ("--densities", "0.7", "--methods", "psa-3", "--kept", "yes", "--tasks", "loss")
+    written = evaluate(*given, "--time-limit", "1e-9")
+    assert written["complete"] is False and [row["texts"] for row in written["rows"]] == [1]
+    assert "stopped after --time-limit 1e-09" in capsys.readouterr().out
+    written = evaluate(*given)
+    assert written["complete"] is True and [row["texts"] for row in written["rows"]] == [4, 4]
+    with pytest.raises(SystemExit):
+        evaluate("--time-limit", "0")
+    assert "--time-limit 0: expected more than 0 seconds" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_measures_with_the_same_value(evaluate, monkeypatch):
+    given = ("--densities", "0.7", "--methods", "mass", "--kept", "no", "--tasks")
+    evaluate(*given, "loss")
+    monkeypatch.setattr(evaluation, "value_for", lambda *_: pytest.fail("is known"))
+    rows = {row["task"]: row for row in evaluate(*given, "loss", "error")["rows"] if row["method"] == "mass"}
+    assert rows["error"]["density"] == pytest.approx(rows["loss"]["density"], abs=0.05)
+
+
+def test_runs_are_joined(evaluate, tmp_path):
+    given = ("--densities", "0.1", "0.7", "--methods", "psa-3", "--tasks", "loss")
+    whole, parts = evaluate(*given), []
+    for kept in ("yes", "no"):
+        (tmp_path / "language.jsonl").unlink(missing_ok=True)
+        evaluate(*given, "--kept", kept)
+        parts.append(tmp_path / f"{kept}.jsonl")
+        for suffix in (".jsonl", ".json"):
+            (tmp_path / f"language{suffix}").rename(parts[-1].with_suffix(suffix))
+    output = tmp_path / "joined.json"
+    join = ("--output", str(output), "--device", "cpu", "--join")
+    eval_language.main([*join, *map(str, parts)])
+    joined = json.loads(output.read_text())
+    assert joined["rows"] == whole["rows"] and joined["settings"] == whole["settings"]
+    assert joined["out_of_reach"] == whole["out_of_reach"] and len(joined["out_of_reach"]) == 2
+    assert joined["complete"] is True
+
+    parts[1].with_suffix(".json").unlink()
+    eval_language.main([*join, *map(str, parts)])
+    assert json.loads(output.read_text())["complete"] is False
+    parts[1].write_text(parts[1].read_text().replace('"count": 4', '"count": 5'))
+    with pytest.raises(SystemExit, match=r"no\.jsonl: measured with count=5, but .*yes\.jsonl with 4"):
+        eval_language.main([*join, *map(str, parts)])
+    with pytest.raises(SystemExit, match=r"--join .*none\.jsonl: holds no rows of this script \(FileNotFoundError\)"):
+        eval_language.main([*join, str(tmp_path / "none.jsonl")])
+
+
 def test_a_model_that_reads_less_says_so(evaluate):
     with pytest.raises(SystemExit, match="--tokens 2000: the model reads up to 1024"):
         evaluate("--tokens", "2000")
@@ -129,6 +188,47 @@ def test_a_value_is_found_for_a_density(method):
     way = Way(method, False, 0.5)
     value = value_for(way, lambda value: density_of_noise(way, value, TOKENS, BLOCK), 8)
     assert value is not None and density_of_noise(way, value, TOKENS, BLOCK) == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_error_is_that_of_attention_alone(llama):
+    """Against the layers' own queries, keys and values; the model is left as it was."""
+    ids = torch.randint(3, 180, (200,), generator=torch.Generator().manual_seed(1))
+    way, before, taken = Way("psa-3", False, 0.4), llama.config._attn_implementation, []
+    assert llama.config.num_hidden_layers == 2  # of which the second is looked at
+
+    def take(module, _args, given, output):
+        taken.append((module, given["hidden_states"], given["position_embeddings"], output[0]))
+
+    hook = llama.model.layers[1].self_attn.register_forward_hook(take, with_kwargs=True)
+    with torch.inference_mode():
+        dense = llama(input_ids=ids[None]).logits
+        hook.remove()
+        error, density = relative_error(llama, ids, way.spec(0.5, BLOCK))
+        assert relative_error(llama, ids, way.spec(way.highest, BLOCK)) == (pytest.approx(0, abs=1e-5), 1.0)
+        assert torch.equal(llama(input_ids=ids[None]).logits, dense)
+        module, hidden, (cos, sin), _ = taken[0]
+        heads = lambda x: x.view(1, 200, -1, module.head_dim).transpose(1, 2)  # noqa: E731
+        q, k, v = (heads(project(hidden)) for project in (module.q_proj, module.k_proj, module.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        tokens = [x.transpose(1, 2) for x in (q, k, v)]
+        wrong = psa_attention(*tokens, way.spec(0.5, BLOCK), causal=True, scale=module.scaling)
+        right = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=module.scaling, enable_gqa=True
+        ).transpose(1, 2)
+    each = [(wrong - right)[:, :, head].norm() / right[:, :, head].norm() for head in range(q.shape[1])]
+    assert error == pytest.approx(math.sqrt(sum(float(one) ** 2 for one in each) / len(each)), rel=1e-3) and error > 0.1
+    assert 0.2 < density < 0.6
+    assert llama.config._attn_implementation == before
+
+
+def test_the_value_is_the_one_that_comes_nearest():
+    way, asked = Way("budget", False, 0.5), []
+    for power in (1, 3, 1 / 3):
+        value = value_for(way, lambda value, power=power: asked.append(value) or value**power)
+        assert value**power == pytest.approx(0.5, abs=0.002)
+    assert len(asked) < 3 * 9
+    assert value_for(way, lambda value: 0.2 if value < 0.6 else 0.55) >= 0.6  # in steps
+    assert value_for(way, lambda value: 0.48 if value < 0.6 else 0.55) < 0.6
 
 
 def test_kept_blocks_count():

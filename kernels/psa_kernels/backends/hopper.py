@@ -25,6 +25,7 @@ class Hopper(Triton):
 
     name = implementation = "hopper"
     gathered = True
+    in_one_go: tuple[str, str] | None = ("pool_and_attend_hopper", "PoolAndAttendHopper")
 
     def pays(self, call: Call) -> bool:
         return is_hopper(call.q.device) and call.dense_work >= MIN_HOPPER_WORK
@@ -65,6 +66,9 @@ class Hopper(Triton):
         return None
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        if keys is None:
+            self._pool_and_attend(call, lists, out)
+            return
         pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
         if call.causal is not None:
             from psa_kernels.causal import hopper

@@ -18,6 +18,7 @@ class HopperInt8(Hopper):
 
     name = "hopper-int8"
     precisions = ("int8_qk",)
+    in_one_go = None
 
     def _why_not_beside_triton(self, call: Call) -> str | None:
         obstacle = super()._why_not_beside_triton(call)

@@ -31,6 +31,8 @@ class Triton(Backend):
     name = implementation = "triton"
     # Whether the pyramid holds single tokens too where they are permuted.
     gathered = False
+    # What pools and attends in one go, of a module and by name; None where `attend` needs keys that are pooled.
+    in_one_go: tuple[str, str] | None = ("pool_and_attend", "PoolAndAttend")
 
     def why_not(self, call: Call) -> str | None:
         if call.q.device.type != "cuda":  # the interpreter may come and go
@@ -81,7 +83,10 @@ class Triton(Backend):
         return call.answers[key]
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        """The pyramid of keys; with values too, if holding them during the selection costs little memory."""
+        """The pyramid of keys; with values too, if holding them during the selection costs little memory.
+
+        None if all heads are attended at once, and `select` reads nothing of the pyramid: `attend` makes it then.
+        """
         pyramid = kernels("pyramid.triton")
         k, layout, spec = call.k, call.layout, call.spec
         if selects and spec.rule == "budget" and call.causal is None:
@@ -91,6 +96,8 @@ class Triton(Backend):
                 # The keys are read once for the pyramid and for the prices.
                 keys = pyramid.empty_keys(k, layout, spec, self.gathered)
                 return replace(keys, spread=key_spread(k, layout, spec, keys.keys, keys.factors))
+        if alone and call.causal is None and self.in_one_go and not (selects and spec.similarity is not None):
+            return None
         v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
         return pyramid.pool_keys(k, layout, spec, selects, self.gathered, v, call.answers)
 
@@ -108,11 +115,16 @@ class Triton(Backend):
             spread = None if keys is None else keys.spread
             prices = upgrade_prices(q, k, call.v, importance, layout, spec, scale, spread)
             return allocate_budget(prices, importance, spec)
-        coarsest = kernels("pyramid.triton").coarsest_levels(k, layout, spec) if keys is None else keys.coarsest
+        coarsest = None if keys is None else keys.coarsest
+        if keys is None and spec.similarity is not None:
+            coarsest = kernels("pyramid.triton").coarsest_levels(k, layout, spec)
         lists: BlockLists = kernels("allocation.triton").allocate(importance, coarsest, spec, call.answers)
         return lists
 
     def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
+        if keys is None:
+            self._pool_and_attend(call, lists, out)
+            return
         pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
         if call.causal is not None:
             from psa_kernels.causal import triton_attention
@@ -123,6 +135,16 @@ class Triton(Backend):
         attention.sparse_attention(
             call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers
         )
+
+    def _pool_and_attend(self, call: Call, lists: BlockLists, out: torch.Tensor) -> None:
+        """`attend` without a pyramid, prepared once for calls and lists like these."""
+        key = self.name, "in one go", lists.ids.shape[3], lists.ids.dtype, out.stride()
+        prepared = call.answers.get(key)
+        if prepared is None:
+            assert self.in_one_go is not None, "pool_keys returned a pyramid"
+            module, name = self.in_one_go
+            prepared = call.answers[key] = getattr(kernels(module), name)(call, lists, out, self.gathered)
+        prepared(call, lists, out)
 
     def attend_causal_text(self, call: Call, parts: Sequence[slice], out: torch.Tensor) -> None:
         from psa_kernels.causal.triton_dense import dense_causal_attention

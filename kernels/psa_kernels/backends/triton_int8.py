@@ -19,6 +19,7 @@ class TritonInt8(Triton):
 
     name = "triton-int8"
     precisions = ("int8_qk",)
+    in_one_go = None
 
     def pays(self, call: Call) -> bool:
         # On Hopper the kernel made for it is faster, with integers or without.

@@ -13,18 +13,12 @@ import triton.language as tl
 from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability, multiprocessors
 from psa_kernels.heads import group_size
-from psa_kernels.importance.representatives import (
-    NATURAL_COLUMNS,
-    NATURAL_ROWS,
-    column_dims,
-    in_tiles,
-    row_dims,
-    smaller,
-)
+from psa_kernels.importance.representatives import column_dims, row_dims, smaller, tiling_of_both
 from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
+from psa_kernels.triton_prepared import Prepared
 from psa_kernels.triton_rows import key_head, padded_dim
 
 # Scratch entries of an item that are read at a time.
@@ -45,17 +39,53 @@ def block_importance(
     Returns:
         float32 `[B, Hq, query blocks, key blocks]`, non-negative, up to a relative error of 0.1 %.
     """
-    plan = recall(known, "importance", lambda: _plan(
-        *q.shape, group_size(q, k), q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale
-    ))  # fmt: skip
-    how, pooled = spec.importance, spec.importance.estimator == "pooled"
-    queries = in_tiles(q, layout, how.query_stride, pooled, plan.rows, NATURAL_ROWS, known)
-    keys = in_tiles(k, layout, how.key_stride, pooled, plan.columns, NATURAL_COLUMNS, known)
-    importance = torch.empty(plan.padded, device=q.device).narrow(3, 0, plan.key_blocks)
-    scratch = torch.empty(plan.scratch, dtype=torch.uint16, device=q.device)
-    tops = torch.empty(plan.tops, device=q.device)
-    plan.launch(queries, keys, scratch, tops, importance)
-    return importance
+    plan = recall(known, "importance", lambda: _Importance(q, k, layout, spec, scale))
+    return plan(q, k, layout.short_permutation)
+
+
+class _Importance:
+    """The importance of calls of one shape: representatives of queries and keys, then their importance."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float
+    ) -> None:
+        how = spec.importance
+        self.plan = _plan(
+            *q.shape, group_size(q, k), q.dtype, q.device, layout.video_queries, layout.video_keys, spec, scale
+        )
+        queries, keys, self.tiling = tiling_of_both(
+            (q.shape, k.shape), (q.stride(), k.stride()), q.dtype, q.device, layout.text_before, layout.text_after,
+            layout.permutation is not None, (how.query_stride, how.key_stride), how.estimator == "pooled",
+            self.plan.rows, self.plan.columns,
+        )  # fmt: skip
+        self.parts = (
+            (queries, q.dtype), (keys, q.dtype), (self.plan.scratch, torch.uint16), (self.plan.tops, torch.float32)
+        )  # fmt: skip
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.parts]
+        self.prepared = Prepared(sizes, [self.tiling, self.plan.launch])
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, permutation: torch.Tensor | None) -> torch.Tensor:
+        importance = torch.empty(self.plan.padded, device=q.device)
+        tensors = q, k, importance, permutation
+        self.prepared.run(tensors, self.launch, lambda work: self.look(*tensors, work))
+        if self.plan.padded[3] == self.plan.key_blocks:
+            return importance
+        return importance.narrow(3, 0, self.plan.key_blocks)
+
+    def launch(self, work: int, q: int, k: int, importance: int, permutation: int) -> None:
+        """The launches, at addresses."""
+        queries, keys, scratch, tops, _ = (work + start for start in self.prepared.starts)
+        self.tiling.at_multiples(q, k, queries, keys, permutation)
+        self.plan.launch.at_multiples(queries, keys, scratch, tops, importance)
+
+    def look(
+        self, q: torch.Tensor, k: torch.Tensor, importance: torch.Tensor, permutation: torch.Tensor | None,
+        work: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """The same from tensors."""
+        queries, keys, scratch, tops = (self.prepared.part(work, index, *part) for index, part in enumerate(self.parts))
+        self.tiling(q, k, queries, keys, permutation)
+        self.plan.launch(queries, keys, scratch, tops, importance)
 
 
 class _Plan(NamedTuple):

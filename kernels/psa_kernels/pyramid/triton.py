@@ -127,6 +127,22 @@ def pool_both(
     return keys, coarsest, values
 
 
+def prepare_both(
+    k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, factors: tuple[int, ...]
+) -> tuple[Shape, Launch | None]:
+    """What `pool_both` without a cap launches for tensors like these, whose entries are not read.
+
+    Returns:
+        The shape of the means of keys, which those of values have too; and the launch, of keys, their means, None,
+        values, their means, and the permutation in 32 bits. It is None without factors: there is nothing to pool.
+    """
+    (shape, _), launch = _pooling(
+        k.shape, k.stride(), k.dtype, k.device, layout.text_before, layout.text_after, layout.permutation is not None,
+        factors, None, v.stride(),
+    )  # fmt: skip
+    return shape, launch
+
+
 def _pooled(
     x: torch.Tensor, v: torch.Tensor | None, layout: TokenLayout, factors: tuple[int, ...],
     similarity: AttentionSpec | None, known: dict[Any, Any] | None,

@@ -88,13 +88,9 @@ def launch(
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     keys, values, ids = pyramid.keys, value_means, lists.ids
     permutation = layout.short_permutation
-    # What the other settings leave open.
-    key = "portable attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, only is None
-    plan = recall(known, key, lambda: _plan(
-        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
-        layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, permutation is not None,
-        ids.shape[3], ids.dtype, pyramid.keys.shape[2], spec, scale, lse is None, only is None,
-    ))  # fmt: skip
+    plan = prepare(
+        q, k, v, pyramid.keys.shape[2], ids, layout, spec, scale, out, lse is None, only is None, known
+    )  # fmt: skip
     # Tokens are read from the originals also where the pyramid has them.
     tokens = layout.video_keys if 1 in pyramid.factors else 0
     skipped = tokens * keys.shape[3] * keys.element_size()
@@ -105,6 +101,37 @@ def launch(
     ):  # fmt: skip
         keys, values = (means.narrow(2, tokens, means.shape[2] - tokens) for means in (keys, values))
         plan(q, k, v, keys, values, out, lse, ids, lists.counts, permutation, only)
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pyramid_rows: int,
+    ids: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+    out: torch.Tensor,
+    no_lse: bool = True,
+    all_tiles: bool = True,
+    known: dict[Any, Any] | None = None,
+) -> Launch:
+    """What `launch` launches for tensors like these, whose entries are not read.
+
+    Args:
+        pyramid_rows: rows of means of each head, of all levels of the pyramid.
+        ids: of the lists.
+        no_lse, all_tiles: whether `lse` and `only` are None.
+        known: as in `sparse_attention`.
+    """
+    # What the other settings leave open.
+    key = "portable attention", pyramid_rows, ids.shape[3], ids.dtype, out.stride(), no_lse, all_tiles
+    return recall(known, key, lambda: _plan(
+        q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape,
+        layout.text_before, layout.text_after, layout.video_queries, layout.video_keys, layout.permutation is not None,
+        ids.shape[3], ids.dtype, pyramid_rows, spec, scale, no_lse, all_tiles,
+    ))  # fmt: skip
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)

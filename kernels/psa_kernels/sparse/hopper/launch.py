@@ -39,6 +39,7 @@ def sparse_attention(
     out: torch.Tensor | None = None,
     integers: Integers | None = None,
     known: dict[Any, Any] | None = None,
+    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same as the portable `sparse.triton.sparse_attention`, on a GPU of compute capability 9.0.
 
@@ -48,6 +49,7 @@ def sparse_attention(
             keys in 8-bit integers. A tile whose sums run over, or which has numbers that are not finite, is computed in
             bfloat16.
         known: as in the portable one.
+        counters: None, or int32 of `Plan.counters` zeros, which are used up.
     """
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -55,17 +57,12 @@ def sparse_attention(
     k, (v, value_means) = pyramid.source_keys, pyramid.needed_values()
     queries, factors = (q, None) if integers is None else (integers.queries, integers.factors)
     ids = lists.ids
-    # What the other settings leave open.
-    key = (
-        "hopper attention", pyramid.factors, ids.shape[3], ids.dtype, out.stride(), lse is None, integers is None
+    plan = prepare(
+        q, k, v, pyramid.factors, ids, layout, spec, scale, out, None if integers is None else queries,
+        lse is not None, known,
     )  # fmt: skip
-    plan = recall(known, key, lambda: _plan(
-        q.shape, queries.stride(), (q.dtype, queries.dtype, ids.dtype), q.device,
-        (k.shape, k.stride(), v.stride(), out.stride()), pyramid.factors, layout.text_before, layout.text_after,
-        layout.video_queries, layout.video_keys, permutation is not None, ids.shape[3], spec, scale,
-        lse is not None, keeps_in_step(layout, spec, k),
-    ))  # fmt: skip
-    counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
+    if counters is None:
+        counters = torch.zeros(plan.counters, dtype=torch.int32, device=q.device)
     redo = counters.narrow(0, COUNTERS, plan.items)
     if integers is None:
         key_addresses = plan.addresses(k, pyramid.keys)
@@ -89,7 +86,7 @@ def sparse_attention(
     return out
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What calls of one shape take.
 
     Attributes:
@@ -106,11 +103,20 @@ class _Plan(NamedTuple):
     heights: tuple[int, ...]
     places: dict[Shape, tuple[Place | None, ...]]
 
+    @property
+    def counters(self) -> int:
+        """Integers that have to be 0 before a launch."""
+        return COUNTERS + self.items
+
     def addresses(self, tokens: torch.Tensor, means: torch.Tensor) -> list[int]:
         """Where the first rows of what `boxes` returns are, 0 for None."""
-        first, size = (tokens.data_ptr(), means.data_ptr()), tokens.element_size()
-        places = self.places[tokens.stride()]
-        found = [0 if place is None else first[place.pooled] + place.offset * size for place in places]
+        return self.addresses_at(tokens.stride(), tokens.element_size(), tokens.data_ptr(), means.data_ptr())
+
+    def addresses_at(self, strides: Shape, element_size: int, tokens: int, means: int) -> list[int]:
+        """The same for tokens of these strides, from the addresses of both."""
+        first = tokens, means
+        places = self.places[strides]
+        found = [0 if place is None else first[place.pooled] + place.offset * element_size for place in places]
         return found + [0] * (2 + MAX_HOPPER_LEVELS - len(found))
 
     def boxes(self, tokens: torch.Tensor, means: torch.Tensor) -> list[Boxes | None]:
@@ -158,13 +164,47 @@ class Boxes(Rows):
         )
 
 
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factors: tuple[int, ...],
+    ids: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    scale: float,
+    out: torch.Tensor,
+    queries: torch.Tensor | None = None,
+    store_lse: bool = False,
+    known: dict[Any, Any] | None = None,
+) -> Plan:
+    """What `sparse_attention` takes for tensors like these, whose entries are not read.
+
+    Args:
+        factors: of the pyramid.
+        ids: of the lists.
+        queries: None, or those in 8-bit integers.
+        store_lse: whether the log-sum-exp is asked for.
+        known: as in `sparse_attention`.
+    """
+    # What the other settings leave open.
+    key = "hopper attention", factors, ids.shape[3], ids.dtype, out.stride(), store_lse, queries is None
+    given = q if queries is None else queries
+    return recall(known, key, lambda: _plan(
+        q.shape, given.stride(), (q.dtype, given.dtype, ids.dtype), q.device,
+        (k.shape, k.stride(), v.stride(), out.stride()), factors, layout.text_before, layout.text_after,
+        layout.video_queries, layout.video_keys, layout.permutation is not None, ids.shape[3], spec, scale, store_lse,
+        keeps_in_step(layout, spec, k),
+    ))  # fmt: skip
+
+
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
     shape: Shape, query_strides: Shape, dtypes: tuple[torch.dtype, ...], device: torch.device,
     others: tuple[Shape, Shape, Shape, Shape], factors: tuple[int, ...], text_before: int, text_after: int,
     video_queries: int, video_keys: int, permuted: bool, list_width: int, spec: AttentionSpec, scale: float,
     store_lse: bool, in_step: bool,
-) -> _Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     batch, query_tokens, heads, head_dim = shape
     items = block_count(video_queries, TILE_M.value) * batch * heads
     dtype, query_dtype, _ = dtypes
@@ -181,7 +221,7 @@ def _plan(
     of_keys, key_strides, value_strides, _ = others
     counts = (text_before, video_keys, text_after)
     places = {each: row_places(of_keys, each, counts, factors, spec.levels) for each in (key_strides, value_strides)}
-    return _Plan(launch, items, online, heights, places)
+    return Plan(launch, items, online, heights, places)
 
 
 def pipeline(head_dim: int) -> dict[str, int | bool]:
