@@ -12,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from psa_presets import Preset, choose_preset
+from psa_transformers.compiled import keep_prefills_uncompiled
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
     check_implementation,
@@ -136,6 +137,7 @@ def apply_psa(
         handle.restore()
         raise
     _watch(handle, around, seen, attention)
+    handle._undo.append(keep_prefills_uncompiled(model, attention.may_be_sparse))
     setattr(decoder, HANDLE, handle)
     handle._undo.append(lambda: delattr(decoder, HANDLE))
     return handle

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
 
 class PSAFallbackWarning(UserWarning):
     """Attention runs as it did before the patch; the message is one line that says why."""
@@ -22,7 +24,7 @@ class Fallbacks:
 
     Attributes:
         strict: raise instead.
-        counts: how many calls of the attention function each reason concerned.
+        counts: how many calls of the attention function each reason concerned; 1 of a reason that a trace tells.
     """
 
     def __init__(self, strict: bool) -> None:
@@ -41,3 +43,13 @@ class Fallbacks:
             # The caller is deep inside of transformers: no line of the user's would be named.
             warnings.warn(f"attention runs as without PSA: {reason}", PSAFallbackWarning, stacklevel=2)
         self.counts[reason] = self.counts.get(reason, 0) + 1
+
+    @torch.compiler.assume_constant_result
+    def tell_traced(self, reason: str) -> None:
+        """Note what a trace for a compiled graph meets: this runs while it is traced, and not with the graph.
+
+        Raises:
+            PSAFallbackError: with `strict`; dynamo wraps it in an error of its own, with its text.
+        """
+        if self.strict or reason not in self.counts:
+            self.tell(reason)

@@ -10,6 +10,7 @@ import torch
 from psa_kernels import AttentionSpec, psa_attention
 from psa_kernels.backends.served import why_no_kernel
 from psa_kernels.call import make_call
+from psa_transformers.compiled import COMPILED
 from psa_transformers.fallbacks import Fallbacks, Unserved
 from psa_transformers.layer_call import LayerCall
 from psa_transformers.prefill import Part, Prefill
@@ -51,10 +52,19 @@ class DecoderAttention:
         # Why this forward gets its masks of before; empty if it is too short, None if no mask was asked for.
         self._verdict: str | None = None
 
+    def may_be_sparse(self, queries: int, tokens: int) -> bool:
+        """Whether a forward may be, by the number of its tokens and of those in the cache after it."""
+        return queries > max(self._dense_last, 1) and tokens >= self._min_tokens
+
     def mask(self, **arguments: Any) -> torch.Tensor | None:
         """The mask of one forward, with the arguments of transformers' own makers of masks."""
         queries = arguments["q_length"]
-        if queries == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            valid, past = arguments.get("attention_mask"), arguments.get("q_offset", 0)
+            known = queries + (past if isinstance(past, int) else 0)  # a static cache keeps it on its device
+            self._tell_compiled(queries, known if valid is None else valid.shape[-1])
+            return self._stock.mask(**arguments)
+        if queries == 1:
             return self._stock.mask(**arguments)
         tokens = int(arguments.get("q_offset", 0)) + queries
         reason = "" if tokens < self._min_tokens else why_not_mask(arguments)
@@ -86,7 +96,9 @@ class DecoderAttention:
             `[B, Nq, Hq, D]`, and the weights if the attention of before gave some.
         """
         call = LayerCall(module, query, key, value, arguments)
-        if query.shape[2] == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return call.dense(self._stock, self._compiled_mask(query, key, attention_mask))
+        if query.shape[2] == 1:
             return call.dense(self._stock, attention_mask)
         if attention_mask is None or attention_mask.dim() != 2:
             if key.shape[2] >= self._min_tokens and self._verdict != "":
@@ -132,16 +144,34 @@ class DecoderAttention:
         running = self._prefill
         if running is not None and running.marker.shape == marker.shape and running.queries == query.shape[2]:
             return running
-        arguments = {
-            "batch_size": query.shape[0],
-            "q_length": query.shape[2],
-            "kv_length": key.shape[2],
-            "q_offset": marker.shape[1] - query.shape[2],
-            "attention_mask": marker,
-            "device": query.device,
-            "dtype": query.dtype,
-        }
-        return Prefill(marker, query.shape[2], lambda: self._stock.mask(**arguments), self._dense_last)
+        return Prefill(marker, query.shape[2], lambda: self._stock_mask(marker, query, key), self._dense_last)
+
+    def _stock_mask(self, marker: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+        """The mask that a model would have had instead of a marker."""
+        return self._stock.mask(
+            batch_size=query.shape[0],
+            q_length=query.shape[2],
+            kv_length=key.shape[2],
+            q_offset=marker.shape[1] - query.shape[2],
+            attention_mask=marker,
+            device=query.device,
+            dtype=query.dtype,
+        )
+
+    def _compiled_mask(
+        self, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The mask of a compiled layer. It has a marker where the layers are compiled and the model is not."""
+        queries = query.shape[2]
+        if attention_mask is None or attention_mask.dim() != 2:
+            self._tell_compiled(queries, queries)  # of the keys, some may be room for more
+            return attention_mask
+        self._tell_compiled(queries, attention_mask.shape[1])
+        return self._stock_mask(attention_mask, query, key)
+
+    def _tell_compiled(self, queries: int, tokens: int) -> None:
+        if self.may_be_sparse(queries, tokens):
+            self._fallbacks.tell_traced(COMPILED)
 
     def _why_not(self, call: LayerCall) -> str | None:
         reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"

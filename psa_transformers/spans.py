@@ -24,6 +24,23 @@ def vision_ids(configs: Iterable[Any]) -> frozenset[int]:
     return frozenset(token for token in found if isinstance(token, int))
 
 
+def by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module's forward is given."""
+    names = inspect.signature(module.forward).parameters if args else ()
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def tokens_of(given: dict[str, Any]) -> torch.Tensor | None:
+    """The tokens of a forward: `[B, N]`, or `[B, N, D]` if they are embedded; None if it has none."""
+    ids = given.get("input_ids")
+    return ids if ids is not None else given.get("inputs_embeds")
+
+
+def cache_of(given: dict[str, Any]) -> Any:
+    """The cache of a forward, by its name in newer or older versions of transformers; None without any."""
+    return next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+
+
 class VisionTokens:
     """Forward hooks that keep where vision tokens stand, of the forward that runs and of those before it on its cache.
 
@@ -49,13 +66,11 @@ class VisionTokens:
         """Look at what a model, or a part of it that holds the decoder, is given."""
         if torch.compiler.is_compiling():
             return
-        names = inspect.signature(module.forward).parameters if args else ()
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = by_name(module, args, kwargs)
         ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
-        tokens = ids if ids is not None else given.get("inputs_embeds")
+        tokens, cache = tokens_of(given), cache_of(given)
         if tokens is None or tokens.shape[1] == 1:
             return
-        cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
         if isinstance(cache, Cache):  # a paged one holds several sequences
             self.cache, self._offset = cache, int(cache.get_seq_length())
         if types is not None and types.shape == tokens.shape[:2]:

@@ -28,7 +28,7 @@ class PrefillStats:
         coverage: share of the blocks in the span that were attended at all, likewise.
         layers: the density of each sparse layer, by its number.
         implementation: what computed the sparse calls; None if there were none.
-        fallbacks: why calls that were long enough ran as without PSA, and how many did.
+        fallbacks: why calls that were long enough ran as without PSA, and how many did; 1 for compiled forwards.
         vision_calls, vision_density: of vision towers, with `vision=True`: sparse calls and their mean density.
     """
 

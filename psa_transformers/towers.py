@@ -40,7 +40,10 @@ class TowerAttention:
     ) -> tuple[torch.Tensor, Any]:
         """Attention of one layer or of one chunk of it: as `DecoderAttention.attend`, but not causal."""
         call = LayerCall(module, query, key, value, arguments)
-        if query.shape[2] < self._min_tokens or torch.compiler.is_compiling():
+        if query.shape[2] < self._min_tokens:
+            return call.dense(self._stock, attention_mask)
+        if torch.compiler.is_compiling():
+            self._fallbacks.tell_traced("vision tower: a compiled forward")
             return call.dense(self._stock, attention_mask)
         reason = call.why_not(self._float32_on_gpu)
         if call.is_causal or attention_mask is not None:

@@ -1,7 +1,8 @@
 """Time causal calls, stage by stage, beside dense attention: `python scripts/bench_causal.py`.
 
 One layer of Qwen2.5-VL-7B: 28 heads of queries, 4 of keys and values, head_dim 128, bf16; whole calls also with the
-last 512 tokens dense, as text after a video. Needs a CUDA device and Triton; a peer that is not importable is skipped.
+last 512 tokens dense, as text after a video. Needs a CUDA device and Triton; a peer that is not importable is skipped
+(operator_bench/flex_prefill.py says how FlexPrefill becomes importable).
 Inputs are random, so that importance is flat and every list is as long as its rule says. Times are medians of calls
 enqueued back to back. The extra memory is the peak beyond the inputs and the output. The error is that of some queries
 against dense attention in float32: of random inputs, of which sparse attention misses most, so that it compares methods
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from operator_bench import flex_prefill
+from operator_bench.peers import versions
 from operator_bench.timing import measure
 from results import document, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,6 +68,7 @@ def main() -> None:
             "block_query": FULL.block_query,
             "block_key": options.block_key,
             "repeats": options.repeats,
+            "peers": versions(),
         }
         what = "causal calls of one layer of Qwen2.5-VL-7B, random data, bf16, medians"
         result = document(what, rows, device="cuda", commit=options.commit, **settings)
@@ -83,6 +87,8 @@ def measured(tokens: int, options: argparse.Namespace) -> Iterator[Row]:
     sample, exact = _dense_sample(q, k, v)
     for name, call in peers(q, k, v).items():
         yield _row(tokens, name, 1.0, "total", call, q, options.repeats, (sample, exact))
+    for name, density, call in sparse_peers(q, k, v):
+        yield _row(tokens, name, density, "total", call, q, options.repeats, (sample, exact))
     for spec in specs(options.block_key):
         yield from ours(q, k, v, spec, options, (sample, exact))
 
@@ -122,6 +128,18 @@ def peers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callab
 
         found["fa3"] = fa3
     return found
+
+
+def sparse_peers(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[str, float, Callable[[], torch.Tensor]]]:
+    """Sparse causal attention by others at every density, on `[B, N, H, D]`: method, density, call."""
+    try:
+        flex_prefill.load()
+        for density in DENSITIES:
+            yield "flexprefill", *flex_prefill.at_density(q, k, v, density)
+    except Exception as error:  # a peer that does not run here is no reason to stop
+        print(f"flexprefill skipped: {type(error).__name__}: {error}", flush=True)
 
 
 def ours(

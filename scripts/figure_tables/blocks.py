@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import modalities, models, operator, quality, sol
+from figure_tables import causal, modalities, models, operator, quality, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -26,6 +26,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "blocks": models.blocks,
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
+    "causal": causal.causal,
+    "understanding": causal.understanding,
     "held-out": quality.held_out,
     "corrected": quality.corrected,
     "sol": sol.compared,

@@ -19,8 +19,9 @@ from psa_kernels.devices import capability
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.triton import TritonPyramid
+from psa_kernels.sparse.steps import attend
 from psa_kernels.sparse.tiles import log2_of
-from psa_kernels.sparse.triton import LATE_SUM, attend
+from psa_kernels.sparse.triton import LATE_SUM
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets
 

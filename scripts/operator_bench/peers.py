@@ -44,7 +44,7 @@ def sparse_cases(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterator[
 def versions() -> dict[str, str]:
     """Of the peers that are installed as packages and are not among what every benchmark names."""
     found = {}
-    for name in ("fa3-fwd", "comfy-kitchen"):
+    for name in ("fa3-fwd", "comfy-kitchen", "minference"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

@@ -20,8 +20,8 @@ IMPLEMENTATIONS = ["triton", *(["hopper"] if is_hopper else [])]
 HEADS = [(4, 4), (7, 1), (4, 2), (28, 4)]
 
 
-def random_case(seed):
-    """A causal call: its tensors, spec and options."""
+def random_case(seed, video_queries=False):
+    """A causal call: tensors, spec and options. All of its queries may be text, unless some must be of the video."""
     chance = random.Random(seed)
     torch.manual_seed(seed)
     head_dim, block_key = chance.choice([64, 128]), chance.choice([32, 64, 128])
@@ -40,7 +40,7 @@ def random_case(seed):
     before, after = chance.choice([(0, 0), (0, 77), (5, 300), (200, 64)])
     video = chance.choice([chance.randint(1, 3000), 128 * chance.randint(2, 20)])
     keys = before + video + after
-    queries = chance.choice([keys, keys, chance.randint(1, keys)])
+    queries = chance.choice([keys, keys, chance.randint(1 + after * video_queries, keys)])
     dtype = chance.choice([torch.bfloat16, torch.bfloat16, torch.float16])
     (heads, key_heads), batch, gap = chance.choice(HEADS), chance.choice([1, 2]), chance.choice([0, 8])
     q, k, v = (
@@ -73,7 +73,7 @@ def test_error_is_that_of_dense_half_precision(seed, implementation):
 
 @pytest.mark.parametrize("seed", range(16))
 def test_lists_are_those_of_the_reference_but_for_roundings(seed):
-    q, k, v, spec, options = random_case(seed)
+    q, k, v, spec, options = random_case(seed, video_queries=True)
     poison_free_memory()
     found = select_blocks(q, k, spec, v=v, implementation="triton", **options).levels()
     known = select_blocks(*(x.float() for x in (q, k)), spec, v=v.float(), implementation="reference", **options)
@@ -110,11 +110,11 @@ def test_blocks_that_are_later_are_never_read(seed, implementation):
     q, k, v, spec, options = random_case(seed)
     options = options | {"text_after": 0}
     call = {"implementation": implementation, **options}
-    rows = (k.shape[1] - options["text_before"]) // 128
-    first = options["text_before"] + rows // 2 * 128
-    seen = first - (k.shape[1] - q.shape[1])
-    if seen <= 0:
-        pytest.skip("all queries of this call are later")
+    before, queries, keys = options["text_before"], q.shape[1], k.shape[1]
+    middle = keys - queries // 2
+    first = before + math.ceil(max(0, middle - before) / 128) * 128
+    seen = first - (keys - queries)
+    assert 0 < seen < queries
     out = psa_attention(q, k, v, spec, **call)
     k, v = k.clone(), v.clone()
     k[:, first:], v[:, first:] = torch.nan, torch.nan

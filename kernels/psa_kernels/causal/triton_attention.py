@@ -11,11 +11,12 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.causal.triton_steps import attend, attend_with_biases, cut_list, item_at
+from psa_kernels.causal.triton_steps import cut_list, item_at
 from psa_kernels.devices import capability
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
-from psa_kernels.sparse.tiles import full_tile_bias, full_tile_rows, tail_rows
+from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
+from psa_kernels.sparse.steps import attend_visible
 from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -95,11 +96,7 @@ def attention_kernel(
     """
     first, last = tl.program_id(0), tl.program_id(0) + 1
     if ONLY:
-        first = tl.program_id(0) * FLAGS
-        item = first + tl.arange(0, FLAGS)
-        flags = tl.load(only_ptr + item, mask=item < items, other=0)
-        # Almost always there is none, which is found in one look.
-        last = tl.where(tl.max(flags, 0) > 0, tl.minimum(first + FLAGS, items), first)
+        first, last = flagged_items(only_ptr, items, FLAGS)
     for item in range(first, last):
         wanted = True
         if ONLY:
@@ -151,50 +148,31 @@ def attend_item(
 
     # What is masked or gathered comes first: what only it needs then takes up no registers in the loop over full tiles.
     # On the diagonal every query, also one that is absent, may read the first key.
-    TAIL_N: tl.constexpr = 64 if TILE_N > 64 else TILE_N
-    # The kernel for tiles of 64 keys has not the registers.
-    TAIL_STAGES: tl.constexpr = 2 if LATE_SUM and TILE_N > 64 else 1
+    TAIL_N: tl.constexpr = tail_width(TILE_N)
+    TAIL_STAGES: tl.constexpr = tail_stages(TILE_N, LATE_SUM)
     diagonal = (first_row + row) * BLOCK_QUERY
     for first in tl.range(0, (query_tile % TILES + 1) * TILE_M, TAIL_N, num_stages=TAIL_STAGES):
         at = diagonal + first + tl.arange(0, TAIL_N)
         token = text_before + tl.minimum(at, video_keys - 1)
         visible = at[None, :] <= (first_row * BLOCK_QUERY + position)[:, None]
-        top, total, accumulator = attend(
+        top, total, accumulator = attend_visible(
             q, k_head + row_offsets(token, stride_kn, WIDE), v_head + row_offsets(token, stride_vn, WIDE), dims, scale,
-            None, visible, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
+            visible, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
         )  # fmt: skip
 
     starts, tile_ends, leftover_ends, level_rows = cut_list(
         counts_ptr + list_row * LISTED, diagonal // BLOCK_KEY, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
     )
-    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_before, TAIL_N, num_stages=TAIL_STAGES):
-        tail, is_token, tail_bias = tail_rows(
-            first + tl.arange(0, TAIL_N), ids, None, text_before, text_before, video_keys, starts, tile_ends,
-            leftover_ends, level_rows, -1, 0.0, FACTORS, BLOCK_KEY, TILE_N, False,
-        )  # fmt: skip
-        pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
-        k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
-        v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
-        if ALIGNED:
-            # Here, not in a function: the hint belongs to the operation that chose.
-            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
-        top, total, accumulator = attend_with_biases(
-            q, k_rows, v_rows, dims, scale, tail_bias[None, :], top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM
-        )
-
-    columns = tl.arange(0, TILE_N)
-    for tile in tl.range(0, tile_ends[len(FACTORS) - 1], num_stages=STAGES):
-        rows = full_tile_rows(
-            tile, columns, ids, None, text_before, starts, tile_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N, False
-        )
-        exact = tile < (tile_ends[0] if FACTORS[0] == 1 else 0)
-        k_rows = tl.where(exact, k_head, pooled_k) + row_offsets(rows, tl.where(exact, stride_kn, HEAD_DIM), WIDE)
-        v_rows = tl.where(exact, v_head, pooled_v) + row_offsets(rows, tl.where(exact, stride_vn, HEAD_DIM), WIDE)
-        bias = full_tile_bias(tile, tile_ends, FACTORS)
-        top, total, accumulator = attend(
-            q, k_rows, v_rows, dims, scale, bias, None, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM
-        )
-
+    top, total, accumulator = attend_tail(
+        q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, text_before, video_keys,
+        starts, tile_ends, leftover_ends, level_rows, -1, 0.0, dims, scale, top, total, accumulator, HEAD_DIM,
+        PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, TAIL_N, TAIL_STAGES, False, WIDE, LATE_SUM, ALIGNED,
+    )  # fmt: skip
+    top, total, accumulator = attend_full_tiles(
+        q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, starts, tile_ends,
+        level_rows, dims, scale, top, total, accumulator, HEAD_DIM, PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, STAGES,
+        False, WIDE, LATE_SUM,
+    )  # fmt: skip
     if LATE_SUM:
         total = tl.sum(total, 1)
     # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from psa_kernels.blocks import block_count
-from psa_kernels.causal.triton_steps import attend, item_at
+from psa_kernels.causal.triton_steps import item_at
 from psa_kernels.devices import capability
+from psa_kernels.sparse.steps import attend, attend_visible
 from psa_kernels.sparse.triton import LATE_SUM, tile_shape
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, padded_dim, row_offsets
@@ -86,15 +87,15 @@ def dense_kernel(
         key = first + tl.arange(0, TILE_N)
         visible = key[None, :] <= (first_query + token)[:, None]
         at = tl.minimum(key, last)
-        top, total, accumulator = attend(
-            q, k_head + row_offsets(at, stride_kn, WIDE), v_head + row_offsets(at, stride_vn, WIDE), dims, scale, None,
+        top, total, accumulator = attend_visible(
+            q, k_head + row_offsets(at, stride_kn, WIDE), v_head + row_offsets(at, stride_vn, WIDE), dims, scale,
             visible, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
         )  # fmt: skip
     for first in tl.range(0, whole, TILE_N, num_stages=STAGES):
         key = first + tl.arange(0, TILE_N)
         top, total, accumulator = attend(
             q, k_head + row_offsets(key, stride_kn, WIDE), v_head + row_offsets(key, stride_vn, WIDE), dims, scale, 0.0,
-            None, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
+            True, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
         )  # fmt: skip
     if LATE_SUM:
         total = tl.sum(total, 1)

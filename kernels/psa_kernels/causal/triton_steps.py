@@ -1,75 +1,9 @@
-"""Pieces of the attention kernels of causal calls: a step of the online softmax, and lists of whole blocks alone."""
+"""Pieces of the attention kernels of causal calls: lists of whole blocks alone, and the order of the work."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from psa_kernels.triton_rows import load_rows
-
-
-@triton.jit
-def attend(
-    q, k_rows, v_rows, dims, scale, bias, visible, top, total, accumulator, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, LATE_SUM: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, in base 2.
-
-    Args:
-        q: `[m, PADDED_DIM]`.
-        k_rows, v_rows: pointers to `n` rows each.
-        scale: positive factor on the dot products, log2(e) included.
-        bias: added to every logit, a scalar; or None.
-        visible: if there is no bias: `[m, n]` or `[1, n]`, which rows each query may read. What it may not read adds
-            exactly nothing.
-        top, total, accumulator: largest logit so far, sum of the weights and weighted sum of values relative to it:
-            float32 `[m]`, `[m]` or `[m, 4]`, `[m, PADDED_DIM]`.
-        LATE_SUM: leave each row's sum in four parts, as in `sparse.triton`.
-
-    Returns:
-        The new top, total and accumulator.
-    """
-    keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee")
-    if visible is None:
-        # It joins the maximum that is subtracted anyway, so that scale and bias cost one operation an entry.
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale + bias)
-        weights = tl.math.exp2(scores * scale - (new_top - bias)[:, None])
-    else:
-        scores = tl.where(visible, scores * scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_top[:, None])
-    return weigh(weights, new_top, v_rows, dims, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM)
-
-
-@triton.jit
-def attend_with_biases(
-    q, k_rows, v_rows, dims, scale, biases, top, total, accumulator, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    LATE_SUM: tl.constexpr,
-):  # fmt: skip
-    """The same where each row has a bias of its own: `[1, n]`, -inf where there is none."""
-    keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee") * scale + biases
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.math.exp2(scores - new_top[:, None])
-    return weigh(weights, new_top, v_rows, dims, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM)
-
-
-@triton.jit
-def weigh(
-    weights, new_top, v_rows, dims, top, total, accumulator, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    LATE_SUM: tl.constexpr,
-):  # fmt: skip
-    """The second half of a step: add up weights and weighted values."""
-    shrink = tl.math.exp2(top - new_top)
-    if LATE_SUM:
-        parts = tl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
-        total = total * shrink[:, None] + tl.sum(tl.sum(parts, 3), 1)
-    else:
-        total = total * shrink + tl.sum(weights, 1)
-    values = load_rows(v_rows, dims, HEAD_DIM, PADDED_DIM)
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None], input_precision="ieee")
-    return new_top, total, accumulator
 
 
 @triton.jit

@@ -16,14 +16,14 @@ from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
-from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
+from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
+from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape, address_of
 from psa_kernels.triton_rows import (
     are_wide,
     key_head,
     load_real_rows,
-    load_rows,
     must_be_told,
     padded_dim,
     row_offsets,
@@ -188,11 +188,7 @@ def attention_kernel(
     """One tile of `TILE_M` queries against its list; or those of `FLAGS` tiles whose flag in `only_ptr` is set."""
     first, last = tl.program_id(0), tl.program_id(0) + 1
     if ONLY:
-        first = tl.program_id(0) * FLAGS
-        tile = first + tl.arange(0, FLAGS)
-        flags = tl.load(only_ptr + tile, mask=tile < tiles, other=0)
-        # Almost always there is none, which is found in one look.
-        last = tl.where(tl.max(flags, 0) > 0, tl.minimum(first + FLAGS, tiles), first)
+        first, last = flagged_items(only_ptr, tiles, FLAGS)
     for item in range(first, last):
         wanted = True
         if ONLY:
@@ -247,40 +243,17 @@ def attend_tile(
     accumulator = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
 
     # The tail comes first: what only it needs then takes up no registers in the loop over full tiles.
-    TAIL_N: tl.constexpr = 64 if TILE_N > 64 else TILE_N
-    # The kernel for tiles of 64 keys has not the registers.
-    TAIL_STAGES: tl.constexpr = 2 if LATE_SUM and TILE_N > 64 else 1
-    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TAIL_N, num_stages=TAIL_STAGES):
-        tail, is_token, tail_bias = tail_rows(
-            first + tl.arange(0, TAIL_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
-            leftover_ends, level_rows, ragged_place, ragged_bias, FACTORS, BLOCK_KEY, TILE_N,
-            PERMUTED,
-        )  # fmt: skip
-        pooled_offsets = row_offsets(tail, HEAD_DIM, WIDE)
-        k_rows = tl.where(is_token, k_head + row_offsets(tail, stride_kn, WIDE), pooled_k + pooled_offsets)
-        v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + pooled_offsets)
-        if ALIGNED:
-            # Here, not in a function: the hint belongs to the operation that chose.
-            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
-        top, total, accumulator = attend(
-            q, k_rows, v_rows, dims, scale, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM, PADDED_DIM,
-            LATE_SUM,
-        )  # fmt: skip
-
-    columns = tl.arange(0, TILE_N)
-    for tile in tl.range(0, tile_ends[len(FACTORS) - 1], num_stages=STAGES):
-        rows = full_tile_rows(
-            tile, columns, ids, permutation, text_before, starts, tile_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N,
-            PERMUTED,
-        )  # fmt: skip
-        exact = tile < (tile_ends[0] if FACTORS[0] == 1 else 0)
-        k_rows = tl.where(exact, k_head, pooled_k) + row_offsets(rows, tl.where(exact, stride_kn, HEAD_DIM), WIDE)
-        v_rows = tl.where(exact, v_head, pooled_v) + row_offsets(rows, tl.where(exact, stride_vn, HEAD_DIM), WIDE)
-        bias = full_tile_bias(tile, tile_ends, FACTORS)
-        top, total, accumulator = attend(
-            q, k_rows, v_rows, dims, scale, bias, True, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM
-        )
-
+    top, total, accumulator = attend_tail(
+        q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, permutation, text_before, text_keys,
+        video_keys, starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias, dims, scale, top, total,
+        accumulator, HEAD_DIM, PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, tail_width(TILE_N),
+        tail_stages(TILE_N, LATE_SUM), PERMUTED, WIDE, LATE_SUM, ALIGNED,
+    )  # fmt: skip
+    top, total, accumulator = attend_full_tiles(
+        q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, permutation, text_before, starts, tile_ends,
+        level_rows, dims, scale, top, total, accumulator, HEAD_DIM, PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, STAGES,
+        PERMUTED, WIDE, LATE_SUM,
+    )  # fmt: skip
     if LATE_SUM:
         total = tl.sum(total, 1)
     # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.
@@ -296,44 +269,3 @@ def attend_tile(
     if STORE_LSE:
         LN_2: tl.constexpr = 0.6931471805599453
         tl.store(lse_ptr + head_index * query_tokens + token, (top + tl.math.log2(total)) * LN_2, mask=real)
-
-
-@triton.jit
-def attend(
-    q, k_rows, v_rows, dims, scale, bias, COMMON_BIAS: tl.constexpr, top, total, accumulator, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, LATE_SUM: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, in base 2.
-
-    Args:
-        q: `[m, PADDED_DIM]`.
-        k_rows, v_rows: pointers to `n` rows each.
-        scale: positive factor on the dot products, log2(e) included.
-        bias: added to every logit: a scalar if `COMMON_BIAS`, else `[1, n]`.
-        top, total, accumulator: largest logit so far, sum of the weights and weighted sum of values relative to it:
-            float32 `[m]`, `[m]` or `[m, 4]`, `[m, PADDED_DIM]`.
-        LATE_SUM: leave each row's sum in four parts. On tensor cores thread t of every four has columns 8 j + 2 t + e,
-            so that these need no exchange between threads.
-
-    Returns:
-        The new top, total and accumulator.
-    """
-    keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee")
-    if COMMON_BIAS:
-        # It joins the maximum that is subtracted anyway, so that scale and bias cost one operation an entry.
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale + bias)
-        weights = tl.math.exp2(scores * scale - (new_top - bias)[:, None])
-    else:
-        scores = scores * scale + bias
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
-    if LATE_SUM:
-        parts = tl.reshape(weights, [weights.shape[0], weights.shape[1] // 8, 4, 2])
-        total = total * shrink[:, None] + tl.sum(tl.sum(parts, 3), 1)
-    else:
-        total = total * shrink + tl.sum(weights, 1)
-    values = load_rows(v_rows, dims, HEAD_DIM, PADDED_DIM)
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None], input_precision="ieee")
-    return new_top, total, accumulator

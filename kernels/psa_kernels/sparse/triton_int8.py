@@ -194,7 +194,7 @@ def attention_kernel(
 def attend(
     q, factors, k_rows, v_rows, dims, bias, COMMON_BIAS: tl.constexpr, top, total, accumulator, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax, in base 2, as `sparse.triton.attend` with a factor for each query.
+    """One step of the online softmax, in base 2, as `sparse.steps.attend` with a factor for each query.
 
     Args:
         q: int8 `[m, HEAD_DIM]`.
