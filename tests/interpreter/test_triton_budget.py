@@ -64,17 +64,35 @@ def test_statistics(block_key, levels, rest, tokens):
     [((1, 2, 4), True, torch.float16), ((1, 2, 4, 8), False, torch.float32), ((1, 4), True, torch.float32)],
     ids=str,
 )
-def test_keys_that_are_pooled_in_the_same_pass_are_those_of_the_pyramid(levels, gathered, dtype):
+def test_what_is_pooled_in_the_same_pass_is_that_of_the_pyramid(levels, gathered, dtype):
     spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
     layout = make_layout(88, 88, 2, 3, torch.randperm(83))
-    _, k, _ = inputs(88, batch=2, dtype=dtype)
-    expected = pyramid.pool_keys(k, layout, spec, gathered=gathered)
+    _, k, v = inputs(88, batch=2, dtype=dtype)
+    expected = pyramid.build_pyramid(k, v, layout, spec, gathered=gathered)
     assert triton_statistics.pools_alike(spec) and (1 in expected.factors) == gathered
-    keys = pyramid.empty_keys(k, layout, spec, gathered)
-    spread = triton_statistics.key_spread(k, layout, spec, keys.keys, keys.factors)
-    assert torch.equal(keys.keys, expected.keys) and keys.factors == expected.factors
+    both = pyramid.empty_pyramid(k, v, layout, spec, gathered)
+    spread = triton_statistics.key_spread(k, layout, spec, both.keys, both.factors)
+    centres, varied = triton_statistics.value_spread(v, layout, spec, both.values, both.factors)
+    assert both.factors == expected.factors
+    assert torch.equal(both.keys, expected.keys) and torch.equal(both.values, expected.values)
     alone = triton_statistics.key_spread(k, layout, spec)
-    torch.testing.assert_close(unscaled(spread, 24), unscaled(alone, 24), rtol=2**-9, atol=1e-6)
+    assert torch.equal(spread.fractions, alone.fractions) and torch.equal(spread.tops, alone.tops)
+    centres_alone, varied_alone = triton_statistics.value_spread(v, layout, spec)
+    assert torch.equal(varied, varied_alone)
+    for name in ("fractions", "tops", "squares"):
+        assert torch.equal(getattr(centres, name), getattr(centres_alone, name))
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 2, 4), (1, 16)], ids=str)
+def test_calls_choose_what_select_blocks_chooses(levels):
+    """Whether the pyramids are filled in the same pass, in passes of their own, or not at all."""
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
+    q, k, v = inputs(157, heads=1, dtype=torch.float16)
+    options = {"text_before": 3, "permutation": torch.randperm(154), "implementation": "triton"}
+    chosen = select_blocks(q, k, spec, v=v, **options)
+    out, lists = psa_attention(q, k, v, spec, return_lists=True, **options)
+    assert torch.equal(lists.ids, chosen.ids) and torch.equal(lists.counts, chosen.counts)
+    assert torch.equal(out, psa_attention(q, k, v, spec, lists=chosen, **options))
 
 
 def test_the_pyramid_of_larger_groups_is_made_by_its_own_kernel():

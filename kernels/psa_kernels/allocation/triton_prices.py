@@ -40,7 +40,8 @@ def upgrade_prices(
     layout: TokenLayout,
     spec: AttentionSpec,
     scale: float,
-    spread: ScaledRows | None = None,
+    of_keys: ScaledRows | None = None,
+    of_values: tuple[ScaledRows, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """At which price of cost each level of each pair of blocks pays.
 
@@ -48,15 +49,14 @@ def upgrade_prices(
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
         importance: float32 `[B, Hq, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
         scale: factor on the dot products.
-        spread: of `key_spread`, where it is known already.
+        of_keys, of_values: of `key_spread` and `value_spread`, where they are known already.
 
     Returns:
         `empty_prices`, filled: what the reference returns, but for roundings.
     """
     energy = query_energy(q, layout, spec, scale)
-    if spread is None:
-        spread = key_spread(k, layout, spec)
-    centres, varied = value_spread(v, layout, spec)
+    spread = key_spread(k, layout, spec) if of_keys is None else of_keys
+    centres, varied = value_spread(v, layout, spec) if of_values is None else of_values
     outputs, totals = mean_outputs(q, importance, centres)
     batch, heads, query_blocks, key_blocks = importance.shape
     prices = empty_prices(len(spec.levels), batch, heads, query_blocks, key_blocks, q.device)

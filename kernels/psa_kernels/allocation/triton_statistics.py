@@ -65,12 +65,13 @@ def key_spread(
     Args:
         k: `[B, Nk, H, D]`, all keys, in the order of the model.
         means: None, or `[B, H, rows, D]` in the dtype of k, the keys of a pyramid with these `factors`, which is filled
-            in the same pass: with what the pyramid's own kernel would write, bit for bit, if `spec` `pools_alike`.
+            in the same pass: with what the pyramid's own kernel would write, bit for bit. Then `spec` has to
+            `pools_alike`. What is returned does not depend on it.
     """
     blocks = block_count(layout.video_keys, spec.block_key)
     spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
-    launch = _of_keys(k, layout, spec, blocks, values=False, held=factors if means is not None else ())
-    launch(k, means, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
+    launch = _of_keys(k, layout, spec, blocks, False, factors)
+    launch(k, means if factors else None, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
     return spread
 
 
@@ -79,11 +80,18 @@ def pools_alike(spec: AttentionSpec) -> bool:
     return all(factor <= UNROLLED.value for factor in pooled_factors(spec))
 
 
-def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> tuple[ScaledRows, torch.Tensor]:
+def value_spread(
+    v: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    means: torch.Tensor | None = None,
+    factors: tuple[int, ...] = (),
+) -> tuple[ScaledRows, torch.Tensor]:
     """The mean value of each block, `[B, H, key blocks, D]`, and what its values vary by inside groups.
 
     Args:
         v: `[B, Nk, H, D]`, all values, in the order of the model.
+        means, factors: as in `key_spread`, the values of a pyramid.
 
     Returns:
         The means; and, summed over the channels and a mean over each block, the variance inside groups: float32
@@ -92,8 +100,11 @@ def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> t
     blocks = block_count(layout.video_keys, spec.block_key)
     centres = empty_rows(v, (), blocks, squares=True)
     spread = torch.empty(len(pooled_factors(spec)), *centres.tops.shape, device=v.device)
-    launch = _of_keys(v, layout, spec, blocks, values=True)
-    launch(v, None, layout.short_permutation, None, spread, centres.fractions, centres.tops, centres.squares)
+    launch = _of_keys(v, layout, spec, blocks, True, factors)
+    launch(
+        v, means if factors else None, layout.short_permutation, None, spread, centres.fractions, centres.tops,
+        centres.squares,
+    )  # fmt: skip
     return centres, spread
 
 
@@ -121,13 +132,15 @@ def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: 
 
 
 def _of_keys(
-    x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool, held: tuple[int, ...] = ()
+    x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool, held: tuple[int, ...]
 ) -> Launch:
     """What finds variances of keys or values `[B, Nk, H, D]`, and the means of groups of the sizes `held`."""
     rows = sum(block_count(layout.video_keys, factor) for factor in held)
+    # Lists do not depend on whether a pyramid is filled on the way.
+    constants = (*tree(spec), ("VALUES", values), ("HELD", held), ("SUMS", pools_alike(spec)))
     return _prepared(
         spread_kernel, x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.video_keys,
-        layout.permutation is not None, blocks, (rows,), (*tree(spec), ("VALUES", values), ("HELD", held)),
+        layout.permutation is not None, blocks, (rows,), constants,
     )  # fmt: skip
 
 
@@ -184,7 +197,7 @@ def spread_kernel(
     x_ptr, means_ptr, permutation, fractions_ptr, spread_ptr, centres_ptr, centre_tops_ptr, centre_squares_ptr,
     stride_b, stride_n, stride_h, heads, video, text_before, blocks, means_rows, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr,
-    WANTED: tl.constexpr, VALUES: tl.constexpr, HELD: tl.constexpr,
+    WANTED: tl.constexpr, VALUES: tl.constexpr, HELD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means.
 
@@ -205,12 +218,12 @@ def spread_kernel(
     if (tl.program_id(1) + 1) * ROWS * BLOCK <= video:
         mean, squares = group_squares(
             head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, False,
+            PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, False,
         )  # fmt: skip
     else:
         mean, squares = group_squares(
             head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, True,
+            PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, True,
         )  # fmt: skip
     size = real_tokens(block * BLOCK, BLOCK, video)
     for index in tl.static_range(len(WANTED)):
@@ -221,6 +234,8 @@ def spread_kernel(
         else:
             store_scaled(fractions_ptr, spread_ptr, None, place, variance, dims, real, PADDED_DIM)
     if VALUES:
+        if SUMS:
+            mean = mean / size[:, None]
         store_scaled(centres_ptr, centre_tops_ptr, centre_squares_ptr, row, mean, dims, real, PADDED_DIM)
 
 
