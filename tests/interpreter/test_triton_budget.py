@@ -6,6 +6,7 @@ Memory that is not initialized holds what is no number, so that whatever a kerne
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import budget_checks
 import not_finite
@@ -15,6 +16,8 @@ import torch
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
 from psa_kernels.allocation import prices, triton_budget, triton_statistics
 from psa_kernels.blocks import group_means
+from psa_kernels.causal import triton_queries
+from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import triton as pyramid
 
@@ -46,8 +49,10 @@ def test_statistics(block_key, levels, rest, tokens):
     wide = [x[:, layout.video_key_tokens(x.device)].transpose(1, 2).double() for x in (q, k, v)]
     half = {"rtol": 2**-10, "atol": 1e-6}
 
-    found = unscaled(triton_statistics.query_energy(q, layout, spec, -0.3), 24)
-    torch.testing.assert_close(found, group_means((0.3 * wide[0]).square(), 64), **half)
+    for how, read in ((Importance(), 8), (Importance(query_stride=64), 64), (Importance("pooled"), 1)):
+        found = triton_statistics.query_energy(q, layout, replace(spec, importance=how), -0.3)
+        expected = group_means((0.3 * wide[0][:, :, ::read]).square(), 64 // read)
+        torch.testing.assert_close(unscaled(found, 24), expected, **half)
     centres, varied = triton_statistics.value_spread(v, layout, spec)
     torch.testing.assert_close(unscaled(centres, 24), group_means(wide[2], block_key), rtol=0, atol=2**-10 * 6)
     torch.testing.assert_close(unscaled(centres, 24).square().sum(-1), centres.squares.double(), rtol=1e-5, atol=0)
@@ -57,6 +62,20 @@ def test_statistics(block_key, levels, rest, tokens):
         torch.testing.assert_close(spread[index], prices._spread(wide[1], factor, block_key), **half)
         expected = prices._spread(wide[2], factor, block_key).sum(-1)
         torch.testing.assert_close(varied[index].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [Importance(), Importance(query_stride=32), Importance("pooled")], ids=str)
+@pytest.mark.parametrize("first", [2, 30, 65, 90, 128, 137])
+def test_energy_of_causal_calls(first, how):
+    """Whatever the queries begin with: text, a group of 8 or 32 queries, the inside of one, or the last query."""
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16, importance=how)
+    causal = CausalLayout(3, 135, 2, first, spec.block_query, spec.block_key)
+    q, _, _ = inputs(140 - first, dtype=torch.float16)
+    found = unscaled(triton_queries.query_energy(q, causal, spec, -0.3), 24)
+    for index, row in enumerate(causal.rows):
+        queries = 0.3 * q[:, causal.queries(row)].transpose(1, 2).double()
+        expected = prices.query_energy(queries, spec, causal.span(row)[0] % spec.block_query)
+        torch.testing.assert_close(found[:, :, index : index + 1], expected, rtol=2**-10, atol=1e-6)
 
 
 @pytest.mark.parametrize(

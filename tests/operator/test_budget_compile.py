@@ -66,6 +66,7 @@ def test_energy(target):
         "PERMUTED": True,
         "WIDE": False,
         "BLOCK": 128,
+        "STRIDE": 8,
     }
     compile_and_check(triton_statistics.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_groups import UNROLLED, group_squares, load_tokens, real_tokens
 from psa_kernels.blocks import block_count
+from psa_kernels.importance.representatives import smaller
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -40,14 +42,17 @@ class ScaledRows:
 def query_energy(q: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float) -> ScaledRows:
     """Mean square of `scale` times the queries, per channel, of each query block: `[B, H, query blocks, D]`.
 
+    Only those are read that tell it, one of `energy_stride`.
+
     Args:
         q: `[B, Nq, H, D]`, all queries, in the order of the model.
     """
     blocks = block_count(layout.video_queries, spec.block_query)
+    constants = (("BLOCK", spec.block_query), ("STRIDE", energy_stride(spec)))
     energy = empty_rows(q, (), blocks)
     launch = _prepared(
         energy_kernel, q.shape, q.stride(), q.dtype, q.device, layout.text_before, layout.video_queries,
-        layout.permutation is not None, blocks, (scale * scale,), (("BLOCK", spec.block_query),),
+        layout.permutation is not None, blocks, (scale * scale,), constants,
     )  # fmt: skip
     launch(q, layout.short_permutation, energy.fractions, energy.tops)
     return energy
@@ -171,23 +176,25 @@ def blocks_at_once(padded: int) -> int:
 def energy_kernel(
     x_ptr, permutation, fractions_ptr, tops_ptr, stride_b, stride_n, stride_h, heads, video, text_before, blocks,
     factor, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """`factor` times the mean square, per channel, of each of `ROWS` blocks of one head."""
+    """`factor` times the mean square, per channel, of one of `STRIDE` tokens of each of `ROWS` blocks of one head."""
     head_index = tl.program_id(0).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
     dims = tl.arange(0, PADDED_DIM)
     block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for start in range(0, BLOCK, UNROLLED):
-        for part in tl.static_range(UNROLLED):
-            position = block * BLOCK + start + part
+    PARTS: tl.constexpr = smaller(BLOCK // STRIDE, UNROLLED)
+    for start in range(0, BLOCK, PARTS * STRIDE):
+        for part in tl.static_range(PARTS):
+            position = block * BLOCK + start + part * STRIDE
             x = load_tokens(
                 head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE,
                 True,
             )  # fmt: skip
             total += x * x
-    mean = total * (factor / real_tokens(block * BLOCK, BLOCK, video))[:, None]
+    read = tl.cdiv(tl.maximum(tl.minimum(video - block * BLOCK, BLOCK), 1), STRIDE)
+    mean = total * (factor / read.to(tl.float32))[:, None]
     row = head_index * blocks + block
     store_scaled(fractions_ptr, tops_ptr, None, row, mean, dims, block < blocks, PADDED_DIM)
 
