@@ -12,9 +12,11 @@ import budget_checks
 import not_finite
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
-from psa_kernels.allocation import prices, triton_budget, triton_statistics
+from psa_kernels.allocation import prices, triton_budget, triton_prices, triton_statistics, triton_steps
 from psa_kernels.blocks import group_means
 from psa_kernels.causal import triton_queries
 from psa_kernels.causal.layout import CausalLayout
@@ -127,6 +129,28 @@ def test_prices(levels, rest):
     layout = make_layout(705, 705, 2, 3, torch.randperm(700))
     off = budget_checks.price_steps_off(*inputs(705, heads=1, dtype=dtype), layout, spec, 0.3)
     assert off.max() <= 2 and (off > 1).float().mean() <= 0.03
+
+
+@triton.jit
+def log_kernel(x_ptr, found_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(found_ptr + place, triton_steps.log_steps(tl.load(x_ptr + place), 3.0, 256))
+
+
+def test_logarithms():
+    x = torch.exp2(torch.cat([torch.rand(4000) * 250 - 125, torch.arange(-48.0, 48.0)])).float()
+    found = torch.empty_like(x)
+    log_kernel[(1,)](x, found, SIZE=4096)
+    assert (found - 3 - 256 * x.double().log2()).abs().max() < 256 / 8000
+
+
+def test_a_row_whose_importance_is_not_a_number_has_no_prices():
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16)
+    q, k, v = inputs(130)
+    importance = torch.rand(1, 2, 3, 9)
+    importance[0, 1, 2, 4] = torch.nan
+    found = triton_prices.upgrade_prices(q, k, v, importance, make_layout(130, 130, 0, 0, None), spec, 0.3)
+    assert (found[:, 0, 1, 2] == 0).all() and (found[:, 0, 1, 1] > 0).any()
 
 
 def test_prices_of_fitted_constants():
