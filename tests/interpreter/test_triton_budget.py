@@ -186,6 +186,15 @@ def test_rows_of_several_warps(guesses, monkeypatch):
         budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))
 
 
+@pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
+def test_rows_of_several_chunks(levels, rest, monkeypatch):
+    monkeypatch.setattr(triton_budget, "row_shape", lambda _: {"WORDS": 32, "CHUNK": 64, "num_warps": 1})
+    triton_budget._plan.cache_clear()
+    for kind, key_blocks in (("ends", 149), ("close", 192), ("bell", 193)):
+        density = random.choice(budget_checks.random_densities(rest))
+        budget_checks.check_same_lists(kind, levels, rest, density, (1, 1, 2, key_blocks))
+
+
 @pytest.mark.parametrize(("levels", "rest"), [((1, 2, 4), "skip"), ((2, 8), "mean")], ids=str)
 def test_the_whole_operator(levels, rest):
     spec = AttentionSpec(rule="budget", density=0.3, levels=levels, rest=rest, block_query=64, block_key=16)
