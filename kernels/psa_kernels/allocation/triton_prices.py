@@ -139,7 +139,7 @@ def output_kernel(
     real_row = row < query_blocks
     total = tl.zeros([TILE_M], tl.float32)
     output = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    for first in tl.range(0, key_blocks, TILE_N, num_stages=2):
+    for first in tl.range(0, key_blocks, TILE_N, num_stages=3):
         block = first + tl.arange(0, TILE_N)
         real = block < key_blocks
         weight = tl.load(
