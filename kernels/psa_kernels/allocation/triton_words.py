@@ -13,8 +13,11 @@ from psa_kernels.allocation.triton_lists import advance, smaller
 
 @triton.jit
 def load_words(words, word, row_words):
-    """Words of a row, and past its end what pads it: the highest price."""
-    return tl.load(words + word, mask=word < row_words, other=0x7FFF7FFF)
+    """Words of a row, and past its end, unless that is None, what pads it: the highest price."""
+    if row_words is None:
+        return tl.load(words + word)
+    else:
+        return tl.load(words + word, mask=word < row_words, other=0x7FFF7FFF)
 
 
 @triton.jit
