@@ -4,8 +4,8 @@
     python scripts/bench_allocation.py --levels 1 2 4 8 --density 0.15
 
 Times each kernel of the stage by itself, and the stage, at the sizes of Wan2.1-14B at 720p and of 1.3B at 480p, bf16:
-medians of calls that are enqueued back to back. Besides `ms` it gives `GB/s` where a kernel has to read q, k or v
-whole: it can be no faster than the memory. Calls of the operator make the pyramids of keys and values and find their
+medians of calls that are enqueued back to back. Besides `ms` it gives `GB/s` of what a kernel reads of q, k and v: it
+can be no faster than the memory. Calls of the operator make the pyramids of keys and values and find their
 spread in one pass each. What the rule costs them is in the row `beyond the pyramids`: `pyramids, prices and allocation`
 less both pyramids alone, which every call needs; importance is in neither. For a comparison with another commit run the
 script that it has on the same machine, in one go.
@@ -85,10 +85,11 @@ def rows_of(workload: Workload, options: argparse.Namespace) -> Iterator[dict[st
 
 def kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, permutation: torch.Tensor | None, spec: AttentionSpec
-) -> Iterator[tuple[str, Callable[[], Any], int]]:
-    """Name, call, and how many of q, k and v it reads; each is given what those before it return."""
+) -> Iterator[tuple[str, Callable[[], Any], float]]:
+    """Name, call, and how much it reads of q, k and v, each 1; each is given what those before it return."""
     from psa_kernels.allocation import triton_prices as prices
     from psa_kernels.allocation import triton_statistics as statistics
+    from psa_kernels.allocation.prices import energy_stride
     from psa_kernels.allocation.triton_budget import allocate_budget
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid import triton as pyramid
@@ -102,18 +103,23 @@ def kernels(
     spreads = keys(), values()
     price = partial(prices.upgrade_prices, q, k, v, importance, layout, spec, scale)
     priced = price(*spreads)
+    read = 1 / energy_stride(spec)
     yield "pyramid of keys", partial(pyramid.pool_keys, k, layout, spec, gathered=True), 1
     yield "pyramid of values", partial(pyramid.pool_tokens, v, layout, both.factors), 1
     yield "importance", partial(block_importance, q, k, layout, spec, scale), 0
-    yield "query energy", partial(statistics.query_energy, q, layout, spec, scale), 1
+    yield "query energy", partial(statistics.query_energy, q, layout, spec, scale), read
     yield "key spread alone", partial(statistics.key_spread, k, layout, spec), 1
     yield "value spread alone", partial(statistics.value_spread, v, layout, spec), 1
     yield "pyramid of keys, with their spread", keys, 1
     yield "pyramid of values, with their spread", values, 1
     yield "mean outputs", partial(prices.mean_outputs, q, importance, spreads[1][0]), 0
-    yield "prices, with query energy and mean outputs", partial(price, *spreads), 1
+    yield "prices, with query energy and mean outputs", partial(price, *spreads), read
     yield "allocation", partial(allocate_budget, priced, importance, spec), 0
-    yield "pyramids, prices and allocation", lambda: allocate_budget(price(keys(), values()), importance, spec), 3
+    yield (
+        "pyramids, prices and allocation",
+        lambda: allocate_budget(price(keys(), values()), importance, spec),
+        2 + read,
+    )
 
 
 def tensors(workload: Workload) -> list[torch.Tensor]:
