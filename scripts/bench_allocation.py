@@ -4,10 +4,11 @@
     python scripts/bench_allocation.py --levels 1 2 4 8 --density 0.15
 
 Times each kernel of the stage by itself, and the stage, at the sizes of Wan2.1-14B at 720p and of 1.3B at 480p, bf16:
-medians of calls that are enqueued back to back. Besides `ms` it gives `GB/s` where a kernel has to read q, k or v
-whole: it can be no faster than the memory. Calls of the operator make the pyramid of the keys and find their spread in
-one pass: what the rule costs them is `pyramid of keys, prices and allocation` less `pyramid of keys`. For a comparison
-with another commit copy this script there (from before that pass too), and run both on one machine, in one go.
+medians of calls that are enqueued back to back. Besides `ms` it gives `GB/s` of what a kernel reads of q, k and v: it
+can be no faster than the memory. Calls of the operator make the pyramids of keys and values and find their
+spread in one pass each. What the rule costs them is in the row `beyond the pyramids`: `pyramids, prices and allocation`
+less both pyramids alone, which every call needs; importance is in neither. For a comparison with another commit run the
+script that it has on the same machine, in one go.
 
 Tensors vary smoothly along the tokens, so that rows of prices are spread as those of models are: the search for the
 price takes as many rounds as its rows need. Under half a minute.
@@ -30,7 +31,6 @@ from results import document, write
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import AttentionSpec, AttentionStats
 from psa_kernels.call import make_call
-from psa_kernels.lists import BlockLists
 
 WHAT = "time of each kernel of the rule budget on one call, milliseconds, medians"
 CHOSEN = ("wan2.1-14b-720p", "wan2.1-1.3b-480p")
@@ -43,6 +43,10 @@ def main() -> None:
     options = _arguments()
     if not torch.cuda.is_available():
         raise SystemExit("bench_allocation: no CUDA device")
+    if max(options.levels) > 8:
+        raise SystemExit(
+            f"bench_allocation: --levels {options.levels}: expected at most 8, which are pooled in one pass"
+        )
     rows: list[dict[str, Any]] = []
     for workload in WORKLOADS:
         if workload.name in options.workloads:
@@ -62,20 +66,30 @@ def rows_of(workload: Workload, options: argparse.Namespace) -> Iterator[dict[st
     )
     size = q.numel() * q.element_size()
     density = None
+    found: dict[str, float] = {}
     for kernel, call, reads in kernels(q, k, v, permutation, spec):
-        ms, _ = measure(call, options.repeats)
+        found[kernel] = ms = measure(call, options.repeats)[0]
         if kernel == "allocation":
             density = round(AttentionStats.from_lists(call(), spec, "").density.mean().item(), 4)
         rate = round(reads * size / ms / 1e6) if reads else None
         yield {"workload": workload.name, "kernel": kernel, "ms": round(ms, 4), "GB/s": rate, "density": density}
+    ms = found["pyramids, prices and allocation"] - found["pyramid of keys"] - found["pyramid of values"]
+    yield {
+        "workload": workload.name,
+        "kernel": "beyond the pyramids",
+        "ms": round(ms, 4),
+        "GB/s": None,
+        "density": density,
+    }
 
 
 def kernels(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, permutation: torch.Tensor | None, spec: AttentionSpec
-) -> Iterator[tuple[str, Callable[[], Any], int]]:
-    """Name, call, and how many of q, k and v it reads; each is given what those before it return."""
+) -> Iterator[tuple[str, Callable[[], Any], float]]:
+    """Name, call, and how much it reads of q, k and v, each 1; each is given what those before it return."""
     from psa_kernels.allocation import triton_prices as prices
     from psa_kernels.allocation import triton_statistics as statistics
+    from psa_kernels.allocation.prices import energy_stride
     from psa_kernels.allocation.triton_budget import allocate_budget
     from psa_kernels.importance.triton import block_importance
     from psa_kernels.pyramid import triton as pyramid
@@ -83,34 +97,29 @@ def kernels(
     call = make_call(q, k, v, spec, permutation=permutation)
     layout, scale = call.layout, call.scale
     importance = block_importance(q, k, layout, spec, scale)
-    centres, _ = statistics.value_spread(v, layout, spec)
+    both = pyramid.empty_pyramid(k, v, layout, spec, gathered=True)
+    keys = partial(statistics.key_spread, k, layout, spec, both.keys, both.factors)
+    values = partial(statistics.value_spread, v, layout, spec, both.values, both.factors)
+    spreads = keys(), values()
     price = partial(prices.upgrade_prices, q, k, v, importance, layout, spec, scale)
-    allocate = partial(allocate_budget, price(), importance, spec)
+    priced = price(*spreads)
+    read = 1 / energy_stride(spec)
     yield "pyramid of keys", partial(pyramid.pool_keys, k, layout, spec, gathered=True), 1
-    yield "pyramid of values", partial(pyramid.pool_tokens, v, layout, pyramid.held_factors(layout, spec, True)), 1
+    yield "pyramid of values", partial(pyramid.pool_tokens, v, layout, both.factors), 1
     yield "importance", partial(block_importance, q, k, layout, spec, scale), 0
-    yield "query energy", partial(statistics.query_energy, q, layout, spec, scale), 1
-    yield "key spread", partial(statistics.key_spread, k, layout, spec), 1
-    yield "value spread", partial(statistics.value_spread, v, layout, spec), 1
-    yield "mean outputs", partial(prices.mean_outputs, q, importance, centres), 0
-    yield "prices", price, 3
-    yield "allocation", allocate, 0
-    yield "prices and allocation", lambda: allocate_budget(price(), importance, spec), 3
-
-    # Commits from before the keys were read once for both have to read them twice.
-    together = hasattr(statistics, "pools_alike") and statistics.pools_alike(spec)
-
-    def keys() -> Any:
-        if not together:
-            return pyramid.pool_keys(k, layout, spec, gathered=True), ()
-        found = pyramid.empty_keys(k, layout, spec, gathered=True)
-        return found, (statistics.key_spread(k, layout, spec, found.keys, found.factors),)
-
-    def all_of_it() -> BlockLists:
-        return allocate_budget(price(*keys()[1]), importance, spec)
-
-    yield "pyramid of keys, with their spread" if together else "pyramid of keys, again", keys, 1
-    yield "pyramid of keys, prices and allocation", all_of_it, 3
+    yield "query energy", partial(statistics.query_energy, q, layout, spec, scale), read
+    yield "key spread alone", partial(statistics.key_spread, k, layout, spec), 1
+    yield "value spread alone", partial(statistics.value_spread, v, layout, spec), 1
+    yield "pyramid of keys, with their spread", keys, 1
+    yield "pyramid of values, with their spread", values, 1
+    yield "mean outputs", partial(prices.mean_outputs, q, importance, spreads[1][0]), 0
+    yield "prices, with query energy and mean outputs", partial(price, *spreads), read
+    yield "allocation", partial(allocate_budget, priced, importance, spec), 0
+    yield (
+        "pyramids, prices and allocation",
+        lambda: allocate_budget(price(keys(), values()), importance, spec),
+        2 + read,
+    )
 
 
 def tensors(workload: Workload) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from attention_judges.measure import Measuring
 
 from psa_kernels import AttentionSpec
-from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, _prices, _spread
+from psa_kernels.allocation.prices import COVARIANCE, EXPONENT, _prices, _spread, query_energy
 from psa_kernels.blocks import as_blocks, group_means, group_sizes
 
 
@@ -38,7 +38,7 @@ def pairs_of(measuring: Measuring, spec: AttentionSpec, order: str, importance: 
     centres = group_means(values, spec.block_key)
     outputs = mass @ centres
     distance = outputs.square().sum(-1)[..., None] + centres.square().sum(-1)[..., None, :] - 2 * outputs @ centres.mT
-    energy = group_means(queries.square(), spec.block_query)[:, rows] / queries.shape[-1]
+    energy = query_energy(queries, spec)[:, rows] / queries.shape[-1]
     pooled = pooled_levels(spec)
     noise = torch.stack([energy @ _spread(keys, factor, spec.block_key).mT for factor in pooled])
     spread = torch.stack([_spread(values, factor, spec.block_key).sum(-1)[:, None] for factor in pooled])

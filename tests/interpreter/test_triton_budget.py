@@ -6,15 +6,20 @@ Memory that is not initialized holds what is no number, so that whatever a kerne
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import budget_checks
 import not_finite
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from psa_kernels import AttentionSpec, Importance, psa_attention, select_blocks
-from psa_kernels.allocation import prices, triton_budget, triton_statistics
+from psa_kernels.allocation import prices, triton_budget, triton_prices, triton_statistics, triton_steps
 from psa_kernels.blocks import group_means
+from psa_kernels.causal import triton_queries
+from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.layout import make_layout
 from psa_kernels.pyramid import triton as pyramid
 
@@ -46,8 +51,10 @@ def test_statistics(block_key, levels, rest, tokens):
     wide = [x[:, layout.video_key_tokens(x.device)].transpose(1, 2).double() for x in (q, k, v)]
     half = {"rtol": 2**-10, "atol": 1e-6}
 
-    found = unscaled(triton_statistics.query_energy(q, layout, spec, -0.3), 24)
-    torch.testing.assert_close(found, group_means((0.3 * wide[0]).square(), 64), **half)
+    for how, read in ((Importance(), 8), (Importance(query_stride=64), 64), (Importance("pooled"), 1)):
+        found = triton_statistics.query_energy(q, layout, replace(spec, importance=how), -0.3)
+        expected = group_means((0.3 * wide[0][:, :, ::read]).square(), 64 // read)
+        torch.testing.assert_close(unscaled(found, 24), expected, **half)
     centres, varied = triton_statistics.value_spread(v, layout, spec)
     torch.testing.assert_close(unscaled(centres, 24), group_means(wide[2], block_key), rtol=0, atol=2**-10 * 6)
     torch.testing.assert_close(unscaled(centres, 24).square().sum(-1), centres.squares.double(), rtol=1e-5, atol=0)
@@ -59,22 +66,54 @@ def test_statistics(block_key, levels, rest, tokens):
         torch.testing.assert_close(varied[index].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", [Importance(), Importance(query_stride=32), Importance("pooled")], ids=str)
+@pytest.mark.parametrize("first", [2, 30, 65, 90, 128, 137])
+def test_energy_of_causal_calls(first, how):
+    """Whatever the queries begin with: text, a group of 8 or 32 queries, the inside of one, or the last query."""
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16, importance=how)
+    causal = CausalLayout(3, 135, 2, first, spec.block_query, spec.block_key)
+    q, _, _ = inputs(140 - first, dtype=torch.float16)
+    found = unscaled(triton_queries.query_energy(q, causal, spec, -0.3), 24)
+    for index, row in enumerate(causal.rows):
+        queries = 0.3 * q[:, causal.queries(row)].transpose(1, 2).double()
+        expected = prices.query_energy(queries, spec, causal.span(row)[0] % spec.block_query)
+        torch.testing.assert_close(found[:, :, index : index + 1], expected, rtol=2**-10, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("levels", "gathered", "dtype"),
     [((1, 2, 4), True, torch.float16), ((1, 2, 4, 8), False, torch.float32), ((1, 4), True, torch.float32)],
     ids=str,
 )
-def test_keys_that_are_pooled_in_the_same_pass_are_those_of_the_pyramid(levels, gathered, dtype):
+def test_what_is_pooled_in_the_same_pass_is_that_of_the_pyramid(levels, gathered, dtype):
     spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
     layout = make_layout(88, 88, 2, 3, torch.randperm(83))
-    _, k, _ = inputs(88, batch=2, dtype=dtype)
-    expected = pyramid.pool_keys(k, layout, spec, gathered=gathered)
+    _, k, v = inputs(88, batch=2, dtype=dtype)
+    expected = pyramid.build_pyramid(k, v, layout, spec, gathered=gathered)
     assert triton_statistics.pools_alike(spec) and (1 in expected.factors) == gathered
-    keys = pyramid.empty_keys(k, layout, spec, gathered)
-    spread = triton_statistics.key_spread(k, layout, spec, keys.keys, keys.factors)
-    assert torch.equal(keys.keys, expected.keys) and keys.factors == expected.factors
+    both = pyramid.empty_pyramid(k, v, layout, spec, gathered)
+    spread = triton_statistics.key_spread(k, layout, spec, both.keys, both.factors)
+    centres, varied = triton_statistics.value_spread(v, layout, spec, both.values, both.factors)
+    assert both.factors == expected.factors
+    assert torch.equal(both.keys, expected.keys) and torch.equal(both.values, expected.values)
     alone = triton_statistics.key_spread(k, layout, spec)
-    torch.testing.assert_close(unscaled(spread, 24), unscaled(alone, 24), rtol=2**-9, atol=1e-6)
+    assert torch.equal(spread.fractions, alone.fractions) and torch.equal(spread.tops, alone.tops)
+    centres_alone, varied_alone = triton_statistics.value_spread(v, layout, spec)
+    assert torch.equal(varied, varied_alone)
+    for name in ("fractions", "tops", "squares"):
+        assert torch.equal(getattr(centres, name), getattr(centres_alone, name))
+
+
+@pytest.mark.parametrize("levels", [(1,), (1, 2, 4), (1, 16)], ids=str)
+def test_calls_choose_what_select_blocks_chooses(levels):
+    """Whether the pyramids are filled in the same pass, in passes of their own, or not at all."""
+    spec = AttentionSpec(rule="budget", density=0.3, levels=levels, block_query=64, block_key=16)
+    q, k, v = inputs(157, heads=1, dtype=torch.float16)
+    options = {"text_before": 3, "permutation": torch.randperm(154), "implementation": "triton"}
+    chosen = select_blocks(q, k, spec, v=v, **options)
+    out, lists = psa_attention(q, k, v, spec, return_lists=True, **options)
+    assert torch.equal(lists.ids, chosen.ids) and torch.equal(lists.counts, chosen.counts)
+    assert torch.equal(out, psa_attention(q, k, v, spec, lists=chosen, **options))
 
 
 def test_the_pyramid_of_larger_groups_is_made_by_its_own_kernel():
@@ -90,6 +129,28 @@ def test_prices(levels, rest):
     layout = make_layout(705, 705, 2, 3, torch.randperm(700))
     off = budget_checks.price_steps_off(*inputs(705, heads=1, dtype=dtype), layout, spec, 0.3)
     assert off.max() <= 2 and (off > 1).float().mean() <= 0.03
+
+
+@triton.jit
+def log_kernel(x_ptr, found_ptr, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    tl.store(found_ptr + place, triton_steps.log_steps(tl.load(x_ptr + place), 3.0, 256))
+
+
+def test_logarithms():
+    x = torch.exp2(torch.cat([torch.rand(4000) * 250 - 125, torch.arange(-48.0, 48.0)])).float()
+    found = torch.empty_like(x)
+    log_kernel[(1,)](x, found, SIZE=4096)
+    assert (found - 3 - 256 * x.double().log2()).abs().max() < 256 / 8000
+
+
+def test_a_row_whose_importance_is_not_a_number_has_no_prices():
+    spec = AttentionSpec(rule="budget", density=0.3, block_query=64, block_key=16)
+    q, k, v = inputs(130)
+    importance = torch.rand(1, 2, 3, 9)
+    importance[0, 1, 2, 4] = torch.nan
+    found = triton_prices.upgrade_prices(q, k, v, importance, make_layout(130, 130, 0, 0, None), spec, 0.3)
+    assert (found[:, 0, 1, 2] == 0).all() and (found[:, 0, 1, 1] > 0).any()
 
 
 def test_prices_of_fitted_constants():
@@ -123,6 +184,15 @@ def test_rows_of_several_warps(guesses, monkeypatch):
     triton_budget._plan.cache_clear()
     for kind in ("far", "close", "bell"):
         budget_checks.check_same_lists(kind, (1, 2, 4), "skip", 0.2, (2, 2, 1, 150))
+
+
+@pytest.mark.parametrize(("levels", "rest"), budget_checks.LEVELS, ids=str)
+def test_rows_of_several_chunks(levels, rest, monkeypatch):
+    monkeypatch.setattr(triton_budget, "row_shape", lambda _: {"WORDS": 32, "CHUNK": 64, "num_warps": 1})
+    triton_budget._plan.cache_clear()
+    for kind, key_blocks in (("ends", 149), ("close", 192), ("bell", 193)):
+        density = random.choice(budget_checks.random_densities(rest))
+        budget_checks.check_same_lists(kind, levels, rest, density, (1, 1, 2, key_blocks))
 
 
 @pytest.mark.parametrize(("levels", "rest"), [((1, 2, 4), "skip"), ((2, 8), "mean")], ids=str)

@@ -27,10 +27,14 @@ def random_prices(levels, shape, seed):
     return steps.cumsum(0).clamp(max=HIGHEST_PRICE).sort(0).values.to(torch.int16)
 
 
-@pytest.mark.parametrize("rest", ["skip", "mean"])
-def test_errors_are_those_of_the_formula(rest):
+@pytest.mark.parametrize(
+    ("rest", "how", "read"),
+    [("skip", Importance(), 8), ("mean", Importance("sampled", "mean", 4, 8), 4), ("skip", Importance("pooled"), 1)],
+    ids=str,
+)
+def test_errors_are_those_of_the_formula(rest, how, read):
     torch.manual_seed(3)
-    spec = budget_spec(levels=(1, 2, 8), rest=rest)
+    spec = budget_spec(levels=(1, 2, 8), rest=rest, importance=how)
     q, k, v = (torch.randn(1, 70, 2, 8, dtype=torch.float64) for _ in range(3))
     importance = torch.rand(1, 2, 3, 5, dtype=torch.float64)
     found = prices._errors(*(x[0].transpose(0, 1) for x in (q, k, v)), importance[0], spec)
@@ -39,7 +43,7 @@ def test_errors_are_those_of_the_formula(rest):
         blocks = [slice(start, min(start + 16, 70)) for start in range(0, 70, 16)]
         for i in range(3):
             mass = importance[0, head, i] / importance[0, head, i].sum()
-            energy = queries[i * 32 : (i + 1) * 32].square().mean(0)
+            energy = queries[i * 32 : (i + 1) * 32 : read].square().mean(0)
             output = sum(share * values[block].mean(0) for share, block in zip(mass, blocks, strict=True))
             for j, block in enumerate(blocks):
                 distance = (values[block].mean(0) - output).square().sum()
@@ -56,6 +60,15 @@ def test_errors_are_those_of_the_formula(rest):
                     assert found[level, head, i, j] == pytest.approx(expected.item(), abs=1e-12)
                 if rest == "skip":
                     assert found[3, head, i, j] == pytest.approx((distance * mass[j] ** prices.EXPONENT).item())
+
+
+@pytest.mark.parametrize(
+    ("lead", "read"), [(0, [0, 8, 16]), (5, [0, 3, 11]), (8, [0, 8]), (15, [0, 1]), (23, [0])], ids=str
+)
+def test_the_energy_of_a_block_that_begins_later_is_of_the_first_query_of_each_group(lead, read):
+    queries = torch.randn(2, 24 - lead if lead else 20, 8, dtype=torch.float64)
+    found = prices.query_energy(queries, budget_spec(), lead)
+    torch.testing.assert_close(found, queries[:, read].square().mean(1, keepdim=True))
 
 
 def test_the_constants_of_the_error_model_can_be_chosen():

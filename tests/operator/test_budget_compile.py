@@ -28,16 +28,19 @@ def test_spread(target, name, values, permuted):
     compile_spread(target, name, values, permuted, ())
 
 
-@pytest.mark.parametrize(("held", "permuted"), [((2, 4), False), ((1, 2, 4), True)], ids=str)
+@pytest.mark.parametrize(
+    ("held", "values", "permuted"), [((2, 4), False, False), ((1, 2, 4), False, True), ((1, 2, 4), True, True)], ids=str
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_spread_that_pools(target, held, permuted):
-    compile_spread(target, "psa-3", False, permuted, held)
+def test_spread_that_pools(target, held, values, permuted):
+    compile_spread(target, "psa-3", values, permuted, held)
 
 
 def compile_spread(target, name, values, permuted, held):
     outputs = ("fractions_ptr",) if values else ("centres_ptr", "centre_tops_ptr", "centre_squares_ptr")
     constants = {
         "HELD": held,
+        "SUMS": triton_statistics.pools_alike(BUDGETS[name]),
         **({} if held else {"means_ptr": None, "means_rows": 0}),
         "HEAD_DIM": 128,
         "PADDED_DIM": 128,
@@ -63,6 +66,7 @@ def test_energy(target):
         "PERMUTED": True,
         "WIDE": False,
         "BLOCK": 128,
+        "STRIDE": 8,
     }
     compile_and_check(triton_statistics.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 

@@ -114,7 +114,7 @@ def test_query_tiles(target, count):
 @pytest.mark.parametrize("target", TARGETS)
 def test_energy(target):
     rows = triton_statistics.blocks_at_once(128)
-    constants = {"HEAD_DIM": 96, "PADDED_DIM": 128, "ROWS": rows, "WIDE": False, "BLOCK": 128}
+    constants = {"HEAD_DIM": 96, "PADDED_DIM": 128, "ROWS": rows, "WIDE": False, "BLOCK": 128, "STRIDE": 8}
     compile_and_check(triton_queries.energy_kernel, target, constants, {"num_warps": 4}, tensor_cores=False)
 
 

@@ -74,17 +74,18 @@ def test_groups_of_heads_change_nothing(seed, given, implementation, monkeypatch
     assert torch.equal(parts, whole) and torch.equal(part_stats.level_shares, stats.level_shares)
 
 
-def test_pyramids_take_no_more_memory_than_is_said(monkeypatch):
+@pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(rule="budget", density=0.25)], ids=["count", "budget"])
+def test_pyramids_take_no_more_memory_than_is_said(spec, monkeypatch):
     """Those of all heads would take 3 1/2 times the memory of the output, as tokens are permuted."""
     monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 0)
     tokens, heads, head_dim = 16_384, 40, 128
     q, k, v = (torch.randn(1, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     call = {"permutation": torch.randperm(tokens, device="cuda"), "implementation": "hopper"}
-    psa_attention(q, k, v, AttentionSpec(), **call)
+    psa_attention(q, k, v, spec, **call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    psa_attention(q, k, v, AttentionSpec(), **call)
+    psa_attention(q, k, v, spec, **call)
     extra = torch.cuda.max_memory_allocated() - before
     rest = 2**26  # lists, importance, representatives and the like
     assert q.nbytes < extra < q.nbytes + head_groups.LARGEST_SHARE * q.nbytes + rest

@@ -175,6 +175,31 @@ def test_the_rule_budget_inside_the_operator(seed):
     assert torch.equal(psa_attention(q, k, v, spec, lists=lists, implementation="triton", **options), out)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("levels", [(1, 2, 4), (1, 2, 4, 8), (1, 4)], ids=str)
+@pytest.mark.parametrize("gathered", [True, False])
+def test_what_a_budget_pools_on_the_way_is_the_pyramid_bit_for_bit(gathered, levels, head_dim):
+    """And what it learns on the way is what it learns without: a call chooses the blocks that select_blocks does."""
+    from psa_kernels.allocation import triton_statistics as statistics
+    from psa_kernels.pyramid import triton as pyramids
+
+    spec = AttentionSpec(rule="budget", density=0.25, levels=levels)
+    k, v = (torch.randn(2, 3000, 3, head_dim, device="cuda").to(torch.bfloat16) + 1 for _ in range(2))
+    layout = make_layout(3000, 3000, 20, 3, torch.randperm(2977, device="cuda"))
+    expected = pyramids.build_pyramid(k, v, layout, spec, gathered=gathered)
+    poison_free_memory()
+    both = pyramids.empty_pyramid(k, v, layout, spec, gathered)
+    spread = statistics.key_spread(k, layout, spec, both.keys, both.factors)
+    centres, varied = statistics.value_spread(v, layout, spec, both.values, both.factors)
+    assert torch.equal(both.keys, expected.keys) and torch.equal(both.values, expected.values)
+    alone, (centres_alone, varied_alone) = (
+        statistics.key_spread(k, layout, spec),
+        statistics.value_spread(v, layout, spec),
+    )
+    assert torch.equal(spread.fractions, alone.fractions) and torch.equal(spread.tops, alone.tops)
+    assert torch.equal(varied, varied_alone) and torch.equal(centres.fractions, centres_alone.fractions)
+
+
 def test_a_call_with_a_budget_does_not_wait_for_the_device():
     (q, k, v, spec), options = budget_case(1)
     psa_attention(q, k, v, spec, **options)

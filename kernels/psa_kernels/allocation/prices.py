@@ -7,7 +7,8 @@ query's attention. Inside groups of p tokens let its logits have the variance `n
     pooled p-fold   m^2 (c p / block_key noise * spread + (noise * distance)^2 / 4)
     skipped         m^2 distance^2
 
-The first term is the covariance of weights and values that a mean loses, in `block_key / p` groups that err
+The variance of logits is estimated from the queries that represent a block in the importance. The first term is the
+covariance of weights and values that a mean loses, in `block_key / p` groups that err
 independently. The second is the weight that a group loses because exp is convex. A price is the error that a finer
 level saves for each unit of cost that it adds.
 
@@ -58,6 +59,7 @@ def upgrade_prices(
     layout: TokenLayout,
     spec: AttentionSpec,
     scale: float,
+    lead: int = 0,
 ) -> torch.Tensor:
     """At which price of cost each level of each pair of blocks pays.
 
@@ -65,6 +67,7 @@ def upgrade_prices(
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
         importance: `[B, Hq, query blocks, key blocks]`; shares of its sums over a row stand for m.
         scale: factor on the dot products.
+        lead: of `query_energy`.
 
     Returns:
         int16 `[levels, B, Hq, query blocks, key blocks]`, from 0 to `HIGHEST_PRICE`: entry l is the logarithm of the
@@ -88,7 +91,7 @@ def upgrade_prices(
             shared = len(keys), -1
             queries, mass = queries.unflatten(0, shared), importance[b, part].unflatten(0, shared)
             # The scale goes to the queries, so that what comes of them are variances of logits.
-            errors = _errors(queries * scale, keys[:, None], values[:, None], mass, spec)
+            errors = _errors(queries * scale, keys[:, None], values[:, None], mass, spec, lead)
             prices[:, b, part] = _prices(errors, spec).flatten(1, 2)
 
     run_tasks(product(range(q.shape[0]), range(0, q.shape[2], heads)), worker, q.device)
@@ -104,13 +107,19 @@ def heads_at_once(on_gpu: bool, group: int, key_tokens: int) -> int:
 
 
 def _errors(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, importance: torch.Tensor, spec: AttentionSpec
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    importance: torch.Tensor,
+    spec: AttentionSpec,
+    lead: int = 0,
 ) -> torch.Tensor:
     """Squared error of each level, and last of what `rest` does: `[levels + 1, ..., query blocks, key blocks]`.
 
     Args:
         queries, keys, values: `[..., N, D]` each, whose leading dimensions are broadcast.
         importance: `[..., query blocks, key blocks]`.
+        lead: of `query_energy`.
     """
     model = ERROR_MODELS[spec.error_model]
     mass = importance.to(keys.dtype)
@@ -119,7 +128,7 @@ def _errors(
     outputs = mass @ centres
     distance = outputs.square().sum(-1)[..., None] + centres.square().sum(-1)[..., None, :] - 2 * outputs @ centres.mT
     distance = distance.clamp_min(0)
-    energy = group_means(queries.square(), spec.block_query)
+    energy = query_energy(queries, spec, lead)
     errors = []
     for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
         noise = energy @ _spread(keys, factor, spec.block_key).mT
@@ -129,6 +138,26 @@ def _errors(
     if spec.rest == "skip":
         errors.append(distance)
     return torch.stack(errors) * mass**model.exponent
+
+
+def energy_stride(spec: AttentionSpec) -> int:
+    """One of how many queries tells the energy of a block: those that importance samples, or all where it pools."""
+    return spec.importance.query_stride if spec.importance.estimator == "sampled" else 1
+
+
+def query_energy(queries: torch.Tensor, spec: AttentionSpec, lead: int = 0) -> torch.Tensor:
+    """Mean square, per channel, of the queries that tell the energy of each block: `[..., N, D]` to `[..., blocks, D]`.
+
+    Args:
+        lead: how many tokens stand before the first query in its block, which is the only one if they are not 0. The
+            first query of every `energy_stride` tokens is read, counted from the begin of the block.
+    """
+    stride = energy_stride(spec)
+    cut = -lead % stride
+    read = queries[..., cut::stride, :]
+    if cut:
+        read = torch.cat([queries[..., :1, :], read], dim=-2)
+    return group_means(read.square(), spec.block_query // stride)
 
 
 def _spread(tokens: torch.Tensor, factor: int, block: int) -> torch.Tensor:

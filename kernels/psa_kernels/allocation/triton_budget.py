@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from psa_kernels.allocation.prices import HIGHEST_PRICE
-from psa_kernels.allocation.triton_lists import write_list
+from psa_kernels.allocation.triton_words import below, half_of, load_words, twice, write_word_list
 from psa_kernels.costs import row_budget, unit_costs
 from psa_kernels.lists import BlockLists, id_dtype, list_width
 from psa_kernels.spec import AttentionSpec
@@ -87,6 +87,7 @@ def budget_kernel(
         GUESSES: how often one of the two prices may stay before the interval is halved instead; 0 for always.
     """
     row = tl.program_id(0).to(tl.int64)
+    row_words = price_stride // 2
     LEVELS: tl.constexpr = len(UNITS) - 1
     # A row of each level.
     prices = ()
@@ -123,7 +124,7 @@ def budget_kernel(
                 share = under / tl.maximum(under + over.to(tl.float32), 1)
                 guess = high - ((high - low).to(tl.float32) * share).to(tl.int32)
                 middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        spared = spared_cost(words, middle, price_stride // 2, UNITS, WORDS)
+        spared = spared_cost(words, middle, row_words, UNITS, WORDS)
         found = dearest - spared + (kept_price < middle).to(tl.int32) * (UNITS[LEVELS - 1] - UNITS[LEVELS])
         affordable = found <= budget
         if GUESSES > 0:
@@ -138,21 +139,25 @@ def budget_kernel(
     spent = 0
     begin = 0
     extra = 0
-    while (begin < key_blocks) & (extra <= left):
-        block = begin + tl.arange(0, CHUNK)
-        each = tl.zeros([CHUNK], tl.int32)
+    at_price, at_lower = twice(high), twice(tl.maximum(high - 1, 0))
+    while (begin < row_words) & (extra <= left):
+        word = begin + tl.arange(0, CHUNK // 2)
+        each = tl.zeros([CHUNK // 2], tl.int32)
         for level in tl.static_range(LEVELS):
-            price = tl.load(prices[level] + block, mask=block < key_blocks, other=HIGHEST).to(tl.int32)
-            raised = (price == high - 1) & (block < key_blocks)
+            pair = load_words(words[level], word, row_words)
+            raised = below(pair, at_price) - below(pair, at_lower)
             if level == LEVELS - 1:
-                raised = raised & (block != kept)
-            each += raised.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
-        sums = extra + tl.cumsum(each, 0)
-        within = (sums <= left) & (block < key_blocks)
-        first += tl.sum(within.to(tl.int32), 0)
-        spent = tl.maximum(spent, tl.max(tl.where(within, sums, 0), 0))
-        extra += tl.sum(each, 0)
-        begin += CHUNK
+                raised &= tl.where(word == kept >> 1, ~half_of(kept), -1)
+            each += raised * (UNITS[level] - UNITS[level + 1])
+        # Up to the second block of each word, and up to the first.
+        second = each >> 16
+        sums = extra + tl.cumsum((each & 0xFFFF) + second, 0)
+        within = (sums <= left) & (2 * word + 1 < key_blocks)
+        within_first = (sums - second <= left) & (2 * word < key_blocks)
+        first += tl.sum(within.to(tl.int32) + within_first.to(tl.int32), 0)
+        spent = tl.maximum(spent, tl.max(tl.where(within, sums, tl.where(within_first, sums - second, 0)), 0))
+        extra = tl.max(sums, 0)
+        begin += CHUNK // 2
     left -= spent
     price = high - (first == key_blocks).to(tl.int32)
     first = tl.minimum(first, key_blocks - 1)
@@ -166,58 +171,48 @@ def budget_kernel(
     for level in tl.static_range(LEVELS):
         first_level += (UNITS[level] > allowed).to(tl.int32)
 
-    write_list(
-        ids_ptr, counts_ptr, row, key_blocks, list_width, level_of, (prices, high, kept, first, first_level), LEVELS,
+    write_word_list(
+        ids_ptr, counts_ptr, row, key_blocks, list_width, words, row_words, (high, kept, first, first_level), HIGHEST,
         CHUNK,
     )  # fmt: skip
-
-
-@triton.jit
-def level_of(block, key_blocks, chosen):
-    """Index of the level of some blocks, or that past the last."""
-    prices, price, kept, first, first_level = chosen
-    price = price - (block < first).to(tl.int32)
-    found = tl.zeros(block.shape, tl.int32)
-    for level in tl.static_range(len(prices)):
-        upgrade = tl.load(prices[level] + block, mask=block < key_blocks, other=-0x8000).to(tl.int32)
-        cheaper = upgrade < price
-        if level == len(prices) - 1:
-            cheaper = cheaper & (block != kept)
-        found += cheaper.to(tl.int32)
-    return tl.where(block == first, first_level, found)
 
 
 @triton.jit
 def spared_cost(words, price, row_words, UNITS: tl.constexpr, WORDS: tl.constexpr):
     """What a row costs less than all its blocks at the finest level, if upgrades are bought that cost a price or more.
 
-    A price has 15 bits. The bit above each of the two in a word is set, a price less than `price` or not, by one
-    subtraction, and these bits are added up in two counters of 16 bits: a price of 0 to 32,767 is not below 0, and all
-    but 32,767, of which padding consists, are below that.
+    The prices below that one are added up in two counters of 16 bits.
     """
-    threshold = price + 0x7FFF
-    threshold |= threshold << 16
     counts = tl.zeros([WORDS], tl.int32)
-    for begin in range(0, row_words, WORDS):
-        word = begin + tl.arange(0, WORDS)
-        for level in tl.static_range(len(words)):
-            pair = tl.load(words[level] + word, mask=word < row_words, other=0x7FFF7FFF)
-            counts += (((threshold - pair) >> 15) & 0x10001) * (UNITS[level] - UNITS[level + 1])
+    # Parts that are whole need no masks, which cost as much as a fifth of what is done with them.
+    whole = row_words // WORDS * WORDS
+    for begin in range(0, whole, WORDS):
+        counts += spared_of(words, begin + tl.arange(0, WORDS), None, price, UNITS)
+    if whole < row_words:
+        counts += spared_of(words, whole + tl.arange(0, WORDS), row_words, price, UNITS)
     return tl.sum((counts & 0xFFFF) + ((counts >> 16) & 0xFFFF), 0)
+
+
+@triton.jit
+def spared_of(words, word, row_words, price, UNITS: tl.constexpr):
+    """What some words spare, in both halves."""
+    threshold = twice(price)
+    spared = tl.zeros(word.shape, tl.int32)
+    for level in tl.static_range(len(words)):
+        spared += below(load_words(words[level], word, row_words), threshold) * (UNITS[level] - UNITS[level + 1])
+    return spared
 
 
 @triton.jit
 def most_important(importance, key_blocks, CHUNK: tl.constexpr):
     """The first of a row's most important blocks."""
-    largest = tl.full([], -1, tl.int32)
-    found = tl.full([], 0, tl.int32)
+    largest = tl.full([CHUNK], -1, tl.int32)
+    found = tl.full([CHUNK], 0, tl.int32)
     for begin in range(0, key_blocks, CHUNK):
         block = begin + tl.arange(0, CHUNK)
         # As integers floats that are not negative compare alike, and any that is not a number is the largest.
         key = tl.load(importance + block, mask=block < key_blocks, other=0.0).to(tl.int32, bitcast=True)
         key = tl.where(block < key_blocks, key, -1)
-        top = tl.max(key, 0)
-        place = tl.min(tl.where(key == top, block, 0x7FFFFFFF), 0)
-        found = tl.where(top > largest, place, found)
-        largest = tl.maximum(largest, top)
-    return found
+        found = tl.where(key > largest, block, found)
+        largest = tl.maximum(largest, key)
+    return tl.min(tl.where(largest == tl.max(largest, 0), found, 0x7FFFFFFF), 0)

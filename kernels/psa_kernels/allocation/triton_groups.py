@@ -14,17 +14,18 @@ UNROLLED = tl.constexpr(8)
 @triton.jit
 def group_squares(
     head, means, permutation, first, dims, stride_n, video, text_before, LEVEL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, HELD: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr,
-    RAGGED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, HELD: tl.constexpr, SUMS: tl.constexpr, PERMUTED: tl.constexpr,
+    WIDE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """The groups of a level that start at positions `first`: their means, and squared deviations inside finer groups.
 
     Groups are joined to larger ones by the formula of Chan, Golub and LeVeque (1979), which needs no difference of
-    large numbers. Where some sizes are `HELD`, sums are carried instead of means, so that the means that are stored on
-    the way are those of the pyramid's own kernel.
+    large numbers. With `SUMS`, sums are carried instead of means, so that the means that are stored on the way, of the
+    sizes `HELD`, are those of the pyramid's own kernel.
 
     Args:
         LEVEL: index into `FACTORS`, or -1 for single tokens.
+        HELD: empty without `SUMS`.
         RAGGED: whether tokens may be missing.
 
     Returns:
@@ -43,13 +44,13 @@ def group_squares(
         if FACTORS[LEVEL] <= UNROLLED:
             found, inside = group_squares(
                 head, means, permutation, first, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM, PADDED_DIM,
-                FACTORS, HELD, PERMUTED, WIDE, RAGGED,
+                FACTORS, HELD, SUMS, PERMUTED, WIDE, RAGGED,
             )  # fmt: skip
             between = tl.zeros_like(found)
             for part in tl.static_range(1, PARTS):
                 found, inside, between = join(
                     found, inside, between, part, head, means, permutation, first, dims, stride_n, video, text_before,
-                    LEVEL, HEAD_DIM, PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, RAGGED,
+                    LEVEL, HEAD_DIM, PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, RAGGED,
                 )  # fmt: skip
         else:
             found = tl.zeros([first.shape[0], PADDED_DIM], tl.float32)
@@ -60,7 +61,7 @@ def group_squares(
             for part in range(PARTS):
                 found, inside, between = join(
                     found, inside, between, part, head, means, permutation, first, dims, stride_n, video, text_before,
-                    LEVEL, HEAD_DIM, PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, RAGGED,
+                    LEVEL, HEAD_DIM, PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, RAGGED,
                 )  # fmt: skip
         if LEVEL > 0:
             between += inside[LEVEL - 1]
@@ -72,13 +73,13 @@ def group_squares(
 def join(
     found, inside, between, part, head, means, permutation, first, dims, stride_n, video, text_before,
     LEVEL: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, FACTORS: tl.constexpr, HELD: tl.constexpr,
-    PERMUTED: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
+    SUMS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Join part number `part` of groups, themselves groups of the next finer level, to the parts before it."""
     STEP: tl.constexpr = FACTORS[LEVEL - 1] if LEVEL > 0 else 1
     next_found, next_inside = group_squares(
         head, means, permutation, first + part * STEP, dims, stride_n, video, text_before, LEVEL - 1, HEAD_DIM,
-        PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, RAGGED,
+        PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, RAGGED,
     )  # fmt: skip
     if RAGGED:
         before = tl.minimum(tl.maximum(video - first, 0), part * STEP).to(tl.float32)
@@ -88,7 +89,7 @@ def join(
     else:
         share = 1.0 / (part + 1)
         weight = STEP * part * share
-    if len(HELD) > 0:
+    if SUMS:
         if RAGGED:
             difference = next_found / tl.maximum(new, 1)[:, None] - found / tl.maximum(before, 1)[:, None]
         else:

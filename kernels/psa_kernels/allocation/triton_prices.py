@@ -18,6 +18,7 @@ from psa_kernels.allocation.triton_statistics import (
     store_scaled,
     value_spread,
 )
+from psa_kernels.allocation.triton_steps import price_steps
 from psa_kernels.blocks import block_count
 from psa_kernels.heads import group_size
 from psa_kernels.layout import TokenLayout
@@ -40,7 +41,8 @@ def upgrade_prices(
     layout: TokenLayout,
     spec: AttentionSpec,
     scale: float,
-    spread: ScaledRows | None = None,
+    of_keys: ScaledRows | None = None,
+    of_values: tuple[ScaledRows, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """At which price of cost each level of each pair of blocks pays.
 
@@ -48,15 +50,14 @@ def upgrade_prices(
         q, k, v: `[B, Nq, Hq, D]` and twice `[B, Nk, Hkv, D]`, all tokens, in the order of the model.
         importance: float32 `[B, Hq, query blocks, key blocks]`, from 0 to 1, whose rows lie at equal distances.
         scale: factor on the dot products.
-        spread: of `key_spread`, where it is known already.
+        of_keys, of_values: of `key_spread` and `value_spread`, where they are known already.
 
     Returns:
         `empty_prices`, filled: what the reference returns, but for roundings.
     """
     energy = query_energy(q, layout, spec, scale)
-    if spread is None:
-        spread = key_spread(k, layout, spec)
-    centres, varied = value_spread(v, layout, spec)
+    spread = key_spread(k, layout, spec) if of_keys is None else of_keys
+    centres, varied = value_spread(v, layout, spec) if of_values is None else of_values
     outputs, totals = mean_outputs(q, importance, centres)
     batch, heads, query_blocks, key_blocks = importance.shape
     prices = empty_prices(len(spec.levels), batch, heads, query_blocks, key_blocks, q.device)
@@ -138,7 +139,7 @@ def output_kernel(
     real_row = row < query_blocks
     total = tl.zeros([TILE_M], tl.float32)
     output = tl.zeros([TILE_M, PADDED_DIM], tl.float32)
-    for first in tl.range(0, key_blocks, TILE_N, num_stages=2):
+    for first in tl.range(0, key_blocks, TILE_N, num_stages=3):
         block = first + tl.arange(0, TILE_N)
         real = block < key_blocks
         weight = tl.load(
@@ -207,19 +208,12 @@ def price_kernel(
         mask=real_row[:, None] & real[None, :], other=0.0,
     )  # fmt: skip
     total = tl.load(totals_ptr + queries + row, mask=real_row, other=1.0)
-    # What multiplies every error of a pair multiplies its prices.
-    factor = EXPONENT * tl.math.log2(importance / total[:, None])
-    price = tl.zeros([TILE_M, TILE_N], tl.int32)
+    prices = price_steps(errors, importance, total, LEVELS, BLOCK_KEY, SKIP, EXPONENT, STEPS, HIGHEST)
     for level in tl.static_range(len(LEVELS)):
-        steps = tl.floor((tl.math.log2(least_slope(errors, level, LEVELS, BLOCK_KEY, SKIP)) + factor) * STEPS)
-        steps += HIGHEST // 2
-        # False for what is not a number.
-        steps = tl.where(steps >= 0, tl.minimum(steps, HIGHEST), 0)
-        price = tl.maximum(price, steps.to(tl.int32))
         tl.store(
             prices_ptr + (level * all_queries + queries) * price_stride
             + (row[:, None] * price_stride + block[None, :]),
-            tl.where(real[None, :], price, HIGHEST).to(tl.int16),
+            tl.where(real[None, :], prices[level], HIGHEST).to(tl.int16),
             mask=real_row[:, None] & (block < price_stride)[None, :],
         )  # fmt: skip
 
@@ -249,27 +243,6 @@ def pooled_error(noise, varied, distance, share, COVARIANCE: tl.constexpr, CONVE
         distance: squared, of the block's mean value from the output.
     """
     return COVARIANCE * share * noise * varied + noise * noise * distance * CONVEXITY
-
-
-@triton.jit
-def least_slope(errors, LEVEL: tl.constexpr, LEVELS: tl.constexpr, BLOCK_KEY: tl.constexpr, SKIP: tl.constexpr):
-    """The least error that a level spares for each unit of cost, against any coarser choice; 0 if there is none."""
-    if per_cost(LEVELS, LEVEL, len(LEVELS), BLOCK_KEY, SKIP) == 0:
-        return tl.zeros(errors[LEVEL].shape, tl.float32)
-    else:
-        least = tl.full(errors[LEVEL].shape, float("inf"), tl.float32)
-        for other in tl.static_range(LEVEL + 1, len(errors)):
-            slope = (errors[other] - errors[LEVEL]) * per_cost(LEVELS, LEVEL, other, BLOCK_KEY, SKIP)
-            least = tl.minimum(least, slope, tl.PropagateNan.ALL)
-        return least
-
-
-@triton.constexpr_function
-def per_cost(levels, level, coarser, block_key, skip):
-    """1 / what a coarser choice costs less, in shares of the cost of a block's tokens; 0 if it costs no less."""
-    costs = [1 / factor for factor in levels] + [0.0 if skip else 1 / block_key]
-    saved = costs[level] - costs[coarser]
-    return 1 / saved if saved > 0 else 0
 
 
 @triton.jit

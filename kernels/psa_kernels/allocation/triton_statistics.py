@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_groups import UNROLLED, group_squares, load_tokens, real_tokens
 from psa_kernels.blocks import block_count
+from psa_kernels.importance.representatives import smaller
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -40,14 +42,17 @@ class ScaledRows:
 def query_energy(q: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, scale: float) -> ScaledRows:
     """Mean square of `scale` times the queries, per channel, of each query block: `[B, H, query blocks, D]`.
 
+    Only those are read that tell it, one of `energy_stride`.
+
     Args:
         q: `[B, Nq, H, D]`, all queries, in the order of the model.
     """
     blocks = block_count(layout.video_queries, spec.block_query)
+    constants = (("BLOCK", spec.block_query), ("STRIDE", energy_stride(spec)))
     energy = empty_rows(q, (), blocks)
     launch = _prepared(
         energy_kernel, q.shape, q.stride(), q.dtype, q.device, layout.text_before, layout.video_queries,
-        layout.permutation is not None, blocks, (scale * scale,), (("BLOCK", spec.block_query),),
+        layout.permutation is not None, blocks, (scale * scale,), constants,
     )  # fmt: skip
     launch(q, layout.short_permutation, energy.fractions, energy.tops)
     return energy
@@ -65,12 +70,13 @@ def key_spread(
     Args:
         k: `[B, Nk, H, D]`, all keys, in the order of the model.
         means: None, or `[B, H, rows, D]` in the dtype of k, the keys of a pyramid with these `factors`, which is filled
-            in the same pass: with what the pyramid's own kernel would write, bit for bit, if `spec` `pools_alike`.
+            in the same pass: with what the pyramid's own kernel would write, bit for bit. Then `spec` has to
+            `pools_alike`. What is returned does not depend on it.
     """
     blocks = block_count(layout.video_keys, spec.block_key)
     spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
-    launch = _of_keys(k, layout, spec, blocks, values=False, held=factors if means is not None else ())
-    launch(k, means, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
+    launch = _of_keys(k, layout, spec, blocks, False, factors)
+    launch(k, means if factors else None, layout.short_permutation, spread.fractions, spread.tops, None, None, None)
     return spread
 
 
@@ -79,11 +85,18 @@ def pools_alike(spec: AttentionSpec) -> bool:
     return all(factor <= UNROLLED.value for factor in pooled_factors(spec))
 
 
-def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> tuple[ScaledRows, torch.Tensor]:
+def value_spread(
+    v: torch.Tensor,
+    layout: TokenLayout,
+    spec: AttentionSpec,
+    means: torch.Tensor | None = None,
+    factors: tuple[int, ...] = (),
+) -> tuple[ScaledRows, torch.Tensor]:
     """The mean value of each block, `[B, H, key blocks, D]`, and what its values vary by inside groups.
 
     Args:
         v: `[B, Nk, H, D]`, all values, in the order of the model.
+        means, factors: as in `key_spread`, the values of a pyramid.
 
     Returns:
         The means; and, summed over the channels and a mean over each block, the variance inside groups: float32
@@ -92,8 +105,11 @@ def value_spread(v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -> t
     blocks = block_count(layout.video_keys, spec.block_key)
     centres = empty_rows(v, (), blocks, squares=True)
     spread = torch.empty(len(pooled_factors(spec)), *centres.tops.shape, device=v.device)
-    launch = _of_keys(v, layout, spec, blocks, values=True)
-    launch(v, None, layout.short_permutation, None, spread, centres.fractions, centres.tops, centres.squares)
+    launch = _of_keys(v, layout, spec, blocks, True, factors)
+    launch(
+        v, means if factors else None, layout.short_permutation, None, spread, centres.fractions, centres.tops,
+        centres.squares,
+    )  # fmt: skip
     return centres, spread
 
 
@@ -121,13 +137,15 @@ def empty_rows(x: torch.Tensor, leading: tuple[int, ...], blocks: int, squares: 
 
 
 def _of_keys(
-    x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool, held: tuple[int, ...] = ()
+    x: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, blocks: int, values: bool, held: tuple[int, ...]
 ) -> Launch:
     """What finds variances of keys or values `[B, Nk, H, D]`, and the means of groups of the sizes `held`."""
     rows = sum(block_count(layout.video_keys, factor) for factor in held)
+    # Lists do not depend on whether a pyramid is filled on the way.
+    constants = (*tree(spec), ("VALUES", values), ("HELD", held), ("SUMS", pools_alike(spec)))
     return _prepared(
         spread_kernel, x.shape, x.stride(), x.dtype, x.device, layout.text_before, layout.video_keys,
-        layout.permutation is not None, blocks, (rows,), (*tree(spec), ("VALUES", values), ("HELD", held)),
+        layout.permutation is not None, blocks, (rows,), constants,
     )  # fmt: skip
 
 
@@ -158,23 +176,25 @@ def blocks_at_once(padded: int) -> int:
 def energy_kernel(
     x_ptr, permutation, fractions_ptr, tops_ptr, stride_b, stride_n, stride_h, heads, video, text_before, blocks,
     factor, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """`factor` times the mean square, per channel, of each of `ROWS` blocks of one head."""
+    """`factor` times the mean square, per channel, of one of `STRIDE` tokens of each of `ROWS` blocks of one head."""
     head_index = tl.program_id(0).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
     dims = tl.arange(0, PADDED_DIM)
     block = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for start in range(0, BLOCK, UNROLLED):
-        for part in tl.static_range(UNROLLED):
-            position = block * BLOCK + start + part
+    PARTS: tl.constexpr = smaller(BLOCK // STRIDE, UNROLLED)
+    for start in range(0, BLOCK, PARTS * STRIDE):
+        for part in tl.static_range(PARTS):
+            position = block * BLOCK + start + part * STRIDE
             x = load_tokens(
                 head, permutation, position, dims, stride_n, video, text_before, HEAD_DIM, PADDED_DIM, PERMUTED, WIDE,
                 True,
             )  # fmt: skip
             total += x * x
-    mean = total * (factor / real_tokens(block * BLOCK, BLOCK, video))[:, None]
+    read = tl.cdiv(tl.maximum(tl.minimum(video - block * BLOCK, BLOCK), 1), STRIDE)
+    mean = total * (factor / read.to(tl.float32))[:, None]
     row = head_index * blocks + block
     store_scaled(fractions_ptr, tops_ptr, None, row, mean, dims, block < blocks, PADDED_DIM)
 
@@ -184,7 +204,7 @@ def spread_kernel(
     x_ptr, means_ptr, permutation, fractions_ptr, spread_ptr, centres_ptr, centre_tops_ptr, centre_squares_ptr,
     stride_b, stride_n, stride_h, heads, video, text_before, blocks, means_rows, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, FACTORS: tl.constexpr,
-    WANTED: tl.constexpr, VALUES: tl.constexpr, HELD: tl.constexpr,
+    WANTED: tl.constexpr, VALUES: tl.constexpr, HELD: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """Variances inside groups of `ROWS` blocks of one head; of values their sums over channels, and the means.
 
@@ -205,12 +225,12 @@ def spread_kernel(
     if (tl.program_id(1) + 1) * ROWS * BLOCK <= video:
         mean, squares = group_squares(
             head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, False,
+            PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, False,
         )  # fmt: skip
     else:
         mean, squares = group_squares(
             head, means, permutation, block * BLOCK, dims, stride_n, video, text_before, len(FACTORS) - 1, HEAD_DIM,
-            PADDED_DIM, FACTORS, HELD, PERMUTED, WIDE, True,
+            PADDED_DIM, FACTORS, HELD, SUMS, PERMUTED, WIDE, True,
         )  # fmt: skip
     size = real_tokens(block * BLOCK, BLOCK, video)
     for index in tl.static_range(len(WANTED)):
@@ -221,6 +241,8 @@ def spread_kernel(
         else:
             store_scaled(fractions_ptr, spread_ptr, None, place, variance, dims, real, PADDED_DIM)
     if VALUES:
+        if SUMS:
+            mean = mean / size[:, None]
         store_scaled(centres_ptr, centre_tops_ptr, centre_squares_ptr, row, mean, dims, real, PADDED_DIM)
 
 

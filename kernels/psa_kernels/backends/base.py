@@ -50,7 +50,8 @@ class Backend(ABC):
 
         Args:
             selects: whether `select` will get it.
-            alone: whether it is made for all heads at once. Then there is memory for values before `attend` too.
+            alone: whether it is made for all heads at once. Then there is memory for values before `attend` too. Of
+                some of the heads they may be there as well, if the selection reads them anyway.
         """
         raise NotImplementedError(f"{self.name} says that it has a pyramid, but pools no keys")
 

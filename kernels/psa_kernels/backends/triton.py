@@ -83,19 +83,20 @@ class Triton(Backend):
         return call.answers[key]
 
     def pool_keys(self, call: Call, selects: bool, alone: bool = False) -> Any:
-        """The pyramid of keys; with values too, if holding them during the selection costs little memory.
+        """The pyramid of keys; with values too, if the selection reads them or holding them meanwhile costs little.
 
         None if all heads are attended at once, and `select` reads nothing of the pyramid: `attend` makes it then.
         """
         pyramid = kernels("pyramid.triton")
         k, layout, spec = call.k, call.layout, call.spec
         if selects and spec.rule == "budget" and call.causal is None:
-            from psa_kernels.allocation.triton_statistics import key_spread, pools_alike
-
-            if pools_alike(spec):
-                # The keys are read once for the pyramid and for the prices.
-                keys = pyramid.empty_keys(k, layout, spec, self.gathered)
-                return replace(keys, spread=key_spread(k, layout, spec, keys.keys, keys.factors))
+            statistics = kernels("allocation.triton_statistics")
+            if statistics.pools_alike(spec):
+                # Keys and values are read once for the pyramid and for the prices.
+                both = pyramid.empty_pyramid(k, call.v, layout, spec, self.gathered)
+                of_keys = statistics.key_spread(k, layout, spec, both.keys, both.factors)
+                of_values = statistics.value_spread(call.v, layout, spec, both.values, both.factors)
+                return replace(both, key_spread=of_keys, value_spread=of_values)
         if alone and call.causal is None and self.in_one_go and not (selects and spec.similarity is not None):
             return None
         v = call.v if alone and (not selects or call.v.nbytes <= FEW_VALUES) else None
@@ -109,12 +110,11 @@ class Triton(Backend):
         q, k, layout, spec, scale = call.q, call.k, call.layout, call.spec, call.scale
         importance = kernels("importance.triton").block_importance(q, k, layout, spec, scale, call.answers)
         if spec.rule == "budget":
-            from psa_kernels.allocation.triton_budget import allocate_budget
-            from psa_kernels.allocation.triton_prices import upgrade_prices
-
-            spread = None if keys is None else keys.spread
-            prices = upgrade_prices(q, k, call.v, importance, layout, spec, scale, spread)
-            return allocate_budget(prices, importance, spec)
+            found = (None, None) if keys is None else (keys.key_spread, keys.value_spread)
+            priced = kernels("allocation.triton_prices")
+            prices = priced.upgrade_prices(q, k, call.v, importance, layout, spec, scale, *found)
+            chosen: BlockLists = kernels("allocation.triton_budget").allocate_budget(prices, importance, spec)
+            return chosen
         coarsest = None if keys is None else keys.coarsest
         if keys is None and spec.similarity is not None:
             coarsest = kernels("pyramid.triton").coarsest_levels(k, layout, spec)

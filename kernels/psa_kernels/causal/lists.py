@@ -54,7 +54,8 @@ def select(
         if spec.rule == "budget":
             past = slice(causal.text_before, causal.text_before + candidates * spec.block_key)
             alone = TokenLayout(0, 0, queries.shape[1], candidates * spec.block_key)
-            prices = upgrade_prices(queries, k[:, past], v[:, past], importance, alone, spec, scale)
+            lead = causal.span(row)[0] % spec.block_query
+            prices = upgrade_prices(queries, k[:, past], v[:, past], importance, alone, spec, scale, lead)
             level[:, :, index : index + 1, :candidates] = budget_levels(prices, importance, spec, kept)
         else:
             caps = None if coarsest is None else coarsest[:, :, :candidates]

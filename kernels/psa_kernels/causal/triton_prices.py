@@ -15,7 +15,6 @@ from psa_kernels.allocation.prices import ERROR_MODELS, HIGHEST_PRICE, STEPS_PER
 from psa_kernels.allocation.triton_prices import (
     TILE,
     empty_prices,
-    least_slope,
     load_fractions,
     pooled_error,
     products,
@@ -27,6 +26,7 @@ from psa_kernels.allocation.triton_statistics import (
     store_scaled,
     value_spread,
 )
+from psa_kernels.allocation.triton_steps import price_steps
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.causal.triton_queries import query_energy
@@ -196,18 +196,11 @@ def price_kernel(
             mask=past, other=0.0,
         )  # fmt: skip
         total = tl.load(totals_ptr + queries + row, mask=real_row, other=1.0)
-        # What multiplies every error of a pair multiplies its prices.
-        factor = EXPONENT * tl.math.log2(importance / total[:, None])
-        price = tl.zeros([TILE_M, TILE_N], tl.int32)
+        prices = price_steps(errors, importance, total, LEVELS, BLOCK_KEY, SKIP, EXPONENT, STEPS, HIGHEST)
         for level in tl.static_range(len(LEVELS)):
-            steps = tl.floor((tl.math.log2(least_slope(errors, level, LEVELS, BLOCK_KEY, SKIP)) + factor) * STEPS)
-            steps += HIGHEST // 2
-            # False for what is not a number.
-            steps = tl.where(steps >= 0, tl.minimum(steps, HIGHEST), 0)
-            price = tl.maximum(price, steps.to(tl.int32))
             tl.store(
                 prices_ptr + (level * all_queries + queries) * price_stride
                 + (row[:, None] * price_stride + block[None, :]),
-                tl.where(free, price, HIGHEST).to(tl.int16),
+                tl.where(free, prices[level], HIGHEST).to(tl.int16),
                 mask=real_row[:, None] & (block < price_stride)[None, :],
             )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_statistics import UNROLLED, ScaledRows, blocks_at_once, empty_rows, store_scaled
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
@@ -59,16 +60,20 @@ def _tiling(
 
 
 def query_energy(q: torch.Tensor, causal: CausalLayout, spec: AttentionSpec, scale: float) -> ScaledRows:
-    """Mean square of `scale` times the queries, per channel, of each row of blocks: `[B, H, rows, D]`."""
+    """Mean square of `scale` times the queries, per channel, of each row of blocks: `[B, H, rows, D]`.
+
+    Only those are read that tell it: the first query of every `energy_stride` tokens.
+    """
     rows = len(causal.rows)
     energy = empty_rows(q, (), rows)
-    _energy(q.shape, q.stride(), q.device, causal, spec.block_query, scale)(q, energy.fractions, energy.tops)
+    launch = _energy(q.shape, q.stride(), q.device, causal, spec.block_query, energy_stride(spec), scale)
+    launch(q, energy.fractions, energy.tops)
     return energy
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _energy(
-    shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, block: int, scale: float
+    shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, block: int, stride: int, scale: float
 ) -> Launch:
     batch, _, heads, head_dim = shape
     padded = padded_dim(head_dim)
@@ -76,7 +81,8 @@ def _energy(
     return Launch(
         energy_kernel, (batch * heads, block_count(rows, at_once)),
         (*strides[:3], heads, causal.lead, causal.lead + causal.video_queries, causal.query_shift, rows, scale * scale),
-        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=at_once, WIDE=are_wide((shape, strides)), BLOCK=block, num_warps=4,
+        HEAD_DIM=head_dim, PADDED_DIM=padded, ROWS=at_once, WIDE=are_wide((shape, strides)), BLOCK=block, STRIDE=stride,
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -117,20 +123,24 @@ def tile_kernel(
 def energy_kernel(
     x_ptr, fractions_ptr, tops_ptr, stride_b, stride_n, stride_h, heads, lead, end, shift, rows, factor,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """`factor` times the mean square, per channel, of the queries of each of `ROWS` rows of one head."""
+    """`factor` times the mean square, per channel, of one of `STRIDE` queries of each of `ROWS` rows of one head."""
     head_index = tl.program_id(0).to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
     dims = tl.arange(0, PADDED_DIM)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for start in range(0, BLOCK, UNROLLED):
-        for part in tl.static_range(UNROLLED):
-            position = row * BLOCK + start + part
-            real = (position >= lead) & (position < end)
+    PARTS: tl.constexpr = smaller(BLOCK // STRIDE, UNROLLED)
+    for start in range(0, BLOCK, PARTS * STRIDE):
+        for part in tl.static_range(PARTS):
+            group = row * BLOCK + start + part * STRIDE
+            position = tl.maximum(group, lead)
+            real = position < tl.minimum(group + STRIDE, end)
             tokens = head + row_offsets(position + shift, stride_n, WIDE)
             x = load_real_rows(tokens, dims, real, HEAD_DIM).to(tl.float32)
             total += x * x
-    count = tl.minimum(row * BLOCK + BLOCK, end) - tl.maximum(row * BLOCK, lead)
+    # Groups with a query.
+    count = tl.cdiv(tl.minimum(row * BLOCK + BLOCK, end), STRIDE) - tl.maximum(row * BLOCK, lead) // STRIDE
     mean = total * (factor / tl.maximum(count, 1).to(tl.float32))[:, None]
     store_scaled(fractions_ptr, tops_ptr, None, head_index * rows + row, mean, dims, row < rows, PADDED_DIM)

@@ -24,7 +24,8 @@ class TritonPyramid:
         factors: the pooling factors of these levels.
         coarsest: None, or int32 `[B, Hkv, key blocks]`: index of the coarsest level each key block may have.
         source_values, values: as those of the keys; None until they are needed.
-        spread: None, or what the rule `budget` wants to know of the keys, where it was found in the same pass.
+        key_spread, value_spread: None, or what the rule `budget` wants to know of keys and values, where it was found
+            in the same pass.
     """
 
     source_keys: torch.Tensor
@@ -33,7 +34,8 @@ class TritonPyramid:
     coarsest: torch.Tensor | None
     source_values: torch.Tensor | None = None
     values: torch.Tensor | None = None
-    spread: Any = None
+    key_spread: Any = None
+    value_spread: Any = None
 
     def key_rows(self, layout: TokenLayout, spec: AttentionSpec) -> list[torch.Tensor | None]:
         """Keys of the text before and after the video, None where there is none, and of every level: `[B, H, rows, D]`.

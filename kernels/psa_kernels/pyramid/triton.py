@@ -61,12 +61,14 @@ def pool_keys(
     return TritonPyramid(k, keys, factors, coarsest)
 
 
-def empty_keys(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, gathered: bool = False) -> TritonPyramid:
-    """The pyramid of keys `[B, N, H, D]` without a cap, uninitialized: for a kernel that reads them anyway."""
+def empty_pyramid(
+    k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, spec: AttentionSpec, gathered: bool = False
+) -> TritonPyramid:
+    """The pyramid of keys and values `[B, N, H, D]` without a cap, uninitialized: for kernels that read them anyway."""
     batch, _, heads, head_dim = k.shape
     rows = pyramid_rows(layout, spec, gathered)
-    keys = torch.empty(batch, heads, rows, head_dim, dtype=k.dtype, device=k.device)
-    return TritonPyramid(k, keys, held_factors(layout, spec, gathered), None)
+    keys, values = (torch.empty(batch, heads, rows, head_dim, dtype=k.dtype, device=k.device) for _ in range(2))
+    return TritonPyramid(k, keys, held_factors(layout, spec, gathered), None, v, values)
 
 
 def add_values(pyramid: TritonPyramid, v: torch.Tensor, layout: TokenLayout) -> TritonPyramid:
