@@ -16,8 +16,8 @@ import triton.language as tl
 
 from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_groups import UNROLLED, group_squares, load_tokens, real_tokens
+from psa_kernels.allocation.triton_lists import smaller
 from psa_kernels.blocks import block_count
-from psa_kernels.importance.representatives import smaller
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
