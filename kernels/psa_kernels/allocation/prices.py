@@ -8,9 +8,9 @@ query's attention. Inside groups of p tokens let its logits have the variance `n
     skipped         m^2 distance^2
 
 The variance of logits is estimated from the queries that represent a block in the importance. The first term is the
-covariance of weights and values that a mean loses, in `block_key / p` groups that err
-independently. The second is the weight that a group loses because exp is convex. A price is the error that a finer
-level saves for each unit of cost that it adds.
+covariance of weights and values that a mean loses, in `block_key / p` groups that err independently. The second is the
+weight that a group loses because exp is convex. A price is the error that a finer level saves for each unit of cost
+that it adds.
 
 Some constants differ from this theory. Those of the error model `tuned` brought videos of the demo model closest to the
 dense ones: c is 16, while independent groups would have at most 1, because their errors are not independent; and m has
