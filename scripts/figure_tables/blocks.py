@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import models, operator, quality, sol
+from figure_tables import models, operator, quality, short, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -26,6 +26,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "held-out": quality.held_out,
+    "short": short.short,
+    "float32": short.float32,
     "sol": sol.compared,
     "sol-ahead": sol.ahead,
 }
