@@ -84,6 +84,16 @@ def _share_or_steps(value: Any) -> int | float:
     return int(value) or 0.0  # zero steps equal a share of 0, so both give the same preset
 
 
+def _tokens(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("neither auto nor an integer")
+    if not 0 <= value <= MAX_INTEGER:
+        raise ValueError("out of range")
+    return value
+
+
 def layer_ranges(match: str) -> list[tuple[int, int | None]]:
     """First and last layer of each part of a `match`; the last is None for an open range. ValueError if malformed."""
     ranges = []
@@ -105,6 +115,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 # A float is a share of the steps, an integer a number of them: 1.0 is the whole run and 1 is one step.
 ShareOrSteps = Annotated[int | float, BeforeValidator(_share_or_steps)]
+MinTokens = Annotated[int | Literal["auto"], BeforeValidator(_tokens)]
 Cosine = Annotated[Number, Field(ge=-1, le=1)]
 AsTuple = BeforeValidator(_as_tuple)
 

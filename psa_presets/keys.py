@@ -59,7 +59,7 @@ class PresetKeys(LayerKeys, total=False):
     refresh: int
     share_guidance: bool
     correction: bool
-    min_tokens: int
+    min_tokens: int | Literal["auto"]
     dense_attention: Literal["stock", "psa"]
     float32_on_gpu: Literal["dense", "sparse"]
     layers: Sequence[RuleKeys | LayerRule]

@@ -16,9 +16,9 @@ from psa_presets.errors import first_mistake, show, told_at
 from psa_presets.fields import (
     MAX_LAYERS,
     AsTuple,
-    Integer,
     LayerRule,
     LayerSettings,
+    MinTokens,
     Positive,
     ShareOrSteps,
     StepRule,
@@ -34,6 +34,8 @@ from psa_presets.layers import (
 )
 from psa_presets.steps import possible_sets, rules_at
 
+# `min_tokens: auto`: fewer tokens gain nothing on a CPU either (docs/benchmarks/cpu.json).
+AUTO_MIN_TOKENS = 2048
 # Videos are called <preset name>.mp4 and lie beside files of these names.
 RESERVED_NAMES = ("dense", "side-by-side")
 CHANGED = " (changed in code)"
@@ -73,7 +75,7 @@ class Preset(LayerSettings):
     refresh: Positive = Field(default=1, description="a positive integer")
     share_guidance: bool = Field(default=False, strict=True, description="true or false")
     correction: bool = Field(default=False, strict=True, description="true or false")
-    min_tokens: Integer = Field(default=2048, description="an integer, 0 or more")
+    min_tokens: MinTokens = Field(default="auto", description="auto, or an integer, 0 or more")
     dense_attention: Literal["stock", "psa"] = Field(default="stock", description="stock or psa")
     float32_on_gpu: Literal["dense", "sparse"] = Field(default="dense", description="dense or sparse")
     layers: Annotated[tuple[LayerRule, ...], AsTuple, Field(max_length=200)] = Field(
@@ -182,6 +184,11 @@ class Preset(LayerSettings):
         """Whether no run of any length has a sparse step."""
         shares = [value for value in (self.dense_steps, self.dense_last) if isinstance(value, float)]
         return sum(shares) >= 1 - 1e-9 or all(self._says_dense(rules) for rules in self._possible_step_rules())
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Shorter sequences stay dense on every device: `min_tokens`, or what `auto` stands for."""
+        return AUTO_MIN_TOKENS if self.min_tokens == "auto" else int(self.min_tokens)
 
     @property
     def may_undo_dense(self) -> bool:

@@ -13,6 +13,7 @@ DEMO = ModelCard(
     steps=16,
     guidance=4.0,
     negative_prompt="",
+    min_tokens=2048,  # too small to gain on a GPU, where it would be dense
 )
 
 # The demo first, then those of each family, as its file lists them.

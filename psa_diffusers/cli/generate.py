@@ -161,6 +161,8 @@ def _carry_out(plan: "Plan", num_processes: int) -> None:
     if sys.stderr.isatty():
         for entry in summary["prompts"]:
             note(_figures(entry))
+    if summary["denoising"] is not None and summary["denoising"]["not_faster"]:
+        note(summary["denoising"]["not_faster"])
     if summary["made"] and summary["seconds"] is not None:
         note(as_line(summary["seconds"], plan.settings.device))
     note(f"report: {summary['report']}")

@@ -40,6 +40,7 @@ class ModelCard:
     Sizes are in pixels; an image-to-video model keeps the image's aspect ratio at the same area unless a size is given.
     `dtype` is what the weights were trained in. `parts` replace components of the repository, `scheduler` settings of
     its scheduler, and `arguments` are what else the card calls the pipeline with: pairs of a name and a value.
+    `min_tokens` stands in for `auto` in the preset's key of that name, for a model that shows quality, not speed.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelCard:
     revision: str | None = None
     scheduler: tuple[tuple[str, Any], ...] = ()
     arguments: tuple[tuple[str, Any], ...] = ()
+    min_tokens: int | None = None
 
     @property
     def fixed_steps(self) -> bool:

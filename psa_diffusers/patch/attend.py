@@ -103,9 +103,9 @@ class TokenAttention:
             self._warm.check(layer, qkv[0])
         if route.full and not self.full.serves(layer, call, qkv):
             return Route(False)
-        if (route.sparse or route.corrects) and self.compute is None:
-            video = math.prod(self._with_all_videos(forward, call).attended_grid)
-            if (reason := self._served.why_not(layer, call, qkv, video)) is not None:
+        if route.sparse or route.corrects:
+            video, by_kernel = math.prod(self._with_all_videos(forward, call).attended_grid), self.compute is None
+            if (reason := self._served.why_not(layer, call, qkv, video, by_kernel)) is not None:
                 return Route(False, reason if route.sparse else None)
         return route
 

@@ -104,7 +104,7 @@ def unknown_grid(facts: Facts) -> str | None:
 
 
 def too_short(facts: Facts) -> str | None:
-    video, least = math.prod(facts.grid or ()), facts.site.layer.preset.min_tokens
+    video, least = math.prod(facts.grid or ()), facts.site.layer.preset.fewest_tokens
     return f"the sequence of {video} tokens is shorter than min_tokens={least}" if video < least else None
 
 

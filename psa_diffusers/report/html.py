@@ -15,7 +15,11 @@ FLICKER_NOTE = "How differently a frame changes from the one before it, root mea
 
 
 def write_report(
-    folder: Path, reports: list[dict[str, Any]], missing: int = 0, spent: Sequence[tuple[str, str]] = ()
+    folder: Path,
+    reports: list[dict[str, Any]],
+    missing: int = 0,
+    spent: Sequence[tuple[str, str]] = (),
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write `folder/report.html`.
 
@@ -23,6 +27,7 @@ def write_report(
         reports: what the prompts' report.json hold, each with its folder's name below `folder` under "folder".
         missing: prompts of the run that are not done yet.
         spent: where the seconds went of the process that made the last of them: a name and a time each.
+        remarks: lines about the whole run, shown above the videos.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -44,6 +49,7 @@ def write_report(
         headlines=_headlines(reports),
         sections=sections,
         missing=missing,
+        remarks=remarks,
         gradient=map_gradient(),
         facts=[*_facts(first), *([("Where the seconds went", spent)] if spent else [])],
     )

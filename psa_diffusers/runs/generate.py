@@ -19,6 +19,7 @@ from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.gain import denoising, settled_seconds
 from psa_diffusers.runs.phases import Phases, as_rows
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.runs.plan import DENSE, Plan
@@ -158,7 +159,11 @@ def _write_prompt(plan: Plan, index: int, results: dict[str, Generated], path: P
         if sparse.masks:
             write_image(path / OVERLAY, attention_overlay(sparse.frames, sparse.masks))
             report["files"]["attention"] = OVERLAY
-        report["comparison"] = {**comparison, "speedup": _speedup(dense, sparse)}
+        report["comparison"] = {
+            **comparison,
+            "speedup": _speedup(dense, sparse),
+            "denoising": _denoising(dense, sparse),
+        }
     write_json(path / PROMPT_FILE, {**report, **about})
 
 
@@ -188,6 +193,11 @@ def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
     }
 
 
+def _denoising(dense: Generated, sparse: Generated) -> dict[str, float] | None:
+    dense_at = [] if sparse.attention is None else sparse.attention["dense_at"]
+    return settled_seconds(dense.seconds["per_step"], sparse.seconds["per_step"], dense_at)
+
+
 def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None = None) -> dict[str, Any]:
     """Write the report of what is finished and sum it up.
 
@@ -198,10 +208,12 @@ def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None
     reports = folder.finished()
     missing = len(plan.prompts) - len(reports)
     made = len(set(todo) - set(folder.missing()))
+    gain = denoising(plan, reports)
     if reports:
         spent = as_rows(phases.seconds()) if phases is not None and made else []
         with phases.phase("report") if phases is not None else contextlib.nullcontext():
-            write_report(folder.path, reports, missing=missing, spent=spent)
+            remarks = [gain["not_faster"]] if gain is not None and gain["not_faster"] else []
+            write_report(folder.path, reports, missing=missing, spent=spent, remarks=remarks)
             if plan.vbench:
                 lay_out(folder.path, reports)
     return {
@@ -216,6 +228,7 @@ def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None
         "kept": len(reports) - made,
         "missing": missing,
         "seconds": None if phases is None else phases.seconds(),
+        "denoising": gain,
         "prompts": [_summary(report) for report in reports],
     }
 

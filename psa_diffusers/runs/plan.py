@@ -10,6 +10,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
+from psa_diffusers.families.card import ModelCard
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.request import Request, given, in_range, one_of
 from psa_diffusers.runs.vbench import check_names
@@ -137,6 +138,7 @@ def _checked(request: Request) -> Plan:
             raise InputError(f"--preset-2 {request.preset_2}: needs a model with two transformers and sparse presets")
         _fits_model("--preset-2", preset_2, model)
     _check_guided(request, model)
+    preset, preset_2 = (_of_card(card, each) for each in (preset, preset_2))
     image, digest = load_image(request.image, model, required=not request.check)
     height, width = video_size(request, model, image)
     given_loras = ((), ()) if request.check else (request.lora, request.lora_2)
@@ -210,6 +212,13 @@ def _load_preset(option: str, name: str | None, density: float | None) -> "Prese
     except PresetError as error:
         also = "" if density is None else f"--density {density:g} with "
         raise InputError(f"{also}{option} {error.at(str(name))}") from error
+
+
+def _of_card(card: ModelCard, preset: "Preset | None") -> "Preset | None":
+    """The preset with what the model's card says where the preset says `auto`."""
+    if preset is None or card.min_tokens is None or preset.min_tokens != "auto":
+        return preset
+    return preset.replace(min_tokens=card.min_tokens)
 
 
 def _fits_model(option: str, preset: "Preset", model: Model) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import causal, modalities, models, operator, quality, sol
+from figure_tables import causal, modalities, models, operator, quality, short, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -31,6 +31,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "understanding": causal.understanding,
     "held-out": quality.held_out,
     "corrected": quality.corrected,
+    "short": short.short,
+    "float32": short.float32,
     "sol": sol.compared,
     "sol-ahead": sol.ahead,
     "rival": sol.rival,

@@ -93,6 +93,8 @@ MISTAKES = [
     ("dense_attention: fa3", "dense_attention", "'fa3'", "stock or psa"),
     ("min_tokens: -1", "min_tokens", "-1", "0 or more"),
     ("min_tokens: 2e3", "min_tokens", "'2e3'", "0 or more"),
+    ("min_tokens: true", "min_tokens", "true", "auto, or an integer, 0 or more"),
+    ("min_tokens: Auto", "min_tokens", "'Auto'", "auto, or an integer, 0 or more"),
     ("layers: {match: 0}", "layers", "{'match': 0}", "a list of"),
     ("layers: [3]", "layers[0]", "3", "a list of"),
     (f"layers: [{', '.join(['{match: 0}'] * 201)}]", "layers", "[{'match': 0}, ", "up to 200"),

@@ -13,6 +13,7 @@ from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.families import find_family
+from psa_diffusers.patch import served_calls
 from psa_diffusers.runs.check import machine
 from psa_diffusers.runs.check.check import check_plan
 from psa_diffusers.runs.check.costs import correction_bytes, kept_list_bytes, list_bytes
@@ -108,6 +109,17 @@ def test_the_grid_is_what_the_family_reads_in_a_run(card):
     attention = next(iter(find_family(transformer).self_attentions(transformer).values()))
     shape = attention_shape(attention)
     assert (shape.heads, shape.head_dim) == (published.heads, published.head_dim)
+
+
+def test_calls_too_small_to_gain_on_a_gpu(monkeypatch):
+    """Here a CPU is taken for one. The demo's card lets it be sparse nevertheless; without that it would be dense."""
+    monkeypatch.setattr(served_calls, "is_gpu", lambda device: True)
+    monkeypatch.setattr(served_calls, "why_no_kernel", lambda call: None)
+    demo = make_plan(Request(prompts=(), check=True, dtype="bfloat16", device="cpu"))
+    assert said(as_text(check_plan(demo)), "Implementation")
+    text = as_text(check_plan(replace(demo, preset=load_preset("psa-3"))))
+    assert "layers 0 to 7 run dense: attention of 5,184 tokens x 4 heads x 64 is 27.5 GFLOP" in said(text, "Falls back")
+    assert said(text, "Density") == "1: no layer is sparse" and not said(text, "Implementation")
 
 
 def test_what_is_dense_and_why(saved):

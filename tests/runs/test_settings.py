@@ -119,6 +119,17 @@ def test_the_bundled_demo_needs_nothing_but_a_prompt():
     assert plan.model.experts == 1 and not plan.model.takes_image
 
 
+def test_the_demo_is_sparse_where_it_is_too_small_to_gain(tmp_path, saved):
+    """Its card replaces `min_tokens: auto`, whatever preset that stands in, but no number that a user gave."""
+    for preset, density in ((None, None), ("psa-5", None), (None, 0.2)):
+        plan = make_plan(Request(prompts=("a red circle",), device="cpu", preset=preset, density=density))
+        assert plan.preset.min_tokens == plan.settings.preset_rules["min_tokens"] == 2048
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("min_tokens: 6000\n")
+    assert make_plan(Request(prompts=("a red circle",), device="cpu", preset=str(mine))).preset.min_tokens == 6000
+    assert make_plan(tiny_request(saved / "wan", preset="psa-3")).preset.min_tokens == "auto"
+
+
 def test_a_card_may_add_to_the_call(saved, monkeypatch):
     """What it adds decides whose folder it is, and is not there where it adds nothing."""
     plain = make_plan(tiny_request(saved / "wan"))

@@ -76,8 +76,8 @@ def read_network(name: str, transformer: torch.nn.Module, grid: tuple[int, int, 
     asked = {layer: family.why_not_imitated(getattr(attn, "processor", None)) for layer, attn in modules.items()}
     reasons = {layer: why for layer, why in asked.items() if why is not None}
     everywhere = family.always_dense(transformer)
-    if everywhere is None and preset is not None and math.prod(grid) < preset.min_tokens:
-        everywhere = f"the sequence of {math.prod(grid):,} tokens is shorter than min_tokens={preset.min_tokens}"
+    if everywhere is None and preset is not None and math.prod(grid) < preset.fewest_tokens:
+        everywhere = f"the sequence of {math.prod(grid):,} tokens is shorter than min_tokens={preset.fewest_tokens}"
     return Network(
         name=name,
         kind=type(transformer).__name__,
