@@ -16,10 +16,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
 
-# One process a core, each with one thread: tiny models gain nothing from threads. The table of what was skipped ends it.
+# One process a core, each with one thread: tiny models gain nothing from threads. Each has a share of the files, so that
+# what the tests of a file have in common is made once, and takes tests from another when it has none left.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"
