@@ -10,6 +10,8 @@ PROMPT ?= a large red striped circle moving right over a green checkerboard
 BESIDE ?= torchao==0.18.0 bitsandbytes==0.50.2 gguf==0.19.0 cache-dit==1.5.3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where this is set, every process compiles the modules that it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-beside lint site
 
