@@ -10,16 +10,19 @@ PROMPT ?= a large red striped circle moving right over a green checkerboard
 BESIDE ?= torchao==0.18.0 bitsandbytes==0.50.2 gguf==0.19.0 cache-dit==1.5.3
 VENV := .venv
 BIN := $(VENV)/bin
+# Where this is set, every process compiles the modules that it imports anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-beside lint site
 
 demo: $(VENV)/ready
 	$(BIN)/psa-generate --model demo --preset psa-3 --compare --output out "$(PROMPT)"
 
-# One process a core, each with one thread: tiny models gain nothing from threads. The table of what was skipped ends it.
+# One process a core, each with one thread: tiny models gain nothing from threads. Each has a share of the files, so that
+# what the tests of a file have in common is made once, and takes tests from another when it has none left.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/interpreter
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/interpreter
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-beside: $(VENV)/beside/ready
 	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"

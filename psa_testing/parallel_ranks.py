@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from psa_diffusers.patch.context_parallel import context_parallel_plan
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.processor import PSAProcessor
-from psa_testing.cases import UNEVEN
+from psa_diffusers.patch.stats import RunStats
+from psa_presets import Preset
+from psa_testing.cases import UNEVEN, Case
 from psa_testing.expectations import EVERYTHING, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.families import CASES, PARALLEL
 from psa_testing.tiny_pipelines import tiny_wan
@@ -65,6 +67,27 @@ def patch(pipe: Any, *arguments: Any, **settings: Any) -> PSAProcessor:
     return processor
 
 
+def one_run(case: Case, pipe: Any, inputs: dict[str, Any], chosen: Preset) -> tuple[torch.Tensor, RunStats]:
+    """The output of a patched pipeline, which is left as it was, and what was computed."""
+    processor = patch(pipe, chosen, strict=True)
+    try:
+        return case.run(pipe, **inputs), processor.stats()
+    finally:
+        processor.restore()
+
+
+def alone_by_turns(ranks: int, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What calls give that a rank computes by itself: each call is computed by one rank, which tells the others."""
+    found = {}
+    for index, (key, call) in enumerate(calls.items()):
+        found[key] = call() if index % ranks == dist.get_rank() else None
+    for index, key in enumerate(calls):
+        told = [found[key]]
+        dist.broadcast_object_list(told, src=index % ranks)
+        found[key] = told[0]
+    return found
+
+
 def equals_one_process(ranks: int, name: str, inputs: dict[str, Any], first: str, config: dict[str, Any]) -> None:
     """Dense, sparse with everything kept, and sparse: the output of all ranks is that of one process."""
     case, pipe = MODELS[name], MODELS[name].make()
@@ -77,11 +100,9 @@ def equals_one_process(ranks: int, name: str, inputs: dict[str, Any], first: str
         "corrected": preset(dense_steps=0.25, correction=True),
         "reused": preset(dense_steps=0.25, refresh=2, share_guidance=True),
     }
-    alone, figures = {}, {}
-    for key, chosen in presets.items():
-        processor = patch(pipe, chosen, strict=True)
-        alone[key], figures[key] = case.run(pipe, **inputs), processor.stats()
-        processor.restore()
+    runs = {key: partial(one_run, case, pipe, inputs, chosen) for key, chosen in presets.items()}
+    found = alone_by_turns(ranks, runs)
+    alone, figures = ({key: each[part] for key, each in found.items()} for part in (0, 1))
     assert float((alone["sparse"] - stock).abs().max()) > 1e-3
     if first == "parallelism":
         enable(pipe, **config)

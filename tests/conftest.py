@@ -1,5 +1,8 @@
 """Fixtures that several test files use."""
 
+import multiprocessing
+import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +20,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """A context of multiprocessing whose processes fork from one that has imported everything, once for all tests.
+
+    They see neither this process's environment nor what it captures of stdout and stderr.
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    multiprocessing.set_forkserver_preload(["psa_testing.parallel_ranks"])
+    return multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture(scope="session")

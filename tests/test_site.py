@@ -89,14 +89,14 @@ def test_pages_load_nothing_from_other_hosts(site):
     assert len(pages) > 20 and found == []
 
 
-@pytest.mark.parametrize("link", ["nowhere.md", "#nowhere", "../nowhere.md"])
+@pytest.mark.parametrize("link", [None, "nowhere.md", "#nowhere", "../nowhere.md"])
 def test_a_link_to_nowhere_fails_the_build(link, tmp_path):
     pytest.importorskip("mkdocs", reason="needs mkdocs: make site")
     validation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["validation"]
     (tmp_path / "docs").mkdir()
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump({"site_name": "x", "validation": validation}))
+    (tmp_path / "docs/index.md").write_text("# Page" if link is None else f"# Page\n\n[a]({link})")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    for text, status in (("# Page", 0), (f"# Page\n\n[a]({link})", 1)):
-        (tmp_path / "docs/index.md").write_text(text)
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == status and ("WARNING" in done.stderr) == bool(status), done.stderr
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    status = 0 if link is None else 1
+    assert done.returncode == status and ("WARNING" in done.stderr) == bool(status), done.stderr

@@ -47,40 +47,10 @@ def pytest_pycollect_makemodule(module_path, parent):
 
 @pytest.fixture(autouse=True, scope="session")
 def quicker_interpreter():
-    """Spare the interpreter a quarter of these tests' time, in which it finds out what it knows.
-
-    It patches `triton.language` at each call of a function inside a kernel, looks at all names, and finds everything
-    patched: once for each module a launch will do. And it makes a table of all types whenever it looks one up.
-    """
-    from triton.runtime import interpreter
-
-    patched = set()
-    numbers = {}
-
-    class Scope(interpreter._LangPatchScope):
-        def restore(self):
-            patched.clear()
-            super().restore()
-
-    def patch_once(function, patch=interpreter._patch_lang):
-        scope = Scope()
-        module = id(function.__globals__)
-        if module not in patched:
-            patched.add(module)
-            scope._changes = patch(function)._changes
-        return scope
-
-    def numpy_type(of, look_up=interpreter._get_np_dtype):
-        scalar = of.scalar
-        if scalar.is_ptr():
-            return look_up(scalar)
-        if scalar.name not in numbers:
-            numbers[scalar.name] = look_up(scalar)
-        return numbers[scalar.name]
+    from quicker import quicken
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(interpreter, "_patch_lang", patch_once)
-        changed.setattr(interpreter, "_get_np_dtype", numpy_type)
+        quicken(changed)
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from test_triton_compile import TARGETS, check_stack, cuobjdump  # noqa: E402
+from test_triton_compile import TARGETS, check_stack, cuobjdump, instructions  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -61,6 +61,6 @@ def test_attention(target, head_dim, permuted):
     usage = cuobjdump(compiled, "-res-usage")
     check_stack(compiled, usage)
     assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * warps <= 65536
-    sass = cuobjdump(compiled, "--dump-sass")
+    sass = instructions(compiled)
     newest = target == 100 and not triton.__version__.startswith("3.6.")
     assert re.search(r"\bUTCIMMA\b" if newest else rf"\b{INTEGERS.get(target, 'IMMA')}\b\.\S*S8", sass)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +20,8 @@ HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
 
 
 @pytest.fixture
-def on_ranks(tmp_path, monkeypatch):
+def on_ranks(tmp_path, forks):
     """Runs a check of parallel_ranks.py in so many processes, which fork from one that has imported everything."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    multiprocessing.set_forkserver_preload(["psa_testing.parallel_ranks"])
 
     def run(ranks, check, *arguments):
         started = (ranks, str(tmp_path), check, arguments)

@@ -28,7 +28,6 @@ from psa_testing.tiny_pipelines import tiny_wan
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("a cat", "a dog", "a fox", "a hen", "an owl")
-LOG = "PSA_TEST_LOG"
 
 
 @pytest.fixture
@@ -42,10 +41,17 @@ def plan(tmp_path):
 
 
 @pytest.fixture
-def log(tmp_path, monkeypatch):
+def forked(forks, monkeypatch):
+    """The processes of a run fork from one that has imported what they need, which spares each some seconds.
+
+    They are given what processes that spawn are given. `tests/cli/test_prompt_sources.py` runs some of those.
+    """
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda method: {"spawn": forks}[method])
+
+
+def log_of(plan) -> Path:
     """Which process began which prompt."""
-    monkeypatch.setenv(LOG, str(tmp_path / "log"))
-    return lambda: [tuple(line.split(":")) for line in (tmp_path / "log").read_text().splitlines()]
+    return plan.output.with_name("log")
 
 
 def watched_work(plan, place: Place) -> None:
@@ -53,7 +59,7 @@ def watched_work(plan, place: Place) -> None:
     original = generate.generate_video
 
     def generate_video(pipe, plan, prompt, *rest):
-        with open(os.environ[LOG], "a") as file:
+        with log_of(plan).open("a") as file:
             file.write(f"{place.rank}:{prompt}\n")
         if prompt == "a fox":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -81,10 +87,11 @@ def folders(plan) -> list[str]:
     return sorted(path.name for path in plan.output.iterdir() if path.is_dir())
 
 
-def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, log, capsys):
+def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, forked, capsys):
     summary = run_shared(plan, 2, watched_work)
     assert (summary["status"], summary["made"], summary["missing"]) == ("incomplete", 4, 1)
-    assert sorted(prompt for _, prompt in log()) == sorted(PROMPTS)
+    begun = [line.split(":")[1] for line in log_of(plan).read_text().splitlines()]
+    assert sorted(begun) == sorted(PROMPTS)
     assert "ended with exit code -9" in capsys.readouterr().err
     assert [name for name in folders(plan) if not name.startswith(".")] == [
         "0000-a-cat", "0001-a-dog", "0003-a-hen", "0004-an-owl",
@@ -99,7 +106,7 @@ def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, log, ca
         assert (plan.output / name / "dense.mp4").read_bytes() == (alone.output / name / "dense.mp4").read_bytes()
 
 
-def test_overwrite_replaces_an_older_run_once(plan):
+def test_overwrite_replaces_an_older_run_once(plan, forked):
     """A process that overwrote too would throw away what the others have made."""
     generate.run(replace(plan, prompts=("a cow", *PROMPTS[1:])))
     before = {name: (plan.output / name / "dense.mp4").stat().st_mtime_ns for name in folders(plan)}
