@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import logging
 from safetensors.torch import load_file, save_file
 
 from psa_diffusers.checkpoints.load import load_pipeline
@@ -20,6 +21,15 @@ from psa_diffusers.errors import InputError
 TRANSFORMER, VAE = (f"{name}/diffusion_pytorch_model.safetensors" for name in ("transformer", "vae"))
 TEXT_ENCODER = "text_encoder/model.safetensors"
 SMALL = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "2", "--preset", "dense"]
+
+
+@pytest.fixture
+def quiet_diffusers():
+    """As where the command starts: it quiets diffusers by a variable, which is read when diffusers is imported."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
 
 
 @pytest.fixture
@@ -193,6 +203,7 @@ def test_a_text_encoder_may_be_saved_with_its_decoder(folder):
     assert not [name for name, value in pipe.text_encoder.named_parameters() if value.is_meta]
 
 
+@pytest.mark.usefixtures("quiet_diffusers")
 @pytest.mark.parametrize("processes", [[], ["--num-processes", "2"]])
 def test_the_command_says_it_in_one_line_and_leaves_nothing(processes, folder, tmp_path, capfd):
     without_weights(TRANSFORMER, "blocks.1.")(folder)
