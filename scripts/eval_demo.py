@@ -94,7 +94,7 @@ def _patched(pipeline: WanPipeline, preset: str):
     from psa_diffusers import apply_psa, load_preset
 
     chosen = load_preset(preset)
-    # The demo is too small to gain on a GPU, and would be dense there.
+    # The demo is too small to gain on a GPU, which is known here.
     return apply_psa(pipeline, chosen.replace(min_tokens=0) if chosen.min_tokens == "auto" else chosen)
 
 

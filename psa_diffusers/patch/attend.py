@@ -49,7 +49,7 @@ class TokenAttention:
         self._family, self._fallbacks, self._strict = family, fallbacks, strict
         self.guard = FiniteGuard(fallbacks, strict)
         self.full = FullAttention(fallbacks)
-        self._served = ServedCalls()
+        self._served = ServedCalls(fallbacks.remark)
         self._text_lengths = TextLengths()
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None

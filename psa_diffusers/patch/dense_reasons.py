@@ -52,6 +52,12 @@ class Fallbacks:
             self._told.add(what)
             warnings.warn(what, PSAFallbackWarning, stacklevel=4)
 
+    def remark(self, what: str) -> None:
+        """Warn of sparse calls that may be slower than dense ones; they are exact, so `strict` takes them too."""
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(what, PSAFallbackWarning, stacklevel=4)
+
 
 class Facts(NamedTuple):
     """What is known of a layer before it is called.

@@ -46,7 +46,7 @@ def test_they_are_dense_with_one_warning(on_a_gpu):
         stats = psa.stats()
     assert len([entry for entry in caught if entry.category is PSAFallbackWarning]) == 1
     (reason,) = stats.fallbacks
-    assert "gains from about 150 on" in reason and stats.density_run == 1 and stats.dense_at == [0, 1, 2, 3]
+    assert "slower below 27" in reason and stats.density_run == 1 and stats.dense_at == [0, 1, 2, 3]
     with apply_psa(pipe, AUTO, strict=True), pytest.raises(PSAFallbackError, match="192 tokens x 2 heads"):
         WAN.run(pipe)
 
@@ -59,11 +59,25 @@ def test_an_integer_overrides_it(on_a_gpu):
 
 
 def test_with_enough_work_they_are_sparse(on_a_gpu, monkeypatch):
-    monkeypatch.setattr(served_calls, "MIN_GPU_WORK", 4 * 192**2 * 2 * 32)
+    for bound in ("LOSES_BELOW", "GAINS_FROM"):
+        monkeypatch.setattr(served_calls, bound, 4 * 192**2 * 2 * 32)
     pipe = in_bfloat16()
     with apply_psa(pipe, AUTO, strict=True) as psa:
         WAN.run(pipe)
     assert psa.stats().density_sparse < 0.5
+
+
+def test_between_the_two_they_are_sparse_with_one_warning(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(served_calls, "LOSES_BELOW", 0)
+    pipe = in_bfloat16()
+    with (
+        apply_psa(pipe, AUTO, strict=True) as psa,
+        pytest.warns(PSAFallbackWarning, match="192 tokens x 2 heads x 32 is .* may be slower than dense") as caught,
+    ):
+        WAN.run(pipe)
+        WAN.run(pipe)
+    assert len([entry for entry in caught if entry.category is PSAFallbackWarning]) == 1
+    assert psa.stats().density_sparse < 0.5 and psa.stats().fallbacks == {}
 
 
 def test_in_float32_another_key_decides(on_a_gpu):
@@ -90,21 +104,24 @@ def test_what_is_measured_on_such_calls_is_refused_at_once(on_a_gpu):
 
 
 @pytest.mark.parametrize(
-    ("shape", "dense"),
+    ("shape", "dense", "remark"),
     [
-        ((1, 5184, 4, 64), True),  # the demo
-        ((1, 4096, 8, 128), True),
-        ((1, 5184, 24, 64), False),
-        ((1, 5184, 12, 64), True),  # the same, shared by two GPUs
-        ((2, 5184, 12, 64), False),
-        ((1, 6930, 32, 64), False),  # LTX-Video
+        ((1, 2048, 24, 64), True, False),
+        ((1, 5184, 4, 64), False, True),  # the demo
+        ((1, 4096, 8, 128), False, True),
+        ((1, 5184, 24, 64), False, False),
+        ((1, 5184, 12, 64), False, True),  # the same, shared by two GPUs
+        ((2, 5184, 12, 64), False, False),
+        ((1, 6930, 32, 64), False, False),  # LTX-Video
     ],
 )
-def test_the_work_of_the_call_decides(on_a_gpu, shape, dense):
+def test_the_work_of_the_call_decides(on_a_gpu, shape, dense, remark):
     preset = Preset()
     (spec,) = preset.layer_specs(1)
     layer = Layer("blocks.0", preset, spec, preset.layer_orders(1)[0], False)
     q = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-    reason = ServedCalls().why_not(layer, AttentionCall(q[:, :, 0]), (q, q, q), shape[1])
-    assert (reason is not None) == dense
-    assert reason is None or f"{shape[1]:,} tokens x {shape[2]} heads x {shape[3]}" in reason
+    remarks = []
+    reason = ServedCalls(remarks.append).why_not(layer, AttentionCall(q[:, :, 0]), (q, q, q), shape[1])
+    assert ((reason is not None), bool(remarks)) == (dense, remark)
+    for said in (*remarks, *([reason] if dense else [])):
+        assert f"{shape[1]:,} tokens x {shape[2]} heads x {shape[3]}" in said

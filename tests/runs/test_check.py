@@ -112,12 +112,18 @@ def test_the_grid_is_what_the_family_reads_in_a_run(card):
 
 
 def test_calls_too_small_to_gain_on_a_gpu(monkeypatch):
-    """Here a CPU is taken for one. The demo's card lets it be sparse nevertheless; without that it would be dense."""
+    """Here a CPU is taken for one. The demo's card says from how many tokens on it is sparse, without a word."""
     monkeypatch.setattr(served_calls, "is_gpu", lambda device: True)
     monkeypatch.setattr(served_calls, "why_no_kernel", lambda call: None)
     demo = make_plan(Request(prompts=(), check=True, dtype="bfloat16", device="cpu"))
-    assert said(as_text(check_plan(demo)), "Implementation")
-    text = as_text(check_plan(replace(demo, preset=load_preset("psa-3"))))
+    text = as_text(check_plan(demo))
+    assert said(text, "Implementation") and not said(text, "Little work")
+    demo = replace(demo, preset=load_preset("psa-3"))
+    text = as_text(check_plan(demo))
+    assert "layers 0 to 7: attention of 5,184 tokens x 4 heads x 64 is 27.5 GFLOP" in said(text, "Little work")
+    assert said(text, "Implementation") and not said(text, "Falls back")
+    monkeypatch.setattr(served_calls, "LOSES_BELOW", 2.8e10)
+    text = as_text(check_plan(demo))
     assert "layers 0 to 7 run dense: attention of 5,184 tokens x 4 heads x 64 is 27.5 GFLOP" in said(text, "Falls back")
     assert said(text, "Density") == "1: no layer is sparse" and not said(text, "Implementation")
 

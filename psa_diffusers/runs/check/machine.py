@@ -33,12 +33,14 @@ class Offer:
         backend: the backend that `auto` takes.
         passed_over: for each faster backend, its name and why it is not taken.
         dense: why the calls go to stock attention nevertheless, or None.
+        hardly: why they may be slower than dense ones though they are sparse, or None.
     """
 
     call: Call
     backend: Backend
     passed_over: tuple[tuple[str, str], ...]
     dense: str | None
+    hardly: str | None
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ def offer(network: Network, layer: Layer, dtype: torch.dtype, device: str) -> Of
     with warnings.catch_warnings():  # the reasons are returned instead
         warnings.simplefilter("ignore")
         backend = choose(call)
-    dense = ServedCalls().why_not(layer, AttentionCall(q[:, :, 0]), (q, k, v), network.tokens)
+    remarks: list[str] = []
+    dense = ServedCalls(remarks.append).why_not(layer, AttentionCall(q[:, :, 0]), (q, k, v), network.tokens)
     faster = BACKENDS[: BACKENDS.index(backend)]
-    return Offer(call, backend, tuple((each.name, _why_not(each, call)) for each in faster), dense)
+    passed_over = tuple((each.name, _why_not(each, call)) for each in faster)
+    return Offer(call, backend, passed_over, dense, remarks[0] if remarks else None)
 
 
 def _why_not(backend: Backend, call: Call) -> str:

@@ -144,6 +144,8 @@ def _dense_layers(expert: Expert) -> Iterator[tuple[str, str]]:
             yield "Dense layers", f"{ranges(by_preset)}, as rules of the preset say"
         if offered is not None and offered.dense:
             yield "Falls back", f"layers {ranges(usage.layers)} run dense: {offered.dense}"
+        if offered is not None and offered.hardly:
+            yield "Little work", f"layers {ranges(usage.layers)}: {offered.hardly}"
 
 
 def _density(expert: Expert) -> str:
