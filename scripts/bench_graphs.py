@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from gpu_clock import captured
 from random_models import WAN_1_3B, WORKLOADS, Machine, build, make_inputs, pick_machine
 from results import document, write
 
@@ -126,22 +127,7 @@ def forward_of(transformer: Any, inputs: dict[str, Any], mode: str) -> Callable[
             torch.compiler.cudagraph_mark_step_begin()
         return transformer(**inputs)[0]
 
-    if mode != "captured":
-        return forward
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = forward()
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay
+    return captured(forward) if mode == "captured" else forward
 
 
 def timed(forward: Callable[[], torch.Tensor], repeats: int) -> tuple[torch.Tensor, float]:

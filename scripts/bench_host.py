@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_clock import captured
 from results import document, write
 
 from psa_diffusers import load_preset
@@ -113,19 +114,6 @@ def wall(call: Callable[[], Any], repeats: int) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times) / CALLS * 1e6
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """A replay of the call from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def stages(call: Callable[[], Any], implementation: str, repeats: int) -> dict[str, float]:

@@ -91,11 +91,9 @@ def _generate(pipeline: WanPipeline, prompts: list[str], first: int, args: argpa
 def _patched(pipeline: WanPipeline, preset: str):
     if preset == "dense":
         return nullcontext()
-    from psa_diffusers import apply_psa, load_preset
+    from psa_diffusers import apply_psa
 
-    chosen = load_preset(preset)
-    # The demo is too small to gain on a GPU, which is known here.
-    return apply_psa(pipeline, chosen.replace(min_tokens=0) if chosen.min_tokens == "auto" else chosen)
+    return apply_psa(pipeline, preset)
 
 
 def _shares(verdicts: list[Verdict]) -> dict[str, float]:

@@ -44,8 +44,7 @@ class Demo:
         Returns:
             `psnr`, and for the dense and the sparse steps `skipped_dense` and `skipped_sparse`.
         """
-        # The demo is too small to gain on a GPU, which is known here.
-        transformer, preset = self._pipe.transformer, line.preset(self._machine).replace(min_tokens=0)
+        transformer, preset = self._pipe.transformer, line.preset(self._machine)
         if line.float8 and not self._quantised:
             quantise_linear(transformer)
             self._quantised = True

@@ -36,9 +36,7 @@ class Fallbacks:
         """
         if self._strict:
             raise PSAFallbackError(f"strict: attention would be dense: {reason}")
-        if reason not in self._told:
-            self._told.add(reason)
-            warnings.warn(f"attention is dense: {reason}", PSAFallbackWarning, stacklevel=4)
+        self._warn_once(f"attention is dense: {reason}")
 
     def tell(self, what: str) -> None:
         """Warn that a setting of the preset has no effect.
@@ -48,15 +46,16 @@ class Fallbacks:
         """
         if self._strict:
             raise PSAFallbackError(f"strict: {what}")
-        if what not in self._told:
-            self._told.add(what)
-            warnings.warn(what, PSAFallbackWarning, stacklevel=4)
+        self._warn_once(what)
 
     def remark(self, what: str) -> None:
         """Warn of sparse calls that may be slower than dense ones; they are exact, so `strict` takes them too."""
+        self._warn_once(what)
+
+    def _warn_once(self, what: str) -> None:
         if what not in self._told:
             self._told.add(what)
-            warnings.warn(what, PSAFallbackWarning, stacklevel=4)
+            warnings.warn(what, PSAFallbackWarning, stacklevel=5)
 
 
 class Facts(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from figure_tables.source import load, table
+from figure_tables.source import Row, load, table
 
 HELD_OUT = "quality/held-out"
 CORRECTED = "quality/corrected"
@@ -11,7 +11,7 @@ SERIES = {"psa-3": "`psa-3`", "not corrected": "budget, not corrected", "psa-aut
 
 def held_out() -> str:
     """psa-auto and psa-3 on prompts of a seed of their own."""
-    rows = {(row["series"], row["setting"].split()[-1]): row for row in load(HELD_OUT)["rows"]}
+    rows = _by_series(HELD_OUT)
     body = []
     for share in dict.fromkeys(share for _, share in rows):
         for series, title in SERIES.items():
@@ -24,7 +24,7 @@ def held_out() -> str:
 
 def corrected() -> str:
     """What goes well with the correction: differences to psa-3."""
-    rows = {(row["series"], row["setting"].split()[-1]): row for row in load(CORRECTED)["rows"]}
+    rows = _by_series(CORRECTED)
     shares = sorted({share for _, share in rows}, key=float)
     body = []
     for series in dict.fromkeys(series for series, _ in rows):
@@ -34,3 +34,8 @@ def corrected() -> str:
         else:
             body.append([series, *(f"{row['delta_psnr']:+.1f} ± {row['delta_ci']:.1f}" for row in found)])
     return table(["", *shares], body)
+
+
+def _by_series(name: str) -> dict[tuple[str, str], Row]:
+    """The rows of docs/<name>.json by their series and density."""
+    return {(row["series"], row["setting"].split()[-1]): row for row in load(name)["rows"]}
