@@ -182,12 +182,15 @@ def test_sums_that_run_over_are_computed_again(name):
 
 @pytest.mark.parametrize("name", ["later logits 200", "later logits 2000", "weights times values"])
 def test_the_guard_is_needed(name, monkeypatch):
+    from psa_kernels.pyramid.triton import build_pyramid
     from psa_kernels.sparse.hopper import launch as hopper
 
     q, k, v = hostile_inputs(name)
-    spec = AttentionSpec(thresholds=(0.3, 0.5, 0.9))
+    spec, layout = AttentionSpec(thresholds=(0.3, 0.5, 0.9)), make_layout(q.shape[1], q.shape[1], 0, 0, None)
     monkeypatch.setattr(hopper.portable, "launch", lambda *_, **__: None)
-    found = psa_attention(q, k, v, spec, lists=random_lists(1, 2, 32, 64, 3), implementation="hopper")
+    found = hopper.sparse_attention(
+        q, build_pyramid(k, v, layout, spec), random_lists(1, 2, 32, 64, 3), layout, spec, q.shape[3] ** -0.5
+    )
     assert not found.isfinite().all()
 
 

@@ -179,7 +179,7 @@ def test_the_rule_budget_inside_the_operator(seed):
 @pytest.mark.parametrize("levels", [(1, 2, 4), (1, 2, 4, 8), (1, 4)], ids=str)
 @pytest.mark.parametrize("gathered", [True, False])
 def test_what_a_budget_pools_on_the_way_is_the_pyramid_bit_for_bit(gathered, levels, head_dim):
-    """And what it learns on the way is what it learns without: a call chooses the blocks that select_blocks does."""
+    """And what it learns on the way is what it learns without, to rounding: the compiler may join products and sums."""
     from psa_kernels.allocation import triton_statistics as statistics
     from psa_kernels.pyramid import triton as pyramids
 
@@ -196,8 +196,10 @@ def test_what_a_budget_pools_on_the_way_is_the_pyramid_bit_for_bit(gathered, lev
         statistics.key_spread(k, layout, spec),
         statistics.value_spread(v, layout, spec),
     )
-    assert torch.equal(spread.fractions, alone.fractions) and torch.equal(spread.tops, alone.tops)
-    assert torch.equal(varied, varied_alone) and torch.equal(centres.fractions, centres_alone.fractions)
+    for found, wanted in ((spread, alone), (centres, centres_alone)):
+        torch.testing.assert_close(found.tops, wanted.tops, rtol=1e-5, atol=0)
+        torch.testing.assert_close(found.fractions, wanted.fractions, rtol=0, atol=2**-10)  # float16, at most 1
+    torch.testing.assert_close(varied, varied_alone, rtol=1e-5, atol=0)
 
 
 def test_a_call_with_a_budget_does_not_wait_for_the_device():

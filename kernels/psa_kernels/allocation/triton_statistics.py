@@ -71,7 +71,7 @@ def key_spread(
         k: `[B, Nk, H, D]`, all keys, in the order of the model.
         means: None, or `[B, H, rows, D]` in the dtype of k, the keys of a pyramid with these `factors`, which is filled
             in the same pass: with what the pyramid's own kernel would write, bit for bit. Then `spec` has to
-            `pools_alike`. What is returned does not depend on it.
+            `pools_alike`. What is returned differs by rounding at most.
     """
     blocks = block_count(layout.video_keys, spec.block_key)
     spread = empty_rows(k, (len(pooled_factors(spec)),), blocks)
