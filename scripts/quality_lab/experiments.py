@@ -197,6 +197,16 @@ def held_out() -> Iterator[Setting]:
         yield Setting(f"psa-auto, not corrected {share}", auto.replace(correction=False), first, "not corrected")
 
 
+def uncorrected() -> Iterator[Setting]:
+    """What the error model and kept lists do where the correction has no room; prompts as for `held-out`."""
+    for share in (0.25, 0.15):
+        first = f"tuned errors, refresh 1 {share}"
+        for model, refresh in product(("tuned", "fitted"), (1, 4)):
+            way = f"{model} errors, refresh {refresh}"
+            preset = vary("psa-auto", density=share, correction=False, error_model=model, refresh=refresh)
+            yield Setting(f"{way} {share}", preset, first, way)
+
+
 def sol() -> Iterator[Setting]:
     """Sol-Attn by its own kernel and by ours, beside PSA; to be run with the prompts of `held-out`."""
     shares = (0.1, 0.15, 0.25)
@@ -245,6 +255,7 @@ EXPERIMENTS = {
     "auto": Experiment("what psa-auto could be, at the same densities", auto),
     "corrected": Experiment("what goes well with the correction of psa-auto", corrected, "density"),
     "held-out": Experiment("psa-auto and psa-3, for prompts of a seed of their own", held_out, "density"),
+    "uncorrected": Experiment("psa-auto without its correction", uncorrected, "density"),
     "sol": Experiment("Sol-Attn beside psa-auto, psa-3 and binary blocks", sol, "density"),
     "rules": Experiment("psa-3 and what could be better, at the same densities", rules),
 }
