@@ -62,7 +62,8 @@ OTHER_TYPES = {
 }
 
 
-def compile_and_check(kernel, target, constants, options, tensor_cores=True, programs=1, types=None):
+def compile_and_check(kernel, target, constants, options, tensor_cores=True, programs=1, types=None, stack=0):
+    """Compile a kernel, and check that it fits and spills nothing, or no more than `stack` bytes."""
     names = kernel.arg_names
     known = OTHER_TYPES | (types or {})
     types = {
@@ -77,7 +78,10 @@ def compile_and_check(kernel, target, constants, options, tensor_cores=True, pro
     # Of what a multiprocessor has, each program takes one KiB more than it asks for.
     assert compiled.metadata.shared <= (most_shared + 1024) // programs - 1024
     usage = cuobjdump(compiled, "-res-usage")
-    check_stack(compiled, usage)
+    if stack:
+        assert int(re.search(r"STACK:(\d+)", usage).group(1)) <= stack
+    else:
+        check_stack(compiled, usage)
     assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * options["num_warps"] * programs <= 65536
     if tensor_cores:
         assert re.search(rf"\b{instruction}\b", instructions(compiled))

@@ -17,7 +17,7 @@ from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
 from psa_kernels.sparse.steps import attend_visible
-from psa_kernels.sparse.triton import FLAGS, sums_late, tile_shape
+from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, must_be_told, padded_dim, row_offsets
@@ -70,7 +70,7 @@ def _plan(
          abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
-        NEGATIVE_SCALE=scale < 0, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS, LATE_SUM=sums_late(gpu, dtype),
+        NEGATIVE_SCALE=scale < 0, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
         GROUP=heads // of_keys[2], ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]),
         **tile,
     )  # fmt: skip

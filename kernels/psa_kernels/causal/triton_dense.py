@@ -13,7 +13,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.causal.triton_steps import item_at
 from psa_kernels.devices import capability
 from psa_kernels.sparse.steps import attend, attend_visible
-from psa_kernels.sparse.triton import sums_late, tile_shape
+from psa_kernels.sparse.triton import LATE_SUM, tile_shape
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, padded_dim, row_offsets
 
@@ -47,7 +47,7 @@ def _plan(
         (*(step for each in strides for step in each[:3]), heads, start, stop, of_keys[1] - queries,
          abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), NEGATIVE_SCALE=scale < 0,
-        WIDE=are_wide(*zip((shape, of_keys, of_keys, shape), strides, strict=True)), LATE_SUM=sums_late(gpu, dtype),
+        WIDE=are_wide(*zip((shape, of_keys, of_keys, shape), strides, strict=True)), LATE_SUM=gpu[0] in LATE_SUM,
         GROUP=heads // of_keys[2], **tile,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ from psa_kernels.triton_rows import (
 # Tiles whose flags one program looks at, when only some tiles are to be computed.
 FLAGS = 64
 # Major compute capabilities on which the sum of a row stays in four parts until the last tile. 8 has not the registers,
-# on others it was not measured. In float32, which no tensor core multiplies, it only costs registers.
+# on others it was not measured.
 LATE_SUM = (9,)
 
 
@@ -154,25 +154,20 @@ def _plan(
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
         FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
-        LATE_SUM=sums_late(gpu, dtype), GROUP=heads // of_keys[2],
+        LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2],
         ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]), **tile,
     )  # fmt: skip
 
 
-def sums_late(capability: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether the sum of a row stays in parts, as `LATE_SUM` says."""
-    return capability[0] in LATE_SUM and dtype.itemsize == 2
-
-
 def tile_shape(capability: tuple[int, int], head_dim: int, element_size: int, block_query: int) -> dict[str, int]:
-    """Tile sizes, pipeline stages and warps with which the kernel spills no registers and fits shared memory."""
+    """Tile sizes, pipeline stages and warps with which the kernel fits shared memory, and in 16 bits spills nothing."""
     dim = padded_dim(head_dim)
     width = dim * element_size
     queries = 128 if block_query % 128 == 0 else 64
-    if element_size == 4:
-        # No tensor core multiplies float32: a thread holds what it multiplies, and a wider tile does not fit.
-        queries = queries if dim <= 64 else 64
-        keys, stages, warps = (64, 3, 8) if dim <= 32 else (16, 2, 8) if dim <= 128 else (16, 1, 16)
+    if element_size == 4 and dim > 32:
+        # No tensor core multiplies float32: a thread holds what it multiplies. At head_dim 128 this tile spills, and
+        # is still 1.4 times as fast as the widest one that does not (docs/kernels.md).
+        queries, keys, stages, warps = 64, *((32, 2) if dim <= 128 else (16, 1)), 8
     elif width > 256:
         queries, keys, stages, warps = 64, 32, 2, 8
     elif capability[0] == 9 and width == 128:
