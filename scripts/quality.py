@@ -5,11 +5,11 @@
     python scripts/quality.py all --plots-only                           # draws what the JSON files hold
 
 Experiments: density, levels, thresholds, estimators, similarity, order, dense-steps, rules, auto, corrected, held-out,
-uncorrected, sol. Each finished setting is saved at once and not measured again, so a run can be stopped and goes on; several
-processes may work on one experiment. What a machine lacks the package for is left out, with a line that says so.
-PSNR and SSIM are those of the sparse video against the dense one, means over frames; intervals are 95 % over prompts,
-`delta_psnr` is the mean difference to the setting `against`, prompt by prompt. `seconds` can be compared only between
-settings that had the device to themselves.
+uncorrected, sol. Each finished setting is saved at once and not measured again, so a run can be stopped and goes on;
+several processes may work on one experiment. What a machine lacks the package for is left out, with a line that says
+so. PSNR and SSIM are those of the sparse video against the dense one, means over frames; intervals are 95 % over
+prompts, `delta_psnr` is the mean difference to the setting `against`, prompt by prompt. `seconds` can be compared only
+between settings that had the device to themselves.
 """
 
 from __future__ import annotations

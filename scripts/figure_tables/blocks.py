@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from figure_tables import causal, modalities, models, operator, quality, short, sol
+from figure_tables import budget, causal, modalities, models, operator, quality, short, sol
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "headline": models.headline,
@@ -28,6 +28,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
     "causal": causal.causal,
+    "flex-prefill": causal.flex_prefill,
+    "price": budget.price,
+    "correction-cost": budget.correction_cost,
     "understanding": causal.understanding,
     "held-out": quality.held_out,
     "corrected": quality.corrected,

@@ -11,7 +11,7 @@ OURS = {
     for rule in ("count", "budget")
     for kind, title in (("hopper", "Hopper"), ("triton", "portable"))
 }
-PEER = "flexprefill"
+PEERS, PEER = "benchmarks/causal-peers", "flexprefill"
 TEXT = "total, last 512 dense"
 
 
@@ -33,13 +33,25 @@ def causal() -> str:
             cells = [times(call(tokens, method, density)["ms"], fa3) for density in DENSITIES]
             body.append([*first, title, *cells])
             first = ["", "", ""]
-        peer = [find(CAUSAL, tokens=tokens, method=PEER, density=density) for density in DENSITIES]
-        if any(peer):
-            cells = ["did not run" if row is None else times(row["ms"], fa3) for row in peer]
-            body.append([*first, "FlexPrefill", *cells])
     head = ["tokens", "cuDNN dense", "FlashAttention-3 dense", "rule, kernel", *(f"density {d}" for d in DENSITIES)]
-    peer = "" if any(row["method"] == PEER for row in load(CAUSAL)["rows"]) else " FlexPrefill was not run this time."
-    return f"{table(head, body)}\n\n{_around()}{peer}\n\nOn {machine(CAUSAL)}, {origin(CAUSAL)}."
+    return f"{table(head, body)}\n\n{_around()}\n\nOn {machine(CAUSAL)}, {origin(CAUSAL)}."
+
+
+def flex_prefill() -> str:
+    """FlexPrefill beside the rules of PSA, in one run: times, and errors on its random inputs."""
+    body = []
+    for tokens in dict.fromkeys(row["tokens"] for row in load(PEERS)["rows"] if row["method"] == PEER):
+        dense = need(PEERS, tokens=tokens, method="fa3")["ms"]
+        first = [f"{tokens:,}", duration(dense)]
+        for method, title in ((PEER, "FlexPrefill"), *OURS.items()):
+            rows = [find(PEERS, tokens=tokens, method=method, density=d, stage="total") for d in DENSITIES]
+            if not all(rows):
+                continue
+            cells = [f"{times(row['ms'], dense)}, {row['error']:.2f}" for row in rows]
+            body.append([*first, title, *cells, f"{max(row['extra_over_output'] for row in rows):.2f}"])
+            first = ["", ""]
+    head = ["tokens", "FlashAttention-3 dense", "method", *(f"density {d}" for d in DENSITIES), "extra memory, outputs"]
+    return f"{table(head, body)}\n\nOn {machine(PEERS)}, {origin(PEERS)}."
 
 
 def _around() -> str:
