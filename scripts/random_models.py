@@ -59,8 +59,9 @@ WORKLOADS = {
         Workload("cosmos2.5-2b-720p", "nvidia/Cosmos-Predict2.5-2B", (1, 16, 24, 88, 160), 2),
         Workload("motif-video-720p", "Motif-Technologies/Motif-Video-2B", (1, 33, 31, 92, 160), 2),
         Workload("kandinsky5-lite-5s", KANDINSKY5, (1, 31, 64, 96, 33), 2),
-        # Its pipeline puts both branches in one batch.
+        # The pipelines of these put both branches in one batch.
         Workload("cogvideox-5b", "zai-org/CogVideoX-5b", (1, 13, 16, 60, 90), 2),
+        Workload("ltx-video-480p", "Lightricks/LTX-Video", (1, 6930, 128), 2),
     )
 }
 
