@@ -60,7 +60,7 @@ def _lines(axes: Any, points: list[Point], figure: str) -> None:
         values = [getattr(point, figure) for point in shown]
         times = [point.ms for point in shown]
         spread = [point.psnr_ci or 0 for point in shown] if figure == "psnr" else None
-        label = title.replace("`", "") + (", its correction not timed" if title == "`psa-auto`" else "")
+        label = title.replace("`", "") + (", its correction takes 2 ms more" if title == "`psa-auto`" else "")
         style = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2}
         axes.errorbar(times, values, yerr=spread, color=colour, label=label, **style)
         for point, at, value in zip(shown, times, values, strict=True):
