@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from psa_kernels.allocation.prices import HIGHEST_PRICE
+from psa_kernels.allocation.triton_boundaries import is_kept
 from psa_kernels.allocation.triton_budget import most_important, row_shape, spared_cost
 from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.causal.triton_allocation import is_kept
 from psa_kernels.causal.widths import causal_list_width
 from psa_kernels.costs import unit_costs
 from psa_kernels.lists import BlockLists, id_dtype
@@ -86,7 +86,7 @@ def budget_kernel(
     row = tl.program_id(0).to(tl.int64)
     candidates = (first_row + tl.program_id(0) % rows) * RATIO
     kept = tl.minimum(keep_first + keep_last, candidates)
-    chosen_freely = (keep_first, candidates - keep_last, candidates)
+    free = (candidates, keep_first, candidates - keep_last, kept)
     LEVELS: tl.constexpr = len(UNITS) - 1
     # The product may fall short of the whole number that it is in exact arithmetic.
     budget = tl.floor(tl.full([], SPENT, tl.float64) * candidates.to(tl.float64) + 1e-6).to(tl.int32)
@@ -106,7 +106,7 @@ def budget_kernel(
     if SKIP:
         best = most_important(importance_ptr + row * importance_stride, candidates, CHUNK)
         best_price = tl.load(prices[LEVELS - 1] + best).to(tl.int32)
-        cheapest += tl.where(is_kept(best, chosen_freely), 0, UNITS[LEVELS - 1])
+        cheapest += tl.where(is_kept(best, free), 0, UNITS[LEVELS - 1])
 
     # A price above all is affordable; -1 stands for one that is known not to be.
     low, high, paid = -1, HIGHEST + 1, cheapest
@@ -131,7 +131,7 @@ def budget_kernel(
         each = tl.zeros([CHUNK], tl.int32)
         for level in tl.static_range(LEVELS):
             price = tl.load(prices[level] + block, mask=block < candidates, other=HIGHEST).to(tl.int32)
-            raised = (price == high - 1) & (block < candidates) & (is_kept(block, chosen_freely) == 0)
+            raised = (price == high - 1) & (block < candidates) & (is_kept(block, free) == 0)
             if level == LEVELS - 1:
                 raised = raised & (block != best)
             each += raised.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
@@ -146,7 +146,7 @@ def budget_kernel(
     first = tl.maximum(tl.minimum(first, candidates - 1), 0)
     allowed = left + UNITS[LEVELS]
     for level in tl.static_range(LEVELS):
-        dearer = (tl.load(prices[level] + first).to(tl.int32) >= price) | is_kept(first, chosen_freely)
+        dearer = (tl.load(prices[level] + first).to(tl.int32) >= price) | is_kept(first, free)
         if level == LEVELS - 1:
             dearer = dearer | (first == best)
         allowed += dearer.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
@@ -156,22 +156,22 @@ def budget_kernel(
 
     write_list(
         ids_ptr, counts_ptr, row, key_blocks, list_width, level_of,
-        (prices, chosen_freely, high, best, first, first_level), LEVELS, CHUNK,
+        (prices, free, high, best, first, first_level), LEVELS, CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def level_of(block, key_blocks, chosen):
     """Index of the level of some blocks, or that past the last."""
-    prices, chosen_freely, price, best, first, first_level = chosen
+    prices, free, price, best, first, first_level = chosen
     price = price - (block < first).to(tl.int32)
     found = tl.zeros(block.shape, tl.int32)
     for level in tl.static_range(len(prices)):
-        upgrade = tl.load(prices[level] + block, mask=block < chosen_freely[2], other=-0x8000).to(tl.int32)
+        upgrade = tl.load(prices[level] + block, mask=block < free[0], other=-0x8000).to(tl.int32)
         cheaper = upgrade < price
         if level == len(prices) - 1:
             cheaper = cheaper & (block != best)
         found += cheaper.to(tl.int32)
     found = tl.where(block == first, first_level, found)
-    found = tl.where(is_kept(block, chosen_freely), 0, found)
-    return tl.where(block < chosen_freely[2], found, len(prices))
+    found = tl.where(is_kept(block, free), 0, found)
+    return tl.where(block < free[0], found, len(prices))
