@@ -16,7 +16,7 @@ from psa_kernels.devices import capability
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
-from psa_kernels.sparse.steps import attend_visible
+from psa_kernels.sparse.steps import attend_visible, store_means
 from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -183,8 +183,4 @@ def attend_item(
         # Of a tile with a query that was not sound, which is not a number, the others stay as they are.
         before = tl.load(out_rows, mask=real, other=0.0)
         real = real & (before != before)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)

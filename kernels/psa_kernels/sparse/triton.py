@@ -17,6 +17,7 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
+from psa_kernels.sparse.steps import store_means
 from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape, address_of
@@ -266,11 +267,7 @@ def attend_tile(
     real = position < video_queries
     token = video_tokens(position, permutation, text_before, real, PERMUTED)
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)
     if STORE_LSE:
         LN_2: tl.constexpr = 0.6931471805599453
         tl.store(lse_ptr + head_index * query_tokens + token, (top + tl.math.log2(total)) * LN_2, mask=real)
