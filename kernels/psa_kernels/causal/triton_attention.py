@@ -11,12 +11,13 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.causal.triton_steps import cut_list, item_at
+from psa_kernels.causal.triton_steps import item_at
 from psa_kernels.devices import capability
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
 from psa_kernels.sparse.steps import attend_visible, store_means
+from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -160,13 +161,13 @@ def attend_item(
             visible, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
         )  # fmt: skip
 
-    starts, tile_ends, leftover_ends, level_rows = cut_list(
-        counts_ptr + list_row * LISTED, diagonal // BLOCK_KEY, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
+    starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias = cut_list(
+        ids, counts_ptr + list_row * LISTED, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N, diagonal // BLOCK_KEY
     )
     top, total, accumulator = attend_tail(
         q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, text_before, video_keys,
-        starts, tile_ends, leftover_ends, level_rows, -1, 0.0, dims, scale, top, total, accumulator, HEAD_DIM,
-        PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, TAIL_N, TAIL_STAGES, False, WIDE, LATE_SUM, ALIGNED,
+        starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias, dims, scale, top, total, accumulator,
+        HEAD_DIM, PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, TAIL_N, TAIL_STAGES, False, WIDE, LATE_SUM, ALIGNED,
     )  # fmt: skip
     top, total, accumulator = attend_full_tiles(
         q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, starts, tile_ends,
