@@ -12,7 +12,7 @@ from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_statistics import UNROLLED, ScaledRows, blocks_at_once, empty_rows, store_scaled
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.importance.representatives import CHUNK, NATURAL_ROWS, reorder, smaller
+from psa_kernels.importance.representatives import CHUNK, NATURAL_ROWS, reorder, smaller, unfolded
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets
@@ -42,20 +42,14 @@ def _tiling(
     shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, stride: int, pooled: bool, dims: Shape
 ) -> tuple[Shape, Launch]:
     """Shape of the tiles, and what fills them."""
-    steps = [1] * len(dims)
-    for i in reversed(range(len(dims) - 1)):
-        steps[i] = steps[i + 1] * dims[i + 1]
-    tile = steps[0] * dims[0]
-    batch, _, heads, head_dim = shape
     end = causal.lead + causal.video_queries
-    tiles = block_count(block_count(end, stride), tile)
-    width = padded_dim(head_dim)
-    return (batch * heads, tiles, tile, width), Launch(
-        tile_kernel, (batch * heads, tiles * tile // CHUNK),
+    out = unfolded(shape, end, stride, dims, NATURAL_ROWS)
+    _, _, heads, head_dim = shape
+    return out.shape, Launch(
+        tile_kernel, (out.shape[0], out.chunks),
         (*strides[:3], stride, causal.lead, end, causal.query_shift, heads),
-        HEAD_DIM=head_dim, PADDED_DIM=width, COUNT=stride if pooled else 1, TILE=tile,
-        SIZES=tuple(dims[i] for i in reversed(NATURAL_ROWS)), STRIDES=tuple(steps[i] for i in reversed(NATURAL_ROWS)),
-        WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
+        HEAD_DIM=head_dim, PADDED_DIM=out.shape[3], COUNT=stride if pooled else 1, TILE=out.tile, SIZES=out.sizes,
+        STRIDES=out.strides, WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
 
 
