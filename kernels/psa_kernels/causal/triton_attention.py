@@ -70,7 +70,7 @@ def _plan(
          causal.first_row, causal.video_keys, list_width, pyramid_rows, causal.text_before,
          abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
         GROUP=heads // of_keys[2], ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]),
         **tile,

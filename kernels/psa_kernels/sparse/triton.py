@@ -153,7 +153,7 @@ def _plan(
         (tiles, *(step for each in strides for step in each[:3]), heads, video_queries, video_keys, list_width,
          pyramid_rows, text_before, text_before + text_after, query_tokens, abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
         LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2],
         ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]), **tile,

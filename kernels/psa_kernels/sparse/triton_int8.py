@@ -86,7 +86,7 @@ def _plan(
         (*(step for each in strides for step in each[:3]), heads, video_queries, video_keys, list_width, pyramid_rows,
          text_before, text_before + text_after, query_tokens, of_keys[1]),
         HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, GROUP=heads // of_keys[2],
         # Rows of integers, of 64 or 128 bytes, lie side by side.
         ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[0][:3]), **tile,
