@@ -1,8 +1,8 @@
 """Where the levels of one row end in the order of importance, in Triton: found by bisection, without sorting.
 
 `free` says which blocks of a row compete. A tuple of one number, how many blocks the row has: all do. Of four, that
-number, the first block that is free, the one after the last, and how many are kept: those that are not free. They rank
-before the others and get the finest level.
+number, the first block that is free, the one after the last, and how many are free: the others are kept, rank before
+them and get the finest level.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def level_boundaries(
         floor, floor_ties = most_important(keys, below, largest, free, FLOOR)
     for index in tl.static_range(len(THRESHOLDS)):
         if MASS and THRESHOLDS[index] < 1:
-            boundary, ties = most_massive(keys, below, largest, free_count(free), kept_mass, total, THRESHOLDS[index])
+            boundary, ties = most_massive(keys, below, largest, free, kept_mass, total, THRESHOLDS[index])
             wider = (floor < boundary) | ((floor == boundary) & (floor_ties > ties))
             boundary, ties = tl.where(wider, floor, boundary), tl.where(wider, floor_ties, ties)
         else:
@@ -66,15 +66,6 @@ def free_keys(importance, block, row_stride, free):
     if len(free) > 1:
         keys = tl.where((block >= free[1]) & (block < free[2]), keys, -1)
     return keys
-
-
-@triton.jit
-def free_count(free):
-    """How many blocks are free."""
-    if len(free) > 1:
-        return free[0] - free[3]
-    else:
-        return free[0]
 
 
 @triton.jit
@@ -134,7 +125,8 @@ def masked_mass(key, boundary):
 def most_important(keys, below, largest, free, END: tl.constexpr):
     """Boundary of the blocks before a rank, or of a share of all; how many that equal it are among them but not all."""
     if len(free) > 1:
-        return largest_keys(keys, below, largest, free_count(free), ranks_below(END, free[0]) - free[3])
+        kept = free[0] - free[3]
+        return largest_keys(keys, below, largest, free[3], ranks_below(END, free[0]) - kept)
     elif END > 0:
         return largest_keys(keys, below, largest, free[0], END)
     else:
@@ -178,13 +170,13 @@ def ranks_below(SHARE: tl.constexpr, blocks):
 
 
 @triton.jit
-def most_massive(keys, below, largest, count, kept_mass, total, THRESHOLD: tl.constexpr):
+def most_massive(keys, below, largest, free, kept_mass, total, THRESHOLD: tl.constexpr):
     """Boundary and ties, as `most_important`, of the entries before which less than a share of the mass lies.
 
     Args:
         kept_mass: None, or what lies before all of them.
     """
-    low, above_low = below, count
+    low, above_low = below, free[len(free) - 1]
     high, above_high = largest, 0
     if THRESHOLD <= 0:
         # Nothing, but of a row without any mass everything: there no share is defined that could reach a threshold.

@@ -79,9 +79,9 @@ def allocation_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     candidates = (first_row + tl.program_id(0) % rows) * RATIO
-    kept = tl.minimum(keep_first + keep_last, candidates)
+    count = candidates - tl.minimum(keep_first + keep_last, candidates)
     importance = importance_ptr + row * row_stride
-    free = (candidates, keep_first, candidates - keep_last, kept)
+    free = (candidates, keep_first, candidates - keep_last, count)
     boundaries, lasts = level_boundaries(
         importance, row_stride, free, THRESHOLDS, FLOOR, THRESHOLDS, MASS, WIDTHS, CHUNK
     )

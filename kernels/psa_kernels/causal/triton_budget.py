@@ -81,7 +81,7 @@ def budget_kernel(
     row = tl.program_id(0).to(tl.int64)
     candidates = (first_row + tl.program_id(0) % rows) * RATIO
     kept = tl.minimum(keep_first + keep_last, candidates)
-    free = (candidates, keep_first, candidates - keep_last, kept)
+    free = (candidates, keep_first, candidates - keep_last, candidates - kept)
     LEVELS: tl.constexpr = len(UNITS) - 1
     # The product may fall short of the whole number that it is in exact arithmetic.
     budget = tl.floor(tl.full([], SPENT, tl.float64) * candidates.to(tl.float64) + 1e-6).to(tl.int32)
