@@ -10,7 +10,7 @@ from psa_kernels.spec import AttentionSpec
 
 def unit_costs(spec: AttentionSpec) -> list[int]:
     """Cost of a key block at each level, and last past the levels, in units of which each is a whole number."""
-    unit = math.lcm(*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ()))
+    unit = math.lcm(*spec.factors)
     return [unit // factor for factor in spec.levels] + [unit // spec.block_key if spec.rest == "mean" else 0]
 
 

@@ -97,6 +97,11 @@ class AttentionSpec(_Hashed):
             object.__setattr__(self, "_hash", hash(tuple(getattr(self, each.name) for each in fields(self))))
             return self._hash
 
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """The pooling factor of each level, and last of the blocks past them where their means are attended."""
+        return self.levels + ((self.block_key,) if self.rest == "mean" else ())
+
     def __getstate__(self) -> dict[str, Any]:
         # Leave the hash out: another process hashes strings to other numbers.
         return dict(vars(self))

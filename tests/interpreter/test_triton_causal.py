@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from psa_kernels import AttentionSpec, Importance, head_groups, psa_attention, select_blocks
+from psa_kernels.allocation import triton_boundaries
 from psa_kernels.blocks import ranks_below
 from psa_kernels.call import make_call
 from psa_kernels.causal import lists as causal_lists
-from psa_kernels.causal import triton_allocation, triton_importance, triton_select
+from psa_kernels.causal import triton_importance, triton_select
 from psa_kernels.causal.lists import _importance, _key_representatives
 from psa_testing.brute_force_causal import brute_force_causal
 
@@ -194,7 +195,7 @@ def test_ranks_below(share):
 
     @triton.jit
     def kernel(out_ptr, SHARE: tl.constexpr):
-        tl.store(out_ptr + tl.program_id(0), triton_allocation.ranks_below(SHARE, tl.program_id(0)))
+        tl.store(out_ptr + tl.program_id(0), triton_boundaries.ranks_below(SHARE, tl.program_id(0)))
 
     out = torch.zeros(200, dtype=torch.int32)
     kernel[(200,)](out, SHARE=share)

@@ -130,7 +130,7 @@ def _errors(
     distance = distance.clamp_min(0)
     energy = query_energy(queries, spec, lead)
     errors = []
-    for factor in (*spec.levels, *((spec.block_key,) if spec.rest == "mean" else ())):
+    for factor in spec.factors:
         noise = energy @ _spread(keys, factor, spec.block_key).mT
         spread = _spread(values, factor, spec.block_key).sum(-1)[..., None, :]
         covariance = model.covariance * factor / spec.block_key

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from psa_kernels.allocation.triton_boundaries import kind_of, level_boundaries
 from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.blocks import next_power_of_2, ranks_below
 from psa_kernels.known_calls import recall
@@ -88,164 +89,13 @@ def allocation_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     importance = importance_ptr + row * row_stride
-    keys = (load_keys(importance, tl.arange(0, WIDTHS[0]), row_stride, key_blocks),)
-    if len(WIDTHS) > 1:
-        keys += (load_keys(importance, WIDTHS[0] + tl.arange(0, WIDTHS[1]), row_stride, key_blocks),)
-    largest, below = extremes(keys)
-
-    # A level includes the entries above a boundary, and of those that equal it the ones up to a last block.
-    boundaries = ()
-    lasts = ()
-    ties = 0
-    if MASS:
-        total = mass_above(keys, below)
-        floor, floor_ties = most_important(keys, below, largest, key_blocks, FLOOR)
-    for index in tl.static_range(len(ENDS)):
-        if MASS and THRESHOLDS[index] < 1:
-            boundary, ties = most_massive(keys, below, largest, key_blocks, total, THRESHOLDS[index])
-            wider = (floor < boundary) | ((floor == boundary) & (floor_ties > ties))
-            boundary, ties = tl.where(wider, floor, boundary), tl.where(wider, floor_ties, ties)
-        else:
-            boundary, ties = most_important(keys, below, largest, key_blocks, larger(ENDS[index], FLOOR))
-        boundaries += (boundary,)
-        lasts += (last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK),)
-
+    boundaries, lasts = level_boundaries(
+        importance, row_stride, (key_blocks,), ENDS, FLOOR, THRESHOLDS, MASS, WIDTHS, CHUNK
+    )
     caps = ()
     if CAP:
         caps += (coarsest_ptr + row // rows_of_cap * key_blocks,)
     write_list(
         ids_ptr, counts_ptr, row, key_blocks, list_width, kind_of,
-        (importance, caps, row_stride, boundaries, lasts), len(ENDS), CHUNK,
+        (importance, caps, row_stride, (key_blocks,), boundaries, lasts), len(ENDS), CHUNK,
     )  # fmt: skip
-
-
-# Inside a kernel, `max` stands for an operation on tensors.
-@triton.constexpr_function
-def larger(a, b):
-    return max(a, b)
-
-
-@triton.jit
-def load_keys(importance, block, row_stride, key_blocks):
-    """Importance as integers that compare alike, as floats that are not negative do; -1 past the last block."""
-    # Masking at the stride instead of the last block lets a thread load 16 bytes at a time.
-    values = tl.load(importance + block, mask=block < row_stride, other=0.0)
-    return tl.where(block < key_blocks, values.to(tl.int32, bitcast=True), -1)
-
-
-@triton.jit
-def extremes(keys):
-    """The largest key of a row, and one below its smallest."""
-    largest = tl.max(keys[0], 0)
-    smallest = tl.min(tl.where(keys[0] >= 0, keys[0], 0x7FFFFFFF), 0)
-    if len(keys) > 1:
-        largest = tl.maximum(largest, tl.max(keys[1], 0))
-        smallest = tl.minimum(smallest, tl.min(tl.where(keys[1] >= 0, keys[1], 0x7FFFFFFF), 0))
-    return largest, smallest - 1
-
-
-@triton.jit
-def count_above(keys, boundary):
-    """Number of entries whose key is above a boundary."""
-    count = tl.sum((keys[0] > boundary).to(tl.int32), 0)
-    if len(keys) > 1:
-        count += tl.sum((keys[1] > boundary).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def mass_above(keys, boundary, dtype: tl.constexpr = tl.float64):
-    """Sum of the entries whose key is above a boundary, itself at least -1.
-
-    Sums are float64, as in the reference: with float32 addends of like size they are exact, in whatever order.
-    """
-    mass = tl.sum(masked_mass(keys[0], boundary).to(dtype), 0)
-    if len(keys) > 1:
-        mass += tl.sum(masked_mass(keys[1], boundary).to(dtype), 0)
-    return mass
-
-
-@triton.jit
-def masked_mass(key, boundary):
-    return tl.where(key > boundary, key.to(tl.float32, bitcast=True), 0.0)
-
-
-@triton.jit
-def most_important(keys, below, largest, key_blocks, AMOUNT: tl.constexpr):
-    """Boundary of the `AMOUNT` largest keys, and how many that equal it are among them but not all."""
-    low, above_low = below, key_blocks
-    high, above_high = largest, 0
-    # Only where there is something to find: the compiler does not survive a loop that it knows never to run.
-    if AMOUNT > 0:
-        while (high - low > 1) & (above_low > AMOUNT):
-            middle = low + (high - low) // 2
-            above = count_above(keys, middle)
-            enough = above >= AMOUNT
-            low, above_low = tl.where(enough, middle, low), tl.where(enough, above, above_low)
-            high, above_high = tl.where(enough, high, middle), tl.where(enough, above_high, above)
-    else:
-        low, above_low = largest, 0
-    met = above_low <= AMOUNT
-    return tl.where(met, low, high), tl.where(met, 0, AMOUNT - above_high)
-
-
-@triton.jit
-def most_massive(keys, below, largest, key_blocks, total, THRESHOLD: tl.constexpr):
-    """Boundary and ties, as `most_important`, of the entries before which less than a share of the mass lies."""
-    low, above_low = below, key_blocks
-    high, above_high = largest, 0
-    if THRESHOLD <= 0:
-        # Nothing, but of a row without any mass everything: there no share is defined that could reach a threshold.
-        low, above_low = tl.where(total > 0, largest, low), tl.where(total > 0, 0, above_low)
-    threshold = tl.full([], THRESHOLD, tl.float64)
-    aim = (threshold * total).to(tl.float32)
-    # A single entry between the two is the last that belongs to the level.
-    while (high - low > 1) & (above_low - above_high > 1):
-        middle = low + (high - low) // 2
-        above = count_above(keys, middle)
-        mass = mass_above(keys, middle, tl.float32)
-        beyond = mass >= aim
-        # More than the rounding errors of the sums apart, float32 tells which is larger.
-        if (tl.abs(mass - aim) <= 1e-4 * aim) | (total <= 0):
-            beyond = mass_above(keys, middle) / total >= threshold
-        low, above_low = tl.where(beyond, middle, low), tl.where(beyond, above, above_low)
-        high, above_high = tl.where(beyond, high, middle), tl.where(beyond, above_high, above)
-    boundary, ties = low, 0
-    equal = above_low - above_high
-    if equal > 1:
-        boundary = high
-        before = mass_above(keys, high)
-        value = high.to(tl.float32, bitcast=True).to(tl.float64)
-        for begin in range(0, equal, 128):
-            tie = begin + tl.arange(0, 128)
-            within = (tie < equal) & (((before + tie.to(tl.float64) * value) / total >= threshold) == 0)
-            ties += tl.sum(within.to(tl.int32), 0)
-    return boundary, ties
-
-
-@triton.jit
-def last_tie(importance, row_stride, key_blocks, boundary, ties, CHUNK: tl.constexpr):
-    """The block of the last of the first `ties` entries whose key equals the boundary; -1 if there are to be none."""
-    last = tl.full([], -1, tl.int32)
-    if ties > 0:
-        for begin in range(0, key_blocks, CHUNK):
-            block = begin + tl.arange(0, CHUNK)
-            equal = (load_keys(importance, block, row_stride, key_blocks) == boundary).to(tl.int32)
-            counted = tl.cumsum(equal, 0)
-            last = tl.maximum(last, tl.max(tl.where((equal > 0) & (counted <= ties), block, -1), 0))
-            ties -= tl.sum(equal, 0)
-    return last
-
-
-@triton.jit
-def kind_of(block, key_blocks, chosen):
-    """Index of the level of some blocks, or that past the last."""
-    importance, caps, row_stride, boundaries, lasts = chosen
-    key = load_keys(importance, block, row_stride, key_blocks)
-    kind = tl.zeros(block.shape, tl.int32)
-    for index in tl.static_range(len(boundaries)):
-        kind += (key <= boundaries[index] - (block <= lasts[index]).to(tl.int32)).to(tl.int32)
-    if len(caps) > 0:
-        cap = tl.load(caps[0] + block, mask=block < key_blocks, other=0)
-        kind = tl.where(kind < len(boundaries), tl.minimum(kind, cap), kind)
-    return kind

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from psa_kernels.allocation.prices import HIGHEST_PRICE
+from psa_kernels.allocation.triton_affordable import level_of_rest, lowest_price, most_important_block, rows_of_levels
 from psa_kernels.allocation.triton_words import below, half_of, load_words, twice, write_word_list
 from psa_kernels.costs import row_budget, unit_costs
 from psa_kernels.lists import BlockLists, id_dtype, list_width
@@ -26,11 +27,17 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     Returns:
         The same lists as the reference.
     """
-    levels, batch, heads, query_blocks, key_blocks = prices.shape
-    rows, device = (batch, heads, query_blocks), prices.device
-    launch, width = _plan(*importance.shape, importance.stride(2), prices.stride(0), prices.stride(3), device, spec)
-    ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=device)
-    counts = torch.empty(*rows, levels, dtype=torch.int32, device=device)
+    launch, width = _plan(
+        *importance.shape, importance.stride(2), prices.stride(0), prices.stride(3), prices.device, spec
+    )
+    return spend(launch, prices, importance, width)
+
+
+def spend(launch: Launch, prices: torch.Tensor, importance: torch.Tensor, width: int) -> BlockLists:
+    """The lists, of so many blocks a row, that a launch fills."""
+    levels, *rows, key_blocks = prices.shape
+    ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=prices.device)
+    counts = torch.empty(*rows, levels, dtype=torch.int32, device=prices.device)
     # Two prices an integer, also of what pads a row.
     words = prices.as_strided((levels, *rows, prices.stride(3)), prices.stride()).view(torch.int32)
     launch(importance, prices, words, ids, counts)
@@ -78,9 +85,6 @@ def budget_kernel(
 ):  # fmt: skip
     """The lowest price that one row can afford, what the rest buys, then its list.
 
-    What a row costs falls as the price rises, so the price is guessed where a straight line between the costs of one
-    that is too low and one that is affordable meets the budget (false position, in the variant of Illinois).
-
     Args:
         words_ptr: the prices again, two in each int32.
         dearest: cost of a row with all blocks at the finest level.
@@ -89,49 +93,18 @@ def budget_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_words = price_stride // 2
     LEVELS: tl.constexpr = len(UNITS) - 1
-    # A row of each level.
-    prices = ()
-    words = ()
-    for level in tl.static_range(LEVELS):
-        start = level * level_stride.to(tl.int64) + row * price_stride
-        prices += (prices_ptr + start,)
-        words += (words_ptr + start // 2,)
+    prices, words = rows_of_levels(prices_ptr, words_ptr, row, level_stride, price_stride, LEVELS)
 
     # The row's most important block costs at least the coarsest level, whatever the price.
-    kept = tl.full([], -1, tl.int32)
-    kept_price = tl.full([], HIGHEST + 1, tl.int32)
+    best = tl.full([], -1, tl.int32)
+    best_price = tl.full([], HIGHEST + 1, tl.int32)
     cheapest = dearest // UNITS[0] * UNITS[LEVELS]
     if SKIP:
-        kept = most_important(importance_ptr + row * importance_stride, key_blocks, CHUNK)
-        kept_price = tl.load(prices[LEVELS - 1] + kept).to(tl.int32)
+        best = most_important_block(importance_ptr + row * importance_stride, key_blocks, CHUNK)
+        best_price = tl.load(prices[LEVELS - 1] + best).to(tl.int32)
         cheapest += UNITS[LEVELS - 1]
 
-    # A price above all is affordable; -1 stands for one that is known not to be.
-    low, high, paid = -1, HIGHEST + 1, cheapest
-    # A budget that is spent buys nothing more, except where the coarsest level costs what a skipped block does.
-    FREE: tl.constexpr = UNITS[LEVELS - 1] == UNITS[LEVELS]
-    # What the price that is too low costs too much; how often in a row the other one fell, or negative, this one rose.
-    over = dearest - budget
-    run = 0
-    while (high - low > 1) & ((paid != budget) | FREE):
-        middle = (low + high) // 2
-        if GUESSES > 0:
-            guessed = (run != 0) & (tl.abs(run) < GUESSES) & (paid != budget)
-            if guessed:
-                # The end that stays counts half each further time, so that the next guess lies nearer to it.
-                weight = tl.math.exp2((run - tl.where(run > 0, 1, -1)).to(tl.float32))
-                under = (budget - paid).to(tl.float32) * weight
-                share = under / tl.maximum(under + over.to(tl.float32), 1)
-                guess = high - ((high - low).to(tl.float32) * share).to(tl.int32)
-                middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        spared = spared_cost(words, middle, row_words, UNITS, WORDS)
-        found = dearest - spared + (kept_price < middle).to(tl.int32) * (UNITS[LEVELS - 1] - UNITS[LEVELS])
-        affordable = found <= budget
-        if GUESSES > 0:
-            run = tl.where(affordable, tl.maximum(run, 0) + 1, tl.minimum(run, 0) - 1)
-            over = tl.where(affordable, over, found - budget)
-        low, high = tl.where(affordable, low, middle), tl.where(affordable, middle, high)
-        paid = tl.where(affordable, found, paid)
+    high, paid = lowest_price(words, row_words, dearest, cheapest, budget, best_price, UNITS, HIGHEST, WORDS, GUESSES)
     left = tl.maximum(budget - paid, 0)
 
     # Blocks before one get what the next lower price would pay, and that one the best that then is left.
@@ -147,7 +120,7 @@ def budget_kernel(
             pair = load_words(words[level], word, row_words)
             raised = below(pair, at_price) - below(pair, at_lower)
             if level == LEVELS - 1:
-                raised &= tl.where(word == kept >> 1, ~half_of(kept), -1)
+                raised &= tl.where(word == best >> 1, ~half_of(best), -1)
             each += raised * (UNITS[level] - UNITS[level + 1])
         # Up to the second block of each word, and up to the first.
         second = each >> 16
@@ -161,58 +134,8 @@ def budget_kernel(
     left -= spent
     price = high - (first == key_blocks).to(tl.int32)
     first = tl.minimum(first, key_blocks - 1)
-    allowed = left + UNITS[LEVELS]
-    for level in tl.static_range(LEVELS):
-        dearer = tl.load(prices[level] + first).to(tl.int32) >= price
-        if level == LEVELS - 1:
-            dearer = dearer | (first == kept)
-        allowed += dearer.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
-    first_level = tl.full([], 0, tl.int32)
-    for level in tl.static_range(LEVELS):
-        first_level += (UNITS[level] > allowed).to(tl.int32)
-
+    first_level = level_of_rest(prices, first, price, best, None, left, UNITS)
     write_word_list(
-        ids_ptr, counts_ptr, row, key_blocks, list_width, words, row_words, (high, kept, first, first_level), HIGHEST,
+        ids_ptr, counts_ptr, row, key_blocks, list_width, words, row_words, (high, best, first, first_level), HIGHEST,
         CHUNK,
     )  # fmt: skip
-
-
-@triton.jit
-def spared_cost(words, price, row_words, UNITS: tl.constexpr, WORDS: tl.constexpr):
-    """What a row costs less than all its blocks at the finest level, if upgrades are bought that cost a price or more.
-
-    The prices below that one are added up in two counters of 16 bits.
-    """
-    counts = tl.zeros([WORDS], tl.int32)
-    # Parts that are whole need no masks, which cost as much as a fifth of what is done with them.
-    whole = row_words // WORDS * WORDS
-    for begin in range(0, whole, WORDS):
-        counts += spared_of(words, begin + tl.arange(0, WORDS), None, price, UNITS)
-    if whole < row_words:
-        counts += spared_of(words, whole + tl.arange(0, WORDS), row_words, price, UNITS)
-    return tl.sum((counts & 0xFFFF) + ((counts >> 16) & 0xFFFF), 0)
-
-
-@triton.jit
-def spared_of(words, word, row_words, price, UNITS: tl.constexpr):
-    """What some words spare, in both halves."""
-    threshold = twice(price)
-    spared = tl.zeros(word.shape, tl.int32)
-    for level in tl.static_range(len(words)):
-        spared += below(load_words(words[level], word, row_words), threshold) * (UNITS[level] - UNITS[level + 1])
-    return spared
-
-
-@triton.jit
-def most_important(importance, key_blocks, CHUNK: tl.constexpr):
-    """The first of a row's most important blocks."""
-    largest = tl.full([CHUNK], -1, tl.int32)
-    found = tl.full([CHUNK], 0, tl.int32)
-    for begin in range(0, key_blocks, CHUNK):
-        block = begin + tl.arange(0, CHUNK)
-        # As integers floats that are not negative compare alike, and any that is not a number is the largest.
-        key = tl.load(importance + block, mask=block < key_blocks, other=0.0).to(tl.int32, bitcast=True)
-        key = tl.where(block < key_blocks, key, -1)
-        found = tl.where(key > largest, block, found)
-        largest = tl.maximum(largest, key)
-    return tl.min(tl.where(largest == tl.max(largest, 0), found, 0x7FFFFFFF), 0)

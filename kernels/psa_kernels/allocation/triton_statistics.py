@@ -115,8 +115,7 @@ def value_spread(
 
 def pooled_factors(spec: AttentionSpec) -> tuple[int, ...]:
     """Group sizes whose means some level, or `rest`, puts in the place of tokens."""
-    factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
-    return tuple(factor for factor in factors if factor > 1)
+    return tuple(factor for factor in spec.factors if factor > 1)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from psa_kernels.backends import self_test
-from psa_kernels.backends.triton import Triton, kernels, triton_version
+from psa_kernels.backends.triton import Triton, triton_version
 from psa_kernels.call import Call
 from psa_kernels.devices import is_hopper
 from psa_kernels.limits import MAX_HOPPER_LEVELS, MIN_HOPPER_ROWS
-from psa_kernels.lists import BlockLists
 
 # Gluon changes from one release of Triton to the next: with any but these a self-test decides.
 KNOWN_VERSIONS = ("3.6.",)
@@ -24,6 +21,7 @@ class Hopper(Triton):
     """Needs what the portable kernels need, and more."""
 
     name = implementation = "hopper"
+    causal_attention, attention = "causal.hopper", "sparse.hopper.launch"
     gathered = True
     in_one_go: tuple[str, str] | None = ("pool_and_attend_hopper", "PoolAndAttendHopper")
 
@@ -64,21 +62,6 @@ class Hopper(Triton):
             if any(stride % 8 for stride in x.stride()[:3]):
                 return _misaligned(name, x)
         return None
-
-    def attend(self, call: Call, keys: Any, lists: BlockLists, out: torch.Tensor) -> None:
-        if keys is None:
-            self._pool_and_attend(call, lists, out)
-            return
-        pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
-        if call.causal is not None:
-            from psa_kernels.causal import hopper
-
-            hopper.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
-            return
-        attention = kernels("sparse.hopper.launch")
-        attention.sparse_attention(
-            call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers
-        )
 
 
 def _why_not_at_these_addresses(call: Call) -> str | None:

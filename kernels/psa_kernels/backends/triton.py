@@ -29,6 +29,8 @@ class Triton(Backend):
     """One source for every GPU; only tile sizes differ."""
 
     name = implementation = "triton"
+    # Whose `sparse_attention` attends, in causal calls and in others.
+    causal_attention, attention = "causal.triton_attention", "sparse.triton"
     # Whether the pyramid holds single tokens too where they are permuted.
     gathered = False
     # What pools and attends in one go, of a module and by name; None where `attend` needs keys that are pooled.
@@ -127,11 +129,10 @@ class Triton(Backend):
             return
         pyramid = kernels("pyramid.triton").add_values(keys, call.v, call.layout)
         if call.causal is not None:
-            from psa_kernels.causal import triton_attention
-
-            triton_attention.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
+            attention = kernels(self.causal_attention)
+            attention.sparse_attention(call.q, pyramid, lists, call.causal, call.spec, call.scale, out)
             return
-        attention = kernels("sparse.triton")
+        attention = kernels(self.attention)
         attention.sparse_attention(
             call.q, pyramid, lists, call.layout, call.spec, call.scale, out=out, known=call.answers
         )

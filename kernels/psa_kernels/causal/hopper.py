@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
@@ -12,11 +11,10 @@ from psa_kernels.blocks import block_count
 from psa_kernels.causal import triton_attention
 from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.devices import cache_bytes, multiprocessors
-from psa_kernels.limits import MAX_HOPPER_LEVELS
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import Place, TritonPyramid, row_places
 from psa_kernels.sparse.hopper.kernel import attention_kernel
-from psa_kernels.sparse.hopper.launch import COUNTERS, Boxes, pipeline
+from psa_kernels.sparse.hopper.launch import COUNTERS, Plan, outgrow, pipeline
 from psa_kernels.sparse.hopper.tiles import TILE_M
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -40,7 +38,7 @@ def sparse_attention(
         q.shape, q.dtype, q.device, (q.stride(), k.stride(), v.stride(), out.stride()), k.shape, pyramid.factors,
         causal, lists.ids.shape[3], lists.ids.dtype, spec, scale, keeps_in_step(causal, spec, k),
     )  # fmt: skip
-    counters = torch.zeros(COUNTERS + plan.items, dtype=torch.int32, device=q.device)
+    counters = torch.zeros(plan.counters, dtype=torch.int32, device=q.device)
     redo = counters[COUNTERS:]
     # Where there is no log-sum-exp or permutation, any pointer will do.
     plan.launch(
@@ -51,41 +49,12 @@ def sparse_attention(
         triton_attention.sparse_attention(q, pyramid, lists, causal, spec, scale, out, redo)
 
 
-class _Plan(NamedTuple):
-    """What calls of one shape take.
-
-    Attributes:
-        items: tiles of queries, of all heads.
-        online: whether weights are relative to the largest logit so far; in half precision they could overflow,
-            relative to any other.
-        heights: rows of a box of the text before the video, of the video's keys, and of each level.
-        places: for keys and values of these strides, where the rows of each are.
-    """
-
-    launch: Launch
-    items: int
-    online: bool
-    heights: tuple[int, ...]
-    places: dict[Shape, tuple[Place | None, ...]]
-
-    def boxes(self, tokens: torch.Tensor, means: torch.Tensor) -> list[Boxes | None]:
-        """Where the boxes come from; each ends where its rows end: zeros follow."""
-        found: list[Boxes | None] = []
-        for place, height in zip(self.places[tokens.stride()], self.heights, strict=True):
-            if place is None:
-                found.append(None)
-                continue
-            source = means if place.pooled else tokens
-            found.append(Boxes(source, place.offset, place.shape, place.strides, height))
-        return found + [None] * (2 + MAX_HOPPER_LEVELS - len(found))
-
-
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
     shape: Shape, dtype: torch.dtype, device: torch.device, strides: tuple[Shape, Shape, Shape, Shape],
     of_keys: Shape, factors: tuple[int, ...], causal: CausalLayout, list_width: int, ids: torch.dtype,
     spec: AttentionSpec, scale: float, in_step: bool,
-) -> _Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     batch, query_tokens, heads, head_dim = shape
     end = causal.lead + causal.video_queries
     items = block_count(end, TILE_M.value) * batch * heads
@@ -108,7 +77,7 @@ def _plan(
         rows = (batch, of_keys[2], causal.video_keys - first, head_dim)
         diagonals = Place(False, (causal.text_before + first) * each[1], rows, (each[0], each[2], each[1], each[3]))
         places[each] = before, diagonals, *levels
-    return _Plan(launch, items, online, heights, places)
+    return Plan(launch, items, online, heights, places)
 
 
 def keeps_in_step(causal: CausalLayout, spec: AttentionSpec, keys: torch.Tensor) -> bool:
@@ -117,6 +86,4 @@ def keeps_in_step(causal: CausalLayout, spec: AttentionSpec, keys: torch.Tensor)
     Items that run at the same time are only nearly as long as each other, and waiting takes a share of the time. So a
     head has to have more rows than the whole cache can hold, twice what it takes in other calls.
     """
-    rows = sum(block_count(causal.video_keys, factor) for factor in spec.levels)
-    head_bytes = 2 * rows * keys.shape[3] * keys.element_size()
-    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache_bytes(keys.device)
+    return outgrow(causal.video_keys, spec, keys, cache_bytes(keys.device))

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.allocation.triton import count_above, extremes, larger, load_keys, mass_above, row_shape
+from psa_kernels.allocation.triton import row_shape
+from psa_kernels.allocation.triton_boundaries import kind_of, level_boundaries
 from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.causal.widths import causal_list_width
@@ -78,162 +79,16 @@ def allocation_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     candidates = (first_row + tl.program_id(0) % rows) * RATIO
-    kept = tl.minimum(keep_first + keep_last, candidates)
-    free = candidates - kept
+    count = candidates - tl.minimum(keep_first + keep_last, candidates)
     importance = importance_ptr + row * row_stride
-    chosen_freely = (keep_first, candidates - keep_last, candidates)
-    keys = (free_keys(importance, tl.arange(0, WIDTHS[0]), row_stride, chosen_freely),)
-    if len(WIDTHS) > 1:
-        keys += (free_keys(importance, WIDTHS[0] + tl.arange(0, WIDTHS[1]), row_stride, chosen_freely),)
-    largest, below = extremes(keys)
-
-    # A level includes the entries above a boundary, and of those that equal it the ones up to a last block.
-    boundaries = ()
-    lasts = ()
-    ties = 0
-    if MASS:
-        kept_mass = mass_of_kept(importance, tl.arange(0, WIDTHS[0]), row_stride, chosen_freely)
-        if len(WIDTHS) > 1:
-            kept_mass += mass_of_kept(importance, WIDTHS[0] + tl.arange(0, WIDTHS[1]), row_stride, chosen_freely)
-        total = kept_mass + mass_above(keys, below)
-        floor, floor_ties = most_important(keys, below, largest, free, ranks_below(FLOOR, candidates) - kept)
-    for index in tl.static_range(len(THRESHOLDS)):
-        if MASS and THRESHOLDS[index] < 1:
-            boundary, ties = most_massive(keys, below, largest, free, kept_mass, total, THRESHOLDS[index])
-            wider = (floor < boundary) | ((floor == boundary) & (floor_ties > ties))
-            boundary, ties = tl.where(wider, floor, boundary), tl.where(wider, floor_ties, ties)
-        else:
-            amount = ranks_below(larger(THRESHOLDS[index], FLOOR), candidates) - kept
-            boundary, ties = most_important(keys, below, largest, free, amount)
-        boundaries += (boundary,)
-        lasts += (last_tie(importance, row_stride, chosen_freely, boundary, ties, CHUNK),)
-
+    free = (candidates, keep_first, candidates - keep_last, count)
+    boundaries, lasts = level_boundaries(
+        importance, row_stride, free, THRESHOLDS, FLOOR, THRESHOLDS, MASS, WIDTHS, CHUNK
+    )
     caps = ()
     if CAP:
         caps += (coarsest_ptr + row // rows_of_cap * key_blocks,)
     write_list(
         ids_ptr, counts_ptr, row, key_blocks, list_width, kind_of,
-        (importance, caps, row_stride, chosen_freely, boundaries, lasts), len(THRESHOLDS), CHUNK,
+        (importance, caps, row_stride, free, boundaries, lasts), len(THRESHOLDS), CHUNK,
     )  # fmt: skip
-
-
-@triton.jit
-def ranks_below(SHARE: tl.constexpr, blocks):
-    """How many of the ranks r = 0 .. blocks - 1 have r / blocks < share in float64, as `blocks.ranks_below`."""
-    share = tl.full([], SHARE, tl.float64)
-    of = tl.maximum(blocks, 1).to(tl.float64)
-    first = tl.maximum((share * of).to(tl.int32) - 1, 0)
-    found = first
-    for step in tl.static_range(4):
-        rank = first + step
-        found += ((rank < blocks) & (rank.to(tl.float64) / of < share)).to(tl.int32)
-    return tl.minimum(found, blocks)
-
-
-@triton.jit
-def is_kept(block, chosen_freely):
-    """Whether some blocks are candidates that are kept."""
-    first, last, candidates = chosen_freely
-    return (block < candidates) & ((block < first) | (block >= last))
-
-
-@triton.jit
-def free_keys(importance, block, row_stride, chosen_freely):
-    """Importance as `load_keys`, -1 for what is no candidate or is kept."""
-    first, last, candidates = chosen_freely
-    keys = load_keys(importance, block, row_stride, candidates)
-    return tl.where((block >= first) & (block < last), keys, -1)
-
-
-@triton.jit
-def mass_of_kept(importance, block, row_stride, chosen_freely):
-    """The importance of the kept ones among some blocks: float64."""
-    keys = load_keys(importance, block, row_stride, chosen_freely[2])
-    mass = tl.where(is_kept(block, chosen_freely), keys.to(tl.float32, bitcast=True), 0.0)
-    return tl.sum(mass.to(tl.float64), 0)
-
-
-@triton.jit
-def most_important(keys, below, largest, count, amount):
-    """Boundary of the `amount` largest of `count` keys, and how many that equal it are among them but not all."""
-    low, above_low = below, count
-    high, above_high = largest, 0
-    # Of nothing every key is too much.
-    low, above_low = tl.where(amount > 0, low, largest), tl.where(amount > 0, above_low, 0)
-    while (high - low > 1) & (above_low > amount):
-        middle = low + (high - low) // 2
-        above = count_above(keys, middle)
-        enough = above >= amount
-        low, above_low = tl.where(enough, middle, low), tl.where(enough, above, above_low)
-        high, above_high = tl.where(enough, high, middle), tl.where(enough, above_high, above)
-    met = above_low <= amount
-    return tl.where(met | (amount <= 0), low, high), tl.where(met | (amount <= 0), 0, amount - above_high)
-
-
-@triton.jit
-def most_massive(keys, below, largest, count, kept_mass, total, THRESHOLD: tl.constexpr):
-    """Boundary and ties, as `most_important`, of the entries before which less than a share of the mass lies.
-
-    Args:
-        kept_mass: what lies before all of them.
-    """
-    low, above_low = below, count
-    high, above_high = largest, 0
-    if THRESHOLD <= 0:
-        # Nothing, but of a row without any mass everything: there no share is defined that could reach a threshold.
-        low, above_low = tl.where(total > 0, largest, low), tl.where(total > 0, 0, above_low)
-    threshold = tl.full([], THRESHOLD, tl.float64)
-    aim = (threshold * total).to(tl.float32)
-    # Already what is kept may be enough.
-    none = (total > 0) & (kept_mass / total >= threshold)
-    low, above_low = tl.where(none, largest, low), tl.where(none, 0, above_low)
-    while (high - low > 1) & (above_low - above_high > 1):
-        middle = low + (high - low) // 2
-        above = count_above(keys, middle)
-        mass = mass_above(keys, middle, tl.float32) + kept_mass.to(tl.float32)
-        beyond = mass >= aim
-        # More than the rounding errors of the sums apart, float32 tells which is larger.
-        if (tl.abs(mass - aim) <= 1e-4 * aim) | (total <= 0):
-            beyond = (mass_above(keys, middle) + kept_mass) / total >= threshold
-        low, above_low = tl.where(beyond, middle, low), tl.where(beyond, above, above_low)
-        high, above_high = tl.where(beyond, high, middle), tl.where(beyond, above_high, above)
-    boundary, ties = low, 0
-    equal = above_low - above_high
-    if equal > 1:
-        boundary = high
-        before = mass_above(keys, high) + kept_mass
-        value = high.to(tl.float32, bitcast=True).to(tl.float64)
-        for begin in range(0, equal, 128):
-            tie = begin + tl.arange(0, 128)
-            within = (tie < equal) & (((before + tie.to(tl.float64) * value) / total >= threshold) == 0)
-            ties += tl.sum(within.to(tl.int32), 0)
-    return boundary, ties
-
-
-@triton.jit
-def last_tie(importance, row_stride, chosen_freely, boundary, ties, CHUNK: tl.constexpr):
-    """The block of the last of the first `ties` entries whose key equals the boundary; -1 if there are to be none."""
-    last = tl.full([], -1, tl.int32)
-    if ties > 0:
-        for begin in range(0, chosen_freely[2], CHUNK):
-            block = begin + tl.arange(0, CHUNK)
-            equal = (free_keys(importance, block, row_stride, chosen_freely) == boundary).to(tl.int32)
-            counted = tl.cumsum(equal, 0)
-            last = tl.maximum(last, tl.max(tl.where((equal > 0) & (counted <= ties), block, -1), 0))
-            ties -= tl.sum(equal, 0)
-    return last
-
-
-@triton.jit
-def kind_of(block, key_blocks, chosen):
-    """Index of the level of some blocks, or that past the last."""
-    importance, caps, row_stride, chosen_freely, boundaries, lasts = chosen
-    key = free_keys(importance, block, row_stride, chosen_freely)
-    kind = tl.zeros(block.shape, tl.int32)
-    for index in tl.static_range(len(boundaries)):
-        kind += (key <= boundaries[index] - (block <= lasts[index]).to(tl.int32)).to(tl.int32)
-    if len(caps) > 0:
-        cap = tl.load(caps[0] + block, mask=block < key_blocks, other=0)
-        kind = tl.where(kind < len(boundaries), tl.minimum(kind, cap), kind)
-    kind = tl.where(is_kept(block, chosen_freely), 0, kind)
-    return tl.where(block < chosen_freely[2], kind, len(boundaries))

@@ -11,12 +11,13 @@ import triton.language as tl
 
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.causal.triton_steps import cut_list, item_at
+from psa_kernels.causal.triton_steps import item_at
 from psa_kernels.devices import capability
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
-from psa_kernels.sparse.steps import attend_visible
+from psa_kernels.sparse.steps import attend_visible, store_means
+from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.sparse.triton import FLAGS, LATE_SUM, tile_shape
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
@@ -69,7 +70,7 @@ def _plan(
          causal.first_row, causal.video_keys, list_width, pyramid_rows, causal.text_before,
          abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS, LATE_SUM=gpu[0] in LATE_SUM,
         GROUP=heads // of_keys[2], ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]),
         **tile,
@@ -160,13 +161,13 @@ def attend_item(
             visible, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM,
         )  # fmt: skip
 
-    starts, tile_ends, leftover_ends, level_rows = cut_list(
-        counts_ptr + list_row * LISTED, diagonal // BLOCK_KEY, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N
+    starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias = cut_list(
+        ids, counts_ptr + list_row * LISTED, video_keys, FACTORS, LISTED, BLOCK_KEY, TILE_N, diagonal // BLOCK_KEY
     )
     top, total, accumulator = attend_tail(
         q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, text_before, video_keys,
-        starts, tile_ends, leftover_ends, level_rows, -1, 0.0, dims, scale, top, total, accumulator, HEAD_DIM,
-        PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, TAIL_N, TAIL_STAGES, False, WIDE, LATE_SUM, ALIGNED,
+        starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias, dims, scale, top, total, accumulator,
+        HEAD_DIM, PADDED_DIM, BLOCK_KEY, FACTORS, TILE_N, TAIL_N, TAIL_STAGES, False, WIDE, LATE_SUM, ALIGNED,
     )  # fmt: skip
     top, total, accumulator = attend_full_tiles(
         q, k_head, v_head, pooled_k, pooled_v, stride_kn, stride_vn, ids, None, text_before, starts, tile_ends,
@@ -183,8 +184,4 @@ def attend_item(
         # Of a tile with a query that was not sound, which is not a number, the others stay as they are.
         before = tl.load(out_rows, mask=real, other=0.0)
         real = real & (before != before)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)

@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from psa_kernels.allocation.prices import HIGHEST_PRICE
-from psa_kernels.allocation.triton_budget import most_important, row_shape, spared_cost
+from psa_kernels.allocation.triton_affordable import level_of_rest, lowest_price, most_important_block, rows_of_levels
+from psa_kernels.allocation.triton_boundaries import is_kept
+from psa_kernels.allocation.triton_budget import row_shape, spend
 from psa_kernels.allocation.triton_lists import write_list
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.causal.triton_allocation import is_kept
 from psa_kernels.causal.widths import causal_list_width
 from psa_kernels.costs import unit_costs
-from psa_kernels.lists import BlockLists, id_dtype
+from psa_kernels.lists import BlockLists
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch
 
@@ -36,17 +37,11 @@ def allocate_budget(
     Returns:
         The levels of the reference; blocks that are no candidates are last in each row, as far as there is room.
     """
-    levels, batch, heads, query_blocks, key_blocks = prices.shape
-    rows, device = (batch, heads, query_blocks), prices.device
+    _, batch, heads, _, key_blocks = prices.shape
     launch, width = _plan(
-        batch, heads, key_blocks, importance.stride(2), prices.stride(0), prices.stride(3), device, causal, spec
+        batch, heads, key_blocks, importance.stride(2), prices.stride(0), prices.stride(3), prices.device, causal, spec
     )
-    ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=device)
-    counts = torch.empty(*rows, levels, dtype=torch.int32, device=device)
-    # Two prices an integer, also of what pads a row.
-    words = prices.as_strided((levels, *rows, prices.stride(3)), prices.stride()).view(torch.int32)
-    launch(importance, prices, words, ids, counts)
-    return BlockLists(ids, counts, key_blocks)
+    return spend(launch, prices, importance, width)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
@@ -86,39 +81,25 @@ def budget_kernel(
     row = tl.program_id(0).to(tl.int64)
     candidates = (first_row + tl.program_id(0) % rows) * RATIO
     kept = tl.minimum(keep_first + keep_last, candidates)
-    chosen_freely = (keep_first, candidates - keep_last, candidates)
+    free = (candidates, keep_first, candidates - keep_last, candidates - kept)
     LEVELS: tl.constexpr = len(UNITS) - 1
     # The product may fall short of the whole number that it is in exact arithmetic.
     budget = tl.floor(tl.full([], SPENT, tl.float64) * candidates.to(tl.float64) + 1e-6).to(tl.int32)
     dearest = candidates * UNITS[0]
-    # A row of each level.
-    prices = ()
-    words = ()
-    for level in tl.static_range(LEVELS):
-        start = level * level_stride.to(tl.int64) + row * price_stride
-        prices += (prices_ptr + start,)
-        words += (words_ptr + start // 2,)
+    prices, words = rows_of_levels(prices_ptr, words_ptr, row, level_stride, price_stride, LEVELS)
 
     # The row's most important block costs at least the coarsest level, whatever the price.
     best = tl.full([], -1, tl.int32)
     best_price = tl.full([], HIGHEST + 1, tl.int32)
     cheapest = candidates * UNITS[LEVELS] + kept * (UNITS[0] - UNITS[LEVELS])
     if SKIP:
-        best = most_important(importance_ptr + row * importance_stride, candidates, CHUNK)
+        best = most_important_block(importance_ptr + row * importance_stride, candidates, CHUNK)
         best_price = tl.load(prices[LEVELS - 1] + best).to(tl.int32)
-        cheapest += tl.where(is_kept(best, chosen_freely), 0, UNITS[LEVELS - 1])
+        cheapest += tl.where(is_kept(best, free), 0, UNITS[LEVELS - 1])
 
-    # A price above all is affordable; -1 stands for one that is known not to be.
-    low, high, paid = -1, HIGHEST + 1, cheapest
-    # A budget that is spent buys nothing more, except where the coarsest level costs what a skipped block does.
-    FREE: tl.constexpr = UNITS[LEVELS - 1] == UNITS[LEVELS]
-    while (high - low > 1) & ((paid != budget) | FREE):
-        middle = (low + high) // 2
-        spared = spared_cost(words, middle, tl.cdiv(candidates, 2), UNITS, WORDS)
-        found = dearest - spared + (best_price < middle).to(tl.int32) * (UNITS[LEVELS - 1] - UNITS[LEVELS])
-        affordable = found <= budget
-        low, high = tl.where(affordable, low, middle), tl.where(affordable, middle, high)
-        paid = tl.where(affordable, found, paid)
+    high, paid = lowest_price(
+        words, tl.cdiv(candidates, 2), dearest, cheapest, budget, best_price, UNITS, HIGHEST, WORDS, 0
+    )
     left = tl.maximum(budget - paid, 0)
 
     # Blocks before one get what the next lower price would pay, and that one the best that then is left.
@@ -131,7 +112,7 @@ def budget_kernel(
         each = tl.zeros([CHUNK], tl.int32)
         for level in tl.static_range(LEVELS):
             price = tl.load(prices[level] + block, mask=block < candidates, other=HIGHEST).to(tl.int32)
-            raised = (price == high - 1) & (block < candidates) & (is_kept(block, chosen_freely) == 0)
+            raised = (price == high - 1) & (block < candidates) & (is_kept(block, free) == 0)
             if level == LEVELS - 1:
                 raised = raised & (block != best)
             each += raised.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
@@ -144,34 +125,25 @@ def budget_kernel(
     left -= spent
     price = high - (first == candidates).to(tl.int32)
     first = tl.maximum(tl.minimum(first, candidates - 1), 0)
-    allowed = left + UNITS[LEVELS]
-    for level in tl.static_range(LEVELS):
-        dearer = (tl.load(prices[level] + first).to(tl.int32) >= price) | is_kept(first, chosen_freely)
-        if level == LEVELS - 1:
-            dearer = dearer | (first == best)
-        allowed += dearer.to(tl.int32) * (UNITS[level] - UNITS[level + 1])
-    first_level = tl.full([], 0, tl.int32)
-    for level in tl.static_range(LEVELS):
-        first_level += (UNITS[level] > allowed).to(tl.int32)
-
+    first_level = level_of_rest(prices, first, price, best, free, left, UNITS)
     write_list(
         ids_ptr, counts_ptr, row, key_blocks, list_width, level_of,
-        (prices, chosen_freely, high, best, first, first_level), LEVELS, CHUNK,
+        (prices, free, high, best, first, first_level), LEVELS, CHUNK,
     )  # fmt: skip
 
 
 @triton.jit
 def level_of(block, key_blocks, chosen):
     """Index of the level of some blocks, or that past the last."""
-    prices, chosen_freely, price, best, first, first_level = chosen
+    prices, free, price, best, first, first_level = chosen
     price = price - (block < first).to(tl.int32)
     found = tl.zeros(block.shape, tl.int32)
     for level in tl.static_range(len(prices)):
-        upgrade = tl.load(prices[level] + block, mask=block < chosen_freely[2], other=-0x8000).to(tl.int32)
+        upgrade = tl.load(prices[level] + block, mask=block < free[0], other=-0x8000).to(tl.int32)
         cheaper = upgrade < price
         if level == len(prices) - 1:
             cheaper = cheaper & (block != best)
         found += cheaper.to(tl.int32)
     found = tl.where(block == first, first_level, found)
-    found = tl.where(is_kept(block, chosen_freely), 0, found)
-    return tl.where(block < chosen_freely[2], found, len(prices))
+    found = tl.where(is_kept(block, free), 0, found)
+    return tl.where(block < free[0], found, len(prices))

@@ -12,7 +12,7 @@ import triton.language as tl
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.triton_steps import item_at
 from psa_kernels.devices import capability
-from psa_kernels.sparse.steps import attend, attend_visible
+from psa_kernels.sparse.steps import attend, attend_visible, store_means
 from psa_kernels.sparse.triton import LATE_SUM, tile_shape
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, key_head, load_real_rows, padded_dim, row_offsets
@@ -104,8 +104,4 @@ def dense_kernel(
     token = start + (query_tile + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
     real = token < stop
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)

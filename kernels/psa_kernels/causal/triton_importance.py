@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -13,22 +12,15 @@ import triton.language as tl
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.causal.triton_queries import query_tiles
-from psa_kernels.devices import capability, multiprocessors
+from psa_kernels.devices import capability
 from psa_kernels.heads import group_size
 from psa_kernels.importance.representatives import NATURAL_COLUMNS, column_dims, in_tiles, row_dims, smaller
-from psa_kernels.importance.triton import (
-    READ,
-    decode,
-    encode,
-    in_threads,
-    out_of_threads,
-    score_blocks,
-    tile_shape,
-)
+from psa_kernels.importance.triton import Plan, plan_of, tile_shape
+from psa_kernels.importance.triton_scratch import add_tile, read_shares, row_norms
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
-from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import key_head, padded_dim
+from psa_kernels.triton_launch import KEPT_LAUNCHES
+from psa_kernels.triton_rows import key_head
 
 
 def block_importance(
@@ -55,55 +47,23 @@ def block_importance(
     return importance
 
 
-class _Plan(NamedTuple):
-    """What the importance of calls of one shape takes.
-
-    Attributes:
-        rows, columns: what the rows of a tile of queries and of keys unfold to.
-        padded: shape of the importance with rows at multiples of 64 bytes, which the allocation reads faster.
-        key_blocks: how much of a row of it there is.
-        scratch, tops: shapes of what each program keeps for itself.
-    """
-
-    rows: Shape
-    columns: Shape
-    padded: Shape
-    key_blocks: int
-    scratch: Shape
-    tops: Shape
-    launch: Launch
-
-
 @lru_cache(maxsize=KEPT_LAUNCHES)
 def _plan(
     batch: int, heads: int, head_dim: int, group: int, dtype: torch.dtype, device: torch.device, causal: CausalLayout,
     spec: AttentionSpec, scale: float,
-) -> _Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     how = spec.importance
-    columns = spec.block_key // how.key_stride
-    tile = causal_tile_shape(capability(device), head_dim, dtype.itemsize, columns)
-    programs = tile.pop("programs") * multiprocessors(device)
+    tile = causal_tile_shape(capability(device), head_dim, dtype.itemsize, spec.block_key // how.key_stride)
     query_samples = block_count(causal.lead + causal.video_queries, how.query_stride)
-    key_blocks, rows = block_count(causal.video_keys, spec.block_key), len(causal.rows)
-    tiles = block_count(query_samples, tile["TILE_M"])
-    items = batch * heads * tiles
-    programs = min(items, programs)
-    row_stride = block_count(key_blocks, 16) * 16
-    key_tiles = block_count(block_count(causal.video_keys, how.key_stride), tile["TILE_N"])
-    entries = block_count(key_tiles * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
-    launch = Launch(
-        importance_kernel, (programs,),
-        (items, tiles, causal.lead // how.query_stride, query_samples, key_tiles, causal.first_row, rows, row_stride,
-         entries,
-         # Never 0, by which the -inf of absent keys must not be multiplied.
-         max(abs(scale) * math.log2(math.e), 1e-30)),
-        PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride, COLUMNS=columns,
-        RATIO=spec.block_query // spec.block_key, LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0,
-        WARPS=tile["num_warps"], READ=READ, GROUP=group, **tile,
+    key_samples = block_count(causal.video_keys, how.key_stride)
+    pairs = batch, heads, len(causal.rows), block_count(causal.video_keys, spec.block_key)
+    numbers = (
+        causal.lead // how.query_stride, query_samples, block_count(key_samples, tile["TILE_N"]), causal.first_row,
+        len(causal.rows),
     )  # fmt: skip
-    return _Plan(
-        tuple(row_dims(tile["TILE_M"], tile["num_warps"])), tuple(column_dims(tile["TILE_N"], columns)),
-        (batch, heads, rows, row_stride), key_blocks, (programs, entries), (programs, tile["TILE_M"]), launch,
+    return plan_of(
+        importance_kernel, tile, pairs, block_count(query_samples, tile["TILE_M"]), key_samples, numbers, head_dim,
+        group, spec, scale, device, RATIO=spec.block_query // spec.block_key,
     )  # fmt: skip
 
 
@@ -135,7 +95,6 @@ def importance_kernel(
         RATIO: key blocks of a query block.
     """
     BLOCKS: tl.constexpr = TILE_N // COLUMNS
-    SIZE: tl.constexpr = TILE_M * BLOCKS
     QUERY_BLOCKS: tl.constexpr = TILE_M // SAMPLES
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_width
     tops_row = tops_ptr + tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
@@ -169,16 +128,10 @@ def importance_kernel(
                     if (index == 0) & (attempt == 0):
                         # A row without candidates has no largest score.
                         reference = tl.where(ends > 0, tl.max(scores, 1) * scale, 0.0)
-                    waiting, tile_top, weight = score_blocks(scores, reference, scale, COLUMNS, LARGEST)
-                    top = tl.maximum(top, tile_top)
-                    total += weight
-                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting, LARGEST), WARPS))
+                    top, total = add_tile(scores, tile, reference, scale, top, total, scratch, COLUMNS, LARGEST, WARPS)
                 for tile in tl.range(1, whole, num_stages=STAGES):
                     scores = tl.dot(q, tl.load(k_head + tile * (TILE_N * PADDED_DIM)).T, input_precision="ieee")
-                    waiting, tile_top, weight = score_blocks(scores, reference, scale, COLUMNS, LARGEST)
-                    top = tl.maximum(top, tile_top)
-                    total += weight
-                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting, LARGEST), WARPS))
+                    top, total = add_tile(scores, tile, reference, scale, top, total, scratch, COLUMNS, LARGEST, WARPS)
                 tops = tl.max(top, 1) * scale
                 # Scores that lie too far above the reference are weighed anew, relative to the largest one. The other
                 # rows get the same as before, so that keys that only later rows see change nothing in them.
@@ -224,23 +177,16 @@ def reduce_item(
 ):  # fmt: skip
     """Largest or mean probability of each pair of blocks, from the scratch and the row sums `total`."""
     TILE_M: tl.constexpr = total.shape[0]
-    QUERY_BLOCKS: tl.constexpr = TILE_M // SAMPLES
     WIDTH: tl.constexpr = READ // TILE_M
-    R: tl.constexpr = row_dims(TILE_M, WARPS)
-    # What makes weights probabilities: a factor, or its log2.
-    norm = -tl.math.log2(total) if LARGEST else 1.0 / total
-    norm = tl.reshape(tl.permute(tl.reshape(norm, [R[0], R[1], R[2], R[3]]), [1, 3, 0, 2]), [TILE_M])
+    norm = row_norms(total, LARGEST, WARPS)
     sample = first_of_tile + tl.arange(0, TILE_M)
     real = (sample >= first_sample) & (sample < query_samples)
     norm = tl.where(real, norm, -float("inf") if LARGEST else 0.0)
-    row = first_of_tile // SAMPLES + tl.arange(0, QUERY_BLOCKS)
+    row = first_of_tile // SAMPLES + tl.arange(0, TILE_M // SAMPLES)
     candidates = tl.where(row < rows, (first_row + row) * RATIO, 0)
     for first in range(0, key_blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
-        waiting = decode(tl.load(scratch + first * TILE_M + tl.arange(0, READ)), LARGEST)
-        waiting = out_of_threads(waiting, TILE_N, TILE_M, COLUMNS, WARPS)
-        shares = waiting + norm[None, :] if LARGEST else waiting * norm[None, :]
-        pairs = tl.reshape(shares, [WIDTH, QUERY_BLOCKS, SAMPLES])
+        pairs = read_shares(scratch + first * TILE_M, norm, SAMPLES, COLUMNS, LARGEST, TILE_N, WARPS, READ)
         if LARGEST:
             found = tl.math.exp2(tl.max(pairs, 2))
         else:

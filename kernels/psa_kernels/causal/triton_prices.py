@@ -11,22 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from psa_kernels.allocation.prices import ERROR_MODELS, HIGHEST_PRICE, STEPS_PER_OCTAVE
-from psa_kernels.allocation.triton_prices import (
-    TILE,
-    empty_prices,
-    load_fractions,
-    pooled_error,
-    products,
-)
-from psa_kernels.allocation.triton_statistics import (
-    empty_rows,
-    key_spread,
-    pooled_factors,
-    store_scaled,
-    value_spread,
-)
-from psa_kernels.allocation.triton_steps import price_steps
+from psa_kernels.allocation.triton_pairs import load_fractions, load_importance, store_outputs, store_prices
+from psa_kernels.allocation.triton_prices import TILE, empty_prices, price_constants
+from psa_kernels.allocation.triton_statistics import empty_rows, key_spread, value_spread
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
 from psa_kernels.causal.triton_queries import query_energy
@@ -86,7 +73,6 @@ def _plan(
     rows, ratio = len(causal.rows), spec.block_query // spec.block_key
     of_rows = block_count(rows, TILE["TILE_M"])
     of_blocks = max(1, block_count(causal.candidates(causal.rows[-1]), TILE["TILE_N"]))
-    model = ERROR_MODELS[spec.error_model]
     average = Launch(
         output_kernel, (batch * heads, of_rows), (causal.first_row, rows, key_blocks, importance_stride),
         RATIO=ratio, PADDED_DIM=padded, GROUP=group, **TILE,
@@ -94,9 +80,7 @@ def _plan(
     price = Launch(
         price_kernel, (batch * heads, of_rows, of_blocks),
         (causal.first_row, rows, key_blocks, importance_stride, price_stride, spec.keep_first, spec.keep_last),
-        RATIO=ratio, PADDED_DIM=padded, LEVELS=spec.levels, POOLED=pooled_factors(spec), BLOCK_KEY=spec.block_key,
-        SKIP=spec.rest == "skip", COVARIANCE=model.covariance, EXPONENT=model.exponent, CONVEXITY=model.convexity,
-        STEPS=STEPS_PER_OCTAVE, HIGHEST=HIGHEST_PRICE, DEPTH=min(64, padded), GROUP=group, **TILE,
+        RATIO=ratio, **price_constants(spec, padded, group),
     )  # fmt: skip
     return average, price
 
@@ -119,10 +103,7 @@ def output_kernel(
         block = first + tl.arange(0, TILE_N)
         real = block < key_blocks
         past = block[None, :] < candidates[:, None]
-        weight = tl.load(
-            importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
-            mask=past, other=0.0,
-        )  # fmt: skip
+        weight = load_importance(importance_ptr, queries, row, block, importance_stride, past)
         total += tl.sum(weight, 1)
         keys = key_head(head_index, GROUP) * key_blocks
         centres = load_fractions(centres_ptr, keys, block, real, 0, PADDED_DIM, PADDED_DIM)
@@ -135,12 +116,10 @@ def output_kernel(
         top = tl.max(seen, 1)
         weight *= seen * (key_blocks / tl.where(top > 0, top, 1))[:, None]
         output += tl.dot(weight.to(tl.float16), centres) * top[:, None]
-    # The smallest normal number, as in the reference.
-    total = tl.maximum(total, 1.1754943508222875e-38)
-    tl.store(totals_ptr + queries + row, total, mask=real_row)
-    output = output / (total * key_blocks)[:, None]
-    dims = tl.arange(0, PADDED_DIM)
-    store_scaled(outputs_ptr, output_tops_ptr, output_squares_ptr, queries + row, output, dims, real_row, PADDED_DIM)
+    store_outputs(
+        outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, queries, row, real_row, total, output,
+        key_blocks, PADDED_DIM,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "key_blocks", "keep_first", "keep_last"])
@@ -155,52 +134,12 @@ def price_kernel(
 ):  # fmt: skip
     """Prices of `TILE_M` rows and `TILE_N` key blocks of one head, if there is a candidate among them."""
     row = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
-    real_row = row < rows
-    candidates = tl.where(real_row, (first_row + row) * RATIO, 0)
+    candidates = tl.where(row < rows, (first_row + row) * RATIO, 0)
     if tl.program_id(2) * TILE_N < tl.max(candidates, 0):
-        head_index = tl.program_id(0).to(tl.int64)
-        # Offsets inside a head fit 32 bits.
-        all_keys = key_head(tl.num_programs(0), GROUP).to(tl.int64) * key_blocks
-        all_queries = tl.num_programs(0).to(tl.int64) * rows
-        queries = head_index * rows
-        keys = key_head(head_index, GROUP) * key_blocks
-        block = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
-        real = block < key_blocks
-        past = block[None, :] < candidates[:, None]
-        free = past & (block >= keep_first)[None, :] & (block[None, :] < (candidates - keep_last)[:, None])
-        # All three terms are of the same rounded rows, so that their difference is a distance however small it is.
-        product = products(
-            outputs_ptr, output_tops_ptr, queries, row, real_row, centres_ptr, centre_tops_ptr, keys, block, real,
-            PADDED_DIM, DEPTH,
+        store_prices(
+            energy_ptr, energy_tops_ptr, spread_ptr, spread_tops_ptr, varied_ptr, centres_ptr, centre_tops_ptr,
+            centre_squares_ptr, outputs_ptr, output_tops_ptr, output_squares_ptr, totals_ptr, importance_ptr,
+            prices_ptr, rows, key_blocks, importance_stride, price_stride, candidates, keep_first, keep_last,
+            PADDED_DIM, LEVELS, POOLED, BLOCK_KEY, SKIP, COVARIANCE, EXPONENT, CONVEXITY, STEPS, HIGHEST, TILE_M,
+            TILE_N, DEPTH, GROUP,
         )  # fmt: skip
-        output_square = tl.load(output_squares_ptr + queries + row, mask=real_row, other=0.0)
-        centre_square = tl.load(centre_squares_ptr + keys + block, mask=real, other=0.0)
-        distance = tl.maximum(output_square[:, None] + centre_square[None, :] - 2 * product, 0)
-        errors = ()
-        if LEVELS[0] == 1:
-            errors += (tl.zeros([TILE_M, TILE_N], tl.float32),)
-        for index in tl.static_range(len(POOLED)):
-            start = index * all_keys + keys
-            noise = products(
-                energy_ptr, energy_tops_ptr, queries, row, real_row, spread_ptr, spread_tops_ptr, start, block, real,
-                PADDED_DIM, DEPTH,
-            )  # fmt: skip
-            varied = tl.load(varied_ptr + start + block, mask=real, other=0.0)
-            errors += (
-                pooled_error(noise, varied[None, :], distance, POOLED[index] / BLOCK_KEY, COVARIANCE, CONVEXITY),
-            )
-        if SKIP:
-            errors += (distance,)
-        importance = tl.load(
-            importance_ptr + queries * importance_stride + (row[:, None] * importance_stride + block[None, :]),
-            mask=past, other=0.0,
-        )  # fmt: skip
-        total = tl.load(totals_ptr + queries + row, mask=real_row, other=1.0)
-        prices = price_steps(errors, importance, total, LEVELS, BLOCK_KEY, SKIP, EXPONENT, STEPS, HIGHEST)
-        for level in tl.static_range(len(LEVELS)):
-            tl.store(
-                prices_ptr + (level * all_queries + queries) * price_stride
-                + (row[:, None] * price_stride + block[None, :]),
-                tl.where(free, prices[level], HIGHEST).to(tl.int16),
-                mask=real_row[:, None] & (block < price_stride)[None, :],
-            )  # fmt: skip

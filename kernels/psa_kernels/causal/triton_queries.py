@@ -12,7 +12,7 @@ from psa_kernels.allocation.prices import energy_stride
 from psa_kernels.allocation.triton_statistics import UNROLLED, ScaledRows, blocks_at_once, empty_rows, store_scaled
 from psa_kernels.blocks import block_count
 from psa_kernels.causal.layout import CausalLayout
-from psa_kernels.importance.representatives import CHUNK, NATURAL_ROWS, reorder, smaller
+from psa_kernels.importance.representatives import CHUNK, NATURAL_ROWS, copy_chunk, smaller, unfolded
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
 from psa_kernels.triton_rows import are_wide, load_real_rows, padded_dim, row_offsets
@@ -42,20 +42,14 @@ def _tiling(
     shape: Shape, strides: Shape, device: torch.device, causal: CausalLayout, stride: int, pooled: bool, dims: Shape
 ) -> tuple[Shape, Launch]:
     """Shape of the tiles, and what fills them."""
-    steps = [1] * len(dims)
-    for i in reversed(range(len(dims) - 1)):
-        steps[i] = steps[i + 1] * dims[i + 1]
-    tile = steps[0] * dims[0]
-    batch, _, heads, head_dim = shape
     end = causal.lead + causal.video_queries
-    tiles = block_count(block_count(end, stride), tile)
-    width = padded_dim(head_dim)
-    return (batch * heads, tiles, tile, width), Launch(
-        tile_kernel, (batch * heads, tiles * tile // CHUNK),
+    out = unfolded(shape, end, stride, dims, NATURAL_ROWS)
+    _, _, heads, head_dim = shape
+    return out.shape, Launch(
+        tile_kernel, (out.shape[0], out.chunks),
         (*strides[:3], stride, causal.lead, end, causal.query_shift, heads),
-        HEAD_DIM=head_dim, PADDED_DIM=width, COUNT=stride if pooled else 1, TILE=tile,
-        SIZES=tuple(dims[i] for i in reversed(NATURAL_ROWS)), STRIDES=tuple(steps[i] for i in reversed(NATURAL_ROWS)),
-        WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
+        HEAD_DIM=head_dim, PADDED_DIM=out.shape[3], COUNT=stride if pooled else 1, TILE=out.tile, SIZES=out.sizes,
+        STRIDES=out.strides, WIDE=are_wide((shape, strides)), CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
 
 
@@ -98,25 +92,10 @@ def tile_kernel(
         lead, end: positions from which on and up to which there are queries.
         shift: what has to be added to a position to name a query.
     """
-    head_index = tl.program_id(0).to(tl.int64)
-    head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
-    dims = tl.arange(0, PADDED_DIM)
-    sample = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    first = tl.maximum(sample * step, lead)
-    last = tl.minimum(sample * step + step, end)
-    total = tl.zeros([CHUNK, PADDED_DIM], tl.float32)
-    PARTS: tl.constexpr = smaller(COUNT, 8)
-    for start in range(0, COUNT, PARTS):
-        for i in tl.static_range(PARTS):
-            position = first + start + i
-            real = position < last
-            rows = head + row_offsets(position + shift, stride_n, WIDE)
-            total += load_real_rows(rows, dims, real, HEAD_DIM).to(tl.float32)
-    if COUNT > 1:
-        total *= (1.0 / tl.maximum(last - first, 1).to(tl.float32))[:, None]
-    place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
-    rows = head_index * (tl.num_programs(1) * CHUNK) + place
-    tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))
+    copy_chunk(
+        x_ptr, out_ptr, None, tl.program_id(0), tl.program_id(1), tl.num_programs(1), stride_b, stride_n, stride_h,
+        step, shift, end, heads, HEAD_DIM, PADDED_DIM, COUNT, TILE, SIZES, STRIDES, False, WIDE, CHUNK, lead,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "lead", "end", "shift", "rows"])

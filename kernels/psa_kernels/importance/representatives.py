@@ -218,23 +218,32 @@ def copy_chunk(
     x_ptr, out_ptr, permutation, head_index, chunk, chunks, stride_b, stride_n, stride_h, step, text_before, tokens,
     heads, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
     SIZES: tl.constexpr, STRIDES: tl.constexpr, PERMUTED: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    lead=None,
 ):  # fmt: skip
-    """`CHUNK` representatives of one head: number i is the mean of `COUNT` tokens from position `step * i` on."""
+    """`CHUNK` representatives of one head: number i is the mean of `COUNT` tokens from position `step * i` on.
+
+    Args:
+        tokens: position up to which there are tokens.
+        lead: None, or the position from which on there are. Number i then is of those that it has of its `step`.
+    """
     head_index = head_index.to(tl.int64)
     head = x_ptr + head_index // heads * stride_b + head_index % heads * stride_h
     dims = tl.arange(0, PADDED_DIM)
     sample = chunk * CHUNK + tl.arange(0, CHUNK)
+    first, last = sample * step, tokens
+    if lead is not None:
+        first, last = tl.maximum(first, lead), tl.minimum(first + step, tokens)
     total = tl.zeros([CHUNK, PADDED_DIM], tl.float32)
     UNROLLED: tl.constexpr = smaller(COUNT, 8)
     for start in range(0, COUNT, UNROLLED):
         for i in tl.static_range(UNROLLED):
-            position = sample * step + start + i
-            real = position < tokens
+            position = first + start + i
+            real = position < last
             row = video_tokens(position, permutation, text_before, real, PERMUTED)
             total += load_real_rows(head + row_offsets(row, stride_n, WIDE), dims, real, HEAD_DIM).to(tl.float32)
     if COUNT > 1:
-        left = tokens - sample * step
-        total *= (1.0 / tl.maximum(tl.minimum(left, COUNT), 1).to(tl.float32))[:, None]
+        left = last - first if lead is not None else tl.minimum(last - first, COUNT)
+        total *= (1.0 / tl.maximum(left, 1).to(tl.float32))[:, None]
     place = sample // TILE * TILE + reorder(sample % TILE, SIZES, STRIDES)
     rows = head_index * (chunks * CHUNK) + place
     tl.store(out_ptr + rows[:, None] * PADDED_DIM + dims[None, :], total.to(out_ptr.dtype.element_ty))

@@ -14,6 +14,7 @@ from psa_kernels.blocks import block_count
 from psa_kernels.devices import capability, multiprocessors
 from psa_kernels.heads import group_size
 from psa_kernels.importance.representatives import column_dims, row_dims, smaller, tiling_of_both
+from psa_kernels.importance.triton_scratch import add_tile, read_shares, row_norms
 from psa_kernels.known_calls import recall
 from psa_kernels.layout import TokenLayout
 from psa_kernels.spec import AttentionSpec
@@ -88,7 +89,7 @@ class _Importance:
         self.plan.launch(queries, keys, scratch, tops, importance)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What the importance of calls of one shape takes.
 
     Attributes:
@@ -111,31 +112,50 @@ class _Plan(NamedTuple):
 def _plan(
     batch: int, _: int, heads: int, head_dim: int, group: int, dtype: torch.dtype, device: torch.device,
     video_queries: int, video_keys: int, spec: AttentionSpec, scale: float,
-) -> _Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     how = spec.importance
-    columns = spec.block_key // how.key_stride
-    tile = tile_shape(capability(device), head_dim, dtype.itemsize, columns)
-    programs = tile.pop("programs") * multiprocessors(device)
+    tile = tile_shape(capability(device), head_dim, dtype.itemsize, spec.block_key // how.key_stride)
     query_samples, key_samples = block_count(video_queries, how.query_stride), block_count(video_keys, how.key_stride)
     key_blocks, query_blocks = block_count(video_keys, spec.block_key), block_count(video_queries, spec.block_query)
     query_tiles = block_count(query_samples, tile["TILE_M"])
+    return plan_of(
+        importance_kernel, tile, (batch, heads, query_blocks, key_blocks), query_tiles, key_samples,
+        (query_samples, key_samples, query_blocks, key_blocks), head_dim, group, spec, scale, device,
+    )  # fmt: skip
+
+
+def plan_of(
+    kernel: triton.JITFunction, tile: dict[str, Any], pairs: tuple[int, int, int, int], query_tiles: int,
+    key_samples: int, numbers: tuple[int, ...], head_dim: int, group: int, spec: AttentionSpec, scale: float,
+    device: torch.device, **constants: int,
+) -> Plan:  # fmt: skip
+    """What a kernel takes that goes over items, tiles of `query_tiles` a head.
+
+    Args:
+        tile: of `tile_shape`.
+        pairs: batch, heads, query blocks and key blocks.
+        numbers, constants: what this kernel is given beside what both are.
+    """
+    batch, heads, query_blocks, key_blocks = pairs
+    how = spec.importance
+    rows, columns, warps = tile["TILE_M"], spec.block_key // how.key_stride, tile["num_warps"]
     items = batch * heads * query_tiles
-    programs = min(items, programs)
+    programs = min(items, tile.pop("programs") * multiprocessors(device))
     row_stride = block_count(key_blocks, 16) * 16
-    key_tiles = block_count(key_samples, tile["TILE_N"])
-    entries = block_count(key_tiles * tile["TILE_M"] * (tile["TILE_N"] // columns), READ) * READ
+    entries = block_count(key_samples, tile["TILE_N"]) * rows * (tile["TILE_N"] // columns)
+    entries = block_count(entries, READ) * READ
     launch = Launch(
-        importance_kernel, (programs,),
-        (items, query_tiles, query_samples, key_samples, query_blocks, key_blocks, row_stride, entries,
+        kernel, (programs,),
+        (items, query_tiles, *numbers, row_stride, entries,
          # Never 0, by which the -inf of absent keys must not be multiplied.
          max(abs(scale) * math.log2(math.e), 1e-30)),
         PADDED_DIM=padded_dim(head_dim), SAMPLES=spec.block_query // how.query_stride, COLUMNS=columns,
-        LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=tile["num_warps"], READ=READ, GROUP=group,
+        LARGEST=how.statistic == "max", NEGATIVE_SCALE=scale < 0, WARPS=warps, READ=READ, GROUP=group, **constants,
         **tile,
     )  # fmt: skip
-    return _Plan(
-        tuple(row_dims(tile["TILE_M"], tile["num_warps"])), tuple(column_dims(tile["TILE_N"], columns)),
-        (batch, heads, query_blocks, row_stride), key_blocks, (programs, entries), (programs, tile["TILE_M"]), launch,
+    return Plan(
+        tuple(row_dims(rows, warps)), tuple(column_dims(tile["TILE_N"], columns)),
+        (batch, heads, query_blocks, row_stride), key_blocks, (programs, entries), (programs, rows), launch,
     )  # fmt: skip
 
 
@@ -169,7 +189,6 @@ def importance_kernel(
     row's largest score in the first tile, which spares the products that follow a running maximum.
     """
     BLOCKS: tl.constexpr = TILE_N // COLUMNS
-    SIZE: tl.constexpr = TILE_M * BLOCKS
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * scratch_width
     tops_row = tops_ptr + tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
     cells = tl.arange(0, TILE_N)[:, None] * PADDED_DIM + tl.arange(0, PADDED_DIM)[None, :]
@@ -197,10 +216,7 @@ def importance_kernel(
                         scores = tl.where(real[None, :], scores, -float("inf"))
                         if attempt == 0:
                             reference = tl.max(scores, 1) * scale
-                    waiting, tile_top, weight = score_blocks(scores, reference, scale, COLUMNS, LARGEST)
-                    top = tl.maximum(top, tile_top)
-                    total += weight
-                    tl.store(scratch + tile * SIZE + tl.arange(0, SIZE), in_threads(encode(waiting, LARGEST), WARPS))
+                    top, total = add_tile(scores, tile, reference, scale, top, total, scratch, COLUMNS, LARGEST, WARPS)
                 tops = tl.max(top, 1) * scale
                 # Scores that lie too far above the reference are weighed anew, relative to the largest one.
                 again = tl.max(tops - reference, 0) > 56
@@ -224,73 +240,6 @@ def natural_columns(TILE_N: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def score_blocks(scores, reference, scale, COLUMNS: tl.constexpr, LARGEST: tl.constexpr):
-    """What waits in the scratch, and of each row a largest score and a sum of weights for every thread with a part."""
-    D: tl.constexpr = column_dims(scores.shape[1], COLUMNS)
-    unfolded: tl.constexpr = [scores.shape[0], D[0], D[1], D[2], D[3], D[4], D[5]]
-    weights = tl.math.exp2(scores * scale - reference[:, None])
-    largest = tl.max(tl.max(tl.max(tl.reshape(scores, unfolded), 6), 4), 1)
-    if LARGEST:
-        waiting = largest * scale - reference[:, None, None, None]
-        weights = tl.reshape(weights, [scores.shape[0], D[0] * D[1], D[2] * D[3], D[4] * D[5]])
-    else:
-        waiting = tl.sum(tl.sum(tl.sum(tl.reshape(weights, unfolded), 6), 4), 1)
-        weights = waiting
-    return waiting, tl.max(tl.max(largest, 3), 1), tl.sum(tl.sum(weights, 3), 1)
-
-
-@triton.jit
-def encode(x, LOG: tl.constexpr):
-    """A number between 2^-64 and 2^64, or such a number's log2, in 16 bits; half as much to write and read as a float.
-
-    Numbers keep 9 bits behind the first, and smaller ones become 2^-64; logarithms come in steps of 1/512.
-    """
-    if LOG:
-        # 2^23 + 2^15 shifts the step to the last bit of a float and zero to the middle of the range.
-        return (tl.maximum(x * 512.0, -32768.0) + 8421376.0).to(tl.int32, bitcast=True).to(tl.uint16)
-    else:
-        # The bits of a float from those of 2^-64 on, rounded.
-        return (tl.maximum(x.to(tl.int32, bitcast=True) - 0x1F7FE000, 0) >> 14).to(tl.uint16)
-
-
-@triton.jit
-def decode(code, LOG: tl.constexpr):
-    if LOG:
-        return ((code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8421376.0) * (1.0 / 512)
-    else:
-        return ((code.to(tl.int32) << 14) + 0x1F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def in_threads(waiting, WARPS: tl.constexpr):
-    """Bring `[TILE_M, blocks in j, threads, blocks in e]` into an order in which a thread's entries are neighbours."""
-    R: tl.constexpr = row_dims(waiting.shape[0], WARPS)
-    J: tl.constexpr = waiting.shape[1]
-    T: tl.constexpr = waiting.shape[2]
-    E: tl.constexpr = waiting.shape[3]
-    OWNED: tl.constexpr = R[0] * R[2] * J * E
-    # A thread writes 16 bytes at a time.
-    PART: tl.constexpr = smaller(OWNED, 8)
-    waiting = tl.permute(tl.reshape(waiting, [R[0], R[1], R[2], R[3], J, T, E]), [1, 3, 5, 0, 2, 4, 6])
-    waiting = tl.permute(tl.reshape(waiting, [R[1] * R[3] * T, OWNED // PART, PART]), [1, 0, 2])
-    return tl.reshape(waiting, [R[1] * R[3] * T * OWNED])
-
-
-@triton.jit
-def out_of_threads(entries, TILE_N: tl.constexpr, TILE_M: tl.constexpr, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
-    """Undo `in_threads` for several tiles: `[blocks, TILE_M]` in natural order."""
-    R: tl.constexpr = row_dims(TILE_M, WARPS)
-    D: tl.constexpr = column_dims(TILE_N, COLUMNS)
-    BLOCKS: tl.constexpr = TILE_N // COLUMNS
-    TILES: tl.constexpr = entries.shape[0] // (TILE_M * BLOCKS)
-    OWNED: tl.constexpr = R[0] * R[2] * D[1] * D[4]
-    PART: tl.constexpr = smaller(OWNED, 8)
-    entries = tl.permute(tl.reshape(entries, [TILES, OWNED // PART, R[1] * R[3], D[2], PART]), [0, 3, 2, 1, 4])
-    entries = tl.reshape(entries, [TILES, D[2], R[1] * R[3], R[0] * R[2], D[1] * D[4]])
-    return tl.reshape(tl.permute(entries, [0, 1, 4, 2, 3]), [TILES * BLOCKS, TILE_M])
-
-
-@triton.jit
 def reduce_item(
     scratch, importance, row_stride, total, first_sample, query_samples, key_samples, query_blocks, key_blocks,
     SAMPLES: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, TILE_N: tl.constexpr, WARPS: tl.constexpr,
@@ -298,20 +247,13 @@ def reduce_item(
 ):  # fmt: skip
     """Largest or mean probability of each pair of blocks, from the scratch and the row sums `total`."""
     TILE_M: tl.constexpr = total.shape[0]
-    QUERY_BLOCKS: tl.constexpr = TILE_M // SAMPLES
     WIDTH: tl.constexpr = READ // TILE_M
-    R: tl.constexpr = row_dims(TILE_M, WARPS)
-    # What makes weights probabilities: a factor, or its log2.
-    norm = -tl.math.log2(total) if LARGEST else 1.0 / total
-    norm = tl.reshape(tl.permute(tl.reshape(norm, [R[0], R[1], R[2], R[3]]), [1, 3, 0, 2]), [TILE_M])
+    norm = row_norms(total, LARGEST, WARPS)
     norm = tl.where(first_sample + tl.arange(0, TILE_M) < query_samples, norm, -float("inf") if LARGEST else 0.0)
-    query_block = first_sample // SAMPLES + tl.arange(0, QUERY_BLOCKS)
+    query_block = first_sample // SAMPLES + tl.arange(0, TILE_M // SAMPLES)
     for first in range(0, key_blocks, WIDTH):
         block = first + tl.arange(0, WIDTH)
-        waiting = decode(tl.load(scratch + first * TILE_M + tl.arange(0, READ)), LARGEST)
-        waiting = out_of_threads(waiting, TILE_N, TILE_M, COLUMNS, WARPS)
-        shares = waiting + norm[None, :] if LARGEST else waiting * norm[None, :]
-        pairs = tl.reshape(shares, [WIDTH, QUERY_BLOCKS, SAMPLES])
+        pairs = read_shares(scratch + first * TILE_M, norm, SAMPLES, COLUMNS, LARGEST, TILE_N, WARPS, READ)
         if LARGEST:
             found = tl.math.exp2(tl.max(pairs, 2))
         else:

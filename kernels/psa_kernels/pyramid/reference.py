@@ -37,13 +37,12 @@ class PyramidRows:
 
 def pyramid_rows(layout: TokenLayout, spec: AttentionSpec, like: torch.Tensor) -> PyramidRows:
     """Lay out the pyramids of a call, for the dtype and device of `like`."""
-    factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
     video_tokens, text_tokens = layout.video_key_tokens(like.device), layout.text_key_tokens(like.device)
-    counts = [group_sizes(len(video_tokens), factor, like.device) for factor in factors]
+    counts = [group_sizes(len(video_tokens), factor, like.device) for factor in spec.factors]
     return PyramidRows(
-        factors=factors,
+        factors=spec.factors,
         first_row=tuple(accumulate(map(len, counts), initial=0)),
-        block_rows=tuple(spec.block_key // factor for factor in factors),
+        block_rows=tuple(spec.block_key // factor for factor in spec.factors),
         log_count=torch.cat([*counts, torch.ones_like(text_tokens)]).to(compute_dtype(like)).log(),
         video_tokens=video_tokens,
         text_tokens=text_tokens,

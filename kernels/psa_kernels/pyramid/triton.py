@@ -91,9 +91,8 @@ def coarsest_levels(k: torch.Tensor, layout: TokenLayout, spec: AttentionSpec) -
 
 def held_factors(layout: TokenLayout, spec: AttentionSpec, gathered: bool) -> tuple[int, ...]:
     """Pooling factors of the pyramid's levels, one after the other; single tokens need no level, unless `gathered`."""
-    factors = spec.levels + ((spec.block_key,) if spec.rest == "mean" else ())
     finest = 1 if gathered and layout.permutation is not None else 2
-    return tuple(factor for factor in factors if factor >= finest)
+    return tuple(factor for factor in spec.factors if factor >= finest)
 
 
 def pool_tokens(

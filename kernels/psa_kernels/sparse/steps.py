@@ -16,9 +16,9 @@ def attend(
     """A step in which every query reads every row.
 
     Args:
-        q: `[m, PADDED_DIM]`.
+        q: `[m, PADDED_DIM]`, of 8-bit integers if the keys are.
         k_rows, v_rows: pointers to `n` rows each.
-        scale: positive factor on the dot products, log2(e) included.
+        scale: positive factor on the dot products, log2(e) included: a scalar, but of integers `[m]`.
         bias: added to every logit: a scalar if `COMMON_BIAS`, else `[1, n]`.
         top, total, accumulator: largest logit so far, sum of the weights and weighted sum of values relative to it:
             float32 `[m]`, `[m]` or `[m, 4]`, `[m, PADDED_DIM]`.
@@ -29,13 +29,13 @@ def attend(
         The new top, total and accumulator.
     """
     keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee")
+    scores = products(q, keys)
     if COMMON_BIAS:
         # It joins the maximum that is subtracted anyway, so that scale and bias cost one operation an entry.
         new_top = tl.maximum(top, tl.max(scores, 1) * scale + bias)
-        weights = tl.math.exp2(scores * scale - (new_top - bias)[:, None])
+        weights = tl.math.exp2(scores * for_rows(q, scale) - (new_top - bias)[:, None])
     else:
-        scores = scores * scale + bias
+        scores = scores * for_rows(q, scale) + bias
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.math.exp2(scores - new_top[:, None])
     return weigh(weights, new_top, v_rows, dims, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM)
@@ -48,11 +48,30 @@ def attend_visible(
 ):  # fmt: skip
     """The same where `visible`, `[m, n]`, says which rows each query may read; the others add exactly nothing."""
     keys = load_rows(k_rows, dims, HEAD_DIM, PADDED_DIM)
-    scores = tl.dot(q, keys.T, input_precision="ieee")
+    scores = products(q, keys)
     scores = tl.where(visible, scores * scale, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     weights = tl.math.exp2(scores - new_top[:, None])
     return weigh(weights, new_top, v_rows, dims, top, total, accumulator, HEAD_DIM, PADDED_DIM, LATE_SUM)
+
+
+@triton.jit
+def products(q, keys):
+    """Dot products of queries and keys: float32 `[m, n]`."""
+    if q.dtype == tl.int8:
+        # At most 127 * 127 * HEAD_DIM, which float32 holds exactly.
+        return tl.dot(q, keys.T, out_dtype=tl.int32).to(tl.float32)
+    else:
+        return tl.dot(q, keys.T, input_precision="ieee")
+
+
+@triton.jit
+def for_rows(q, scale):
+    """What multiplies products `[m, n]` by a scalar, or those of integers by one of `[m]` each."""
+    if q.dtype == tl.int8:
+        return scale[:, None]
+    else:
+        return scale
 
 
 @triton.jit
@@ -70,3 +89,13 @@ def weigh(
     values = load_rows(v_rows, dims, HEAD_DIM, PADDED_DIM)
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None], input_precision="ieee")
     return new_top, total, accumulator
+
+
+@triton.jit
+def store_means(out_rows, dims, real, total, accumulator, HEAD_DIM: tl.constexpr):
+    """Store the outputs of `m` queries, where `real`, in rows that begin at `out_rows`."""
+    tl.store(
+        out_rows[:, None] + dims[None, :],
+        (accumulator * (1.0 / total)[:, None]).to(out_rows.dtype.element_ty),
+        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
+    )

@@ -25,12 +25,13 @@ def log2_of(value):
 @triton.jit
 def cut_list(
     ids, counts, video_keys, FACTORS: tl.constexpr, LISTED: tl.constexpr, BLOCK_KEY: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, candidates=None,
 ):  # fmt: skip
     """Cut one list into tiles.
 
     Args:
         ids, counts: pointers to one row of `BlockLists`.
+        candidates: None, where all blocks are; or how many are: the first ones, which are whole.
         FACTORS: pooling factor of each level; `LISTED` of them have a count, a further one takes all other blocks.
 
     Returns:
@@ -49,15 +50,18 @@ def cut_list(
     leftover = 0
     level_row = 0
     key_blocks = tl.cdiv(video_keys, BLOCK_KEY)
+    blocks = key_blocks if candidates is None else candidates
     last_tokens = video_keys - (key_blocks - 1) * BLOCK_KEY
     for level in tl.static_range(len(FACTORS)):
         if level < LISTED:
             count = tl.load(counts + level)
         else:
-            count = key_blocks - start
-        # Ids ascend inside a level, so the ragged last block of the sequence can only be the last of its run.
-        last = tl.load(ids + start + count - 1, mask=count > 0, other=-1).to(tl.int32)
-        ragged = ((last == key_blocks - 1) & (last_tokens < BLOCK_KEY)).to(tl.int32)
+            count = blocks - start
+        ragged = 0
+        if candidates is None:
+            # Ids ascend inside a level, so the ragged last block of the sequence can only be the last of its run.
+            last = tl.load(ids + start + count - 1, mask=count > 0, other=-1).to(tl.int32)
+            ragged = ((last == key_blocks - 1) & (last_tokens < BLOCK_KEY)).to(tl.int32)
         full_rows = (count - ragged) * (BLOCK_KEY // FACTORS[level])
         starts = starts + (start,)
         level_rows = level_rows + (level_row,)

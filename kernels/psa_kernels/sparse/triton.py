@@ -17,6 +17,7 @@ from psa_kernels.layout import TokenLayout
 from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.sparse.loops import attend_full_tiles, attend_tail, flagged_items, tail_stages, tail_width
+from psa_kernels.sparse.steps import store_means
 from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape, address_of
@@ -152,7 +153,7 @@ def _plan(
         (tiles, *(step for each in strides for step in each[:3]), heads, video_queries, video_keys, list_width,
          pyramid_rows, text_before, text_before + text_after, query_tokens, abs(scale) * math.log2(math.e)),
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         NEGATIVE_SCALE=scale < 0, PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, ONLY=not all_tiles, FLAGS=FLAGS,
         LATE_SUM=gpu[0] in LATE_SUM, GROUP=heads // of_keys[2],
         ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[1][:3], *strides[2][:3]), **tile,
@@ -266,11 +267,7 @@ def attend_tile(
     real = position < video_queries
     token = video_tokens(position, permutation, text_before, real, PERMUTED)
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims[None, :] < HEAD_DIM),
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)
     if STORE_LSE:
         LN_2: tl.constexpr = 0.6931471805599453
         tl.store(lse_ptr + head_index * query_tokens + token, (top + tl.math.log2(total)) * LN_2, mask=real)

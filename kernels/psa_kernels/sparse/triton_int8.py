@@ -18,10 +18,12 @@ from psa_kernels.lists import BlockLists
 from psa_kernels.pyramid.pooled import TritonPyramid
 from psa_kernels.quantise.integers import Integers
 from psa_kernels.sparse import triton as native
-from psa_kernels.sparse.tiles import cut_list, full_tile_bias, full_tile_rows, tail_rows
+from psa_kernels.sparse.loops import attend_full_tiles, attend_tail
+from psa_kernels.sparse.steps import store_means
+from psa_kernels.sparse.tiles import cut_list
 from psa_kernels.spec import AttentionSpec
 from psa_kernels.triton_launch import KEPT_LAUNCHES, Launch, Shape
-from psa_kernels.triton_rows import are_wide, key_head, load_rows, must_be_told, row_offsets, video_tokens
+from psa_kernels.triton_rows import are_wide, key_head, must_be_told, row_offsets, video_tokens
 
 
 def sparse_attention(
@@ -84,7 +86,7 @@ def _plan(
         (*(step for each in strides for step in each[:3]), heads, video_queries, video_keys, list_width, pyramid_rows,
          text_before, text_before + text_after, query_tokens, of_keys[1]),
         HEAD_DIM=head_dim, BLOCK_QUERY=spec.block_query, BLOCK_KEY=spec.block_key,
-        FACTORS=spec.levels + ((spec.block_key,) if spec.rest == "mean" else ()), LISTED=len(spec.levels),
+        FACTORS=spec.factors, LISTED=len(spec.levels),
         PERMUTED=permuted, STORE_LSE=not no_lse, WIDE=wide, GROUP=heads // of_keys[2],
         # Rows of integers, of 64 or 128 bytes, lie side by side.
         ALIGNED=must_be_told(dtype.itemsize, head_dim, *strides[0][:3]), **tile,
@@ -145,75 +147,23 @@ def attention_kernel(
     accumulator = tl.zeros([TILE_M, HEAD_DIM], tl.float32)
 
     # The tail comes first: what only it needs then takes up no registers in the loop over full tiles.
-    for first in tl.range(0, leftover_ends[len(FACTORS) - 1] + text_keys, TILE_N, num_stages=1):
-        tail, is_token, tail_bias = tail_rows(
-            first + tl.arange(0, TILE_N), ids, permutation, text_before, text_keys, video_keys, starts, tile_ends,
-            leftover_ends, level_rows, ragged_place, ragged_bias, FACTORS, BLOCK_KEY, TILE_N,
-            PERMUTED,
-        )  # fmt: skip
-        offsets = row_offsets(tail, HEAD_DIM, WIDE)
-        k_rows = tl.where(is_token, k_head, pooled_k) + offsets
-        v_rows = tl.where(is_token, v_head + row_offsets(tail, stride_vn, WIDE), pooled_v + offsets)
-        if ALIGNED:
-            # Here, not in a function: the hint belongs to the operation that chose.
-            k_rows, v_rows = tl.multiple_of(k_rows, 16), tl.multiple_of(v_rows, 16)
-        top, total, accumulator = attend(
-            q, factors, k_rows, v_rows, dims, tail_bias[None, :], False, top, total, accumulator, HEAD_DIM
-        )
-
-    columns = tl.arange(0, TILE_N)
-    for tile in tl.range(0, tile_ends[len(FACTORS) - 1], num_stages=STAGES):
-        rows = full_tile_rows(
-            tile, columns, ids, permutation, text_before, starts, tile_ends, level_rows, FACTORS, BLOCK_KEY, TILE_N,
-            PERMUTED,
-        )  # fmt: skip
-        exact = tile < (tile_ends[0] if FACTORS[0] == 1 else 0)
-        k_rows = tl.where(exact, k_head, pooled_k) + row_offsets(rows, HEAD_DIM, WIDE)
-        v_rows = tl.where(exact, v_head, pooled_v) + row_offsets(rows, tl.where(exact, stride_vn, HEAD_DIM), WIDE)
-        bias = full_tile_bias(tile, tile_ends, FACTORS)
-        top, total, accumulator = attend(
-            q, factors, k_rows, v_rows, dims, bias, True, top, total, accumulator, HEAD_DIM
-        )
+    top, total, accumulator = attend_tail(
+        q, k_head, v_head, pooled_k, pooled_v, HEAD_DIM, stride_vn, ids, permutation, text_before, text_keys,
+        video_keys, starts, tile_ends, leftover_ends, level_rows, ragged_place, ragged_bias, dims, factors, top, total,
+        accumulator, HEAD_DIM, HEAD_DIM, BLOCK_KEY, FACTORS, TILE_N, TILE_N, 1, PERMUTED, WIDE, False, ALIGNED,
+    )  # fmt: skip
+    top, total, accumulator = attend_full_tiles(
+        q, k_head, v_head, pooled_k, pooled_v, HEAD_DIM, stride_vn, ids, permutation, text_before, starts, tile_ends,
+        level_rows, dims, factors, top, total, accumulator, HEAD_DIM, HEAD_DIM, BLOCK_KEY, FACTORS, TILE_N, STAGES,
+        PERMUTED, WIDE, False,
+    )  # fmt: skip
 
     # Found anew, in a way that the compiler takes for different numbers, rather than kept in registers all the while.
     position = (tl.program_id(0) + query_tiles) % query_tiles * TILE_M + tl.arange(0, TILE_M)
     real = position < video_queries
     token = video_tokens(position, permutation, text_before, real, PERMUTED)
     out_rows = out_ptr + batch * stride_ob + head * stride_oh + row_offsets(token, stride_on, WIDE)
-    tl.store(
-        out_rows[:, None] + dims[None, :],
-        (accumulator * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None],
-    )
+    store_means(out_rows, dims, real, total, accumulator, HEAD_DIM)
     if STORE_LSE:
         LN_2: tl.constexpr = 0.6931471805599453
         tl.store(lse_ptr + head_index * query_tokens + token, (top + tl.math.log2(total)) * LN_2, mask=real)
-
-
-@triton.jit
-def attend(
-    q, factors, k_rows, v_rows, dims, bias, COMMON_BIAS: tl.constexpr, top, total, accumulator, HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax, in base 2, as `sparse.steps.attend` with a factor for each query.
-
-    Args:
-        q: int8 `[m, HEAD_DIM]`.
-        factors: float32 `[m]`, on the products of each query.
-        k_rows, v_rows: pointers to `n` rows each, of int8 and of the values.
-    """
-    keys = load_rows(k_rows, dims, HEAD_DIM, HEAD_DIM)
-    # At most 127 * 127 * HEAD_DIM, which float32 holds exactly.
-    scores = tl.dot(q, keys.T, out_dtype=tl.int32).to(tl.float32)
-    if COMMON_BIAS:
-        # It joins the maximum that is subtracted anyway, so that factor and bias cost one operation an entry.
-        new_top = tl.maximum(top, tl.max(scores, 1) * factors + bias)
-        weights = tl.math.exp2(scores * factors[:, None] - (new_top - bias)[:, None])
-    else:
-        scores = scores * factors[:, None] + bias
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.math.exp2(scores - new_top[:, None])
-    shrink = tl.math.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, 1)
-    values = load_rows(v_rows, dims, HEAD_DIM, HEAD_DIM)
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator * shrink[:, None])
-    return new_top, total, accumulator

@@ -93,7 +93,8 @@ class Plan(NamedTuple):
         items: tiles of queries, of all heads.
         online: whether weights are relative to the largest logit so far; in half precision they could overflow,
             relative to any other.
-        heights: rows of a box of text before and after the video, and of each level.
+        heights: rows of a box of text before and after the video, and of each level; in causal calls the second is of
+            the video's keys.
         places: for keys and values of these strides, where the rows of each are.
     """
 
@@ -234,6 +235,11 @@ def pipeline(head_dim: int) -> dict[str, int | bool]:
 
 def keeps_in_step(layout: TokenLayout, spec: AttentionSpec, keys: torch.Tensor) -> bool:
     """Whether a head has more rows than both halves of the cache can hold, and all lists are as long as each other."""
-    rows = sum(block_count(layout.video_keys, factor) for factor in spec.levels)
+    return outgrow(layout.video_keys, spec, keys, cache_bytes(keys.device) // 2)
+
+
+def outgrow(video_keys: int, spec: AttentionSpec, keys: torch.Tensor, cache: int) -> bool:
+    """Whether the rule makes lists of levels that are all as long, and a head has rows of more bytes than a cache."""
+    rows = sum(block_count(video_keys, factor) for factor in spec.levels)
     head_bytes = 2 * rows * keys.shape[3] * keys.element_size()
-    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache_bytes(keys.device) // 2
+    return spec.rule == "count" and len(spec.levels) > 1 and head_bytes > cache
