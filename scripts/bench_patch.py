@@ -5,11 +5,11 @@
 Runs on a CPU and needs no GPU: the figures are the time of Python and of launching small operations, and say nothing of
 a device's work. The operator, PyTorch's dense attention and the correction give back a tensor that is there already, so
 that what is left is diffusers and the patch. Whole runs of 16 steps are made, each step in both guidance branches.
-`phase` is what the layers of a forward did: `dense`, `corrects` (the last dense step of a preset with a correction), and
-sparse with lists `made` or `kept`. `us_call` is what one call of a self-attention takes longer than in the stock model,
-the patch's own projections included; `us_patch` the same where projections, norms and rotations are stubbed in both, so
-that the patch alone is left; `us_forward` what the hooks take around one forward. First quartiles of runs, stock and
-patched in turn, as other work on the machine only ever adds.
+`phase` is what the layers of a forward did: `dense`, `corrects` (the last dense step of a preset with a correction),
+and sparse with lists `made` or `kept`. `us_call` is what one call of a self-attention takes longer than in the stock
+model, the patch's own projections included; `us_patch` the same where projections, norms and rotations are stubbed in
+both, so that the patch alone is left; `us_forward` what the hooks take around one forward, the look at its output
+included. First quartiles of runs, stock and patched in turn, as other work on the machine only ever adds.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.parts import first_attentions, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
+from psa_diffusers.families.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,9 @@ class LTX2(ModelFamily):
         }
 
 
+_rotate_neighbours = Rotation(lambda cos, sin: (cos[..., ::2], sin[..., ::2]))
+
+
 def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:
     """Rotate `[B, N, H * D]` by cosines and sines, whose form is the model's choice.
 
@@ -133,7 +137,7 @@ def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:
 
     cos, sin = tables
     if attn.rope_type == "interleaved":
-        return rotate_pairs(x, cos[..., ::2], sin[..., ::2])
+        return _rotate_neighbours(tables, x)[0]
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     first, second = x.unflatten(-1, (attn.heads, 2, -1)).unbind(-2)
     rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
