@@ -52,7 +52,7 @@ class CogVideoX(ModelFamily):
         x = concatenate(call.encoder_hidden_states, call.hidden_states)
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        query, key = rotate_tokens(call.rotary_emb, query, key, tokens=slice(call.text_tokens, None))
+        query, key = rotate_tokens(call.rotary_emb, query, key, before=call.text_tokens)
         return query, key, value
 
     @staticmethod

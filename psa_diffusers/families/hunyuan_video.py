@@ -53,7 +53,7 @@ class HunyuanVideo(ModelFamily):
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
         if x is not video:
-            query, key = rotate_tokens(call.rotary_emb, query, key, tokens=slice(video.shape[1]))
+            query, key = rotate_tokens(call.rotary_emb, query, key, after=call.text_tokens)
             return query, key, value
         query, key = rotate_tokens(call.rotary_emb, query, key)
         return (query, key, value) if text is None else join((query, key, value), project_added(attn, text))
