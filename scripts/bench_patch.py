@@ -156,16 +156,14 @@ class Toy:
 
 
 def _quartile(values: list[float]) -> float:
-    return statistics.quantiles(values, n=4)[0]
+    return statistics.quantiles(values, n=4)[0] if len(values) > 1 else values[0]
 
 
 CALLS: list[str] = []  # what the stubs computed in this forward
 
 
 def _phase() -> str:
-    if "kept" in CALLS:
-        return "kept"
-    return ("corrects" if "left out" in CALLS else "made") if "made" in CALLS else "dense"
+    return next((phase for phase in ("corrects", "made", "kept") if phase in CALLS), "dense")
 
 
 @contextmanager
@@ -184,7 +182,7 @@ def attention_stubbed() -> Iterator[None]:
         return query
 
     def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> str:
-        CALLS.append("left out")
+        CALLS.append("corrects")
         return "a correction"
 
     with ExitStack() as stack:

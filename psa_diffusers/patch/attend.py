@@ -255,8 +255,10 @@ class TokenAttention:
 
     def video_of(self, head: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The video tokens among those before text that stands last."""
-        video = math.prod(grid)
-        return head[:, :video] if self._family.appended else head[:, head.shape[1] - video :]
+        video, tokens = math.prod(grid), head.shape[1]
+        if video == tokens:
+            return head
+        return head[:, :video] if self._family.appended else head[:, tokens - video :]
 
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call. Where all samples have equally much padding, it is cut off instead of masked."""
