@@ -8,10 +8,12 @@ import weakref
 import pytest
 import torch
 
-from psa_diffusers.families.parts import ReadOnce, rotate_pairs
+from psa_diffusers.families.parts import ReadOnce, rotate_halves, rotate_pairs
 from psa_diffusers.families.rotation import Rotation, rotate_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_A_GPU = (pytest.mark.gpu, needs_gpu)
 
 
 def tables_of(*shape, dtype=torch.float32):
@@ -53,6 +55,23 @@ def test_it_equals_the_formula_and_leaves_its_input(dtype, table_dtype, before, 
         assert torch.equal(result[:, unmoved], x[:, unmoved])
         if dtype == table_dtype == torch.float32:
             torch.testing.assert_close(result.double(), reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_halves_turn_against_each_other(dtype, gradients, device):
+    """For strided tensors, and tables that broadcast."""
+    x = torch.randn(2, 3, 29, 16, device=device).to(dtype).transpose(1, 2)
+    cos, sin = (table.to(device) for table in halved(*tables_of(1, 29, 1, 8)))
+    before = x.clone()
+    with torch.set_grad_enabled(gradients):
+        found = rotate_halves(x, cos, sin)
+    first, second = x.double().chunk(2, -1)
+    reference = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    assert torch.equal(x, before) and found.dtype == dtype
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.double(), reference, rtol=0, atol=tolerance)
 
 
 def test_gradients_flow_where_they_are_enabled():
@@ -112,7 +131,7 @@ def test_tables_are_made_once_and_go_with_the_model_s():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (64, 0), (0, 77)])
@@ -125,7 +144,7 @@ def test_on_a_gpu_it_equals_the_formula(dtype, before, after):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @torch.no_grad()
 def test_a_captured_graph_reads_no_table_that_is_gone():
     """What an eager call made of the same tables is dropped as soon as others come."""
