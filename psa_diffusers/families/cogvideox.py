@@ -14,10 +14,10 @@ from psa_diffusers.families.parts import (
     first_attentions,
     normalise,
     project_out,
-    rotate_tokens,
     split_heads,
 )
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import rotate_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,7 @@ class CogVideoX(ModelFamily):
         x = concatenate(call.encoder_hidden_states, call.hidden_states)
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        if call.rotary_emb is not None:
-            text = call.text_tokens
-            query, key = (concatenate(x[:, :text], rotate_tokens(x[:, text:], call.rotary_emb)) for x in (query, key))
+        query, key = rotate_tokens(call.rotary_emb, query, key, before=call.text_tokens)
         return query, key, value
 
     @staticmethod

@@ -15,10 +15,10 @@ from psa_diffusers.families.parts import (
     normalise,
     project_added,
     project_out,
-    rotate_tokens,
     split_heads,
 )
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import rotate_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +53,9 @@ class HunyuanVideo(ModelFamily):
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
         if x is not video:
-            query, key = (_rotate_first(x, video.shape[1], call.rotary_emb) for x in (query, key))
+            query, key = rotate_tokens(call.rotary_emb, query, key, after=call.text_tokens)
             return query, key, value
-        query, key = rotate_tokens(query, call.rotary_emb), rotate_tokens(key, call.rotary_emb)
+        query, key = rotate_tokens(call.rotary_emb, query, key)
         return (query, key, value) if text is None else join((query, key, value), project_added(attn, text))
 
     @staticmethod
@@ -90,11 +90,6 @@ class HunyuanVideo(ModelFamily):
             "transformer_blocks.0": {"hidden_states": split(1, 3)},
             "proj_out": gather(1, 3),
         }
-
-
-def _rotate_first(x: torch.Tensor, tokens: int, tables: Any) -> torch.Tensor:
-    """Rotate so many tokens of `[B, N, H, D]`, the first ones, by a model's tables."""
-    return x if tables is None else concatenate(rotate_tokens(x[:, :tokens], tables), x[:, tokens:])
 
 
 def masks_text(call: AttentionCall) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,7 @@ class LTXVideo(ModelFamily):
         x = call.hidden_states
         query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
         if call.rotary_emb is not None:
-            # The tables `[B, N, H * D]` hold each angle twice; positions run through all heads.
-            cos, sin = (table[..., ::2] for table in call.rotary_emb)
-            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+            query, key = _rotate(call.rotary_emb, query, key)
         query, key, value = split_heads(attn, query, key, value)
         return query, key, value
 
@@ -69,6 +68,8 @@ class LTXVideo(ModelFamily):
         }
 
 
+# The tables `[B, N, H * D]` hold each angle twice; positions run through all heads.
+_rotate = Rotation(lambda cos, sin: (cos[..., ::2], sin[..., ::2]))
 _grid = ReadOnce(lambda coordinates: last_grid(coordinates[0].cpu()))
 
 _KIND = PipelineKind(layers=(("num_layers", 28),), size_step=32, compression=(8, 32))

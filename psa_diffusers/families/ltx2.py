@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.families.parts import first_attentions, project_out, rotate_pairs, split_heads
+from psa_diffusers.families.parts import first_attentions, project_out, rotate_halves, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
+from psa_diffusers.families.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -123,21 +124,19 @@ class LTX2(ModelFamily):
         }
 
 
+_rotate_neighbours = Rotation(lambda cos, sin: (cos[..., ::2], sin[..., ::2]))
+
+
 def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:
     """Rotate `[B, N, H * D]` by cosines and sines, whose form is the model's choice.
 
     Interleaved ones, `[B, N, H * D]`, turn neighbouring channels and hold each angle twice. Split ones,
     `[B, H, N, D / 2]`, turn the first half of a head's channels with its second half. Positions run through all heads.
     """
-    import torch
-
-    cos, sin = tables
     if attn.rope_type == "interleaved":
-        return rotate_pairs(x, cos[..., ::2], sin[..., ::2])
-    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
-    first, second = x.unflatten(-1, (attn.heads, 2, -1)).unbind(-2)
-    rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
-    return rotated.flatten(-3).type_as(x)
+        return _rotate_neighbours(tables, x)[0]
+    cos, sin = (table.transpose(1, 2) for table in tables)
+    return rotate_halves(x.unflatten(-1, (attn.heads, -1)), cos, sin).flatten(-2)
 
 
 def _first_grid(coordinates: torch.Tensor) -> tuple[int, int, int]:

@@ -14,11 +14,11 @@ from psa_diffusers.families.parts import (
     normalise,
     project_added,
     project_out,
-    rotate_pairs,
     split_heads,
     text_only_mask,
 )
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -50,8 +50,7 @@ class Mochi(ModelFamily):
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
         if call.rotary_emb is not None:
-            # The tables `[N, H, D / 2]` are float32, and so is the rotation.
-            query, key = (rotate_pairs(x, *call.rotary_emb) for x in (query, key))
+            query, key = _rotate(call.rotary_emb, query, key)
         assert call.encoder_hidden_states is not None, "its attention is always joint"
         return join((query, key, value), project_added(attn, call.encoder_hidden_states))
 
@@ -78,6 +77,8 @@ class Mochi(ModelFamily):
         }
 
 
+# The tables `[N, H, D / 2]` are float32, and so is the rotation.
+_rotate = Rotation(lambda cos, sin: (cos, sin))
 PIPELINES = {"MochiPipeline": PipelineKind(layers=(("num_layers", 48),), compression=(6, 8), tiled_vae=True)}
 CARDS = (
     ModelCard(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
 from psa_diffusers.families.hunyuan_video import HunyuanVideo, masks_text
-from psa_diffusers.families.parts import concatenate, normalise, rotate_tokens, split_heads
+from psa_diffusers.families.parts import concatenate, normalise, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import rotate_tokens
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +78,9 @@ class MotifVideo(HunyuanVideo):
             return HunyuanVideo.project(attn, call)
         x = call.hidden_states
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
-        query, key = (
-            concatenate(*_rotate_first(normalise(norm, x), call.rotary_emb))
-            for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
-        )
+        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
+        # The first of two videos has positions, and the other has none.
+        query, key = rotate_tokens(call.rotary_emb, query, key, after=x.shape[1] // 2)
         return query, key, value
 
     @staticmethod
@@ -102,12 +102,6 @@ class MotifVideo(HunyuanVideo):
 def _in_order(text: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The tokens of `[B, T, C]` in another order `[B, T]`."""
     return text.gather(1, order[..., None].expand_as(text))
-
-
-def _rotate_first(x: torch.Tensor, tables: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of two videos with its positions, and the other without."""
-    first, second = x.chunk(2, dim=1)
-    return rotate_tokens(first, tables), second
 
 
 _KIND = PipelineKind(layers=(("num_layers", 20), ("num_single_layers", 40)), guider=True)

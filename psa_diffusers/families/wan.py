@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import project_out, rotate_pairs, split_heads
+from psa_diffusers.families.parts import project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
+from psa_diffusers.families.rotation import Rotation
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +55,16 @@ class Wan(ModelFamily):
             query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         query, key, value = split_heads(attn, attn.norm_q(query), attn.norm_k(key), value)
         if call.rotary_emb is not None:
-            # The tables `[1, N, 1, D]` hold each angle twice.
-            cos, sin = call.rotary_emb
-            cos, sin = cos[..., 0::2], sin[..., 1::2]
-            query, key = rotate_pairs(query, cos, sin), rotate_pairs(key, cos, sin)
+            query, key = _rotate(call.rotary_emb, query, key)
         return query, key, value
 
     @staticmethod
     def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
         return project_out(attn, video)
 
+
+# The tables `[1, N, 1, D]` hold each angle twice.
+_rotate = Rotation(lambda cos, sin: (cos[..., 0::2], sin[..., 1::2]))
 
 _KIND = PipelineKind(exact_vae="AutoencoderKLWan")
 PIPELINES = {

@@ -13,7 +13,7 @@ from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.full_attention import FullAttention
-from psa_diffusers.patch.list_cache import Moment, own_copy
+from psa_diffusers.patch.list_cache import own_copy
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.served_calls import ServedCalls
@@ -70,7 +70,7 @@ class TokenAttention:
 
     def _why_not_sparse(self, forward: Forward, layer: Layer, call: AttentionCall) -> str | None:
         forward = self._with_all_videos(forward, call)
-        tokens, video = call.hidden_states.shape[1], math.prod(forward.attended_grid)
+        tokens, video = call.hidden_states.shape[1], forward.video_tokens
         if tokens < video or (tokens > video and not (self._family.history or self._family.appended)):
             grid = " x ".join(map(str, forward.grid))
             return f"the sequence has {tokens} tokens, but the video's grid is {grid}"
@@ -104,7 +104,7 @@ class TokenAttention:
         if route.full and not self.full.serves(layer, call, qkv):
             return Route(False)
         if route.sparse or route.corrects:
-            video, by_kernel = math.prod(self._with_all_videos(forward, call).attended_grid), self.compute is None
+            video, by_kernel = self._with_all_videos(forward, call).video_tokens, self.compute is None
             if (reason := self._served.why_not(layer, call, qkv, video, by_kernel)) is not None:
                 return Route(False, reason if route.sparse else None)
         return route
@@ -119,31 +119,21 @@ class TokenAttention:
         if reason is not None:
             self._fallbacks.warn_or_raise(reason)
 
-    def attend(
-        self,
-        forward: Forward,
-        layer: Layer,
-        qkv: QKV,
-        mask: torch.Tensor | None,
-        text: int,
-        route: Route | None = None,
-    ) -> Parts:
+    def attend(self, forward: Forward, layer: Layer, qkv: QKV, mask: torch.Tensor | None, text: int) -> Parts:
         """The attention of one call, sparse or dense, on all ranks that share the forward.
 
         Args:
             mask: the attention mask as the model made it.
             text: number of text tokens, padding included.
-            route: what `settle` returned for the call; None if it was not asked.
         """
         before, after = (text, 0) if self._family.text == "before" else (0, text)
         if forward.share is not None:
             qkv = forward.share.gather_tokens(qkv, before, after)
         # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
-        route = route or self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
-        forward = self._with_all_videos(forward, call)
+        route = self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
         if route.ours:
-            head, tail = self._ours_or_again(forward, layer, qkv, call, route)
+            head, tail = self.ours(forward, layer, qkv, call, route)
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
@@ -155,8 +145,12 @@ class TokenAttention:
             return forward
         return replace(forward, videos=max(1, call.hidden_states.shape[1] // math.prod(forward.grid)))
 
-    def _ours_or_again(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
-        """Attention by the operator. If its output is checked and not finite, PyTorch's dense attention replaces it."""
+    def ours(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
+        """Attention by the operator, for a call that `settle` routes there, on one rank.
+
+        If its output is checked and not finite, PyTorch's dense attention replaces it.
+        """
+        forward = self._with_all_videos(forward, call)
         stats: list[AttentionStats] = []
         if route.corrects:
             forward.note(layer, None)
@@ -196,13 +190,13 @@ class TokenAttention:
 
             video = self.video_of(head, forward.attended_grid)
             fits, steps = _fits(forward, video), forward.run.steps
-            forward.run.corrections.add(layer, _moment(forward), fits, video, dense_rows, steps)
+            forward.run.corrections.add(layer, forward.moment, fits, video, dense_rows, steps)
         return (head, tail), stats
 
     def _dense_and_corrected(self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call. Keeps what sparse attention would leave out, for later steps."""
         parts = self.dense(qkv, call)
-        grid, moment, corrections = forward.attended_grid, _moment(forward), forward.run.corrections
+        grid, moment, corrections = forward.attended_grid, forward.moment, forward.run.corrections
         dense = self.video_of(parts[0], grid)
         layers = sum(route.corrects for route in forward.routes.values())
         if not forward.run.lists.one_step_only and corrections.has_room(moment, dense, layers, self._fallbacks):
@@ -215,20 +209,21 @@ class TokenAttention:
         if self._family.appended:
             return 0
         after = call.text_tokens if self._family.text == "after" else 0
-        return qkv[0].shape[1] - math.prod(forward.attended_grid) - after
+        return qkv[0].shape[1] - forward.video_tokens - after
 
     def _without_correction(
         self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
     ) -> tuple[Parts, list[AttentionStats]]:
         assert layer.spec is not None, "a layer without a spec is never routed here"
-        query, grid, lists, kept = qkv[0], forward.attended_grid, forward.run.lists, None
+        query, shape, grid, lists, kept = qkv[0], qkv[0].shape, forward.attended_grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
-        beside = query.shape[1] - math.prod(grid) - after
+        beside = shape[1] - forward.video_tokens - after
         behind = beside if self._family.appended else 0
-        moment = _moment(forward)
-        # Rules for steps may change what the layer chooses, or its blocks, from one step to the next.
-        fits = (query.shape[0], query.shape[2:], query.device, grid, layer.spec, layer.order)
+        moment = forward.moment
+        fits: Hashable = None
         if layer.keeps_lists:
+            # Rules for steps may change what the layer chooses, or its blocks, from one step to the next.
+            fits = (shape[0], shape[2:], query.device, grid, layer.spec, layer.order)
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
         permutation = permutation_on(layer.order, grid, query.device)
         records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
@@ -260,8 +255,10 @@ class TokenAttention:
 
     def video_of(self, head: torch.Tensor, grid: Grid) -> torch.Tensor:
         """The video tokens among those before text that stands last."""
-        video = math.prod(grid)
-        return head[:, :video] if self._family.appended else head[:, head.shape[1] - video :]
+        video, tokens = math.prod(grid), head.shape[1]
+        if video == tokens:
+            return head
+        return head[:, :video] if self._family.appended else head[:, tokens - video :]
 
     def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
         """Dense attention of a call. Where all samples have equally much padding, it is cut off instead of masked."""
@@ -299,10 +296,16 @@ class TokenAttention:
 
     def _real_text(self, call: AttentionCall) -> list[int]:
         """How many text tokens of each sample are no padding."""
+        source, said = call.attention_mask, self.text_tokens
+        samples, tokens = call.hidden_states.shape[:2]
+        if source is None:
+            return [call.text_tokens] * samples
+        kind, captured = (samples, tokens, call.text_tokens), is_capturing()
+        if said is None and not captured and (known := self._text_lengths.known(source, kind)) is not None:
+            return known
         mask = self._family.text_mask(call)
-        if mask is None or call.attention_mask is None:
-            return [call.text_tokens] * len(call.hidden_states)
-        said, captured = self.text_tokens, is_capturing()
+        if mask is None:
+            return [call.text_tokens] * samples
         if said is not None and (len(said) != len(mask) or max(said) > call.text_tokens):
             raise ValueError(
                 f"text_tokens={said}: expected {len(mask)} numbers, one a sample, of up to {call.text_tokens} tokens"
@@ -311,14 +314,10 @@ class TokenAttention:
             if said is None:
                 raise RuntimeError(PADDED)
             return list(said)
-        lengths = self._text_lengths.of(call.attention_mask, mask)
+        lengths = self._text_lengths.of(source, mask, kind)
         if said is not None and list(said) != lengths:
             raise ValueError(f"text_tokens={said}: the mask says that the real text tokens are {lengths}")
         return lengths
-
-
-def _moment(forward: Forward) -> Moment:
-    return Moment(forward.step, forward.window, forward.branch)
 
 
 def _fits(forward: Forward, video: torch.Tensor) -> Hashable:

@@ -11,6 +11,7 @@ or if other processes take part in it. There each sparse attention is checked fr
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -64,7 +65,7 @@ def all_finite(*tensors: torch.Tensor) -> bool:
 
     It looks at the largest magnitude, which takes one pass and no mask of the tensor's size.
     """
-    return all(bool(torch.linalg.vector_norm(x, float("inf")).isfinite()) for x in tensors if x.numel())
+    return all(math.isfinite(torch.linalg.vector_norm(x, math.inf).item()) for x in tensors if x.numel())
 
 
 def is_finite(output: Any) -> bool:

@@ -65,7 +65,10 @@ def attend(
     """
     found = site_numbered(site)
     head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text)
-    return head.contiguous(), tail.contiguous()
+    head, tail = head.contiguous(), tail.contiguous()
+    # Results of an operator may share no memory.
+    shared = head.untyped_storage().data_ptr() == tail.untyped_storage().data_ptr()
+    return head, tail.clone() if shared else tail
 
 
 @attend.register_fake

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.context_parallel import share_of
 from psa_diffusers.patch.dense_reasons import Facts, can_be_full, dense_reason
 from psa_diffusers.patch.finite_guard import is_finite
+from psa_diffusers.patch.inputs import argument_names, device_of, going_on
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError
@@ -58,6 +55,7 @@ class Patch(NotPickled):
         self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._unreached: list[LayerSite] = []  # in the current forward
         self.forward = self._outside = runs.outside({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
@@ -118,7 +116,7 @@ class Patch(NotPickled):
     def begin_late(self) -> None:
         """Begin a forward that is running already: only its first attention call showed that the processor is set."""
         transformer = self.transformer()
-        if transformer is not None and (inputs := _going_on(transformer)) is not None:
+        if transformer is not None and (inputs := going_on(transformer)) is not None:
             self.begin(transformer, *inputs)
             # A hook that is set during a forward may not be called at its end.
             self.forward = replace(self.forward, watch=not self.forward.captured)
@@ -141,7 +139,7 @@ class Patch(NotPickled):
             rivals[0].arrive(transformer, args, kwargs)
         else:
             kind: Any = type(transformer)
-            inputs = {**dict(zip(_argument_names(kind), args, strict=False)), **kwargs}
+            inputs = {**dict(zip(argument_names(kind), args, strict=False)), **kwargs}
             self.forward = self._decide(transformer, inputs)
             self._inform_modules(transformer)
 
@@ -164,36 +162,60 @@ class Patch(NotPickled):
             raise RuntimeError(SHARED)
         if forward.captured and keeps_state_between_forwards(transformer):
             raise RuntimeError(CACHED)
-        run, mine, routes = forward.run, self._owner(), {}
+        run, mine, routes = forward.run, self._owner(), dict[str, Route]()
         if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
             run.watch = True
         layers = self._layers.at(forward.step, run.steps)
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
+        # Layers differ in no more than this, as all have one preset: so a few routes serve all of them.
+        known: dict[tuple[int, bool, str | None, bool], Route] = {}
+        self._unreached = []
         for attn, site in self.sites.items():
             if not isinstance(site, LayerSite):
                 continue
-            site.layer = layers[site.layer.name]
+            site.layer = layer = layers[site.layer.name]
+            if (processor := attn.processor) is not mine:
+                self._unreached.append(site)
             # If a module has its own processor back, somebody took it out of the patch on purpose.
-            wanted = site.layer.spec is not None and (left_out or attn.processor is not site.original)
-            if unknown is None:
-                wanted = wanted and forward.step not in run.dense[self.name].steps
-            facts = Facts(site, attn.processor, mine, left_out, unknown, unshared, refused, grid)
-            reason = dense_reason(facts) if wanted else None
-            corrects = not wanted and self._corrects(forward, site.layer) and dense_reason(facts) is None
-            full = not wanted and not corrects and site.layer.preset.dense_attention == "psa" and can_be_full(facts)
-            if full and forward.captured:
-                full = False  # its lists live as long as a run
-                self.attention.tell(FULL)
-            full = full and self.attention.full.is_on(_device(transformer, inputs))
-            routes[site.layer.name] = Route(wanted and reason is None, reason, full, corrects)
-            if forward.captured and site.layer.preset.correction and site.may_be_sparse:
+            wanted = layer.spec is not None and (left_out or processor is not site.original)
+            kind = id(processor), wanted, site.not_imitated, layer.spec is None
+            if (route := known.get(kind)) is None:
+                if unknown is None:
+                    wanted = wanted and forward.step not in run.dense[self.name].steps
+                facts = Facts(site, processor, mine, left_out, unknown, unshared, refused, grid)
+                route = known[kind] = self._route(forward, facts, wanted, lambda: device_of(transformer, inputs))
+            routes[layer.name] = route
+            if forward.captured and layer.preset.correction and site.may_be_sparse:
                 self.attention.tell(CORRECTED)
-        watch = run.watch and not run.model_not_finite and not forward.captured
-        forward = replace(forward, routes=routes, grid=grid or NO_GRID, share=share, watch=watch)
-        if forward.captured:
-            forward = replace(forward, transformer=transformer)
+        forward = replace(
+            forward,
+            routes=routes,
+            grid=grid or NO_GRID,
+            share=share,
+            watch=run.watch and not run.model_not_finite and not forward.captured,
+            transformer=transformer if forward.captured else None,
+        )
         self._note_unreached(forward)
         return forward
+
+    def _route(self, forward: Forward, facts: Facts, wanted: bool, device: Callable[[], torch.device]) -> Route:
+        """How a layer is computed.
+
+        Args:
+            wanted: whether the preset wants it sparse at this step.
+            device: tells where the forward runs.
+        """
+        if wanted:
+            reason = dense_reason(facts)
+            return Route(reason is None, reason)
+        preset = facts.site.layer.preset
+        if self._corrects(forward, facts.site.layer) and dense_reason(facts) is None:
+            return Route(False, corrects=True)
+        full = preset.dense_attention == "psa" and can_be_full(facts)
+        if full and forward.captured:
+            full = False  # its lists live as long as a run
+            self.attention.tell(FULL)
+        return Route(False, full=full and self.attention.full.is_on(device()))
 
     def _corrects(self, forward: Forward, layer: Layer) -> bool:
         """Whether this is the last step of the dense phase, where what sparse attention would leave out is kept.
@@ -208,20 +230,22 @@ class Patch(NotPickled):
 
     def _note_unreached(self, forward: Forward) -> None:
         """Note the layers that never call the processor, because their module has another one."""
-        for attn, site in self.sites.items():
-            if isinstance(site, LayerSite) and attn.processor is not self.processor():
-                self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
+        for site in self._unreached:
+            self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:
         """Write onto modules what graphs and stock processors need: they cannot ask for the forward."""
-        joint = self.forward.share is not None and self._family.text != "none"
+        routes, mine = self.forward.routes, self._owner()
+        anyway = not self._family.stock_traceable or (self.forward.share is not None and self._family.text != "none")
+        changed = mine._attention_backend is not None or parallel_config(transformer) is not None
         for attn, site in self.sites.items():
-            if attn.processor is self.processor():
+            if attn.processor is mine:
                 publish(attn, site)
-                self.sync_stock_settings(transformer, site)
+                if changed:
+                    self.sync_stock_settings(transformer, site)
             if isinstance(site, LayerSite):
                 site.skips_scores = skips_attention_scores(attn)
-                site.in_graph = self.forward.routes[site.layer.name].ours or joint or not self._family.stock_traceable
+                site.in_graph = anyway or routes[site.layer.name].ours
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Pass settings on to the module's own processor that diffusers has set on ours, or on the transformer."""
@@ -262,25 +286,3 @@ class Patch(NotPickled):
         finally:
             self.forward = self._outside
         return again
-
-
-def _going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments of a module's current call, from the frame of torch's `__call__`; None if there is no such call."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is transformer:
-            return frame.f_locals["args"], frame.f_locals["kwargs"]
-        frame = frame.f_back
-    return None
-
-
-def _device(transformer: Any, inputs: Mapping[str, Any]) -> torch.device:
-    """The device of a forward: that of its inputs, because weights may be offloaded."""
-    video = inputs.get("hidden_states")
-    return video.device if torch.is_tensor(video) else transformer.device
-
-
-@functools.cache
-def _argument_names(transformer: Any) -> tuple[str, ...]:
-    """The argument names of the forward of a class of transformers, in order."""
-    return tuple(inspect.signature(transformer.forward).parameters)[1:]

@@ -173,25 +173,32 @@ class PSAProcessor(PatchingProcessor, Told):
             self._arrive()
         if site.skips_scores:
             return None
-        forward, route = site.patch.forward, None
-        # Ranks that share a forward must all take the same route, so that was decided before the forward.
-        ours = forward.routes[site.layer.name].ours if forward.share is None else site.in_graph
-        call = self._family.call(site.by_name(args, kwargs)) if ours else None
-        if ours and call is None:
+        forward, layer, attention = site.patch.forward, site.layer, self._attention
+        if forward.share is not None:
+            return self._shared(attn, site, args, kwargs)
+        route = forward.routes[layer.name]
+        if route.ours:
+            if (call := self._family.call(site.by_name(args, kwargs))) is None:
+                return None
+            route = attention.decide(forward, layer, call)
+            if route.ours:
+                qkv = self._family.project(attn, call)
+                route = attention.settle(forward, layer, route, call, qkv)
+                if route.ours:
+                    return self._output(attn, call, *attention.ours(forward, layer, qkv, call, route))
+        attention.note_dense(forward, layer, route.reason)
+        return None
+
+    def _shared(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
+        """As `_eagerly`, for ranks that share a forward: all take the same route, which was decided before it."""
+        forward, layer = site.patch.forward, site.layer
+        if not site.in_graph:
+            self._attention.note_dense(forward, layer, forward.routes[layer.name].reason)
             return None
-        if call is not None and forward.share is None:
-            route = self._attention.decide(forward, site.layer, call)
-            ours = route.ours
-        if call is None or not ours:
-            self._attention.note_dense(forward, site.layer, (route or forward.routes[site.layer.name]).reason)
+        if (call := self._family.call(site.by_name(args, kwargs))) is None:
             return None
         qkv = self._family.project(attn, call)
-        if route is not None:
-            route = self._attention.settle(forward, site.layer, route, call, qkv)
-            if not route.ours:
-                self._attention.note_dense(forward, site.layer, route.reason)
-                return None
-        head, tail = self._attention.attend(forward, site.layer, qkv, call.attention_mask, call.text_tokens, route)
+        head, tail = self._attention.attend(forward, layer, qkv, call.attention_mask, call.text_tokens)
         return self._output(attn, call, head, tail)
 
     def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
 
 from psa_diffusers.patch.context_parallel import Ulysses
 from psa_diffusers.patch.corrections import Corrections
-from psa_diffusers.patch.list_cache import ListCache
+from psa_diffusers.patch.list_cache import ListCache, Moment
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
 from psa_kernels import AttentionStats, BlockLists
@@ -171,11 +173,21 @@ class Forward:
     transformer: torch.nn.Module | None = None
     notes: list[Note] = field(default_factory=list)
 
-    @property
+    @cached_property
     def attended_grid(self) -> Grid:
         """The grid of all videos that a layer attends, the frames of one after those of the other."""
         frames, height, width = self.grid
         return self.videos * frames, height, width
+
+    @cached_property
+    def video_tokens(self) -> int:
+        """How many tokens `attended_grid` has."""
+        return math.prod(self.attended_grid)
+
+    @cached_property
+    def moment(self) -> Moment:
+        """Its place in the run."""
+        return Moment(self.step, self.window, self.branch)
 
     def note(
         self, layer: Layer, stats: AttentionStats | None, reason: str | None = None, full_by: str | None = None

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -60,7 +60,7 @@ class Schedule:
         self._pipe, self._expected = weakref.ref(pipe), expected
         self._scheduler = getattr(pipe, "scheduler", None)
         self.told: torch.Tensor | None = None
-        self._copied: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._copied: tuple[torch.Tensor, _Expected] | None = None
 
     def patched_timesteps(self) -> torch.Tensor | None:
         """The timesteps of the patched pipeline's scheduler now."""
@@ -92,7 +92,7 @@ class Schedule:
         timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
         if self.told is not None:
-            return Position(self.told, _find(self.told, given, "those that psa.run was told", step), 0)
+            return Position(self.told, _find(_Expected.of(self.told), given, "those that psa.run was told", step), 0)
         pipe = running_pipeline(transformer)
         if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
@@ -112,7 +112,8 @@ class Schedule:
         timestep: torch.Tensor | None,
         given: float | None,
     ) -> Position:
-        values = self._on_cpu(scheduler, timesteps)
+        expected = self._expected_of(scheduler, timesteps)
+        values = expected.values
         begin = getattr(scheduler, "begin_index", None)
         first = begin if first is None else first
         index = getattr(scheduler, "step_index", None)
@@ -120,22 +121,22 @@ class Schedule:
         # Diffusion forcing steps copies of the scheduler, one for each frame, and never this one.
         if index is None and hasattr(scheduler, "step_index") and (timestep is None or timestep.dim() < 2):
             index = first or 0  # the run's first step is still to come
-            if given is not None and not (index < len(values) and _is_near(values, index, given)):
+            if given is not None and not (index < len(values) and expected.is_near(index, given)):
                 index = None  # or the run is stepped without its scheduler
         if index is None:
-            return Position(timesteps, _find(values, given, name, first or 0), first)
+            return Position(timesteps, _find(expected, given, name, first or 0), first)
         if not (first or 0) <= index < len(values):
             raise UnknownStepError(f"{UNKNOWN}the run over {name} has ended{TOLD}")
-        if given is not None and not _is_near(values, index, given):
+        if given is not None and not expected.is_near(index, given):
             raise UnknownStepError(
-                f"{UNKNOWN}the model was given the timestep {given:g}, but {name} are at {float(values[index]):g}{TOLD}"
+                f"{UNKNOWN}the model was given the timestep {given:g}, but {name} are at {values[index]:g}{TOLD}"
             )
         return Position(timesteps, index, first)
 
-    def _on_cpu(self, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
-        """The timesteps that a transformer is given in a run; copied once, because each copy waits for the device."""
+    def _expected_of(self, scheduler: Any, timesteps: torch.Tensor) -> _Expected:
+        """What a transformer is given in a run; copied once, because each copy waits for the device."""
         if self._copied is None or self._copied[0] is not timesteps:
-            self._copied = (timesteps, self._expected(scheduler).detach().float().cpu())
+            self._copied = (timesteps, _Expected.of(self._expected(scheduler).detach().float()))
         return self._copied[1]
 
     def _patched_scheduler(self) -> Any:
@@ -165,28 +166,41 @@ def _runs(owner: Any, transformer: torch.nn.Module) -> bool:
     return any(unwrapped(getattr(owner, name, None)) is transformer for name in TRANSFORMERS)
 
 
-def _find(timesteps: torch.Tensor, given: float | None, name: str, after: int) -> int:
+def _find(expected: _Expected, given: float | None, name: str, after: int) -> int:
     """Place of the timestep nearest to the given one; if it comes several times, the first place from `after` on."""
     if given is None:
         raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
-    distance = (timesteps - given).abs()
-    places = (distance == distance.min()).nonzero().flatten().tolist()
+    distances = [abs(value - given) for value in expected.values]
+    least = min(distances)
+    places = [place for place, distance in enumerate(distances) if distance == least]
     index = next((place for place in places if place >= after), places[0])
-    if not _is_near(timesteps, index, given):
+    if not expected.is_near(index, given):
         raise UnknownStepError(f"{UNKNOWN}the timestep {given:g} is none of {name}{TOLD}")
     return index
 
 
-def _is_near(timesteps: torch.Tensor, index: int, given: float) -> bool:
-    """Whether a timestep equals the given one, which may have been cast to bfloat16 or cut to an integer."""
-    expected = float(timesteps[index])
-    cut = 1.0 if float(timesteps.max()) > 2 else 2**-8
-    return abs(expected - given) <= abs(expected) * 2**-8 + cut
+class _Expected(NamedTuple):
+    """What a transformer is given at each step, as plain numbers, and how far off one of them may be."""
+
+    values: list[float]
+    cut: float
+
+    @classmethod
+    def of(cls, timesteps: torch.Tensor) -> Self:
+        values = timesteps.tolist()
+        return cls(values, 1.0 if max(values) > 2 else 2**-8)
+
+    def is_near(self, index: int, given: float) -> bool:
+        """Whether a timestep equals the given one, which may have been cast to bfloat16 or cut to an integer."""
+        return abs(self.values[index] - given) <= abs(self.values[index]) * 2**-8 + self.cut
 
 
 def _largest(timestep: torch.Tensor) -> float | None:
     """The timestep of a forward: the largest entry, because image conditions have timestep 0."""
-    value = float(timestep.float().max())
+    if timestep.numel() == 1 or (timestep.numel() and not any(timestep.stride())):  # one number, for all samples
+        value = float(timestep.as_strided((), ()).item())
+    else:
+        value = float(timestep.float().max())
     return value if math.isfinite(value) else None
 
 

@@ -25,11 +25,17 @@ class StepLayers:
     def __init__(self, preset: Preset, names: Sequence[str]) -> None:
         self._preset, self._names = preset, tuple(names)
         self._made: dict[tuple[int, ...], dict[str, Layer]] = {}
+        self._last: tuple[tuple[int, int], Mapping[str, Layer]] | None = None
         self.plain = self._under(())
 
     def at(self, step: int, num_steps: int) -> Mapping[str, Layer]:
         """The layers by name, in order, at a step of a run; for an unknown run, `num_steps` 0, those of `plain`."""
-        return self._under(self._preset.step_rules_at(step, num_steps)) if num_steps else self.plain
+        if not num_steps:
+            return self.plain
+        place = step, num_steps
+        if self._last is None or self._last[0] != place:
+            self._last = place, self._under(self._preset.step_rules_at(step, num_steps))
+        return self._last[1]
 
     def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
         if step_rules not in self._made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -16,26 +17,36 @@ class TextLengths:
     """How many text tokens of each sample are real.
 
     Reading the mask waits for the device, so the answer for the last mask is kept: a forward gives all its layers the
-    same mask.
+    same mask. It serves as long as the mask is the same object and nothing has written to it since, as far as the mask
+    tells: tensors of inference mode do not.
     """
 
     def __init__(self) -> None:
         self._source: weakref.ref[torch.Tensor] | None = None
+        self._state: tuple[int, Hashable] = (0, None)
         self._lengths: list[int] = []
 
-    def of(self, source: torch.Tensor, text_mask: torch.Tensor) -> list[int]:
+    def known(self, source: torch.Tensor, kind: Hashable = None) -> list[int] | None:
+        """What `of` returned for the last mask, if it is this one; None if not."""
+        if self._source is None or self._source() is not source or self._state != (_writes(source), kind):
+            return None
+        return self._lengths
+
+    def of(self, source: torch.Tensor, text_mask: torch.Tensor, kind: Hashable = None) -> list[int]:
         """The number of real tokens of each sample.
 
         Args:
             source: the model's own mask; `text_mask` is the part of it about text.
             text_mask: `[B, T]`, false or zero at padding.
+            kind: what else decides which part of the mask is about text, such as numbers of tokens.
 
         Raises:
             DenseOnlyError: padding stands before real text.
         """
-        if self._source is None or self._source() is not source:
-            self._lengths = self._read(text_mask)
-            self._source = weakref.ref(source)
+        if (known := self.known(source, kind)) is not None:
+            return known
+        self._lengths = self._read(text_mask)
+        self._source, self._state = weakref.ref(source), (_writes(source), kind)
         return self._lengths
 
     @staticmethod
@@ -45,6 +56,11 @@ class TextLengths:
         if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise DenseOnlyError("padding stands between its text tokens")
         return mask.sum(1).tolist()
+
+
+def _writes(mask: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 for one of inference mode, which does not count."""
+    return 0 if mask.is_inference() else mask._version
 
 
 def attend_real_text(
@@ -86,8 +102,10 @@ def attend_real_text(
         out, stats, *found = psa_attention(
             q, k, v, spec, text_after=length, lists=lists, return_stats=True, return_lists=return_lists, **settings
         )
-        tail = F.pad(out[:, first:], (0, 0, 0, 0, 0, after - length))
-        return out[:, :first], tail, [stats], found[0] if found else None
+        tail = out[:, first:]
+        if length < after:
+            tail = F.pad(tail, (0, 0, 0, 0, 0, after - length))
+        return out[:, :first] if after else out, tail, [stats], found[0] if found else None
     if lists is None:
         lists = select_blocks(q, k, spec, v=v, text_after=after, **settings)
     heads, tails, all_stats = [], [], []

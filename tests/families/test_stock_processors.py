@@ -14,7 +14,7 @@ from psa_diffusers import PSAProcessor
 from psa_diffusers.families import FAMILIES, find_family
 from psa_diffusers.families.cogvideox import CogVideoX
 from psa_diffusers.families.ltx import LTXVideo
-from psa_diffusers.families.parts import rotate_tokens
+from psa_diffusers.families.rotation import rotate_tokens
 from psa_diffusers.families.skyreels_v2 import SkyReelsV2
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.modules import attention_modules, find_transformers
@@ -89,4 +89,5 @@ def test_a_family_names_its_own():
 def test_tables_may_be_elsewhere():
     """As EasyAnimate's are, which it makes on the CPU."""
     tables = (torch.ones(4, 8), torch.zeros(4, 8))
-    assert rotate_tokens(torch.empty(1, 4, 2, 8, device="meta"), tables).device.type == "meta"
+    (rotated,) = rotate_tokens(tables, torch.empty(1, 4, 2, 8, device="meta"))
+    assert rotated.device.type == "meta"

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from psa_diffusers.families import AttentionCall
+from psa_diffusers.families.hunyuan_video import HunyuanVideo
 from psa_diffusers.families.ltx import LTXVideo
+from psa_diffusers.families.mochi import Mochi
 from psa_diffusers.families.wan import Wan
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import Forward, Route, Run
+from psa_diffusers.patch.schedule import _largest
 from psa_diffusers.patch.sites import Layer
+from psa_diffusers.patch.step_layers import StepLayers
 from psa_diffusers.patch.text_padding import TextLengths
 from psa_diffusers.patch.token_order import permutation_on
 from psa_presets import TokenOrder
@@ -78,3 +82,55 @@ def test_text_lengths_are_those_of_the_mask_that_is_asked_about():
     """Both masks are alive, so that they are different objects."""
     lengths, masks = TextLengths(), [torch.tensor([[True, True, False]]), torch.tensor([[True, True, True]])]
     assert [lengths.of(mask, mask) for mask in (*masks, masks[0])] == [[2], [3], [2]]
+
+
+def test_a_mask_that_was_written_to_is_read_again():
+    attention = TokenAttention(Mochi, Fallbacks(strict=True))
+    mask, video, text = torch.tensor([[True, True, False]]), torch.randn(1, 8, 4), torch.randn(1, 3, 4)
+    forward, layer = Forward(Run(), 0, {"blocks.0": Route(True)}, grid=(1, 2, 4)), layer_of(preset())
+    q, k, v = torch.randn(3, 1, 11, 2, 8).unbind()
+    call = AttentionCall(video, text, mask)
+    for real in (2, 3, 1):
+        mask[:] = torch.arange(3) < real
+        assert attention.decide(forward, layer, call).sparse
+        (_, tail), _ = attention.sparse(layer, forward, (q, k, v), call)
+        assert tail.ne(0).flatten(2).any(-1).sum() == real
+    mask[:] = torch.tensor([[True, False, True]])
+    assert "padding" in attention.decide(forward, layer, call).reason
+
+
+def test_text_lengths_are_those_of_the_part_that_is_text():
+    """The same mask may be split at another place."""
+    attention = TokenAttention(HunyuanVideo, Fallbacks(strict=True))
+    mask = torch.tensor([True] * 6 + [False, False])[None, None, None]
+    layer = layer_of(preset())
+    for video, text, real in ((4, 4, 2), (5, 3, 1), (4, 4, 2)):
+        forward = Forward(Run(), 0, {layer.name: Route(True)}, grid=(1, 1, video))
+        call = AttentionCall(torch.randn(1, video, 4), torch.randn(1, text, 4), mask)
+        (_, tail), _ = attention.sparse(layer, forward, torch.randn(3, 1, 8, 2, 8).unbind(), call)
+        assert tail.ne(0).flatten(2).any(-1).sum() == real
+
+
+@pytest.mark.parametrize(
+    ("timestep", "largest"),
+    [
+        (torch.tensor(7.5), 7.5),
+        (torch.tensor([7.5, 3.0]).expand(3, 2), 7.5),
+        (torch.tensor([3, 900]), 900.0),
+        (torch.tensor([[0.0], [500.0]]).expand(2, 4), 500.0),
+        (torch.tensor([4.0, 900.0])[1].expand(2), 900.0),
+        (torch.tensor([900.25], dtype=torch.bfloat16).expand(2, 3), 900.0),
+        (torch.tensor([float("nan")]), None),
+    ],
+)
+def test_the_timestep_of_a_forward_is_the_largest_of_all_entries(timestep, largest):
+    assert _largest(timestep) == largest
+
+
+def test_layers_are_those_of_the_step_and_of_the_length_of_the_run():
+    rules = [{"match": "0-50%", "order": "raster"}, {"match": 3, "dense": True}]
+    layers = StepLayers(preset(steps=rules), ["a"])
+    for step, steps in ((0, 4), (3, 4), (3, 16), (3, 4), (1, 2), (1, 4), (0, 0)):
+        fresh = StepLayers(preset(steps=rules), ["a"])
+        assert layers.at(step, steps) == fresh.at(step, steps), (step, steps)
+    assert layers.at(0, 4)["a"].order != layers.at(2, 4)["a"].order

@@ -106,3 +106,19 @@ def test_those_of_cross_attention_are_nobody_s_business():
     stock = WAN.run(pipe)
     with apply_psa(pipe, EVERYTHING, strict=True):
         torch.testing.assert_close(WAN.run(pipe), stock, rtol=0, atol=2e-5)
+
+
+def test_layers_of_one_forward_may_each_have_their_own_reason():
+    """One keeps a processor of the user's, one has its own back, one is dense by the preset, and one got a new one."""
+    pipe = Case(lambda: tiny_wan(num_layers=5), {**GUIDED, **SMALL_TEXT}).make()
+    custom(pipe, Stronger, (0,))
+    chosen = preset(dense_steps=0.0, dense_last=0.0, layers=[{"match": 2, "dense": True}])
+    with pytest.warns(PSAFallbackWarning, match="replaced PSAProcessor"), apply_psa(pipe, chosen) as psa:
+        own = psa.processor._sites[pipe.transformer.blocks[1].attn1].original
+        pipe.transformer.blocks[1].attn1.set_processor(own)
+        custom(pipe, Unrelated, (3,))
+        WAN.run(pipe)
+        stats = psa.stats()
+    assert [[value == 1 for value in row] for row in stats.density] == [[True, True, True, True, False]] * 4
+    told = {reason.split(":")[0].split(",")[0]: count for reason, count in stats.fallbacks.items()}
+    assert told == {"blocks.0": 2 * 4, "another processor": 2 * 4}

@@ -1,0 +1,99 @@
+"""Rotary positions: pairs of neighbouring channels are turned by angles that all layers of a forward share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from psa_diffusers.families.parts import ReadOnce, concatenate, rotate_pairs
+
+if TYPE_CHECKING:
+    import torch
+
+    Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class Rotation:
+    """Rotates queries and keys, `[B, N, ...]`, by a model's tables.
+
+    A pair of channels is a complex number, and turning it a product: three kernels a tensor, where `rotate_pairs` takes
+    eight and moves twice the bytes. What the tables make is kept while they live. Inside of graphs, where a compiler
+    fuses what is written out, and for tables and devices that this does not suit, `rotate_pairs` does it.
+
+    Args:
+        halve: makes of a model's tables those of `rotate_pairs`, which broadcast against the tensors' pairs.
+    """
+
+    def __init__(self, halve: Callable[[torch.Tensor, torch.Tensor], Tables]) -> None:
+        self._halve = halve
+        self._turns = ReadOnce(self._make)
+
+    def __call__(
+        self, tables: Tables, *tensors: torch.Tensor, before: int = 0, after: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """The rotated tensors, in their dtype.
+
+        Args:
+            tables: cosines and sines as the model made them.
+            before, after: how many of the first and last tokens have no positions, and are left as they are.
+        """
+        if not _suits(tensors, *tables):
+            cos, sin = (table.to(tensors[0].device) for table in self._halve(*tables))
+            return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
+        # A captured graph reads what it made itself: what is kept here may be gone at its replay.
+        turns = self._make(*tables) if _is_capturing(tensors[0]) else self._turns(*tables)
+        if turns.device != tensors[0].device:
+            turns = turns.to(tensors[0].device)
+        return tuple(_turned(x, turns, before, after) for x in tensors)
+
+    def _make(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.complex(*self._halve(cos, sin))
+
+
+def _suits(tensors: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether the complex product computes what `rotate_pairs` does: in float32, without a gradient, not in a graph."""
+    import torch
+
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not cos.dtype == sin.dtype == torch.float32:
+        return False
+    kinds = torch.bfloat16, torch.float16, torch.float32
+    return all(type(x) is torch.Tensor and x.dtype in kinds and (x.is_cuda or x.is_cpu) for x in tensors)
+
+
+def _turned(x: torch.Tensor, turns: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    import torch
+
+    # Other tokens pass through float32 and back unchanged.
+    copy = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(copy.unflatten(-1, (-1, 2)))
+    if before or after:
+        pairs = pairs[:, before : pairs.shape[1] - after]
+    pairs.mul_(turns)
+    return copy.to(x.dtype)
+
+
+def _written_out(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, before: int, after: int) -> torch.Tensor:
+    end = x.shape[1] - after
+    parts = [x[:, :before]] if before else []
+    parts.append(rotate_pairs(x[:, before:end] if before or after else x, cos, sin))
+    parts += [x[:, end:]] if after else []
+    return parts[0] if len(parts) == 1 else concatenate(*parts)
+
+
+def _is_capturing(x: torch.Tensor) -> bool:
+    import torch
+
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def rotate_tokens(tables: Any, *tensors: torch.Tensor, before: int = 0, after: int = 0) -> tuple[torch.Tensor, ...]:
+    """Rotate `[B, N, H, D]` by tables `[N, D]`, cosines and sines, that hold each angle twice; None rotates nothing.
+
+    Arguments and results are those of `Rotation`.
+    """
+    return tensors if tables is None else _by_token(tables, *tensors, before=before, after=after)
+
+
+_by_token = Rotation(lambda cos, sin: (cos[:, None, ::2], sin[:, None, ::2]))
