@@ -170,7 +170,7 @@ class LayerSettings(Section):
     )
     rest: Literal["skip", "mean"] = Field(default="skip", description="skip or mean")
     precision: Literal["native", "int8_qk"] = Field(default="native", description="native or int8_qk")
-    error_model: Literal["tuned", "fitted"] = Field(default="tuned", description="tuned or fitted")
+    error_model: Literal["tuned", "fitted", "auto"] = Field(default="tuned", description="tuned, fitted or auto")
     order: Literal["hilbert", "tiles", "raster"] = Field(default="hilbert", description="hilbert, tiles or raster")
     tile: Annotated[tuple[Positive, ...], AsTuple, AfterValidator(_three)] = Field(
         default=(4, 4, 4), description="three positive integers (time, height, width)"

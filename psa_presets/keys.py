@@ -37,7 +37,7 @@ class LayerKeys(TypedDict, total=False):
     similarity: Sequence[float] | None
     rest: Literal["skip", "mean"]
     precision: Literal["native", "int8_qk"]
-    error_model: Literal["tuned", "fitted"]
+    error_model: Literal["tuned", "fitted", "auto"]
     order: Literal["hilbert", "tiles", "raster"]
     tile: Sequence[int]
 

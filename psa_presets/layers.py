@@ -119,15 +119,17 @@ def check_layers(
 
 
 def attention_specs(
-    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int
+    settings: LayerSettings, layers: Sequence[LayerRule], steps: Sequence[StepRule], num_layers: int, errors: str
 ) -> tuple[AttentionSpec | None, ...]:
     """What each layer computes, None if it stays dense. Layers with the same rules share one object.
 
     Args:
         steps: the rules for steps that apply.
+        errors: the error model that `auto` stands for.
     """
     applying = [_applying(layers, layer) for layer in range(num_layers)]
-    specs = {indices: _spec(settings, [*(layers[index] for index in indices), *steps]) for indices in set(applying)}
+    rules = {indices: [*(layers[index] for index in indices), *steps] for indices in set(applying)}
+    specs = {indices: _spec(settings, each, errors) for indices, each in rules.items()}
     return tuple(specs[indices] for indices in applying)
 
 
@@ -149,7 +151,7 @@ def said_dense(rules: Sequence[Rule]) -> bool | None:
     return next((rule.dense for rule in reversed(rules) if "dense" in rule.model_fields_set), None)
 
 
-def _spec(settings: LayerSettings, rules: Sequence[Rule]) -> AttentionSpec | None:
+def _spec(settings: LayerSettings, rules: Sequence[Rule], errors: str) -> AttentionSpec | None:
     if said_dense(rules):
         return None
     merged = _merged(settings, rules)
@@ -165,7 +167,7 @@ def _spec(settings: LayerSettings, rules: Sequence[Rule]) -> AttentionSpec | Non
         importance=Importance(**dict(merged.importance)),
         rest=merged.rest,
         precision=merged.precision,
-        error_model=merged.error_model,
+        error_model=errors if merged.error_model == "auto" else merged.error_model,
     )
 
 

@@ -209,18 +209,23 @@ class Preset(LayerSettings):
             raise ValueError(f"step={step!r}: expected 0 to {num_steps - 1}, as the run has {num_steps} steps")
         return rules_at([rule.match for rule in self.steps], step, num_steps)
 
-    def layer_specs(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[AttentionSpec | None, ...]:
+    def layer_specs(
+        self, num_layers: int, step_rules: Sequence[int] = (), *, corrected: bool = True
+    ) -> tuple[AttentionSpec | None, ...]:
         """What each of a model's layers computes at a sparse step; None means that the layer stays dense.
 
         Args:
             step_rules: the rules for steps that apply, as `step_rules_at` gives them.
+            corrected: whether what the layers leave out is added later, or no later step builds on it. Then
+                `error_model: auto` is `fitted`, else `tuned`.
 
         Raises:
             PresetError: rules do not fit together, or one names a layer that the model lacks.
             ValueError: `num_layers` is not from 1 to 1000.
         """
         self._check_layers(num_layers)
-        return attention_specs(self, self.layers, [self.steps[index] for index in step_rules], num_layers)
+        errors = "fitted" if corrected else "tuned"
+        return attention_specs(self, self.layers, [self.steps[index] for index in step_rules], num_layers, errors)
 
     def layer_orders(self, num_layers: int, step_rules: Sequence[int] = ()) -> tuple[TokenOrder, ...]:
         """The token order of each of a model's layers.

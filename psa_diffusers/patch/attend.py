@@ -181,8 +181,10 @@ class TokenAttention:
         self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call, with the correction if there is one; and its statistics."""
-        (head, tail), stats = self._without_correction(layer, forward, qkv, call)
-        if layer.preset.correction and not forward.captured and not forward.run.lists.one_step_only:
+        corrections, lasting = forward.run.corrections, not forward.captured and not forward.run.lists.one_step_only
+        corrected = lasting and corrections.has(layer, forward.moment)
+        (head, tail), stats = self._without_correction(layer, forward, qkv, call, corrected)
+        if corrected:
             first = self._first_video(forward, qkv, call)
 
             def dense_rows(tokens: torch.Tensor) -> torch.Tensor:
@@ -190,7 +192,7 @@ class TokenAttention:
 
             video = self.video_of(head, forward.attended_grid)
             fits, steps = _fits(forward, video), forward.run.steps
-            forward.run.corrections.add(layer, forward.moment, fits, video, dense_rows, steps)
+            corrections.add(layer, forward.moment, fits, video, dense_rows, steps)
         return (head, tail), stats
 
     def _dense_and_corrected(self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall) -> Parts:
@@ -200,7 +202,7 @@ class TokenAttention:
         dense = self.video_of(parts[0], grid)
         layers = sum(route.corrects for route in forward.routes.values())
         if not forward.run.lists.one_step_only and corrections.has_room(moment, dense, layers, self._fallbacks):
-            (head, _), _ = self._without_correction(layer, forward, qkv, call)
+            (head, _), _ = self._without_correction(layer, forward, qkv, call, corrected=True)
             corrections.keep(layer, moment, _fits(forward, dense), dense, self.video_of(head, grid))
         return parts
 
@@ -212,9 +214,14 @@ class TokenAttention:
         return qkv[0].shape[1] - forward.video_tokens - after
 
     def _without_correction(
-        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
+        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall, corrected: bool
     ) -> tuple[Parts, list[AttentionStats]]:
-        assert layer.spec is not None, "a layer without a spec is never routed here"
+        """Sparse attention of a call, whose output something corrects or not; and its statistics."""
+        spec = layer.spec
+        # A graph captured at a stated step has no correction and reads the lists of calls before it, so all are alike.
+        if layer.uncorrected is not None and (forward.stated or not corrected):
+            spec = layer.uncorrected
+        assert spec is not None, "a layer without a spec is never routed here"
         query, shape, grid, lists, kept = qkv[0], qkv[0].shape, forward.attended_grid, forward.run.lists, None
         after = call.text_tokens if self._family.text == "after" else 0
         beside = shape[1] - forward.video_tokens - after
@@ -223,12 +230,12 @@ class TokenAttention:
         fits: Hashable = None
         if layer.keeps_lists:
             # Rules for steps may change what the layer chooses, or its blocks, from one step to the next.
-            fits = (shape[0], shape[2:], query.device, grid, layer.spec, layer.order)
+            fits = (shape[0], shape[2:], query.device, grid, spec, layer.order)
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
         permutation = permutation_on(layer.order, grid, query.device)
         records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
-            *qkv, layer.spec, kept,
+            *qkv, spec, kept,
             before=beside - behind,
             after=after + behind,
             lengths=self._real_text(call) if after else None,

@@ -69,6 +69,10 @@ class Corrections:
         """
         self._kept[_place(layer, moment)] = _Entry(fits, left_out(dense, sparse))
 
+    def has(self, layer: Layer, moment: Moment) -> bool:
+        """Whether there is a correction for a layer at a step."""
+        return _place(layer, moment) in self._kept
+
     def add(
         self,
         layer: Layer,

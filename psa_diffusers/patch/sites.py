@@ -56,6 +56,7 @@ class Layer:
         spec: what it computes; None if the preset keeps it dense.
         order: in which order its tokens form blocks.
         keeps_lists: whether its importance lists ever serve a second call.
+        uncorrected: what it computes instead where nothing corrects its output; None if that is `spec` too.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Layer:
     spec: AttentionSpec | None
     order: TokenOrder
     keeps_lists: bool
+    uncorrected: AttentionSpec | None = None
 
 
 class Site(NotPickled):

@@ -40,10 +40,11 @@ class StepLayers:
     def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
         if step_rules not in self._made:
             preset, count = self._preset, len(self._names)
-            rows = zip(
-                self._names, preset.layer_specs(count, step_rules), preset.layer_orders(count, step_rules), strict=True
-            )
+            uncorrected = preset.layer_specs(count, step_rules, corrected=False)
+            specs = preset.layer_specs(count, step_rules) if preset.correction else uncorrected
+            rows = zip(self._names, specs, uncorrected, preset.layer_orders(count, step_rules), strict=True)
             self._made[step_rules] = {
-                name: Layer(name, preset, spec, order, keeps_lists(preset)) for name, spec, order in rows
+                name: Layer(name, preset, spec, order, keeps_lists(preset), None if plain == spec else plain)
+                for name, spec, plain, order in rows
             }
         return self._made[step_rules]

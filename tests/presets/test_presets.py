@@ -64,7 +64,7 @@ def test_the_recommended_preset_is_psa_3_with_a_budget_kept_lists_and_correction
     auto, published = load_preset("psa-auto"), load_preset("psa-3")
     assert auto.model_dump(exclude=changed) == published.model_dump(exclude=changed)
     assert (auto.rule, auto.density, auto.share_guidance, auto.correction) == ("budget", 0.25, True, True)
-    assert (auto.error_model, auto.refresh, auto.order) == ("fitted", 4, "hilbert") and "docs/quality.md" in auto.source
+    assert (auto.error_model, auto.refresh, auto.order) == ("auto", 4, "hilbert") and "docs/quality.md" in auto.source
     assert auto.at_density(0.15) == auto.replace(density=0.15)
 
 
