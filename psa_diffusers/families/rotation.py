@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.families.parts import ReadOnce, concatenate, rotate_pairs
@@ -26,7 +27,7 @@ class Rotation:
 
     def __init__(self, halve: Callable[[torch.Tensor, torch.Tensor], Tables]) -> None:
         self._halve = halve
-        self._turns = ReadOnce(self._make)
+        self._turns: dict[torch.device, ReadOnce[torch.Tensor]] = {}
 
     def __call__(
         self, tables: Tables, *tensors: torch.Tensor, before: int = 0, after: int = 0
@@ -40,16 +41,17 @@ class Rotation:
         if not _suits(tensors, *tables):
             cos, sin = (table.to(tensors[0].device) for table in self._halve(*tables))
             return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
+        device = tensors[0].device
+        if (made := self._turns.get(device)) is None:
+            made = self._turns[device] = ReadOnce(partial(self._make, device))
         # A captured graph reads what it made itself: what is kept here may be gone at its replay.
-        turns = self._make(*tables) if _is_capturing(tensors[0]) else self._turns(*tables)
-        if turns.device != tensors[0].device:
-            turns = turns.to(tensors[0].device)
+        turns = self._make(device, *tables) if _is_capturing(tensors[0]) else made(*tables)
         return tuple(_turned(x, turns, before, after) for x in tensors)
 
-    def _make(self, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _make(self, device: torch.device, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.complex(*self._halve(cos, sin))
+        return torch.complex(*self._halve(cos, sin)).to(device)
 
 
 def _suits(tensors: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor) -> bool:

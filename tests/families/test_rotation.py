@@ -146,6 +146,18 @@ def test_on_a_gpu_it_equals_the_formula(dtype, before, after):
 @pytest.mark.gpu
 @needs_gpu
 @torch.no_grad()
+def test_the_same_tables_serve_two_devices_in_turn():
+    tables, x = tables_of(1, 50, 1, 64), torch.randn(1, 50, 2, 128)
+    rotation = Rotation(halved)
+    for device in ("cuda", "cpu", "cuda"):
+        (found,) = rotation(tables, x.to(device))
+        assert found.device.type == device
+        torch.testing.assert_close(found.cpu().double(), expected(x, tables), rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@torch.no_grad()
 def test_a_captured_graph_reads_no_table_that_is_gone():
     """What an eager call made of the same tables is dropped as soon as others come."""
     tables = tuple(table.cuda() for table in tables_of(1, 500, 1, 64))
