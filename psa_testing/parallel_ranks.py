@@ -36,7 +36,8 @@ def start(rank: int, ranks: int, folder: str, check: Callable[..., None], argume
     torch.accelerator.device_count = lambda: 1
     dist.all_gather = all_gather
     store = Path(folder, "store")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    # Named with its device: of plain gloo diffusers thinks that it is for the GPUs that PyTorch was built for.
+    dist.init_process_group("cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         check(ranks, *arguments)
     finally:

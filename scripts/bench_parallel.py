@@ -73,7 +73,7 @@ def start(tiny: bool) -> Machine:
         if not torch.cuda.is_available():
             raise SystemExit("bench_parallel: no CUDA device; --tiny runs a toy on the CPU")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("gloo" if tiny else "nccl", rank=place["RANK"], world_size=place["WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo" if tiny else "nccl", rank=place["RANK"], world_size=place["WORLD_SIZE"])
     if tiny:
         return Machine("cpu", torch.float32, "eager", True)
     return Machine("cuda", torch.bfloat16, "inductor", False)
