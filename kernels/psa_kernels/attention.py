@@ -10,6 +10,7 @@ from psa_kernels import head_groups
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
+from psa_kernels.devices import on_device_of_first
 from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.known_calls import recall
 from psa_kernels.lists import AttentionStats, BlockLists
@@ -95,6 +96,7 @@ def psa_attention(
 ) -> Any: ...
 
 
+@on_device_of_first
 def psa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -219,6 +221,7 @@ def _attend(
     return lists
 
 
+@on_device_of_first
 def select_blocks(
     q: torch.Tensor,
     k: torch.Tensor,

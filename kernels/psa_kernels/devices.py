@@ -1,10 +1,34 @@
-"""Facts about a device that every call needs; they never change, so each is looked up once."""
+"""Facts about a device, which never change, so that each is looked up once; and calls on one that is not current."""
 
 from __future__ import annotations
 
-from functools import cache
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_device_of_first(function: Function) -> Function:
+    """Make the GPU of a function's first argument, a tensor, the current one while it runs.
+
+    Triton launches on the current device and its stream, and a model may be on another one: `pipe.to("cuda:1")`.
+    """
+
+    name = next(iter(inspect.signature(function).parameters))
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else kwargs.get(name)
+        if isinstance(first, torch.Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 @cache

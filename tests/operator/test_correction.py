@@ -58,3 +58,24 @@ def test_samples_are_spread_over_all_tokens(tokens):
     found = sample_tokens(tokens, torch.device("cpu"))
     assert found.dtype == torch.int64 and len(found) == min(tokens, SAMPLES) == len(found.unique())
     assert found[0] == 0 and found[-1] >= tokens - 1 - tokens // len(found) and found.max() < tokens
+
+
+def test_kernels_are_prepared_for_each_dtype(monkeypatch):
+    triton_correction = pytest.importorskip("psa_kernels.correction.triton")
+    prepared = []
+
+    class Launch:
+        def __init__(self, *_, **__):
+            prepared.append(self)
+
+        def __call__(self, *_):
+            pass
+
+    monkeypatch.setattr(triton_correction, "Launch", Launch)
+    triton_correction._plan.cache_clear()
+    x = torch.randn(1, 37, 2, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        correction = triton_correction.left_out(x.to(dtype), x.to(dtype))
+        triton_correction.add_correction(x.to(dtype), correction, torch.ones(1, 2))
+    triton_correction._plan.cache_clear()
+    assert len(prepared) == 6

@@ -7,9 +7,10 @@ import torch
 from psa_kernels.backends.triton import has_triton
 from psa_kernels.correction import reference
 from psa_kernels.correction.reference import Correction
-from psa_kernels.devices import capability
+from psa_kernels.devices import capability, on_device_of_first
 
 
+@on_device_of_first
 def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     """As `reference.left_out`."""
     if not _has_kernel(dense):
@@ -19,6 +20,7 @@ def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     return triton.left_out(dense, sparse)
 
 
+@on_device_of_first
 def add_correction(out: torch.Tensor, correction: Correction, weights: torch.Tensor) -> None:
     """As `reference.add_correction`."""
     if not _has_kernel(out):

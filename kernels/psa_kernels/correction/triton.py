@@ -25,20 +25,22 @@ def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     """As `reference.left_out`."""
     integers = torch.empty(dense.shape, dtype=torch.int8, device=dense.device)
     units = torch.empty(dense.shape[:3], dtype=torch.float32, device=dense.device)
-    _plan(left_out_kernel, dense.shape, dense.device, (dense.stride(), sparse.stride()))(dense, sparse, integers, units)
+    _plan(left_out_kernel, dense.shape, dense.dtype, dense.device, (dense.stride(), sparse.stride()))(
+        dense, sparse, integers, units
+    )
     return Correction(integers, units)
 
 
 def add_correction(out: torch.Tensor, correction: Correction, weights: torch.Tensor) -> None:
     """As `reference.add_correction`."""
-    _plan(add_kernel, out.shape, out.device, (out.stride(),))(
+    _plan(add_kernel, out.shape, out.dtype, out.device, (out.stride(),))(
         out, correction.integers, correction.units, weights.contiguous()
     )
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
-def _plan(kernel: object, shape: Shape, device: torch.device, strides: tuple[Shape, ...]) -> Launch:
-    """A kernel for tensors of one shape."""
+def _plan(kernel: object, shape: Shape, dtype: torch.dtype, device: torch.device, strides: tuple[Shape, ...]) -> Launch:
+    """A kernel for tensors of one shape, dtype and device."""
     batch, tokens, heads, head_dim = shape
     return Launch(
         kernel, (block_count(tokens, ROWS), heads, batch),
@@ -55,7 +57,7 @@ def left_out_kernel(
 ):  # fmt: skip
     """`ROWS` tokens of one head: the grid is token tiles, heads, batch."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     dims = tl.arange(0, PADDED_DIM)
     real = (token < tokens)[:, None] & (dims < HEAD_DIM)[None, :]
     dense_rows = dense_ptr + batch * stride_db + head * stride_dh + row_offsets(token, stride_dn, WIDE)
@@ -80,7 +82,7 @@ def add_kernel(
 ):  # fmt: skip
     """`ROWS` tokens of one head: the grid is token tiles, heads, batch."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     dims = tl.arange(0, PADDED_DIM)
     real = (token < tokens)[:, None] & (dims < HEAD_DIM)[None, :]
     row = batch * tokens * heads + row_offsets(token, heads, WIDE) + head
