@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,23 @@ def main() -> None:
         raise SystemExit(
             f"bench_allocation: --levels {options.levels}: expected at most 8, which are pooled in one pass"
         )
-    rows: list[dict[str, Any]] = []
+    rows = rows_of_chosen(options.workloads, partial(rows_of, options=options))
+    settings = {"levels": options.levels, "block_key": options.block_key, "order": options.order}
+    write(document(WHAT, rows, device="cuda", commit=options.commit, **settings), options.output)
+
+
+def rows_of_chosen(
+    names: Sequence[str], rows_of: Callable[[Workload], Iterator[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The rows of all workloads with these names, printed as they come."""
+    rows = []
     for workload in WORKLOADS:
-        if workload.name in options.workloads:
-            for row in rows_of(workload, options):
+        if workload.name in names:
+            for row in rows_of(workload):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
             torch.cuda.empty_cache()
-    settings = {"levels": options.levels, "block_key": options.block_key, "order": options.order}
-    write(document(WHAT, rows, device="cuda", commit=options.commit, **settings), options.output)
+    return rows
 
 
 def rows_of(workload: Workload, options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,6 @@ is that beside the mean sparse call of such a run.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,17 +20,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_allocation import CHOSEN, tensors
+from bench_allocation import CHOSEN, rows_of_chosen, tensors
 from operator_bench.timing import measure
-from operator_bench.workloads import WORKLOADS, Workload
+from operator_bench.workloads import Workload
 from results import document, write
 
-from psa_diffusers import load_preset
-from psa_diffusers.patch.corrections import TELLINGS
+from psa_diffusers import Preset, load_preset
+from psa_diffusers.patch.corrections import how_much_holds, steps_a_telling
 from psa_diffusers.patch.token_order import token_permutation
 from psa_kernels import psa_attention
 from psa_kernels.correction.choose import add_correction, left_out
-from psa_kernels.correction.reference import Correction, correction_weights, sample_tokens
 
 WHAT = "time of the parts of the correction on one call, milliseconds, medians"
 OUTPUT = Path("docs/benchmarks/correction.json")
@@ -42,13 +40,7 @@ def main() -> None:
     options = _arguments()
     if not torch.cuda.is_available():
         raise SystemExit("bench_correction: no CUDA device")
-    rows: list[dict[str, Any]] = []
-    for workload in WORKLOADS:
-        if workload.name in CHOSEN:
-            for row in rows_of(workload, options):
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-            torch.cuda.empty_cache()
+    rows = rows_of_chosen(CHOSEN, partial(rows_of, options=options))
     write(document(WHAT, rows, device="cuda", commit=options.commit, density=options.density), options.output)
 
 
@@ -56,11 +48,11 @@ def rows_of(workload: Workload, options: argparse.Namespace) -> Iterator[dict[st
     """Rows of {workload, part, ms, share}; share, of the mean sparse call, is that of the last row alone."""
     preset = load_preset("psa-auto").at_density(options.density)
     found: dict[str, float] = {}
-    for part, call in parts(workload, options.density):
+    for part, call in parts(workload, preset):
         found[part] = ms = measure(call, options.repeats)[0]
         yield {"workload": workload.name, "part": part, "ms": round(ms, 4), "share": None}
     sparse_steps = STEPS - math.ceil(preset.dense_steps * STEPS)
-    tellings = math.ceil(sparse_steps / max(1, round(STEPS / TELLINGS)))
+    tellings = math.ceil(sparse_steps / steps_a_telling(STEPS))
     once = found["sparse call, lists made"] + found["left out"]
     ms = (once + tellings * found["how much holds"]) / sparse_steps + found["adding"]
     made = 1 / preset.refresh
@@ -69,31 +61,29 @@ def rows_of(workload: Workload, options: argparse.Namespace) -> Iterator[dict[st
     yield {"workload": workload.name, "part": part, "ms": round(ms, 4), "share": round(ms / call_ms, 4)}
 
 
-def parts(workload: Workload, density: float) -> Iterator[tuple[str, Callable[[], Any]]]:
+def parts(workload: Workload, preset: Preset) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each part and its call, as `patch.corrections` makes it."""
     q, k, v = tensors(workload)
-    [spec] = set(load_preset("psa-auto").at_density(density).layer_specs(1))
+    [spec] = set(preset.layer_specs(1))
     permutation = token_permutation("hilbert", workload.grid).cuda()
     attend = partial(psa_attention, q, k, v, spec, permutation=permutation)
     sparse, _, lists = attend(return_stats=True, return_lists=True)
-    dense = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    dense = dense_attention(q, k, v)
     correction = left_out(dense, sparse)
     weights = torch.full(sparse.shape[::2], 0.5, device="cuda")
     yield "sparse call, lists made", partial(attend, return_stats=True)
     yield "sparse call, lists kept", partial(attend, return_stats=True, lists=lists)
     yield "left out", partial(left_out, dense, sparse)
-    yield "how much holds", partial(how_much_holds, q, k, v, sparse, correction)
+    yield (
+        "how much holds",
+        partial(how_much_holds, correction, sparse, lambda tokens: dense_attention(q[:, tokens], k, v)),
+    )
     yield "adding", partial(add_correction, sparse.clone(), correction, weights)
 
 
-def how_much_holds(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: torch.Tensor, correction: Correction
-) -> torch.Tensor:
-    """Weights of a correction, from the dense attention of a sample of queries."""
-    tokens = sample_tokens(sparse.shape[1], sparse.device)
-    rows = (x.transpose(1, 2) for x in (q[:, tokens], k, v))
-    dense = F.scaled_dot_product_attention(*rows).transpose(1, 2)
-    return correction_weights(dense, sparse[:, tokens], correction.of_tokens(tokens))
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Of tensors `[B, N, H, D]`."""
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def _arguments() -> argparse.Namespace:

@@ -11,7 +11,7 @@ from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
-from psa_diffusers.families.rotation import Rotation
+from psa_diffusers.families.rotation import Rotation, every_other
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class LTXVideo(ModelFamily):
 
 
 # The tables `[B, N, H * D]` hold each angle twice; positions run through all heads.
-_rotate = Rotation(lambda cos, sin: (cos[..., ::2], sin[..., ::2]))
+_rotate = Rotation(every_other)
 _grid = ReadOnce(lambda coordinates: last_grid(coordinates[0].cpu()))
 
 _KIND = PipelineKind(layers=(("num_layers", 28),), size_step=32, compression=(8, 32))

@@ -11,7 +11,7 @@ from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import first_attentions, project_out, rotate_halves, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
-from psa_diffusers.families.rotation import Rotation
+from psa_diffusers.families.rotation import Rotation, every_other
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ class LTX2(ModelFamily):
         }
 
 
-_rotate_neighbours = Rotation(lambda cos, sin: (cos[..., ::2], sin[..., ::2]))
+_rotate_neighbours = Rotation(every_other)
 
 
 def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:

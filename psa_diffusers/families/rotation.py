@@ -90,6 +90,11 @@ def _is_capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def every_other(cos: torch.Tensor, sin: torch.Tensor) -> Tables:
+    """The tables of `rotate_pairs`, of tables that hold each angle twice."""
+    return cos[..., ::2], sin[..., ::2]
+
+
 def rotate_tokens(tables: Any, *tensors: torch.Tensor, before: int = 0, after: int = 0) -> tuple[torch.Tensor, ...]:
     """Rotate `[B, N, H, D]` by tables `[N, D]`, cosines and sines, that hold each angle twice; None rotates nothing.
 

@@ -93,11 +93,22 @@ class Corrections:
         entry = self._kept.pop(place, None) if moment.step + 1 >= steps else self._kept.get(place)
         if entry is None or entry.fits != fits:
             return
-        if entry.weights is None or moment.step - entry.step >= max(1, round(steps / TELLINGS)):
-            tokens = sample_tokens(sparse.shape[1], sparse.device)
-            missing = entry.correction.of_tokens(tokens)
-            entry.weights, entry.step = correction_weights(dense_rows(tokens), sparse[:, tokens], missing), moment.step
+        if entry.weights is None or moment.step - entry.step >= steps_a_telling(steps):
+            entry.weights, entry.step = how_much_holds(entry.correction, sparse, dense_rows), moment.step
         add_correction(sparse, entry.correction, entry.weights)
+
+
+def steps_a_telling(steps: int) -> int:
+    """After how many steps of a run of `steps` it is told again how much of a correction holds."""
+    return max(1, round(steps / TELLINGS))
+
+
+def how_much_holds(
+    correction: Correction, sparse: torch.Tensor, dense_rows: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """How much of a correction is to be added to a sparse output: `[B, H]`. Arguments are as of `Corrections.add`."""
+    tokens = sample_tokens(sparse.shape[1], sparse.device)
+    return correction_weights(dense_rows(tokens), sparse[:, tokens], correction.of_tokens(tokens))
 
 
 def free_bytes(device: torch.device) -> int | None:
