@@ -15,7 +15,7 @@ from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.list_cache import Moment
 from psa_diffusers.patch.sites import Layer
 from psa_kernels.correction.choose import add_correction, left_out
-from psa_kernels.correction.reference import Correction, correction_weights, sample_tokens
+from psa_kernels.correction.reference import Correction, correction_weights, kept_bytes, sample_tokens
 
 NO_ROOM = "correction: true has no effect: it would take {need:.1f} GiB on {device}, of which {free:.1f} are free"
 # How often in a run it is told how much of a correction holds: at every step of 16, at every third of 50.
@@ -35,8 +35,8 @@ class _Entry:
 class Corrections:
     """The corrections of one run, one for each layer, window and guidance branch.
 
-    Each takes one byte for every number of the layer's output of video tokens, and 4 for every token and head. In all,
-    with guidance, that is 30 GiB for Wan2.1-14B at 720p, and 2.9 GiB for Wan2.1-1.3B at 480p.
+    Each takes half a byte for every number of the layer's output of video tokens, and 4 bytes for every token and head.
+    In all, with guidance, that is 15.3 GiB for Wan2.1-14B at 720p, and 1.5 GiB for Wan2.1-1.3B at 480p.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Corrections:
             PSAFallbackError: with `strict`, if they do not fit.
         """
         if moment not in self._room:
-            need = layers * (output.numel() + 4 * output[..., 0].numel())
+            need = layers * kept_bytes(output.shape)
             free, gib = free_bytes(output.device), 2**30
             self._room[moment] = free is None or need <= free
             if free is not None and not self._room[moment]:

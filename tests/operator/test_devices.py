@@ -10,6 +10,7 @@ import torch
 from psa_kernels import AttentionSpec, psa_attention, select_blocks
 from psa_kernels.correction import choose
 from psa_kernels.devices import on_device_of_first
+from psa_kernels.rotation.choose import rotate
 
 
 class OnSecond(torch.Tensor):
@@ -58,7 +59,7 @@ def test_nothing_is_done_for_others(made_current):
 
 
 def test_whatever_launches_kernels_is_called_so():
-    for function in (psa_attention, select_blocks, choose.left_out, choose.add_correction):
+    for function in (psa_attention, select_blocks, choose.left_out, choose.add_correction, rotate):
         assert inspect.unwrap(function) is not function
     q = torch.randn(1, 256, 1, 16)
     with pytest.raises(ValueError):
@@ -81,4 +82,5 @@ def test_a_call_on_the_second_gpu():
     correction = choose.left_out(q, k)
     out = k.clone()
     choose.add_correction(out, correction, torch.ones(1, 4, device="cuda:1"))
-    assert float((out.float() - q.float()).norm() / q.float().norm()) < 0.1
+    # What 4 bits round of normal numbers is 1.06 % of their power.
+    assert float((out.float() - q.float()).norm() / (k.float() - q.float()).norm()) < 0.11

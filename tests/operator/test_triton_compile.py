@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from psa_kernels.allocation.triton import allocation_kernel, row_shape  # noqa: E402
-from psa_kernels.correction.triton import ROWS, add_kernel, left_out_kernel  # noqa: E402
+from psa_kernels.correction.triton import ROWS, add_kernel, left_out_kernel, warps_of  # noqa: E402
 from psa_kernels.importance import representatives  # noqa: E402
 from psa_kernels.importance import triton as importance  # noqa: E402
 from psa_kernels.pool_and_attend_hopper import pool_and_clear_kernel  # noqa: E402
@@ -29,7 +29,7 @@ from psa_kernels.pyramid.triton import pool_kernel  # noqa: E402
 from psa_kernels.quantise import triton as quantise  # noqa: E402
 from psa_kernels.quantise import triton_channels  # noqa: E402
 from psa_kernels.sparse import triton as sparse  # noqa: E402
-from psa_kernels.triton_rows import must_be_told  # noqa: E402
+from psa_kernels.triton_rows import must_be_told, padded_dim  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from operator_bench import naive  # noqa: E402
@@ -85,6 +85,7 @@ def compile_and_check(kernel, target, constants, options, tensor_cores=True, pro
     assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * options["num_warps"] * programs <= 65536
     if tensor_cores:
         assert re.search(rf"\b{instruction}\b", instructions(compiled))
+    return compiled
 
 
 def check_stack(compiled, usage):
@@ -339,8 +340,12 @@ def test_the_naive_peer_of_the_benchmark(tuning):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", [left_out_kernel, add_kernel], ids=lambda kernel: kernel.__name__)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
 def test_corrections(target, kernel, head_dim):
-    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": head_dim, "ROWS": ROWS, "WIDE": True}
-    types = {"integers_ptr": "*i8", "units_ptr": "*fp32", "weights_ptr": "*fp32"}
-    compile_and_check(kernel, target, constants, {"num_warps": 4}, tensor_cores=False, types=types)
+    half = head_dim // 2
+    constants = {"HEAD_DIM": head_dim, "HALF": half, "PADDED_HALF": padded_dim(half), "ROWS": ROWS, "WIDE": True}
+    types = {"pairs_ptr": "*u8", "units_ptr": "*fp32", "weights_ptr": "*fp32"}
+    options = {"num_warps": warps_of(padded_dim(half))}
+    compiled = compile_and_check(kernel, target, constants, options, tensor_cores=False, types=types)
+    # Nothing is read or written number by number.
+    assert not re.search(r"\b(LDG|STG)\.[\w.]*\b[US](8|16)\b", instructions(compiled))

@@ -10,7 +10,9 @@ import torch
 from psa_diffusers import apply_psa
 from psa_diffusers.patch import corrections
 from psa_diffusers.patch.corrections import Corrections
-from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning
+from psa_diffusers.patch.list_cache import Moment
+from psa_kernels.correction.reference import left_out
 from psa_testing.expectations import assert_equal_to_rounding
 from psa_testing.tiny_families import CASES, EVERYTHING, ONE_EACH, preset
 from psa_testing.tiny_pipelines import run as run_small
@@ -133,6 +135,17 @@ def test_without_room_there_are_none_and_one_line_says_so(monkeypatch):
     assert len(told) == 1 and told[0].startswith("correction: true has no effect: it would take 0.0 GiB on cpu")
     with pytest.raises(PSAFallbackError, match="correction: true has no effect"), apply_psa(pipe, PRESET, strict=True):
         run(pipe)
+
+
+def test_room_is_asked_for_what_corrections_take(monkeypatch):
+    output, moment = torch.randn(2, 50, 3, 5), Moment(0, 0, 0)
+    kept = left_out(output, -output)
+    need = 3 * (kept.pairs.nbytes + kept.units.nbytes)
+    for free, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(corrections, "free_bytes", lambda device, free=free: free)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PSAFallbackWarning)
+            assert Corrections().has_room(moment, output, 3, Fallbacks(strict=False)) is fits
 
 
 def test_compiled_blocks_add_the_same(added):

@@ -274,7 +274,7 @@ def test_lists_take_what_is_said():
     )
     tokens, (heads, head_dim) = offered.call.layout.video_queries, offered.call.q.shape[2:]
     corrected = preset.replace(correction=True)
-    assert correction_bytes(corrected, uses, 2) == 2 * 8 * tokens * heads * (head_dim + 4)
+    assert correction_bytes(corrected, uses, 2) == 2 * 8 * tokens * heads * (head_dim // 2 + 4)
     shared = preset.replace(share_guidance=True)
     assert kept_list_bytes(shared, uses, 2) == 8 * list_bytes(offered.call)
 

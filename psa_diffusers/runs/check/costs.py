@@ -11,6 +11,7 @@ from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.runs.check.machine import Offer
 from psa_diffusers.runs.check.network import Network, Usage
 from psa_kernels.call import Call
+from psa_kernels.correction.reference import kept_bytes
 from psa_kernels.costs import expected_density
 from psa_kernels.head_groups import head_groups
 from psa_kernels.lists import id_dtype, list_width
@@ -102,5 +103,5 @@ def correction_bytes(preset: Preset, uses: Uses, branches: int) -> int:
     for usage, offered in uses:
         if offered is not None:
             q, video = offered.call.q, offered.call.layout.video_queries
-            sizes |= dict.fromkeys(usage.layers, video * q.shape[2] * (q.shape[3] + 4))
+            sizes |= dict.fromkeys(usage.layers, kept_bytes((1, video, *q.shape[2:])))
     return branches * sum(sizes.values())
