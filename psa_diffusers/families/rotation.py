@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class Rotation:
     """Rotates queries and keys, `[B, N, ...]`, by a model's tables.
 
-    A pair of channels is a complex number, and turning it a product: three kernels a tensor, where `rotate_pairs` takes
-    eight and moves twice the bytes. What the tables make is kept while they live. Inside of graphs, where a compiler
-    fuses what is written out, and for tables and devices that this does not suit, `rotate_pairs` does it.
+    On GPUs that Triton serves, one kernel a tensor does it. Elsewhere a pair of channels is a complex number, and
+    turning it a product: three kernels a tensor, where `rotate_pairs` takes eight and moves twice the bytes. Complex
+    tables, and those brought from another device, are kept while the model's tables live. Inside of graphs, where a
+    compiler fuses what is written out, and for tables and devices that neither suits, `rotate_pairs` does it.
 
     Args:
         halve: makes of a model's tables those of `rotate_pairs`, which broadcast against the tensors' pairs.
@@ -27,7 +28,7 @@ class Rotation:
 
     def __init__(self, halve: Callable[[torch.Tensor, torch.Tensor], Tables]) -> None:
         self._halve = halve
-        self._turns: dict[torch.device, ReadOnce[torch.Tensor]] = {}
+        self._kept: dict[torch.device, ReadOnce[Any]] = {}
 
     def __call__(
         self, tables: Tables, *tensors: torch.Tensor, before: int = 0, after: int = 0
@@ -38,24 +39,40 @@ class Rotation:
             tables: cosines and sines as the model made them.
             before, after: how many of the first and last tokens have no positions, and are left as they are.
         """
-        if not _suits(tensors, *tables):
-            cos, sin = (table.to(tensors[0].device) for table in self._halve(*tables))
-            return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
         device = tensors[0].device
-        if (made := self._turns.get(device)) is None:
-            made = self._turns[device] = ReadOnce(partial(self._make, device))
-        # A captured graph reads what it made itself: what is kept here may be gone at its replay.
-        turns = self._make(device, *tables) if _is_capturing(tensors[0]) else made(*tables)
-        return tuple(_turned(x, turns, before, after) for x in tensors)
+        if not _suits(tensors, *tables):
+            cos, sin = (table.to(device) for table in self._halve(*tables))
+            return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
+        from psa_kernels.rotation.choose import has_kernel, rotate
 
-    def _make(self, device: torch.device, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        if not has_kernel(device):
+            turns = self._once(device, self._complex, tables)
+            return tuple(_turned(x, turns, before, after) for x in tensors)
+        here = all(table.device == device for table in tables)
+        cos, sin = self._halve(*tables) if here else self._once(device, self._brought, tables)
+        return tuple(rotate(x, cos, sin, before, after) for x in tensors)
+
+    def _once(self, device: torch.device, make: Callable[..., Any], tables: Tables) -> Any:
+        """What `make`, the same one for all calls of a device, makes of the tables, as long as they live."""
+        # A captured graph reads what it made itself: what is kept here may be gone at its replay.
+        if _is_capturing(device):
+            return make(device, *tables)
+        if (kept := self._kept.get(device)) is None:
+            kept = self._kept[device] = ReadOnce(partial(make, device))
+        return kept(*tables)
+
+    def _complex(self, device: torch.device, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         import torch
 
         return torch.complex(*self._halve(cos, sin)).to(device)
 
+    def _brought(self, device: torch.device, cos: torch.Tensor, sin: torch.Tensor) -> Tables:
+        cos, sin = self._halve(cos, sin)
+        return cos.to(device), sin.to(device)
+
 
 def _suits(tensors: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether the complex product computes what `rotate_pairs` does: in float32, without a gradient, not in a graph."""
+    """Whether what is computed in float32 is what `rotate_pairs` does: without a gradient, and not in a graph."""
     import torch
 
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not cos.dtype == sin.dtype == torch.float32:
@@ -84,10 +101,10 @@ def _written_out(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, before: 
     return parts[0] if len(parts) == 1 else concatenate(*parts)
 
 
-def _is_capturing(x: torch.Tensor) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     import torch
 
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def every_other(cos: torch.Tensor, sin: torch.Tensor) -> Tables:

@@ -1,4 +1,4 @@
-"""Rotary positions as complex products: the same as written out, and never from tables that are not those given."""
+"""Rotary positions, by complex products or a kernel: as written out, and never from tables that are not those given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import weakref
 import pytest
 import torch
 
+from psa_diffusers import apply_psa
+from psa_diffusers.families import rotation
 from psa_diffusers.families.parts import ReadOnce, rotate_halves, rotate_pairs
 from psa_diffusers.families.rotation import Rotation, rotate_tokens
+from psa_kernels.rotation import choose, reference
+from psa_testing.tiny_families import CASES, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -40,21 +44,21 @@ def expected(x, tables, before=0, after=0):
 @pytest.mark.parametrize("gradients", [False, True])
 def test_it_equals_the_formula_and_leaves_its_input(dtype, table_dtype, before, after, gradients):
     """Where a complex product does not suit, too."""
-    rotation, tables = Rotation(halved), tables_of(1, 29, 1, 8, dtype=table_dtype)
+    rotated_by, tables = Rotation(halved), tables_of(1, 29, 1, 8, dtype=table_dtype)
     wide = torch.randn(2, 29 + before + after, 3, 32).to(dtype)
     queries, keys = wide[..., :16], wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 16:]  # strided, both
     copies = queries.clone(), keys.clone()
     with torch.set_grad_enabled(gradients):
-        rotated = rotation(tables, queries, keys, before=before, after=after)
+        rotated = rotated_by(tables, queries, keys, before=before, after=after)
     coarse = torch.bfloat16 in (dtype, table_dtype)
     for x, copy, result in zip((queries, keys), copies, rotated, strict=True):
         assert torch.equal(x, copy) and result.dtype == dtype and result.shape == x.shape
-        reference = expected(x, tables, before, after)
-        torch.testing.assert_close(result.double(), reference, rtol=0, atol=0.1 if coarse else 5e-3)
+        formula = expected(x, tables, before, after)
+        torch.testing.assert_close(result.double(), formula, rtol=0, atol=0.1 if coarse else 5e-3)
         unmoved = [*range(before), *range(x.shape[1] - after, x.shape[1])]
         assert torch.equal(result[:, unmoved], x[:, unmoved])
         if dtype == table_dtype == torch.float32:
-            torch.testing.assert_close(result.double(), reference, rtol=0, atol=1e-5)
+            torch.testing.assert_close(result.double(), formula, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
@@ -68,10 +72,10 @@ def test_halves_turn_against_each_other(dtype, gradients, device):
     with torch.set_grad_enabled(gradients):
         found = rotate_halves(x, cos, sin)
     first, second = x.double().chunk(2, -1)
-    reference = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    formula = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     assert torch.equal(x, before) and found.dtype == dtype
     tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found.double(), reference, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found.double(), formula, rtol=0, atol=tolerance)
 
 
 def test_gradients_flow_where_they_are_enabled():
@@ -130,6 +134,72 @@ def test_tables_are_made_once_and_go_with_the_model_s():
     assert gone() is None
 
 
+def no_complex_number(*_):
+    raise AssertionError("a complex table where the kernel takes the model's own")
+
+
+@torch.no_grad()
+def test_the_kernel_takes_the_model_s_own_tables(monkeypatch):
+    """In place: neither a complex table nor a copy is made of them."""
+    taken, tables = [], tables_of(1, 29, 1, 8)
+
+    def rotate(x, cos, sin, before, after):
+        taken.extend((cos, sin))
+        return reference.rotate(x, cos, sin, before, after)
+
+    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
+    monkeypatch.setattr(choose, "rotate", rotate)
+    monkeypatch.setattr(torch, "complex", no_complex_number)
+    queries, keys = torch.randn(2, 2, 36, 3, 16)
+    found = Rotation(halved)(tables, queries, keys, before=3, after=4)
+    for x, result in zip((queries, keys), found, strict=True):
+        torch.testing.assert_close(result.double(), expected(x, tables, 3, 4), rtol=0, atol=1e-5)
+    assert [table.data_ptr() for table in taken] == [table.data_ptr() for table in tables] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["gradients", "dtype", "tables"])
+def test_the_kernel_has_no_part_in_what_it_does_not_compute(why, monkeypatch):
+    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
+    monkeypatch.setattr(choose, "rotate", lambda *_: pytest.fail("the kernel was asked"))
+    wide = torch.float64
+    tables = tables_of(1, 29, 1, 8, dtype=wide if why == "tables" else torch.float32)
+    x = torch.randn(2, 29, 3, 16, dtype=wide if why == "dtype" else torch.float32)
+    with torch.set_grad_enabled(why == "gradients"):
+        (found,) = Rotation(halved)(tables, x)
+    torch.testing.assert_close(found.double(), expected(x, tables), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+def test_a_pipeline_gives_what_it_gives_written_out(name, device, monkeypatch):
+    """In float32: in bfloat16, roundings change as much as positions do in these pipelines."""
+    # What the kernels take of tiny models. Every block is pooled by 2, for rounding may change choices.
+    changes = {"block": {"query": 64, "key": 16}, "thresholds": [0.0, 1.0, 1.0], "float32_on_gpu": "sparse"}
+    served = preset(dense_steps=0.0, **changes)
+    asked = []
+
+    def latents():
+        pipe = CASES[name].make().to(device)
+        with apply_psa(pipe, served, strict=True):
+            return CASES[name].run(pipe, num_inference_steps=2).double().cpu()
+
+    def difference(found, wanted):
+        return ((found - wanted).norm() / wanted.norm()).item()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "rotate", lambda x, *rest, rotate=choose.rotate: asked.append(x) or rotate(x, *rest))
+        found = latents()
+    assert bool(asked) == choose.has_kernel(torch.device(device))
+    with monkeypatch.context() as patch:
+        patch.setattr(rotation, "_suits", lambda *_: False)
+        written_out = latents()
+    monkeypatch.setattr(Rotation, "__call__", lambda self, tables, *tensors, **_: tensors)
+    without_positions = latents()
+    assert difference(found, written_out) < 0.1 * difference(without_positions, written_out)
+    assert difference(found, written_out) < 0.001
+
+
 @pytest.mark.gpu
 @needs_gpu
 @torch.no_grad()
@@ -146,11 +216,30 @@ def test_on_a_gpu_it_equals_the_formula(dtype, before, after):
 @pytest.mark.gpu
 @needs_gpu
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_nothing_is_kept_or_copied(dtype):
+    """Beyond the rotated tensors themselves no memory is asked for, where Triton serves the GPU."""
+    if not choose.has_kernel(torch.device("cuda")):
+        pytest.skip("needs a GPU that Triton serves")
+    tables = tuple(table.cuda() for table in tables_of(1, 4096, 1, 64))
+    queries, keys = torch.randn(2, 1, 4096, 8, 128, device="cuda").to(dtype)
+    rotated_by = Rotation(halved)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    found = rotated_by(tables, queries, keys)
+    after = torch.cuda.memory_stats()
+    rotated = sum(x.nbytes for x in found)
+    assert after["requested_bytes.all.peak"] == after["requested_bytes.all.current"] == before + rotated
+
+
+@pytest.mark.gpu
+@needs_gpu
+@torch.no_grad()
 def test_the_same_tables_serve_two_devices_in_turn():
     tables, x = tables_of(1, 50, 1, 64), torch.randn(1, 50, 2, 128)
-    rotation = Rotation(halved)
+    rotated_by = Rotation(halved)
     for device in ("cuda", "cpu", "cuda"):
-        (found,) = rotation(tables, x.to(device))
+        (found,) = rotated_by(tables, x.to(device))
         assert found.device.type == device
         torch.testing.assert_close(found.cpu().double(), expected(x, tables), rtol=0, atol=1e-5)
 
@@ -161,18 +250,18 @@ def test_the_same_tables_serve_two_devices_in_turn():
 def test_a_captured_graph_reads_no_table_that_is_gone():
     """What an eager call made of the same tables is dropped as soon as others come."""
     tables = tuple(table.cuda() for table in tables_of(1, 500, 1, 64))
-    rotation, x, graph = Rotation(halved), torch.randn(1, 500, 2, 128, device="cuda"), torch.cuda.CUDAGraph()
-    rotation(tables, x)
+    rotated_by, x, graph = Rotation(halved), torch.randn(1, 500, 2, 128, device="cuda"), torch.cuda.CUDAGraph()
+    rotated_by(tables, x)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        (found,) = rotation(tables, x)
+        (found,) = rotated_by(tables, x)
     other = tuple(table.cuda() for table in tables_of(1, 500, 1, 64))
-    (eager,) = rotation(other, x)
+    (eager,) = rotated_by(other, x)
     torch.testing.assert_close(eager.double(), expected(x, other), rtol=0, atol=1e-5)
     junk = [torch.full((1, 500, 1, 64), torch.nan, device="cuda") for _ in range(64)]
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(found.double(), expected(x, tables), rtol=0, atol=1e-5)
-    (again,) = rotation(tables, x)
+    (again,) = rotated_by(tables, x)
     torch.testing.assert_close(again, found, rtol=0, atol=1e-6)
     assert len(junk) == 64
