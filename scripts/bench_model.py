@@ -53,9 +53,9 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             rows = project(merge(earlier, measured))
             if options.output:
-                write(document(WHAT, rows, device=machine.device), options.output)
+                write(document(WHAT, rows, device=machine.device, commit=options.commit), options.output)
     print(table(rows))
-    publish(WHAT, rows, options.output, device=machine.device)
+    publish(WHAT, rows, options.output, device=machine.device, commit=options.commit)
 
 
 def is_sparse(method: str) -> bool:
@@ -302,6 +302,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--merge", type=Path, help="JSON of an earlier run on the same machine, to complete")
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks/model.json, and none with --tiny")
+    parser.add_argument("--commit", help="default: git's HEAD")
     options = parser.parse_args()
     options.compiled = options.compiled or (False, True)
     if options.output is None and not options.tiny:

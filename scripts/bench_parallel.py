@@ -56,7 +56,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(table(rows))
         what = "one forward of a whole transformer on one and on several devices, random weights, medians"
-        publish(what, rows, options.output, device=machine.device)
+        publish(what, rows, options.output, device=machine.device, commit=options.commit)
     dist.destroy_process_group()
 
 
@@ -90,7 +90,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     alone: dict[str, torch.Tensor] = {}
     for gpus in sorted({1, dist.get_world_size()}):
         if gpus > 1:
-            config = ContextParallelConfig(ulysses_degree=gpus)
+            config = ContextParallelConfig(ulysses_degree=gpus, ulysses_anything=options.uneven)
             transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
         for compiled, method in product(options.compiled, methods):
             with compiled_blocks(transformer, machine) if compiled else nullcontext():
@@ -205,11 +205,15 @@ def _arguments() -> argparse.Namespace:
     modes.add_argument("--compiled", dest="compiled", action="store_const", const=(True,), help="compiled blocks only")
     modes.add_argument("--eager", dest="compiled", action="store_const", const=(False,), help="eager blocks only")
     parser.set_defaults(compiled=(False, True))
+    parser.add_argument(
+        "--uneven", action="store_true", help="diffusers' ulysses_anything: numbers of tokens that GPUs do not divide"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"
     )
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks/parallel.json, and none with --tiny")
+    parser.add_argument("--commit", help="default: git's HEAD")
     options = parser.parse_args()
     if options.output is None and not options.tiny:
         options.output = ROOT / "docs/benchmarks/parallel.json"

@@ -40,9 +40,9 @@ def main() -> int:
         rows = [earlier for earlier in rows if earlier["name"] != name] + [row]
         print(json.dumps(row), flush=True)
         if options.output:
-            write(document(WHAT, rows, device=machine.device), options.output)
+            write(document(WHAT, rows, device=machine.device, commit=options.commit), options.output)
     print(table(rows))
-    publish(WHAT, rows, options.output, device=machine.device)
+    publish(WHAT, rows, options.output, device=machine.device, commit=options.commit)
     return int(any("error" in row or row["failed"] for row in rows))
 
 
@@ -68,6 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="toy sizes on the CPU, fp32; times nothing")
     parser.add_argument("--merge", type=Path, help="JSON of an earlier run on the same machine, to complete")
     parser.add_argument("--output", type=Path, help="default: docs/benchmarks/blocks.json, and none with --tiny")
+    parser.add_argument("--commit", help="default: git's HEAD")
     options = parser.parse_args()
     if options.output is None and not options.tiny:
         options.output = ROOT / "docs/benchmarks/blocks.json"
