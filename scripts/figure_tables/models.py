@@ -7,6 +7,7 @@ from figure_tables.source import Row, duration, find, gpu_of, load, machine, nee
 
 MODEL = "benchmarks/model"
 PARALLEL = "benchmarks/parallel"
+PROMPTS = "benchmarks/prompts"
 STACK = "benchmarks/stack"
 DEMO = "benchmarks/demo"
 BLOCKS = "benchmarks/blocks"
@@ -24,7 +25,9 @@ FORWARDS = {
     "ltx2-1080p-10s": "LTX-2.5 1088 x 1920, 10 s, 63,240 tokens",
     "cosmos2.5-2b-720p": "Cosmos-Predict2.5-2B 704 x 1280, 84,480 tokens",
     "kandinsky5-lite-5s": "Kandinsky 5 Lite 512 x 768, 5 s, 47,616 tokens",
+    "ltx-video-480p": "LTX-Video 480 x 704, 6,930 tokens",
 }
+STACKS = {**FORWARDS, "h3-10s": "MiniMax-H3 768 x 1344, 10 s"}
 HEADLINE = ("wan2.1-14b-720p", "hunyuanvideo-720p", "h3-15s", "wan2.1-1.3b-480p")
 SHORT = {"LTX-2.5-Diffusers": "LTX-2.5", "ChronoEdit-14B-Diffusers": "ChronoEdit"}
 PARALLEL_MODELS = {
@@ -130,24 +133,47 @@ def parallel() -> str:
     return f"{table(head, body)}\n\n{where}"
 
 
+def prompts() -> str:
+    """Many prompts on one GPU and on several."""
+    rows = load(PROMPTS)["rows"]
+    one, many = rows[0], rows[-1]
+    return (
+        f"{many['prompts']} prompts of the demo model on {many['processes']} of one host's "
+        f"{load(PROMPTS)['hardware']['gpu']}: {many['settled_per_s']:.2f} prompts a second\ninstead of "
+        f"{one['settled_per_s']:.2f} on one once models are loaded, {100 * many['share']:.0f} % of "
+        f"{many['processes']} times; {many['same_files']} of {many['prompts']} files are the same\n({origin(PROMPTS)})."
+    )
+
+
 def stack() -> str:
-    """A whole run as one thing after the other is switched on."""
+    """Whole runs as one thing after the other is switched on, a table for each model."""
+    rows = load(STACK)["rows"]
+    parts = [_stack_of(workload) for workload in dict.fromkeys(row["workload"] for row in rows)]
+    commits = dict.fromkeys(row.get("commit", load(STACK)["commit"]) for row in rows)
+    return "\n\n".join([*parts, f"On {machine(STACK)}, commits {' and '.join(commits)}, {load(STACK)['date']}."])
+
+
+def _stack_of(workload: str) -> str:
     body = []
     for row in load(STACK)["rows"]:
+        if row["workload"] != workload:
+            continue
         added = row["stack"].split(" + ")[-1]
+        label = added if not body else f"+ {added}"
         if "error" in row:
-            raise ValueError(f"{STACK}: {row['stack']}: {row['error']}")
+            body.append([label, "does not run", *[""] * 5])
+            continue
         psnr = "" if row["demo_psnr"] is None else f"{row['demo_psnr']:.1f} dB"
         seconds = (duration(row["ms_dense"]), duration(row["ms_sparse"]), f"{row['seconds_50']:.0f} s")
-        label = added if not body else f"+ {added}"
         body.append([label, *seconds, f"{row['speedup']:.2f}x", f"{row['peak_gib']:.0f} GiB", psnr])
-    head = ["Wan2.1-14B 720p", "dense forward", "sparse forward", "50 steps", "speedup", "peak", "PSNR of the demo"]
-    return f"{table(head, body)}\n\nOn {machine(STACK)}, {origin(STACK)}."
+    return table(
+        [STACKS[workload], "dense forward", "sparse forward", "50 steps", "speedup", "peak", "PSNR of the demo"], body
+    )
 
 
 def whole_run() -> str:
     """The first and the last line of the stack."""
-    rows = load(STACK)["rows"]
+    rows = [row for row in load(STACK)["rows"] if row["workload"] == "wan2.1-14b-720p"]
     first, before, last = (row["seconds_50"] for row in (rows[0], rows[-2], rows[-1]))
     what = "linear layers in float8, dense steps by PSA's kernel and diffusers' first-block cache"
     gain = f"{last:.0f} s instead of {first:.0f} ({first / last:.1f}x)"
@@ -167,13 +193,21 @@ def blocks() -> str:
 
 
 def short_blocks() -> str:
-    """Blocks on so few tokens that they hardly gain."""
+    """What so few tokens gain that attention is not most of the work."""
     said = []
     for name, title in SHORT.items():
         row = need(BLOCKS, name=name)
         ours, dense = duration(row["psa_ms"]), duration(row["dense_ms"])
         said.append(f"{title}'s {row['tokens']:,} tokens {ours} with psa-3 and {dense} dense")
-    return f"A block takes on {', on '.join(said)} ({gpu_of(BLOCKS, row)})."
+    told = f"A block takes on {', on '.join(said)} ({gpu_of(BLOCKS, row)})."
+    parts = []
+    for compiled in (False, True):
+        kind = {"workload": "ltx-video-480p", "compiled": compiled}
+        dense, ours = need(MODEL, method="sdpa-cudnn", **kind), need(MODEL, method="psa", density=0.25, **kind)
+        blocks = "compiled" if compiled else "eager"
+        parts.append(f"{times(ours['ms'], dense['ms'])} instead of {duration(dense['ms'])} with {blocks} blocks")
+    whole = f"A forward of LTX-Video, 28 blocks on 6,930 tokens, takes at density 0.25 {' and '.join(parts)}"
+    return f"{told}\n{whole} ({gpu_of(MODEL, ours)})."
 
 
 def calibration() -> str:

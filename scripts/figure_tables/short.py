@@ -1,4 +1,4 @@
-"""Blocks of short sequences, and of attention in float32."""
+"""Blocks of short sequences, of attention in float32 and of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from figure_tables.source import Row, duration, load, machine, need, origin, table, times
 
-SHORT, FLOAT32 = "benchmarks/min-tokens", "benchmarks/float32"
+SHORT, FLOAT32, GRAPHS = "benchmarks/min-tokens", "benchmarks/float32", "benchmarks/graphs"
+MODES = ("eager", "compiled", "reduce-overhead", "captured")
 
 
 def short() -> str:
@@ -38,6 +39,20 @@ def float32() -> str:
     shares = sorted({row["density"] for row in rows if row["method"] != "sdpa"}, reverse=True)
     head = ["tokens x heads x head_dim", "dense", *(f"density {share:g}" for share in shares)]
     return f"{table(head, body)}\n\nOn {machine(FLOAT32)}, {origin(FLOAT32)}."
+
+
+def graphs() -> str:
+    """A forward without and with CUDA graphs."""
+    rows = load(GRAPHS)["rows"]
+    body = []
+    for model, phase in dict.fromkeys((row["model"], row["phase"]) for row in rows):
+        of_mode = {row["mode"]: row for row in rows if (row["model"], row["phase"]) == (model, phase)}
+        cells = []
+        for mode in MODES:
+            row = of_mode.get(mode)
+            cells.append("not run" if row is None else "fails" if "error" in row else duration(row["ms"]))
+        body.append([model, phase, *cells])
+    return f"{table(['', 'forward', *MODES], body)}\n\nOn {machine(GRAPHS)}, {origin(GRAPHS)}."
 
 
 def _span(rows: Sequence[Row]) -> str:
