@@ -91,7 +91,7 @@ def measure(
     forwards = Forwards(transformer, inputs, options.repeats, machine)
     failed: dict[str, Any] = {}
     first: float | None = None
-    for field, line in lines(options.cache):
+    for field, line in lines(options.cache, options.scales):
         line = replace(line, **failed)
         row = {"workload": workload.name, "stack": line.name, "cache": line.cache}
         earlier = known.get(line.name)
@@ -123,7 +123,8 @@ def run(
         known: the line's earlier row, which is taken as it is.
     """
     if field == "float8":
-        quantise_linear(forwards.transformer)
+        assert line.float8 is not None, "the line switches it on"
+        quantise_linear(forwards.transformer, line.float8)
     if known is not None:
         return known
     demo = quality.of(line)
@@ -261,6 +262,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, help=f"default: {CHOSEN}")
     parser.add_argument("--cache", type=float, default=0.05, help="threshold of the first-block cache; default: 0.05")
     parser.add_argument("--demo-prompts", type=int, default=3, help="videos of the demo model a line; default: 3")
+    parser.add_argument(
+        "--scales", choices=("row", "tensor"), default="row", help="of float8, one each; default: %(default)s"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"

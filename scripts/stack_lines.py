@@ -24,14 +24,14 @@ class Line:
 
     Attributes:
         psa: sparse attention at `DENSITY`.
-        float8: linear layers in 8 bits.
+        float8: linear layers in 8 bits, with a scale a "row" or one a "tensor"; None without.
         kept: lists that serve `REFRESH` steps and both guidance branches.
         dense_psa: dense steps by the kernel of PSA.
         cache: threshold of diffusers' first-block cache; None without it.
     """
 
     psa: bool = False
-    float8: bool = False
+    float8: str | None = None
     kept: bool = False
     dense_psa: bool = False
     cache: float | None = None
@@ -41,7 +41,8 @@ class Line:
         """What is on, in words."""
         words = {
             f"PSA at {DENSITY}": self.psa,
-            "linear layers in float8": self.float8,
+            "linear layers in float8": self.float8 == "row",
+            "linear layers in float8, a scale a tensor": self.float8 == "tensor",
             "kept lists": self.kept,
             "dense steps by PSA": self.dense_psa,
             "first-block cache": self.cache is not None,
@@ -60,24 +61,29 @@ class Line:
         return REFRESH * branches if self.kept else 1
 
 
-def lines(cache: float) -> Iterator[tuple[str, Line]]:
-    """The field that each line switches on, and the line with all before it."""
+def lines(cache: float, scales: str) -> Iterator[tuple[str, Line]]:
+    """The field that each line switches on, and the line with all before it.
+
+    Args:
+        cache: `Line.cache` of the last line.
+        scales: `Line.float8` of those that have it.
+    """
     line = Line()
     yield "", line
-    for field, value in (("psa", True), ("float8", True), ("kept", True), ("dense_psa", True), ("cache", cache)):
+    for field, value in (("psa", True), ("float8", scales), ("kept", True), ("dense_psa", True), ("cache", cache)):
         line = replace(line, **{field: value})
         yield field, line
 
 
-def quantise_linear(transformer: torch.nn.Module) -> None:
-    """Linear layers of the blocks in 8 bits, inputs quantised as they come: torchao's float8 with a scale a row.
+def quantise_linear(transformer: torch.nn.Module, scales: str) -> None:
+    """Linear layers of the blocks in 8 bits, inputs quantised as they come, by torchao.
 
     Layers that a model keeps in float32, and those outside its blocks, stay as they are.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, PerTensor, quantize_
 
     def is_served(module: torch.nn.Module, name: str) -> bool:
         if not isinstance(module, torch.nn.Linear) or "blocks." not in name:
@@ -85,7 +91,8 @@ def quantise_linear(transformer: torch.nn.Module) -> None:
         return module.weight.dtype is torch.bfloat16 and not any(size % 16 for size in module.weight.shape)
 
     # torchao would turn on a search among kernels that takes longer than all other lines together.
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    granularity = PerRow() if scales == "row" else PerTensor()
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=granularity, set_inductor_config=False)
     quantize_(transformer, config, filter_fn=is_served)
 
 

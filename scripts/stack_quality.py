@@ -46,7 +46,7 @@ class Demo:
         """
         transformer, preset = self._pipe.transformer, line.preset(self._machine)
         if line.float8 and not self._quantised:
-            quantise_linear(transformer)
+            quantise_linear(transformer, line.float8)
             self._quantised = True
         if line.cache is not None:
             transformer.enable_cache(FirstBlockCacheConfig(threshold=line.cache))

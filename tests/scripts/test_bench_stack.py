@@ -48,7 +48,7 @@ def test_every_line_adds_one_thing(bench, monkeypatch):
 
     quantised = []
     for module in (bench_stack, stack_quality):
-        monkeypatch.setattr(module, "quantise_linear", quantised.append)
+        monkeypatch.setattr(module, "quantise_linear", lambda module, scales: quantised.append(scales))
     monkeypatch.setattr(FullAttention, "implementation", "reference")
     rows, compiled = bench("--cache", "100")
     assert all(row.keys() >= FIELDS and "error" not in row for row in rows), rows
@@ -58,7 +58,7 @@ def test_every_line_adds_one_thing(bench, monkeypatch):
     assert [row["cache"] for row in rows] == [None] * 5 + [100]
     assert rows[0]["speedup"] == 1 and rows[0]["ms_dense"] == rows[0]["ms_sparse"] and rows[0]["demo_psnr"] is None
     assert all(row["demo_psnr"] < 60 for row in rows[1:])
-    assert len(quantised) == 2  # the model, and the demo model
+    assert quantised == ["row"] * 2  # the model, and the demo model
     # The cache alone skips forwards, and is no part of the graphs.
     assert [row["skipped_sparse"] for row in rows[:5]] == [0] * 5 and rows[5]["skipped_sparse"] > 0.5
     # Lines share the forwards that are the same: the dense ones of PSA are stock, and lists are made alike.
@@ -107,7 +107,8 @@ def test_the_preset_of_the_recipes_is_the_one_that_is_timed():
     assert Preset(**yaml.safe_load(block), name=timed.name, source=timed.source) == timed
 
 
-def test_only_the_linear_layers_of_blocks_are_quantised(monkeypatch):
+@pytest.mark.parametrize("scales", ["row", "tensor"])
+def test_only_the_linear_layers_of_blocks_are_quantised(scales, monkeypatch):
     import stack_lines
 
     found = {}
@@ -126,12 +127,13 @@ def test_only_the_linear_layers_of_blocks_are_quantised(monkeypatch):
     )
 
     def quantize_(module, config, filter_fn):
+        assert config["granularity"] == scales
         found.update({name: filter_fn(part, name) for name, part in module.named_modules()})
 
-    names = {"Float8DynamicActivationFloat8WeightConfig": lambda **_: None, "PerRow": lambda: None}
+    names = {"Float8DynamicActivationFloat8WeightConfig": dict, "PerRow": lambda: "row", "PerTensor": lambda: "tensor"}
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchao.quantization", SimpleNamespace(quantize_=quantize_, **names))
-    stack_lines.quantise_linear(model)
+    stack_lines.quantise_linear(model, scales)
     assert [name for name, chosen in found.items() if chosen] == ["blocks.0"]
 
 
@@ -140,7 +142,7 @@ def test_lines_that_an_earlier_run_measured_are_taken_from_it(bench, monkeypatch
 
     none = {"psnr": None, "skipped_dense": 0.0, "skipped_sparse": 0.0}
     monkeypatch.setattr(bench_stack, "Demo", lambda *_: SimpleNamespace(figures=lambda line: none))
-    monkeypatch.setattr(bench_stack, "quantise_linear", lambda _: None)
+    monkeypatch.setattr(bench_stack, "quantise_linear", lambda *_: None)
     monkeypatch.setattr(FullAttention, "implementation", "reference")
     rows, compiled = bench()
     path = tmp_path / "stack.json"
