@@ -43,9 +43,10 @@ class Rotation:
         if not _suits(tensors, *tables):
             cos, sin = (table.to(device) for table in self._halve(*tables))
             return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
-        from psa_kernels.rotation.choose import has_kernel, rotate
+        from psa_kernels.backends.triton import has_kernels
+        from psa_kernels.rotation.choose import rotate
 
-        if not has_kernel(device):
+        if not has_kernels(device):
             turns = self._once(device, self._complex, tables)
             return tuple(_turned(x, turns, before, after) for x in tensors)
         here = all(table.device == device for table in tables)

@@ -12,6 +12,7 @@ from psa_diffusers import apply_psa
 from psa_diffusers.families import rotation
 from psa_diffusers.families.parts import ReadOnce, rotate_halves, rotate_pairs
 from psa_diffusers.families.rotation import Rotation, rotate_tokens
+from psa_kernels.backends import triton as portable
 from psa_kernels.rotation import choose, reference
 from psa_testing.tiny_families import CASES, preset
 
@@ -147,7 +148,7 @@ def test_the_kernel_takes_the_model_s_own_tables(monkeypatch):
         taken.extend((cos, sin))
         return reference.rotate(x, cos, sin, before, after)
 
-    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
+    monkeypatch.setattr(portable, "has_kernels", lambda device: True)
     monkeypatch.setattr(choose, "rotate", rotate)
     monkeypatch.setattr(torch, "complex", no_complex_number)
     queries, keys = torch.randn(2, 2, 36, 3, 16)
@@ -160,7 +161,7 @@ def test_the_kernel_takes_the_model_s_own_tables(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("why", ["gradients", "dtype", "tables"])
 def test_the_kernel_has_no_part_in_what_it_does_not_compute(why, monkeypatch):
-    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
+    monkeypatch.setattr(portable, "has_kernels", lambda device: True)
     monkeypatch.setattr(choose, "rotate", lambda *_: pytest.fail("the kernel was asked"))
     wide = torch.float64
     tables = tables_of(1, 29, 1, 8, dtype=wide if why == "tables" else torch.float32)
@@ -190,7 +191,7 @@ def test_a_pipeline_gives_what_it_gives_written_out(name, device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(choose, "rotate", lambda x, *rest, rotate=choose.rotate: asked.append(x) or rotate(x, *rest))
         found = latents()
-    assert bool(asked) == choose.has_kernel(torch.device(device))
+    assert bool(asked) == portable.has_kernels(torch.device(device))
     with monkeypatch.context() as patch:
         patch.setattr(rotation, "_suits", lambda *_: False)
         written_out = latents()
@@ -219,7 +220,7 @@ def test_on_a_gpu_it_equals_the_formula(dtype, before, after):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_nothing_is_kept_or_copied(dtype):
     """Beyond the rotated tensors themselves no memory is asked for, where Triton serves the GPU."""
-    if not choose.has_kernel(torch.device("cuda")):
+    if not portable.has_kernels(torch.device("cuda")):
         pytest.skip("needs a GPU that Triton serves")
     tables = tuple(table.cuda() for table in tables_of(1, 4096, 1, 64))
     queries, keys = torch.randn(2, 1, 4096, 8, 128, device="cuda").to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from psa_kernels.backends import triton as portable
 from psa_kernels.rotation import choose
 from psa_kernels.rotation.reference import rotate
 
@@ -47,19 +48,19 @@ def test_tables_broadcast(shape):
 
 def test_a_kernel_runs_on_gpus_that_triton_serves(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(choose, "has_triton", lambda: True)
+    monkeypatch.setattr(portable, "has_triton", lambda: True)
     cases = ((None, (8, 0), True), (None, (7, 5), False), (None, (12, 0), True), ("7", (9, 4), True))
     for hip, capability, serves in cases:
         monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(choose, "capability", lambda device, found=capability: found)
-        assert choose.has_kernel(gpu) == serves and not choose.has_kernel(cpu)
-    monkeypatch.setattr(choose, "has_triton", lambda: False)
-    assert not choose.has_kernel(gpu)
+        monkeypatch.setattr(portable, "capability", lambda device, found=capability: found)
+        assert portable.has_kernels(gpu) == serves and not portable.has_kernels(cpu)
+    monkeypatch.setattr(portable, "has_triton", lambda: False)
+    assert not portable.has_kernels(gpu)
 
 
 def test_channels_apart_from_each_other_are_left_to_the_reference(monkeypatch):
     """The kernel would read other channels; on a CPU it would not run at all."""
-    monkeypatch.setattr(choose, "has_kernel", lambda device: True)
+    monkeypatch.setattr(choose, "has_kernels", lambda device: True)
     x, angles = torch.randn(2, 4, 16, 3).transpose(2, 3), torch.rand(4, 1, 8, dtype=torch.float64)
     assert x.stride(-1) != 1
     found = choose.rotate(x, angles.cos().float(), angles.sin().float())

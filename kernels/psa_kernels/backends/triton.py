@@ -165,6 +165,11 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the portable kernels run on a device, outside of the interpreter."""
+    return device.type == "cuda" and has_triton() and (torch.version.hip is not None or capability(device) >= (8, 0))
+
+
 @cache
 def triton_version() -> str:
     """The version of the installed triton."""

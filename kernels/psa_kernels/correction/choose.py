@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from psa_kernels.backends.triton import has_triton
+from psa_kernels.backends.triton import has_kernels
 from psa_kernels.correction import reference
 from psa_kernels.correction.reference import Correction
-from psa_kernels.devices import capability, on_device_of_first
+from psa_kernels.devices import on_device_of_first
 
 
 @on_device_of_first
 def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     """As `reference.left_out`."""
-    if not _has_kernel(dense):
+    if not has_kernels(dense.device):
         return reference.left_out(dense, sparse)
     from psa_kernels.correction import triton
 
@@ -23,13 +23,9 @@ def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
 @on_device_of_first
 def add_correction(out: torch.Tensor, correction: Correction, weights: torch.Tensor) -> None:
     """As `reference.add_correction`."""
-    if not _has_kernel(out):
+    if not has_kernels(out.device):
         reference.add_correction(out, correction, weights)
         return
     from psa_kernels.correction import triton
 
     triton.add_correction(out, correction, weights)
-
-
-def _has_kernel(x: torch.Tensor) -> bool:
-    return x.is_cuda and has_triton() and (torch.version.hip is not None or capability(x.device) >= (8, 0))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from psa_kernels.backends.triton import has_triton
-from psa_kernels.devices import capability, on_device_of_first
+from psa_kernels.backends.triton import has_kernels
+from psa_kernels.devices import on_device_of_first
 from psa_kernels.rotation import reference
 
 
 @on_device_of_first
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, before: int = 0, after: int = 0) -> torch.Tensor:
     """As `reference.rotate`."""
-    if not has_kernel(x.device) or x.stride(-1) != 1:
+    if not has_kernels(x.device) or x.stride(-1) != 1:
         return reference.rotate(x, cos, sin, before, after)
     from psa_kernels.rotation import triton
 
     return triton.rotate(x, cos, sin, before, after)
-
-
-def has_kernel(device: torch.device) -> bool:
-    """Whether the kernel runs on a device, for tensors whose channels lie side by side."""
-    return device.type == "cuda" and has_triton() and (torch.version.hip is not None or capability(device) >= (8, 0))
