@@ -13,6 +13,26 @@ def poison_free_memory() -> None:
     del kept
 
 
+def surrounded(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, headwise: bool, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor of NaN, and a view into it of random numbers.
+
+    Args:
+        shape: of the view, `[B, N, H, D]`.
+        headwise: whether the tokens of a head lie side by side, else the heads of a token.
+        first: else, how many channels of NaN stand before each row, of 5 beside it.
+    """
+    batch, tokens, heads, head_dim = shape
+    if headwise:
+        wide = torch.full((batch, heads, tokens + 3, head_dim), torch.nan, dtype=dtype, device="cuda")
+        view = wide[:, :, 2:-1].transpose(1, 2)
+    else:
+        wide = torch.full((batch, tokens, heads, head_dim + 5), torch.nan, dtype=dtype, device="cuda")
+        view = wide[..., first : first + head_dim]
+    return wide, view.copy_(torch.randn(shape, device="cuda"))
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of `expected`, which is float64."""
     return ((found.double() - expected).norm() / expected.norm()).item()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_checks import poison_free_memory
+from gpu_checks import poison_free_memory, surrounded
 
 from psa_kernels.correction import choose, reference
 from psa_kernels.correction.reference import SAMPLES, sample_tokens
@@ -13,23 +13,11 @@ pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def output(shape, dtype, headwise):
-    """A random output, a view into a wider tensor of NaN."""
-    batch, tokens, heads, head_dim = shape
-    if headwise:
-        wide = torch.full((batch, heads, tokens + 3, head_dim), torch.nan, dtype=dtype, device="cuda")
-        view = wide[:, :, 2:-1].transpose(1, 2)
-    else:
-        wide = torch.full((batch, tokens, heads, head_dim + 5), torch.nan, dtype=dtype, device="cuda")
-        view = wide[..., :head_dim]
-    return wide, view.copy_(torch.randn(shape, device="cuda"))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 40, 64, 72, 80, 96, 128, 256, 33])
 def test_as_the_reference(head_dim, dtype):
     shape = (2, 1037, 3, head_dim)
-    (_, dense), (_, sparse) = (output(shape, dtype, headwise) for headwise in (True, False))
+    (_, dense), (_, sparse) = (surrounded(shape, dtype, headwise) for headwise in (True, False))
     dense[:, 0, 0] = sparse[:, 0, 0]
     dense[0, 5, 1, head_dim - 1], sparse[1, 6, 2, 0] = torch.nan, torch.inf
     poison_free_memory()
@@ -39,7 +27,7 @@ def test_as_the_reference(head_dim, dtype):
     assert found.of_tokens(tokens).shape == (2, SAMPLES, 3, head_dim)
     weights = torch.rand(2, 3, device="cuda")
     for headwise in (True, False):
-        wide, later = output(shape, dtype, headwise)
+        wide, later = surrounded(shape, dtype, headwise)
         out, gaps = later.clone(), wide.isnan().sum()
         reference.add_correction(out, found, weights)
         choose.add_correction(later, found, weights)

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_checks import poison_free_memory
+from gpu_checks import poison_free_memory, surrounded
 
 from psa_kernels.rotation import choose, reference
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-
-
-def surrounded(shape, dtype, headwise=False):
-    """Random numbers, a view into wider memory of NaN; `headwise` has the tokens of a head side by side."""
-    batch, tokens, heads, head_dim = shape
-    if headwise:
-        wide = torch.full((batch, heads, tokens + 3, head_dim), torch.nan, dtype=dtype, device="cuda")
-        view = wide[:, :, 2:-1].transpose(1, 2)
-    else:
-        wide = torch.full((batch, tokens, heads, head_dim + 5), torch.nan, dtype=dtype, device="cuda")
-        view = wide[..., 3:-2]
-    return view.copy_(torch.randn(shape, device="cuda"))
 
 
 def tables_of(*shape):
@@ -56,7 +44,7 @@ def check(x, cos, sin, before=0, after=0):
 def test_as_the_reference(head_dim, dtype):
     """One launch after the other of the same shapes, and others: what is compiled for one does not serve another."""
     for headwise in (False, True, False):
-        x = surrounded((2, 1037, 9, head_dim), dtype, headwise)
+        _, x = surrounded((2, 1037, 9, head_dim), dtype, headwise, first=3)
         for shape in ((1037, 1, head_dim // 2), (2, 1037, 9, head_dim // 2), (2, 1, 1, head_dim // 2)):
             cos, sin = tables_of(*shape)
             check(x, cos, sin)
