@@ -219,7 +219,7 @@ class Forwards:
                 if processor:
                     processor.install()
                 call: Callable[[], torch.Tensor] = lambda: transformer(**self._inputs, return_dict=False)[0]  # noqa: E731
-                # The second forward compiles too, where it reads the lists that the first one made.
+                # A second one, in case that reading the lists which the first one made compiles something.
                 for _ in range(1 if machine.tiny else 2):
                     if not bool(call().isfinite().all()):
                         raise RuntimeError("the output is not finite")

@@ -32,8 +32,14 @@ class BlockLists:
     key_blocks: int
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> BlockLists:
-        """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them."""
-        return BlockLists(self.ids[part].contiguous(), self.counts[part].contiguous(), self.key_blocks)
+        """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them.
+
+        They share memory with these where they begin at a multiple of 16 bytes there. For other addresses Triton would
+        compile the kernels once more, which takes seconds.
+        """
+        ids, counts = (x[part].contiguous() for x in (self.ids, self.counts))
+        ids, counts = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (ids, counts))
+        return BlockLists(ids, counts, self.key_blocks)
 
     def to_count(self) -> torch.Tensor:
         """The counts of these lists as `AttentionStats.listed` holds them."""

@@ -1,11 +1,14 @@
-"""Into which groups heads are cut, and that the groups keep their bound."""
+"""Into which groups heads are cut, that the groups keep their bound, and where their lists begin."""
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from psa_kernels.head_groups import LARGEST_SHARE, SMALL_PYRAMIDS, head_groups
+from psa_kernels.lists import BlockLists
 
 
 def sizes(heads, tokens, head_dim, factors):
@@ -34,3 +37,17 @@ def test_groups_are_few_and_as_large_as_the_bound_allows(heads, head_bytes, outp
     assert found[0] == 1 or found[0] * head_bytes <= bound
     # One group less would hold a larger one.
     assert len(groups) == 1 or -(-heads // (len(groups) - 1)) * head_bytes > bound - 1
+
+
+@pytest.mark.parametrize("width", [7, 8])
+def test_the_lists_of_a_group_begin_where_kernels_expect_tensors(width):
+    """At multiples of 16 bytes: for others Triton would compile the kernels once more."""
+    levels = torch.randint(4, (2, 5, 3, 9))
+    lists = BlockLists.from_levels(levels, 3, width)
+    whole = BlockLists.from_levels(levels, 3)
+    for part in [(slice(b, b + 1), slice(h, end)) for b in range(2) for h in range(5) for end in range(h + 1, 6)]:
+        found = lists[part]
+        assert all(x.data_ptr() % 16 == 0 and x.is_contiguous() for x in (found.ids, found.counts))
+        assert torch.equal(found.ids, lists.ids[part]) and torch.equal(found.counts, lists.counts[part])
+        assert torch.equal(whole[part].levels(), levels[part])
+    assert lists[:1].ids.data_ptr() == lists.ids.data_ptr()  # no copy where none is needed
