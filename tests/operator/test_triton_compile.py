@@ -124,11 +124,16 @@ def instructions(compiled):
 
 
 def tool(name, compiled, *options):
+    """What a tool says of a kernel. It stands beside the kernel in Triton's cache, for a disassembler starts slowly."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     if not path.exists():
         pytest.skip(f"this build of triton has no {name}")
-    cubin = Path(triton.runtime.cache.get_cache_manager(compiled.hash).get_file(f"{compiled.metadata.name}.cubin"))
-    return subprocess.run([path, *options, cubin], capture_output=True, text=True, check=True).stdout
+    cache, kernel = triton.runtime.cache.get_cache_manager(compiled.hash), compiled.metadata.name
+    kept = f"{kernel}.{name}{''.join(options)}.txt"
+    if not cache.has_file(kept):
+        command = [path, *options, cache.get_file(f"{kernel}.cubin")]
+        cache.put(subprocess.run(command, capture_output=True, text=True, check=True).stdout, kept)
+    return Path(cache.get_file(kept)).read_text()
 
 
 @pytest.mark.parametrize("place", [0, 1, 3])
