@@ -1,21 +1,33 @@
 """Fixtures that several test files use."""
 
+import gc
 import multiprocessing
 import os
 import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from psa_testing.skip_table import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
 
+# What is imported and collected stays until the end: a quarter of that time went into looking for garbage in it.
+gc.disable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """From here on garbage is collected, of tests alone."""
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture
 def one_thread():
     """Tiny models gain nothing from threads, and wait long for them where other processes want the cores too."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,7 +41,7 @@ def forks(monkeypatch):
     They see neither this process's environment nor what it captures of stdout and stderr.
     """
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    multiprocessing.set_forkserver_preload(["psa_testing.parallel_ranks"])
+    multiprocessing.set_forkserver_preload(["psa_testing.preloaded"])
     return multiprocessing.get_context("forkserver")
 
 
