@@ -62,12 +62,11 @@ def run_in_its_dtype(case, pipe):
 @pytest.mark.parametrize("name", [name for name in EACH if TESTS_OF[name].takes_lora])
 def test_lora(name):
     case, pipe = EACH[name], EACH[name].make()
-    stock = case.run(pipe)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_v_proj", "to_add_out"]
     targets += ["to_query", "to_key", "to_value", "self_attention.out_layer"]
     pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     adapted = case.run(pipe)
-    assert not torch.equal(adapted, stock)
+    assert not torch.equal(adapted, case.stock)
     with apply_psa(pipe, EVERYTHING, strict=True):
         assert_equal_to_rounding(case.run(pipe), adapted)
 
@@ -101,19 +100,17 @@ def test_layerwise_casting(name):
 @pytest.mark.parametrize("name", EACH)
 def test_group_offload(name):
     case, pipe = EACH[name], EACH[name].make()
-    stock = case.run(pipe)
     offload_groups(pipe.transformer)
     with apply_psa(pipe, EVERYTHING, strict=True):
-        assert_equal_to_rounding(case.run(pipe), stock)
+        assert_equal_to_rounding(case.run(pipe), case.stock)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video", "cogvideox-5b"])
 def test_model_offload(name):
     case, pipe = EACH[name], EACH[name].make()
-    stock = case.run(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     with apply_psa(pipe, EVERYTHING, strict=True):
-        assert_equal_to_rounding(case.run(pipe), stock)
+        assert_equal_to_rounding(case.run(pipe), case.stock)
 
 
 @pytest.mark.parametrize("name", EACH)
