@@ -101,10 +101,10 @@ def tiny_transformer(num_layers: int = 4, heads: int = 2, head_dim: int = 32, **
 
 
 def tiny_vae() -> AutoencoderKLWan:
-    """Wan's VAE (4 x 8 x 8 compression, 16 latent channels) with the fewest filters it accepts."""
+    """Wan's VAE (4 x 8 x 8 compression, 16 latent channels) with the fewest filters and blocks it accepts."""
     torch.manual_seed(0)
     return AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=0, temperal_downsample=[False, True, True]
     ).eval()
 
 
