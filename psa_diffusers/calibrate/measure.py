@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from psa_diffusers.calibrate.choose import Curve
-from psa_diffusers.calibrate.scaling import SCALES, known_density, scaled_spec
+from psa_diffusers.calibrate.scaling import SCALES, known_density_at, scaled_spec
 from psa_diffusers.families import AttentionCall
 from psa_diffusers.patch.attend import QKV, Parts, TokenAttention
 from psa_diffusers.patch.processor import PSAProcessor
@@ -119,4 +119,4 @@ def _curve(rows: list[dict[str, list[float]]], spec: Any) -> Curve:
     # Errors must not rise with more work: a rise is noise, because there are few prompts.
     errors = np.minimum.accumulate(np.exp(np.mean(np.log([row["errors"] for row in rows]), axis=0)))
     densities = np.maximum.accumulate(np.mean([row["densities"] for row in rows], axis=0))
-    return Curve(densities.tolist(), errors.tolist(), lambda scale: known_density(scaled_spec(spec, scale), blocks))
+    return Curve(densities.tolist(), errors.tolist(), lambda scale: known_density_at(spec, scale, blocks))

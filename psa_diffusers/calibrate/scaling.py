@@ -40,3 +40,9 @@ def known_density(spec: AttentionSpec, key_blocks: int) -> float | None:
         return None
     ranked = torch.arange(key_blocks, 0, -1, dtype=torch.float32)[None, None, None]
     return AttentionStats.from_lists(allocate(ranked, None, spec), spec, "").density.item()
+
+
+@lru_cache(maxsize=65536)
+def known_density_at(spec: AttentionSpec, scale: float, key_blocks: int) -> float | None:
+    """`known_density` at a scale. A search asks for the same scales again and again, of layers that are mostly alike."""
+    return known_density(scaled_spec(spec, scale), key_blocks)
