@@ -24,10 +24,11 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/interpreter
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+# Where one of them is missing or cannot be imported, its tests would be skipped: this fails before any test.
 test-beside: $(VENV)/beside/ready
-	PYTHONPATH=$(VENV)/beside $(BIN)/python -c "import torchao, bitsandbytes, gguf, cache_dit"
-	PYTHONPATH=$(VENV)/beside $(BIN)/python -m pytest tests/patch/test_beside_others.py tests/patch/test_beside_caches.py \
-		-k "quantised or cache_dit"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/beside $(BIN)/python -c \
+		"import sys, torchao, bitsandbytes, gguf, cache_dit, pytest; sys.exit(pytest.main())" \
+		tests/patch/test_beside_others.py tests/patch/test_beside_caches.py -k "quantised or cache_dit"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
