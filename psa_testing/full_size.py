@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
+import diffusers
 import torch
 
 Inputs = dict[str, Any]
@@ -52,6 +54,15 @@ class Published:
     def name(self) -> str:
         """The checkpoint without its owner."""
         return self.checkpoint.split("/")[1]
+
+    def shapes(self, **changes: Any) -> torch.nn.Module:
+        """The transformer on the meta device, which has shapes alone: numbers are not drawn for it.
+
+        Args:
+            changes: arguments of its class in place of the published ones.
+        """
+        with torch.device("meta"), patch.object(torch.nn.Linear, "reset_parameters", lambda module: None):
+            return getattr(diffusers, self.model)(**{**self.config, **changes})
 
 
 @dataclass(frozen=True)
