@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,11 @@ from kernels import get_kernel
 """
 
 
-def python(code: str, cwd: Path, *path: Path) -> str:
+def python(code: str, cwd: Path, *path: Path, arguments: Sequence[str] = ()) -> str:
     """Run code in a fresh interpreter that sees `path` and the installed dependencies; return what it printed."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -90,30 +92,34 @@ def version() -> str:
     return psa_diffusers.__version__
 
 
-def test_the_wheel_works_elsewhere(wheel, tmp_path):
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    places = python(USE_EVERYTHING, tmp_path, site).split()
-    assert all(Path(place).is_relative_to(site) for place in places)
-
-
 def test_the_first_minute_works_from_the_wheel_alone(wheel, tmp_path):
+    """In one process: where its packages come from, and then the command."""
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     small = ["--height", "64", "--width", "64", "--frames", "5", "--steps", "2", "--output", "out"]
-    command = [sys.executable, "-m", "psa_diffusers.cli", "--compare", "a large red circle moving right", *small]
-    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    summary = json.loads(result.stdout.splitlines()[-1])
+    code = f"{USE_EVERYTHING}\nimport runpy\nrunpy.run_module('psa_diffusers.cli', run_name='__main__')"
+    command = ["--compare", "a large red circle moving right", *small]
+    *places, said = python(code, tmp_path, site, arguments=command).splitlines()
+    assert len(places) == 3 and all(Path(place).is_relative_to(site) for place in places)
+    summary = json.loads(said)
     assert (summary["status"], summary["model"], summary["preset"]) == ("complete", "demo", "psa-3")
     assert summary["prompts"][0]["ssim"] > 0 and "Where the seconds went" in (tmp_path / "out/report.html").read_text()
 
 
-@pytest.mark.parametrize("where", ["root", "elsewhere"])
-def test_a_checkout_works_without_installing(where, tmp_path):
-    places = python(USE_EVERYTHING, ROOT if where == "root" else tmp_path, ROOT).split()
-    assert all(Path(place).is_relative_to(ROOT) for place in places)
+def test_a_checkout_works_without_installing(tmp_path):
+    """From inside it and from elsewhere, one after the other: between them all but other packages is forgotten."""
+    code = f"""
+import os, sys
+path = [*sys.path]
+for folder in ({str(ROOT)!r}, {str(tmp_path)!r}):
+    os.chdir(folder)
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name.startswith("psa_")]:
+        del sys.modules[name]
+    exec({USE_EVERYTHING!r})
+"""
+    places = python(code, tmp_path, ROOT).split()
+    assert len(places) == 6 and all(Path(place).is_relative_to(ROOT) for place in places)
 
 
 def test_the_version_is_in_one_place(wheel):
