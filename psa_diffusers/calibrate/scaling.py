@@ -44,5 +44,5 @@ def known_density(spec: AttentionSpec, key_blocks: int) -> float | None:
 
 @lru_cache(maxsize=65536)
 def known_density_at(spec: AttentionSpec, scale: float, key_blocks: int) -> float | None:
-    """`known_density` at a scale. A search asks for the same scales again and again, of layers that are mostly alike."""
+    """`known_density` at a scale. A search asks for the same scales over and over, of layers that are mostly alike."""
     return known_density(scaled_spec(spec, scale), key_blocks)
