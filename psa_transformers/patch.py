@@ -183,7 +183,7 @@ class DecoderAttention:
         """Why the device would compute the call with the reference, which is slow there."""
         if call.query.device.type == "cpu":
             return None
-        alike = (spec, call.query.dtype, call.query.device, call.query.shape, call.key.shape)
+        alike = (spec, call.computed[0].dtype, call.query.device, call.query.shape, call.key.shape)
         if alike not in prefill.kernels:
             calls = (
                 make_call(
@@ -205,22 +205,24 @@ class DecoderAttention:
         batch, heads, queries, head_dim = call.query.shape
         out, stats = None, []
         for part in parts:
-            found, figures = psa_attention(
-                *call.rows(prefill, part),
-                spec,
-                text_before=part.text_before,
-                text_after=part.text_after,
-                scale=call.scale,
-                causal=True,
-                strict=self._fallbacks.strict,
-                return_stats=True,
-            )
+            rows = call.rows(prefill, part)
+            with call.without_autocast():
+                found, figures = psa_attention(
+                    *rows,
+                    spec,
+                    text_before=part.text_before,
+                    text_after=part.text_after,
+                    scale=call.scale,
+                    causal=True,
+                    strict=self._fallbacks.strict,
+                    return_stats=True,
+                )
             stats += [figures] if part.is_sparse else []
             if found.shape[:2] == (batch, queries):  # all there is
                 out = found
                 break
             if out is None:  # rows of padding stay zero; no other row reads them
-                out = call.query.new_zeros(batch, queries, heads, head_dim)
+                out = found.new_zeros(batch, queries, heads, head_dim)
             first = max(part.first_key - prefill.first_query, 0)
             out[part.items, first : first + found.shape[1]] = found
         assert out is not None  # a part is sparse

@@ -53,7 +53,8 @@ class TowerAttention:
         if reason is not None:
             self._fallbacks.tell(f"vision tower: {reason}")
             return call.dense(self._stock, attention_mask)
-        strict = self._fallbacks.strict
-        out, stats = psa_attention(*call.rows(), self._spec, scale=call.scale, strict=strict, return_stats=True)
+        strict, rows = self._fallbacks.strict, call.rows()
+        with call.without_autocast():
+            out, stats = psa_attention(*rows, self._spec, scale=call.scale, strict=strict, return_stats=True)
         self.counter.note(0, [stats])
         return out, None
