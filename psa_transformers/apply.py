@@ -15,6 +15,7 @@ from psa_presets import Preset, choose_preset
 from psa_transformers.compiled import keep_prefills_uncompiled
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
+    check_comparisons,
     check_implementation,
     check_library,
     decoder_of,
@@ -146,6 +147,7 @@ def apply_psa(
 def _use(handle: PSAHandle, part: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Register functions and let a part of the model use them, until the handle restores it."""
     name, before = f"psa_{next(_numbers)}", part.config._attn_implementation
+    check_comparisons(part, before or "eager", name)
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
 

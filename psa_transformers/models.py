@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -10,6 +13,8 @@ from transformers import PreTrainedModel, masking_utils
 
 # What transformers knows by their names: it makes other masks, or packs sequences, where one of these is set.
 KNOWN_BY_NAME = ("flash", "flex", "paged")
+# A model that looks for some names itself.
+COMPARED = re.compile(r"""_attn_implementation\s*(==|!=|in|not\s+in)\s*(\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*')""")
 
 
 def check_library() -> None:
@@ -65,6 +70,38 @@ def set_implementation(part: PreTrainedModel, name: str) -> None:
     part.set_attn_implementation(name)
     if part.config._attn_implementation != name:
         raise ValueError(f"{type(part).__name__}: its attention cannot be chosen by name (AttentionInterface)")
+
+
+def check_comparisons(part: PreTrainedModel, before: str, name: str) -> None:
+    """Check that a part of a model computes the same by another name of its implementation.
+
+    Attention with an indexer, for one, puts what it chose into the mask where the name is 'sdpa' or 'eager', and leaves
+    it to the attention function elsewhere.
+
+    Raises:
+        ValueError: it compares the name, and would find something else.
+    """
+    for where, function in _methods(part):
+        for operator, operand in COMPARED.findall(inspect.getsource(function)):
+            value = ast.literal_eval(operand)
+            told = [each in value if "in" in operator else each == value for each in (before, name)]
+            if told[0] != told[1]:
+                raise ValueError(
+                    f"{where}: computes something else where attn_implementation is not {before!r}, "
+                    "and PSA has a name of its own"
+                )
+
+
+def _methods(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The methods of the modules of a part that read the name of their implementation when they run."""
+    shares = getattr(part.config, "num_kv_shared_layers", 0)
+    for kind in {type(module): None for module in part.modules()}:
+        for name, function in vars(kind).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code is None or name == "__init__" or "_attn_implementation" not in code.co_names:
+                continue
+            if shares or "kv_shared" not in name:  # such methods run where layers share keys
+                yield f"{kind.__name__}.{name}", function
 
 
 def check_implementation(part: PreTrainedModel) -> str:

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, GPT2Config, GPT2Model, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -237,6 +237,26 @@ def test_an_implementation_that_goes_by_its_name():
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='flash_attention_2': expected 'sdpa' or 'eager'"):
         apply_psa(model, SPARSE)
+
+
+def test_an_indexer_that_looks_for_names():
+    """What it chose is in the mask by these names alone: every forward would be another one, long or short."""
+    pytest.importorskip("transformers.models.deepseek_v32", reason="transformers is too old")
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    indexer = {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "num_key_value_heads": 4}
+    model, given = tiny("DeepseekV32", **ranks, **indexer, first_k_dense_replace=2)
+    names, before = registered(), forward(model, given)
+    with pytest.raises(ValueError, match=r"^DeepseekV32Attention.forward: computes something else where .* not 'sdpa'"):
+        apply_psa(model, SPARSE)
+    assert registered() == names and torch.equal(forward(model, given), before)
+
+
+def test_eager_attention_that_looks_for_its_name():
+    size = {"vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = GPT2Model(GPT2Config(**size, attn_implementation="eager"))
+    with pytest.raises(ValueError, match=r"^GPT2Attention.forward: computes something else where .* not 'eager'"):
+        apply_psa(model, SPARSE)
+    apply_psa(GPT2Model(GPT2Config(**size)), SPARSE).restore()
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])

@@ -111,6 +111,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Run, str]] = {
     ),
     "packed": ("Llama", {}, packed, MORE),
     "both ways": ("Gemma3", FULL | {"use_bidirectional_attention": True}, forward, "attention that is not causal"),
+    "computed": ("Doge", {}, forward, "a mask that the model computes with"),
     "ready-made": ("Llama", {}, ready_made, "a mask that did not come from the mask functions of transformers"),
     "dropout": ("Llama", {"attention_dropout": 0.5}, with_dropout, "dropout, as in training"),
     "gradient": ("Llama", {}, with_gradient, "a gradient is asked for; use torch.no_grad()"),
