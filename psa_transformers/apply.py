@@ -15,6 +15,7 @@ from psa_presets import Preset, choose_preset
 from psa_transformers.compiled import keep_prefills_uncompiled
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
+    OWN_NAME,
     check_comparisons,
     check_implementation,
     check_library,
@@ -50,9 +51,12 @@ class PSAHandle:
         return summed_up(decoder.prefills, decoder.calls, decoder.counter, towers, self._fallbacks.counts)
 
     def restore(self) -> None:
-        """Give the model its own attention back. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        """Give the model its own attention back, between two forwards of any thread. A second call does nothing."""
+        if not self._undo or self._decoder is None:
+            return
+        with self._decoder.running.between_forwards():
+            while self._undo:
+                self._undo.pop()()
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +150,7 @@ def apply_psa(
 
 def _use(handle: PSAHandle, part: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Register functions and let a part of the model use them, until the handle restores it."""
-    name, before = f"psa_{next(_numbers)}", part.config._attn_implementation
+    name, before = OWN_NAME.format(next(_numbers)), part.config._attn_implementation
     check_comparisons(part, before or "eager", name)
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
@@ -170,9 +174,14 @@ def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: 
             if output is not None:  # there is none after an error
                 seen.after(output)
             seen.forget()
-            attention.forget()
+            attention.end()
+
+    def begins(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            attention.begin()
 
     hooks = [around[0].register_forward_pre_hook(seen.forget)]
     hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
+    hooks.append(around[-1].register_forward_pre_hook(begins))
     hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too
     handle._undo += [hook.remove for hook in hooks]

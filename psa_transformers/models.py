@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, masking_utils
 
 # What transformers knows by their names: it makes other masks, or packs sequences, where one of these is set.
 KNOWN_BY_NAME = ("flash", "flex", "paged")
+OWN_NAME = "psa_{}"
 # A model that looks for some names itself.
 COMPARED = re.compile(r"""_attn_implementation\s*(==|!=|in|not\s+in)\s*(\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*')""")
 
@@ -37,7 +38,10 @@ def decoder_of(model: Any) -> PreTrainedModel:
         ValueError: no part of it has that configuration.
     """
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model={type(model).__name__}: expected a model of transformers (PreTrainedModel)")
+        raise TypeError(
+            f"model={type(model).__name__}: expected a model of transformers (PreTrainedModel), without wrappers: "
+            "of PEFT's, get_base_model() is that model"
+        )
     config = model.config.get_text_config(decoder=True)
     found = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is config]
     if not found or model.config.is_encoder_decoder:
@@ -108,9 +112,14 @@ def check_implementation(part: PreTrainedModel) -> str:
     """The name of the implementation that a part has.
 
     Raises:
-        ValueError: it is one that transformers treats by its name.
+        ValueError: it is one that transformers treats by its name, or another model's patch.
     """
     name = part.config._attn_implementation or "eager"
+    if re.fullmatch(OWN_NAME.format(r"\d+"), name):
+        raise ValueError(
+            f"attn_implementation={name!r}: another model, which shares this configuration or from which it was "
+            "copied, has PSA; restore that one first, or give this one a configuration of its own"
+        )
     if any(word in name for word in KNOWN_BY_NAME):
         raise ValueError(
             f"attn_implementation={name!r}: expected 'sdpa' or 'eager', which compute what PSA does not serve; "

@@ -71,6 +71,11 @@ class Prefill:
     def first_query(self) -> int:
         return self.tokens - self.queries
 
+    def is_marked_by(self, marker: torch.Tensor) -> bool:
+        """Whether a marker is its own, or a copy of that for layers on another device."""
+        moved = marker.device != self.marker.device and marker.shape == self.marker.shape
+        return marker is self.marker or moved
+
     @cached_property
     def stock_mask(self) -> torch.Tensor | None:
         """The mask that the model would have had, made once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,26 +42,46 @@ def cache_of(given: dict[str, Any]) -> Any:
     return next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
 
 
+class _Given(threading.local):
+    """What the forward that a thread runs is given.
+
+    Attributes:
+        cache: None if it brings none.
+        found: bool `[B, N]`: where vision tokens are; None if nothing tells.
+        offset: how many tokens are in the cache.
+    """
+
+    cache: Any = None
+    found: torch.Tensor | None = None
+    offset = 0
+
+
 class VisionTokens:
     """Forward hooks that keep where vision tokens stand, of the forward that runs and of those before it on its cache.
 
     Attributes:
         ids: of `vision_ids`; empty for a model that sees nothing.
-        cache: that of the forward that runs, None if it brings none.
     """
 
     def __init__(self, ids: frozenset[int]) -> None:
         self.ids = ids
-        self.cache: Any = None
-        self._found: torch.Tensor | None = None
-        self._offset = 0
+        self._given = _Given()
         # `[B, 2]` a cache: the first position and the one after the last; where there is none, the first is the larger.
         self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Copies and pickles of a model meet its hooks: they would belong to this model, not to the copy."""
+        raise TypeError("a model with PSA cannot be copied or pickled: call restore() first")
+
+    @property
+    def cache(self) -> Any:
+        """That of the forward that runs, None if it brings none."""
+        return self._given.cache
 
     def forget(self, *_: Any) -> None:
         """Between forwards: what was known of the last one is gone, but for where vision tokens are in its cache."""
         if not torch.compiler.is_compiling():
-            self.cache, self._found, self._offset = None, None, 0
+            self._given.cache, self._given.found, self._given.offset = None, None, 0
 
     def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a model, or a part of it that holds the decoder, is given."""
@@ -72,23 +93,23 @@ class VisionTokens:
         if tokens is None or tokens.shape[1] == 1:
             return
         if isinstance(cache, Cache):  # a paged one holds several sequences
-            self.cache, self._offset = cache, int(cache.get_seq_length())
+            self._given.cache, self._given.offset = cache, int(cache.get_seq_length())
         if types is not None and types.shape == tokens.shape[:2]:
-            self._found = (types == IMAGE) | (types == VIDEO)
+            self._given.found = (types == IMAGE) | (types == VIDEO)
         elif ids is not None and self.ids:
-            self._found = torch.isin(ids, torch.tensor(sorted(self.ids), device=ids.device))
+            self._given.found = torch.isin(ids, torch.tensor(sorted(self.ids), device=ids.device))
 
     def after(self, output: Any) -> None:
         """After the decoder's forward: keep for its cache where vision tokens stand."""
-        cache = self.cache
+        found, offset, cache = self._given.found, self._given.offset, self._given.cache
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, Cache) and self._found is not None:
-            bounds = _bounds(self._found) + self._offset
-            if self._offset == 0:
+        if isinstance(cache, Cache) and found is not None:
+            bounds = _bounds(found) + offset
+            if offset == 0:
                 self._past[cache] = bounds
             elif cache in self._past and len(self._past[cache]) == len(bounds):
-                self._past[cache] = _joined(self._past[cache], bounds, self._offset)
+                self._past[cache] = _joined(self._past[cache], bounds, offset)
 
     def spans(self, batch: int, queries: int, first_query: int) -> list[Span | None]:
         """The span of each batch item among all keys: from the first vision token to the last; None without any.
@@ -98,9 +119,10 @@ class VisionTokens:
         """
         if not self.ids:
             return [None] * batch
-        if self._found is None or self._found.shape != (batch, queries):
+        found = self._given.found
+        if found is None or found.shape != (batch, queries):
             raise Unserved("no input_ids and no mm_token_type_ids were given, which say where the video is")
-        bounds = _bounds(self._found) + first_query
+        bounds = _bounds(found) + first_query
         if first_query:
             past = None if self.cache is None else self._past.get(self.cache)
             if past is None or len(past) != batch:
