@@ -104,12 +104,16 @@ class VisionTokens:
         found, offset, cache = self._given.found, self._given.offset, self._given.cache
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, Cache) and found is not None:
-            bounds = _bounds(found) + offset
-            if offset == 0:
-                self._past[cache] = bounds
-            elif cache in self._past and len(self._past[cache]) == len(bounds):
-                self._past[cache] = _joined(self._past[cache], bounds, offset)
+        if not isinstance(cache, Cache) or (found is None and self._given.cache is None):  # one token is text
+            return
+        past = self._past.pop(cache, None)
+        if found is None:  # nobody knows any more
+            return
+        bounds = _bounds(found) + offset
+        if offset == 0:
+            self._past[cache] = bounds
+        elif past is not None and len(past) == len(bounds):
+            self._past[cache] = _joined(past, bounds, offset)
 
     def spans(self, batch: int, queries: int, first_query: int) -> list[Span | None]:
         """The span of each batch item among all keys: from the first vision token to the last; None without any.
@@ -126,7 +130,9 @@ class VisionTokens:
         if first_query:
             past = None if self.cache is None else self._past.get(self.cache)
             if past is None or len(past) != batch:
-                raise Unserved("the cache holds tokens that were not seen, of before the patch or of another batch")
+                raise Unserved(
+                    "the cache holds tokens that were not seen: it is a copy, of another batch, or older than the patch"
+                )
             bounds = _joined(past, bounds, first_query)
         return [(first, end) if first < end else None for first, end in bounds.tolist()]
 

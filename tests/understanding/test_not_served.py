@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from psa_presets import Preset
@@ -184,3 +184,19 @@ def test_a_cache_from_before_the_patch():
     forward(model, given, past_key_values=cache)
     with apply_psa(model, SPARSE, **SMALL), pytest.warns(PSAFallbackWarning, match="the cache holds tokens"):
         forward(model, {"input_ids": ids.where(ids != 191, 7)}, past_key_values=cache)
+
+
+def test_a_cache_that_was_used_again_unseen():
+    """Where the video of its first use was means nothing for what it holds now."""
+    model, given = tiny("llava_next_video")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=512)
+    text = torch.tensor([list(range(3, 103))])
+    embeds = model.get_input_embeddings()(text).detach()
+    with warnings.catch_warnings(), apply_psa(model, SPARSE, **SMALL) as psa:
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        forward(model, given, past_key_values=cache)
+        cache.reset()
+        forward(model, {"inputs_embeds": embeds}, past_key_values=cache)
+        forward(model, {"input_ids": text}, past_key_values=cache)
+        stats = psa.stats()
+    assert stats.sparse_calls == 2 and any("holds tokens that were not seen" in reason for reason in stats.fallbacks)
