@@ -26,7 +26,7 @@ from psa_transformers.models import (
 )
 from psa_transformers.patch import DecoderAttention
 from psa_transformers.settings import causal_specs, tower_spec
-from psa_transformers.spans import VisionTokens, vision_ids
+from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import PrefillStats, summed_up
 from psa_transformers.stock import Stock
 from psa_transformers.towers import TowerAttention
@@ -123,7 +123,7 @@ def apply_psa(
         getattr(decoder, HANDLE).restore()
     around, towers = models_around(model, decoder), vision_towers(model, decoder) if vision else []
     names = [check_implementation(part) for part in (decoder, *towers)]
-    seen, float32_on_gpu = VisionTokens(vision_ids(part.config for part in around)), chosen.float32_on_gpu == "sparse"
+    seen, float32_on_gpu = VisionTokens([part.config for part in around]), chosen.float32_on_gpu == "sparse"
 
     handle = PSAHandle()
     handle._fallbacks = Fallbacks(strict)

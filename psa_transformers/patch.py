@@ -144,7 +144,10 @@ class DecoderAttention:
             return None
         self._count_call()
         layer = getattr(call.module, "layer_idx", 0)
-        spec = self._specs[layer]
+        is_known = layer in range(len(self._specs))
+        spec = self._specs[layer] if is_known else None
+        if reason is None and not is_known:
+            reason = f"a layer (layer_idx={layer}) that is not among those of the configuration"
         if reason is None and spec is not None:
             reason = self._why_no_kernel(call, prefill, parts, spec)
         if reason is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,8 @@ Span = tuple[int, int]
 
 def vision_ids(configs: Iterable[Any]) -> frozenset[int]:
     """The ids of the tokens that stand for images and videos, by the configurations of a model and its parts."""
-    found = (getattr(config, name, None) for config in configs for name in ID_NAMES)
+    homes = [home for config in configs for home in (config, getattr(config, "vision_config", None))]
+    found = (getattr(home, name, None) for home in homes for name in ID_NAMES)
     return frozenset(token for token in found if isinstance(token, int))
 
 
@@ -60,11 +61,16 @@ class VisionTokens:
     """Forward hooks that keep where vision tokens stand, of the forward that runs and of those before it on its cache.
 
     Attributes:
-        ids: of `vision_ids`; empty for a model that sees nothing.
+        ids: of `vision_ids`.
     """
 
-    def __init__(self, ids: frozenset[int]) -> None:
-        self.ids = ids
+    def __init__(self, configs: Sequence[Any]) -> None:
+        """
+        Args:
+            configs: of the decoder and the models around it.
+        """
+        self.ids = vision_ids(configs)
+        self._sees = bool(self.ids) or any(getattr(config, "vision_config", None) is not None for config in configs)
         self._given = _Given()
         # `[B, 2]` a cache: the first position and the one after the last; where there is none, the first is the larger.
         self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
@@ -121,9 +127,11 @@ class VisionTokens:
         Raises:
             Unserved: it cannot be known.
         """
-        if not self.ids:
-            return [None] * batch
         found = self._given.found
+        if not self._sees:
+            return [None] * batch
+        if found is None and not self.ids:
+            raise Unserved("no image_token_id or video_token_id in the configuration says which tokens are the video's")
         if found is None or found.shape != (batch, queries):
             raise Unserved("no input_ids and no mm_token_type_ids were given, which say where the video is")
         bounds = _bounds(found) + first_query

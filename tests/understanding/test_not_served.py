@@ -178,6 +178,28 @@ def test_a_video_that_cannot_be_found():
         assert psa.stats().sparse_calls == 0
 
 
+def test_a_configuration_that_does_not_name_its_vision_tokens(monkeypatch):
+    """Some have the names among what concerns vision; without any, text around a video would not be told apart."""
+    model, given = tiny("llava_next_video")
+    text = {"input_ids": given["input_ids"].clamp(max=180)}
+    before = forward(model, text)
+    monkeypatch.setattr("psa_transformers.spans.ID_NAMES", ("frame_id",))
+    with apply_psa(model, SPARSE, **SMALL) as psa, pytest.warns(PSAFallbackWarning, match="^.*: no image_token_id or"):
+        assert torch.equal(forward(model, text), before)
+    model.config.vision_config.frame_id = 7
+    with apply_psa(model, SPARSE, strict=True, **SMALL) as psa:
+        forward(model, {"input_ids": torch.tensor([[3] * 40 + [7] * 90 + [3] * 9])})
+        assert psa.stats().sparse_calls == 2
+
+
+def test_a_layer_that_the_configuration_does_not_count():
+    model, given = tiny("llama")
+    model.model.layers[1].self_attn.layer_idx = 2
+    with apply_psa(model, SPARSE, **SMALL) as psa, pytest.warns(PSAFallbackWarning, match=r"layer \(layer_idx=2\)"):
+        forward(model, given, use_cache=False)
+        assert list(psa.stats().layers) == [0]
+
+
 def test_a_cache_from_before_the_patch():
     model, given = tiny("llava_next_video")
     ids, cache = given["input_ids"], DynamicCache()
