@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,8 +38,8 @@ def tokens_of(given: dict[str, Any]) -> torch.Tensor | None:
     return ids if ids is not None else given.get("inputs_embeds")
 
 
-def cache_of(given: dict[str, Any]) -> Any:
-    """The cache of a forward, by its name in newer or older versions of transformers; None without any."""
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache that a forward is given or returns, by its name in newer or older transformers; None without any."""
     return next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
 
 
@@ -108,8 +108,8 @@ class VisionTokens:
     def after(self, output: Any) -> None:
         """After the decoder's forward: keep for its cache where vision tokens stand."""
         found, offset, cache = self._given.found, self._given.offset, self._given.cache
-        if cache is None:
-            cache = getattr(output, "past_key_values", None)
+        if cache is None and isinstance(output, Mapping):  # not a tuple
+            cache = cache_of(output)
         if not isinstance(cache, Cache) or (found is None and self._given.cache is None):  # one token is text
             return
         past = self._past.pop(cache, None)

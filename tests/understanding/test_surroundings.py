@@ -152,3 +152,15 @@ def test_adapters(family, later):
     assert psa.stats().sparse_calls == 2 and not psa.stats().fallbacks
     psa.restore()
     assert torch.allclose(found, forward(wrapped, given), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_that_transformers_gives_up_is_read(monkeypatch):
+    """The cache of an output has another name than in older versions, which warns and will go."""
+    model, given = tiny("llama")
+
+    def fail(message, *_):
+        raise AssertionError(message)
+
+    with apply_psa(model, FULL, **SMALL):
+        monkeypatch.setattr("transformers.utils.generic.logger.warning_once", fail)
+        forward(model, given)
