@@ -15,7 +15,7 @@ from psa_transformers.compiled import COMPILED
 from psa_transformers.fallbacks import Fallbacks, Unserved
 from psa_transformers.layer_call import LayerCall
 from psa_transformers.prefill import Part, Prefill
-from psa_transformers.refusals import NOT_OURS, is_quantised, why_not_mask
+from psa_transformers.refusals import NOT_OURS, TOLD, is_quantised, why_not_mask
 from psa_transformers.running import Running
 from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import Counter
@@ -207,6 +207,8 @@ class DecoderAttention:
         reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"
         if reason is None and not self.running.here:
             return OUTSIDE
+        if reason is None and self._vision.wants_weights:
+            return TOLD["output_attentions"]
         if reason is None and self._forward.wants_gradient and not torch.is_grad_enabled() and call.module.training:
             return CHECKPOINTED
         return "a quantised cache" if reason is None and is_quantised(self._vision.cache) else reason

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from psa_transformers.fallbacks import Unserved
 
@@ -50,11 +50,13 @@ class _Given(threading.local):
         cache: None if it brings none.
         found: bool `[B, N]`: where vision tokens are; None if nothing tells.
         offset: how many tokens are in the cache.
+        wants_weights: whether it is to return the weights of attention.
     """
 
     cache: Any = None
     found: torch.Tensor | None = None
     offset = 0
+    wants_weights = False
 
 
 class VisionTokens:
@@ -84,16 +86,24 @@ class VisionTokens:
         """That of the forward that runs, None if it brings none."""
         return self._given.cache
 
+    @property
+    def wants_weights(self) -> bool:
+        """Whether the forward that runs is to return the weights of attention, by an argument or a configuration."""
+        return self._given.wants_weights
+
     def forget(self, *_: Any) -> None:
         """Between forwards: what was known of the last one is gone, but for where vision tokens are in its cache."""
         if not torch.compiler.is_compiling():
-            self._given.cache, self._given.found, self._given.offset = None, None, 0
+            self._given.cache, self._given.found = None, None
+            self._given.offset, self._given.wants_weights = 0, False
 
-    def before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a model, or a part of it that holds the decoder, is given."""
         if torch.compiler.is_compiling():
             return
         given = by_name(module, args, kwargs)
+        asked = given.get("output_attentions")
+        self._given.wants_weights |= bool(module.config.output_attentions if asked is None else asked)
         ids, types = given.get("input_ids"), given.get("mm_token_type_ids")
         tokens, cache = tokens_of(given), cache_of(given)
         if tokens is None or tokens.shape[1] == 1:

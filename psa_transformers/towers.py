@@ -48,6 +48,8 @@ class TowerAttention:
         reason = call.why_not(self._float32_on_gpu)
         if call.is_causal or attention_mask is not None:
             reason = "a mask"
+        if reason is None and module.training:  # checkpointed layers are computed again with gradients
+            reason = "training, which eval() ends"
         if reason is None:
             reason = why_no_kernel(make_call(*call.rows(), self._spec, scale=call.scale))
         if reason is not None:

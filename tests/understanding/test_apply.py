@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from psa_kernels import AttentionSpec
 from psa_presets import Preset, PresetError, load_preset
 from psa_testing.tiny_language_models import tiny
-from psa_transformers import apply_psa
+from psa_transformers import PSAFallbackError, apply_psa
 from psa_transformers.settings import causal_specs
 
 BLOCKS = {"query": 32, "key": 16}
@@ -274,6 +274,17 @@ def test_vision_towers(family):
         assert not torch.allclose(forward(model, given), before, rtol=1e-5, atol=1e-5)
         assert 0.2 < psa.stats().vision_density < 0.4
     assert torch.equal(forward(model, given), before)
+
+
+def test_a_vision_tower_in_training():
+    """Whether its layers are computed again for their gradients is not known to them."""
+    model, given = tiny("llava_next_video")
+    model.train()
+    with apply_psa(model, SPARSE, min_tokens=64, vision=True, strict=True):
+        with pytest.raises(PSAFallbackError, match=r"vision tower: training, which eval\(\) ends"):
+            forward(model, given)
+        model.eval()
+        forward(model, given)
 
 
 def test_figures_are_ready_for_json():

@@ -84,6 +84,11 @@ def weights(model, given):
         return torch.cat(model(**given, output_attentions=True).attentions)
 
 
+def configured_weights(model, given):
+    with torch.no_grad():
+        return torch.cat(model(**given).attentions)
+
+
 def direct(**arguments: Any) -> Run:
     """A call of the registered function as a layer makes it, with an argument that no model of these has."""
 
@@ -123,6 +128,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Run, str]] = {
         "padding between the tokens of a prompt; only that before and after them is cut off",
     ),
     "weights": ("Llama", EAGER, weights, "output_attentions asks for the attention weights"),
+    "configured weights": (
+        "Llama",
+        EAGER | {"output_attentions": True},
+        configured_weights,
+        "output_attentions asks for the attention weights",
+    ),
     "position bias": ("Llama", {}, direct(position_bias=torch.zeros(1, 4, 96, 96)), "a position bias"),
     "paged": ("Llama", {}, direct(read_index=torch.zeros(1)), "continuous batching (a paged cache)"),
     "unknown": ("Llama", {}, direct(novelty=1), "an argument that is not known: novelty"),
