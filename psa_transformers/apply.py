@@ -88,6 +88,7 @@ def apply_psa(
     registered there until `restore`, and no forward is replaced. What PSA cannot serve runs as before, with a warning
     that says why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout
     and gradients, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it.
+    Several threads may run it at once.
 
     Only the keys of a preset that describe attention count: rule, levels, thresholds or density, block sizes,
     importance, similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens. The
@@ -109,7 +110,8 @@ def apply_psa(
 
     Raises:
         PresetError: the preset cannot be found, or cannot be used for causal attention.
-        TypeError, ValueError: the model has no such decoder, or an argument is out of range.
+        TypeError, ValueError: the model has no such decoder, it looks for names of implementations itself, another one
+            that shares its configuration is patched, or an argument is out of range.
         ImportError: transformers is too old.
     """
     for name, value in (("min_tokens", min_tokens), ("dense_last", dense_last)):
