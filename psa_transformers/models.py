@@ -83,9 +83,12 @@ def check_comparisons(part: PreTrainedModel, before: str, name: str) -> None:
     it to the attention function elsewhere.
 
     Raises:
-        ValueError: it compares the name, and would find something else.
+        ValueError: it compares the name, and would find something else; or nothing in it reads the name.
     """
-    for where, function in _methods(part):
+    methods = list(_methods(part))
+    if not methods:
+        raise ValueError(f"{type(part).__name__}: it has no attention that is chosen by name (AttentionInterface)")
+    for where, function in methods:
         for operator, operand in COMPARED.findall(inspect.getsource(function)):
             value = ast.literal_eval(operand)
             told = [each in value if "in" in operator else each == value for each in (before, name)]
@@ -99,8 +102,9 @@ def check_comparisons(part: PreTrainedModel, before: str, name: str) -> None:
 def _methods(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The methods of the modules of a part that read the name of their implementation when they run."""
     shares = getattr(part.config, "num_kv_shared_layers", 0)
-    for kind in {type(module): None for module in part.modules()}:
-        for name, function in vars(kind).items():
+    kinds = {kind: None for module in part.modules() for kind in type(module).__mro__}
+    for kind in kinds:
+        for name, function in () if issubclass(PreTrainedModel, kind) else vars(kind).items():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code is None or name == "__init__" or "_attn_implementation" not in code.co_names:
                 continue
