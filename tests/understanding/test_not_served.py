@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, cache_utils
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from psa_presets import Preset
@@ -37,6 +40,13 @@ def packed(model, given):
 def ready_made(model, given):
     length = given["input_ids"].shape[1]
     return forward(model, given, attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+
+
+def computed(model, given):
+    """As models with an indexer ask for their mask: it has to be there."""
+    asked = functools.partial(create_causal_mask, allow_is_causal_skip=False)
+    with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", asked):
+        return forward(model, given)
 
 
 def with_dropout(model, given):
@@ -116,7 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Run, str]] = {
     ),
     "packed": ("Llama", {}, packed, MORE),
     "both ways": ("Gemma3", FULL | {"use_bidirectional_attention": True}, forward, "attention that is not causal"),
-    "computed": ("Doge", {}, forward, "a mask that the model computes with"),
+    "computed": ("Llama", {}, computed, "a mask that the model computes with"),
     "ready-made": ("Llama", {}, ready_made, "a mask that did not come from the mask functions of transformers"),
     "dropout": ("Llama", {"attention_dropout": 0.5}, with_dropout, "dropout, as in training"),
     "gradient": ("Llama", {}, with_gradient, "a gradient is asked for; use torch.no_grad()"),
