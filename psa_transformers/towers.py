@@ -49,7 +49,7 @@ class TowerAttention:
         if call.is_causal or attention_mask is not None:
             reason = "a mask"
         if reason is None and module.training:  # checkpointed layers are computed again with gradients
-            reason = "training, which eval() ends"
+            reason = "training mode"
         if reason is None:
             reason = why_no_kernel(make_call(*call.rows(), self._spec, scale=call.scale))
         if reason is not None:
