@@ -182,7 +182,12 @@ def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: 
         if not torch.compiler.is_compiling():
             attention.begin()
 
-    hooks = [around[0].register_forward_pre_hook(seen.forget)]
+    running = attention.running
+    hooks = [
+        part.register_forward_pre_hook(running.enter if part is not around[0] else running.begin) for part in around
+    ]
+    hooks += [part.register_forward_hook(running.leave, always_call=True) for part in around]
+    hooks.append(around[0].register_forward_pre_hook(seen.forget))
     hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
     hooks.append(around[-1].register_forward_pre_hook(begins))
     hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too

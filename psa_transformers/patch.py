@@ -47,7 +47,7 @@ class DecoderAttention:
 
     Attributes:
         prefills, calls, counter: for `PrefillStats`.
-        running: the threads that run the decoder.
+        running: the threads that run the decoder or a model around it.
     """
 
     def __init__(
@@ -68,13 +68,11 @@ class DecoderAttention:
 
     def begin(self) -> None:
         """The decoder's forward begins."""
-        self.running.enter()
         self._forward.wants_gradient = torch.is_grad_enabled()
 
     def end(self) -> None:
         """It has ended: what was known of it is gone."""
         self._forward.prefill = self._forward.verdict = None
-        self.running.leave()
 
     def may_be_sparse(self, queries: int, tokens: int) -> bool:
         """Whether a forward may be, by the number of its tokens and of those in the cache after it."""

@@ -12,6 +12,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from psa_transformers.fallbacks import Unserved
+from psa_transformers.running import StaysHere
 
 IMAGE, VIDEO = 1, 2  # of mm_token_type_ids
 ID_NAMES = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -59,7 +60,7 @@ class _Given(threading.local):
     wants_weights = False
 
 
-class VisionTokens:
+class VisionTokens(StaysHere):
     """Forward hooks that keep where vision tokens stand, of the forward that runs and of those before it on its cache.
 
     Attributes:
@@ -76,10 +77,6 @@ class VisionTokens:
         self._given = _Given()
         # `[B, 2]` a cache: the first position and the one after the last; where there is none, the first is the larger.
         self._past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        """Copies and pickles of a model meet its hooks: they would belong to this model, not to the copy."""
-        raise TypeError("a model with PSA cannot be copied or pickled: call restore() first")
 
     @property
     def cache(self) -> Any:

@@ -69,9 +69,12 @@ def test_threads_do_not_see_one_another():
         assert all(torch.equal(one, other) for one, other in zip(each, alone, strict=True))
 
 
-def test_a_patch_ends_between_two_forwards():
+@pytest.mark.parametrize(
+    ("family", "place"), [("llama", "layers.0.self_attn.q_proj"), ("llava_next_video", "vision_tower")]
+)
+def test_a_patch_ends_between_two_forwards(family, place):
     """A thread that generates outlives the `with` statement: half a forward would attend the future."""
-    model, given = tiny("llama")
+    model, given = tiny(family)
     before, out = forward(model, given), {}
     inside, go_on = threading.Event(), threading.Event()
 
@@ -79,7 +82,7 @@ def test_a_patch_ends_between_two_forwards():
         inside.set()
         go_on.wait(5)
 
-    model.model.layers[0].self_attn.q_proj.register_forward_hook(hold)
+    model.model.get_submodule(place).register_forward_hook(hold)
     thread = threading.Thread(target=lambda: out.update(found=forward(model, given)))
     with apply_psa(model, FULL, **SMALL) as psa:
         thread.start()
