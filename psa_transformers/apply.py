@@ -15,6 +15,8 @@ from psa_presets import Preset, choose_preset
 from psa_transformers.compiled import keep_prefills_uncompiled
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
+    OWN_NAME,
+    check_comparisons,
     check_implementation,
     check_library,
     decoder_of,
@@ -24,7 +26,7 @@ from psa_transformers.models import (
 )
 from psa_transformers.patch import DecoderAttention
 from psa_transformers.settings import causal_specs, tower_spec
-from psa_transformers.spans import VisionTokens, vision_ids
+from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import PrefillStats, summed_up
 from psa_transformers.stock import Stock
 from psa_transformers.towers import TowerAttention
@@ -49,9 +51,12 @@ class PSAHandle:
         return summed_up(decoder.prefills, decoder.calls, decoder.counter, towers, self._fallbacks.counts)
 
     def restore(self) -> None:
-        """Give the model its own attention back. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
+        """Give the model its own attention back, between two forwards of any thread. A second call does nothing."""
+        if not self._undo or self._decoder is None:
+            return
+        with self._decoder.running.between_forwards():
+            while self._undo:
+                self._undo.pop()()
 
     def __enter__(self) -> Self:
         return self
@@ -83,6 +88,7 @@ def apply_psa(
     registered there until `restore`, and no forward is replaced. What PSA cannot serve runs as before, with a warning
     that says why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout
     and gradients, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it.
+    Several threads may run it at once.
 
     Only the keys of a preset that describe attention count: rule, levels, thresholds or density, block sizes,
     importance, similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens. The
@@ -104,7 +110,8 @@ def apply_psa(
 
     Raises:
         PresetError: the preset cannot be found, or cannot be used for causal attention.
-        TypeError, ValueError: the model has no such decoder, or an argument is out of range.
+        TypeError, ValueError: the model has no such decoder, it looks for names of implementations itself, another one
+            that shares its configuration is patched, or an argument is out of range.
         ImportError: transformers is too old.
     """
     for name, value in (("min_tokens", min_tokens), ("dense_last", dense_last)):
@@ -118,7 +125,7 @@ def apply_psa(
         getattr(decoder, HANDLE).restore()
     around, towers = models_around(model, decoder), vision_towers(model, decoder) if vision else []
     names = [check_implementation(part) for part in (decoder, *towers)]
-    seen, float32_on_gpu = VisionTokens(vision_ids(part.config for part in around)), chosen.float32_on_gpu == "sparse"
+    seen, float32_on_gpu = VisionTokens([part.config for part in around]), chosen.float32_on_gpu == "sparse"
 
     handle = PSAHandle()
     handle._fallbacks = Fallbacks(strict)
@@ -145,7 +152,8 @@ def apply_psa(
 
 def _use(handle: PSAHandle, part: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
     """Register functions and let a part of the model use them, until the handle restores it."""
-    name, before = f"psa_{next(_numbers)}", part.config._attn_implementation
+    name, before = OWN_NAME.format(next(_numbers)), part.config._attn_implementation
+    check_comparisons(part, before or "eager", name)
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, mask)
 
@@ -168,9 +176,19 @@ def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: 
             if output is not None:  # there is none after an error
                 seen.after(output)
             seen.forget()
-            attention.forget()
+            attention.end()
 
-    hooks = [around[0].register_forward_pre_hook(seen.forget)]
+    def begins(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            attention.begin()
+
+    running = attention.running
+    hooks = [
+        part.register_forward_pre_hook(running.enter if part is not around[0] else running.begin) for part in around
+    ]
+    hooks += [part.register_forward_hook(running.leave, always_call=True) for part in around]
+    hooks.append(around[0].register_forward_pre_hook(seen.forget))
     hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
+    hooks.append(around[-1].register_forward_pre_hook(begins))
     hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too
     handle._undo += [hook.remove for hook in hooks]

@@ -94,9 +94,13 @@ def read_frames(path: Path, count: int) -> Frames:
 def load(name: str, device: str) -> tuple[Any, Any]:
     """A vision-language model and its processor, of a folder or of the hub; half precision on a GPU.
 
+    Args:
+        device: as torch names it, or "auto": a GPU if there is one.
+
     Raises:
-        QuestionError: it cannot be had, or it sees nothing.
+        QuestionError: it cannot be had, it sees nothing, or there is no such device.
     """
+    device = _checked(device)
     try:
         config = AutoConfig.from_pretrained(name)
         if not vision_ids([config, getattr(config, "thinker_config", None)]):
@@ -111,18 +115,36 @@ def load(name: str, device: str) -> tuple[Any, Any]:
         raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None
 
 
+def _checked(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise QuestionError(f"device {device}: cannot be used: {str(error).splitlines()[0][:300]}") from None
+    return device
+
+
 def prompt(processor: Any, frames: Frames, question: str) -> Any:
-    """What a processor makes of a video and a question about it, as the model takes it, on the CPU."""
+    """What a processor makes of a video and a question about it, as the model takes it, on the CPU.
+
+    Raises:
+        QuestionError: it takes no videos, or has no chat template.
+    """
     content = [{"type": "video"}, {"type": "text", "text": question}]
     conversation = [{"role": "user", "content": content}]
-    text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    return processor(
-        text=[text],
-        videos=[frames.pixels],
-        video_metadata=[frames.metadata()],
-        do_sample_frames=False,
-        return_tensors="pt",
-    )
+    try:
+        text = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return processor(
+            text=[text],
+            videos=[frames.pixels],
+            video_metadata=[frames.metadata()],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise QuestionError(f"{type(processor).__name__}: makes no prompt of a video: {reason[:300]}") from error
 
 
 def ask(model: Any, processor: Any, frames: Frames, question: str, max_new_tokens: int) -> Answer:

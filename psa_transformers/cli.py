@@ -41,16 +41,12 @@ def _understand(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
     from psa_presets import choose_preset
     from psa_transformers.apply import apply_psa
     from psa_transformers.ask import ask, load, read_frames
 
     chosen = choose_preset(preset, density)
     frames = read_frames(video, num_frames)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded, processor = load(model, device)
     if compare:
         _print("dense", ask(loaded, processor, frames, question, max_new_tokens), None)

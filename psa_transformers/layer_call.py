@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +40,20 @@ class LayerCall:
     def scale(self) -> float | None:
         return self.arguments.get("scaling")
 
+    @cached_property
+    def computed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value as SDPA would compute with them; under autocast they may come in several dtypes."""
+        q, k, v = self.query, self.key, self.value
+        if q.dtype == torch.float64 or not _in_autocast(q.device):
+            return q, k, v
+        dtype = torch.get_autocast_dtype(q.device.type)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+
+    def without_autocast(self) -> AbstractContextManager[Any]:
+        """For the operator, which chooses the precision of each of its steps."""
+        device = self.query.device
+        return torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
+
     def dense(self, stock: Stock, mask: Any) -> tuple[torch.Tensor, Any]:
         """What the module would have computed with a mask, which is brought to its device."""
         mask = mask.to(self.query.device) if isinstance(mask, torch.Tensor) else mask
@@ -46,20 +62,23 @@ class LayerCall:
     def why_not(self, float32_on_gpu: bool) -> str | None:
         """Why the operator cannot compute the call, whatever the mask; None if it can."""
         reason = why_not_arguments(self.arguments) or why_not_tensors(self.query, self.key, self.value)
-        if reason is None and self.query.is_cuda and self.query.dtype == torch.float32 and not float32_on_gpu:
-            return FLOAT32
-        return reason
+        is_float32 = self.query.is_cuda and self.computed[0].dtype == torch.float32
+        return FLOAT32 if reason is None and is_float32 and not float32_on_gpu else reason
 
     def rows(
         self, prefill: Prefill | None = None, part: Part | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The tokens of a part, or all, as the operator reads them: views `[B, N, heads, D]`."""
-        q, k, v = self.query, self.key, self.value
+        q, k, v = self.computed
         if prefill is not None and part is not None:
             first = max(part.first_key - prefill.first_query, 0)
             q = q[part.items, :, first : part.end - prefill.first_query]
             k, v = k[part.items, :, part.first_key : part.end], v[part.items, :, part.first_key : part.end]
         return _tokens_first(q), _tokens_first(k), _tokens_first(v)
+
+
+def _in_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:

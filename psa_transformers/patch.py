@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,28 @@ from psa_transformers.compiled import COMPILED
 from psa_transformers.fallbacks import Fallbacks, Unserved
 from psa_transformers.layer_call import LayerCall
 from psa_transformers.prefill import Part, Prefill
-from psa_transformers.refusals import NOT_OURS, is_quantised, why_not_mask
+from psa_transformers.refusals import NOT_OURS, TOLD, is_quantised, why_not_mask
+from psa_transformers.running import Running
 from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import Counter
 from psa_transformers.stock import Stock
+
+OUTSIDE = "a layer outside of the patched model's forward, as of another model that shares its configuration"
+CHECKPOINTED = "gradient checkpointing, which computes layers again for their gradients"
+
+
+class _Forward(threading.local):
+    """The forward that a thread runs.
+
+    Attributes:
+        prefill: what was made for a mask last.
+        verdict: why it gets its masks of before; empty if it is too short, None if no mask was asked for.
+        wants_gradient: whether one was, where the decoder began.
+    """
+
+    prefill: Prefill | None = None
+    verdict: str | None = None
+    wants_gradient = False
 
 
 class DecoderAttention:
@@ -28,6 +47,7 @@ class DecoderAttention:
 
     Attributes:
         prefills, calls, counter: for `PrefillStats`.
+        running: the threads that run the decoder or a model around it.
     """
 
     def __init__(
@@ -44,13 +64,15 @@ class DecoderAttention:
         self.counter = Counter()
         self._stock, self._specs, self._vision, self._fallbacks = stock, specs, vision, fallbacks
         self._min_tokens, self._dense_last, self._float32_on_gpu = min_tokens, dense_last, float32_on_gpu
-        self.forget()
+        self.running, self._forward, self._lock = Running(), _Forward(), threading.Lock()
 
-    def forget(self) -> None:
-        """Between forwards: what was known of the last one is gone."""
-        self._prefill: Prefill | None = None
-        # Why this forward gets its masks of before; empty if it is too short, None if no mask was asked for.
-        self._verdict: str | None = None
+    def begin(self) -> None:
+        """The decoder's forward begins."""
+        self._forward.wants_gradient = torch.is_grad_enabled()
+
+    def end(self) -> None:
+        """It has ended: what was known of it is gone."""
+        self._forward.prefill = self._forward.verdict = None
 
     def may_be_sparse(self, queries: int, tokens: int) -> bool:
         """Whether a forward may be, by the number of its tokens and of those in the cache after it."""
@@ -70,11 +92,11 @@ class DecoderAttention:
         reason = "" if tokens < self._min_tokens else why_not_mask(arguments)
         if reason is None:
             try:
-                self._prefill = self._begin(arguments, tokens)
-                return self._prefill.marker
+                self._forward.prefill = prefill = self._begin(arguments, tokens)
+                return prefill.marker
             except Unserved as unserved:
                 reason = str(unserved)
-        self._verdict = self._verdict or reason
+        self._forward.verdict = self._forward.verdict or reason
         return self._stock.mask(**arguments)
 
     def attend(
@@ -98,14 +120,13 @@ class DecoderAttention:
         call = LayerCall(module, query, key, value, arguments)
         if torch.compiler.is_compiling():
             return call.dense(self._stock, self._compiled_mask(query, key, attention_mask))
-        if query.shape[2] == 1:
-            return call.dense(self._stock, attention_mask)
         if attention_mask is None or attention_mask.dim() != 2:
-            if key.shape[2] >= self._min_tokens and self._verdict != "":
-                self.calls += 1
-                self._fallbacks.tell(self._why_not(call) or self._verdict or NOT_OURS)
+            verdict = self._forward.verdict
+            if query.shape[2] > 1 and key.shape[2] >= self._min_tokens and verdict != "":
+                self._count_call()
+                self._fallbacks.tell(self._why_not(call) or verdict or NOT_OURS)
             return call.dense(self._stock, attention_mask)
-        prefill = self._prefill = self._of(attention_mask, query, key)
+        prefill = self._forward.prefill = self._of(attention_mask, query, key)
         out = self._marked(call, prefill)
         return call.dense(self._stock, prefill.stock_mask) if out is None else (out, None)
 
@@ -119,14 +140,21 @@ class DecoderAttention:
                 reason = str(unserved)
         if reason is None and not any(part.is_sparse for part in parts):  # text alone
             return None
-        self.calls += 1
+        self._count_call()
         layer = getattr(call.module, "layer_idx", 0)
-        spec = self._specs[layer]
+        is_known = layer in range(len(self._specs))
+        spec = self._specs[layer] if is_known else None
+        if reason is None and not is_known:
+            reason = f"a layer (layer_idx={layer}) that is not among those of the configuration"
         if reason is None and spec is not None:
             reason = self._why_no_kernel(call, prefill, parts, spec)
         if reason is not None:
             self._fallbacks.tell(reason)
         return None if reason is not None or spec is None else self._sparse(call, prefill, parts, spec, layer)
+
+    def _count_call(self) -> None:
+        with self._lock:
+            self.calls += 1
 
     def _begin(self, arguments: dict[str, Any], tokens: int) -> Prefill:
         valid = arguments.get("attention_mask")
@@ -141,9 +169,9 @@ class DecoderAttention:
 
     def _of(self, marker: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Prefill:
         """The forward that a marker belongs to: the one that runs, or one whose mask was made some time ago."""
-        running = self._prefill
-        if running is not None and running.marker.shape == marker.shape and running.queries == query.shape[2]:
-            return running
+        made = self._forward.prefill
+        if made is not None and made.is_marked_by(marker) and made.queries == query.shape[2]:
+            return made
         return Prefill(marker, query.shape[2], lambda: self._stock_mask(marker, query, key), self._dense_last)
 
     def _stock_mask(self, marker: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -175,6 +203,12 @@ class DecoderAttention:
 
     def _why_not(self, call: LayerCall) -> str | None:
         reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"
+        if reason is None and not self.running.here:
+            return OUTSIDE
+        if reason is None and self._vision.wants_weights:
+            return TOLD["output_attentions"]
+        if reason is None and self._forward.wants_gradient and not torch.is_grad_enabled() and call.module.training:
+            return CHECKPOINTED
         return "a quantised cache" if reason is None and is_quantised(self._vision.cache) else reason
 
     def _why_no_kernel(
@@ -183,7 +217,7 @@ class DecoderAttention:
         """Why the device would compute the call with the reference, which is slow there."""
         if call.query.device.type == "cpu":
             return None
-        alike = (spec, call.query.dtype, call.query.device, call.query.shape, call.key.shape)
+        alike = (spec, call.computed[0].dtype, call.query.device, call.query.shape, call.key.shape)
         if alike not in prefill.kernels:
             calls = (
                 make_call(
@@ -205,26 +239,29 @@ class DecoderAttention:
         batch, heads, queries, head_dim = call.query.shape
         out, stats = None, []
         for part in parts:
-            found, figures = psa_attention(
-                *call.rows(prefill, part),
-                spec,
-                text_before=part.text_before,
-                text_after=part.text_after,
-                scale=call.scale,
-                causal=True,
-                strict=self._fallbacks.strict,
-                return_stats=True,
-            )
+            rows = call.rows(prefill, part)
+            with call.without_autocast():
+                found, figures = psa_attention(
+                    *rows,
+                    spec,
+                    text_before=part.text_before,
+                    text_after=part.text_after,
+                    scale=call.scale,
+                    causal=True,
+                    strict=self._fallbacks.strict,
+                    return_stats=True,
+                )
             stats += [figures] if part.is_sparse else []
             if found.shape[:2] == (batch, queries):  # all there is
                 out = found
                 break
             if out is None:  # rows of padding stay zero; no other row reads them
-                out = call.query.new_zeros(batch, queries, heads, head_dim)
+                out = found.new_zeros(batch, queries, heads, head_dim)
             first = max(part.first_key - prefill.first_query, 0)
             out[part.items, first : first + found.shape[1]] = found
         assert out is not None  # a part is sparse
         self.counter.note(layer, stats)
-        self.prefills += not prefill.is_counted
+        with self._lock:
+            self.prefills += not prefill.is_counted
         prefill.is_counted = True
         return out

@@ -61,7 +61,7 @@ class Prefill:
         self._parts: tuple[Part, ...] | None = None
         places = torch.arange(self.tokens, device=marker.device)
         first = places.masked_fill(~marker, self.tokens).amin(1)
-        end = (places + 1).masked_fill(~marker, 0).amax(1)
+        end = torch.maximum((places + 1).masked_fill(~marker, 0).amax(1), first)  # the same where all is padding
         edges = torch.stack((first, end, marker.sum(1)), 1).tolist()
         if any(count != end - first for first, end, count in edges):
             raise Unserved("padding between the tokens of a prompt; only that before and after them is cut off")
@@ -70,6 +70,11 @@ class Prefill:
     @property
     def first_query(self) -> int:
         return self.tokens - self.queries
+
+    def is_marked_by(self, marker: torch.Tensor) -> bool:
+        """Whether a marker is its own, or a copy of that for layers on another device."""
+        moved = marker.device != self.marker.device and marker.shape == self.marker.shape
+        return marker is self.marker or moved
 
     @cached_property
     def stock_mask(self) -> torch.Tensor | None:
@@ -101,5 +106,5 @@ class Prefill:
         stop = min(stop, end - self._dense_last)
         start = max(start, first)
         if stop <= max(start, self.first_query):
-            return first, end, 0, max(end - first, 0), False
+            return first, end, 0, end - first, False
         return first, end, start - first, end - stop, True

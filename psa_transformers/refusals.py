@@ -55,6 +55,8 @@ def why_not_mask(arguments: Mapping[str, Any]) -> str | None:
         return "a mask that is more than causal: packed sequences, or tokens that attend both ways"
     if arguments.get("kv_offset", 0) != 0:
         return "a cache that no longer holds the first tokens"
+    if not arguments.get("allow_is_causal_skip", True):
+        return "a mask that the model computes with"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,21 +55,24 @@ class Counter:
     def __init__(self) -> None:
         self.calls = 0
         self.implementation: str | None = None
+        self._lock = threading.Lock()
         self._kept: list[tuple[int, AttentionStats]] = []
         self._sums: dict[int, torch.Tensor] = {}  # layer -> (batch items, their densities, their coverages)
 
     def note(self, layer: int, parts: list[AttentionStats]) -> None:
         """One call, which is computed for some batch items after others."""
-        self.calls += 1
-        self._kept += [(layer, part) for part in parts]
-        self.implementation = parts[-1].implementation
-        if len(self._kept) >= FOLD:
-            self._fold()
+        with self._lock:
+            self.calls += 1
+            self._kept += [(layer, part) for part in parts]
+            self.implementation = parts[-1].implementation
+            if len(self._kept) >= FOLD:
+                self._fold()
 
     def means(self) -> dict[int, tuple[float, float]]:
         """Density and coverage of each layer."""
-        self._fold()
-        sums = {layer: each.tolist() for layer, each in sorted(self._sums.items())}
+        with self._lock:
+            self._fold()
+            sums = {layer: each.tolist() for layer, each in sorted(self._sums.items())}
         return {layer: (density / items, coverage / items) for layer, (items, density, coverage) in sums.items()}
 
     def _fold(self) -> None:

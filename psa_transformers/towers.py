@@ -48,12 +48,15 @@ class TowerAttention:
         reason = call.why_not(self._float32_on_gpu)
         if call.is_causal or attention_mask is not None:
             reason = "a mask"
+        if reason is None and module.training:  # checkpointed layers are computed again with gradients
+            reason = "training mode"
         if reason is None:
             reason = why_no_kernel(make_call(*call.rows(), self._spec, scale=call.scale))
         if reason is not None:
             self._fallbacks.tell(f"vision tower: {reason}")
             return call.dense(self._stock, attention_mask)
-        strict = self._fallbacks.strict
-        out, stats = psa_attention(*call.rows(), self._spec, scale=call.scale, strict=strict, return_stats=True)
+        strict, rows = self._fallbacks.strict, call.rows()
+        with call.without_autocast():
+            out, stats = psa_attention(*rows, self._spec, scale=call.scale, strict=strict, return_stats=True)
         self.counter.note(0, [stats])
         return out, None

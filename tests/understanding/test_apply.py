@@ -7,14 +7,17 @@ import weakref
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from psa_kernels import AttentionSpec
 from psa_presets import Preset, PresetError, load_preset
 from psa_testing.tiny_language_models import tiny
-from psa_transformers import apply_psa
+from psa_transformers import PSAFallbackError, apply_psa
 from psa_transformers.settings import causal_specs
 
 BLOCKS = {"query": 32, "key": 16}
@@ -206,18 +209,6 @@ def test_an_argument_that_is_out_of_range(arguments, message):
         apply_psa(model, SPARSE, **arguments)
 
 
-def test_what_is_no_model():
-    with pytest.raises(TypeError, match="model=Linear: expected a model of transformers"):
-        apply_psa(torch.nn.Linear(2, 2))
-
-
-def test_a_transformers_that_is_too_old(monkeypatch):
-    model, _ = tiny("llama")
-    monkeypatch.setattr(masking_utils, "sdpa_mask", lambda batch_size, cache_position: None)
-    with pytest.raises(ImportError, match="its masks do not say where queries begin"):
-        apply_psa(model, SPARSE)
-
-
 def test_after_an_error_in_a_layer_the_next_forward_knows_nothing_of_it():
     model, given = tiny("llava_next_video")
     text = {"input_ids": torch.tensor([[*range(3, 103)]])}
@@ -230,13 +221,6 @@ def test_after_an_error_in_a_layer_the_next_forward_knows_nothing_of_it():
         hook.remove()
         assert torch.allclose(forward(model, text), before, rtol=1e-4, atol=1e-4)
         assert psa.stats().sparse_calls == 3  # one before the error, two of text
-
-
-def test_an_implementation_that_goes_by_its_name():
-    model, _ = tiny("llama")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2': expected 'sdpa' or 'eager'"):
-        apply_psa(model, SPARSE)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next_video"])
@@ -254,6 +238,17 @@ def test_vision_towers(family):
         assert not torch.allclose(forward(model, given), before, rtol=1e-5, atol=1e-5)
         assert 0.2 < psa.stats().vision_density < 0.4
     assert torch.equal(forward(model, given), before)
+
+
+def test_a_vision_tower_in_training():
+    """Whether its layers are computed again for their gradients is not known to them."""
+    model, given = tiny("llava_next_video")
+    model.train()
+    with apply_psa(model, SPARSE, min_tokens=64, vision=True, strict=True):
+        with pytest.raises(PSAFallbackError, match="vision tower: training mode"):
+            forward(model, given)
+        model.eval()
+        forward(model, given)
 
 
 def test_figures_are_ready_for_json():

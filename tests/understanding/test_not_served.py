@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import DynamicCache, StaticCache, cache_utils
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from psa_presets import Preset
@@ -37,6 +40,13 @@ def packed(model, given):
 def ready_made(model, given):
     length = given["input_ids"].shape[1]
     return forward(model, given, attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool).tril())
+
+
+def computed(model, given):
+    """As models with an indexer ask for their mask: it has to be there."""
+    asked = functools.partial(create_causal_mask, allow_is_causal_skip=False)
+    with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", asked):
+        return forward(model, given)
 
 
 def with_dropout(model, given):
@@ -84,6 +94,11 @@ def weights(model, given):
         return torch.cat(model(**given, output_attentions=True).attentions)
 
 
+def configured_weights(model, given):
+    with torch.no_grad():
+        return torch.cat(model(**given).attentions)
+
+
 def direct(**arguments: Any) -> Run:
     """A call of the registered function as a layer makes it, with an argument that no model of these has."""
 
@@ -111,6 +126,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Run, str]] = {
     ),
     "packed": ("Llama", {}, packed, MORE),
     "both ways": ("Gemma3", FULL | {"use_bidirectional_attention": True}, forward, "attention that is not causal"),
+    "computed": ("Llama", {}, computed, "a mask that the model computes with"),
     "ready-made": ("Llama", {}, ready_made, "a mask that did not come from the mask functions of transformers"),
     "dropout": ("Llama", {"attention_dropout": 0.5}, with_dropout, "dropout, as in training"),
     "gradient": ("Llama", {}, with_gradient, "a gradient is asked for; use torch.no_grad()"),
@@ -122,6 +138,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Run, str]] = {
         "padding between the tokens of a prompt; only that before and after them is cut off",
     ),
     "weights": ("Llama", EAGER, weights, "output_attentions asks for the attention weights"),
+    "configured weights": (
+        "Llama",
+        EAGER | {"output_attentions": True},
+        configured_weights,
+        "output_attentions asks for the attention weights",
+    ),
     "position bias": ("Llama", {}, direct(position_bias=torch.zeros(1, 4, 96, 96)), "a position bias"),
     "paged": ("Llama", {}, direct(read_index=torch.zeros(1)), "continuous batching (a paged cache)"),
     "unknown": ("Llama", {}, direct(novelty=1), "an argument that is not known: novelty"),
@@ -177,9 +199,47 @@ def test_a_video_that_cannot_be_found():
         assert psa.stats().sparse_calls == 0
 
 
+def test_a_configuration_that_does_not_name_its_vision_tokens(monkeypatch):
+    """Some have the names among what concerns vision; without any, text around a video would not be told apart."""
+    model, given = tiny("llava_next_video")
+    text = {"input_ids": given["input_ids"].clamp(max=180)}
+    before = forward(model, text)
+    monkeypatch.setattr("psa_transformers.spans.ID_NAMES", ("frame_id",))
+    with apply_psa(model, SPARSE, **SMALL) as psa, pytest.warns(PSAFallbackWarning, match="^.*: no image_token_id or"):
+        assert torch.equal(forward(model, text), before)
+    model.config.vision_config.frame_id = 7
+    with apply_psa(model, SPARSE, strict=True, **SMALL) as psa:
+        forward(model, {"input_ids": torch.tensor([[3] * 40 + [7] * 90 + [3] * 9])})
+        assert psa.stats().sparse_calls == 2
+
+
+def test_a_layer_that_the_configuration_does_not_count():
+    model, given = tiny("llama")
+    model.model.layers[1].self_attn.layer_idx = 2
+    with apply_psa(model, SPARSE, **SMALL) as psa, pytest.warns(PSAFallbackWarning, match=r"layer \(layer_idx=2\)"):
+        forward(model, given, use_cache=False)
+        assert list(psa.stats().layers) == [0]
+
+
 def test_a_cache_from_before_the_patch():
     model, given = tiny("llava_next_video")
     ids, cache = given["input_ids"], DynamicCache()
     forward(model, given, past_key_values=cache)
     with apply_psa(model, SPARSE, **SMALL), pytest.warns(PSAFallbackWarning, match="the cache holds tokens"):
         forward(model, {"input_ids": ids.where(ids != 191, 7)}, past_key_values=cache)
+
+
+def test_a_cache_that_was_used_again_unseen():
+    """Where the video of its first use was means nothing for what it holds now."""
+    model, given = tiny("llava_next_video")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=512)
+    text = torch.tensor([list(range(3, 103))])
+    embeds = model.get_input_embeddings()(text).detach()
+    with warnings.catch_warnings(), apply_psa(model, SPARSE, **SMALL) as psa:
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        forward(model, given, past_key_values=cache)
+        cache.reset()
+        forward(model, {"inputs_embeds": embeds}, past_key_values=cache)
+        forward(model, {"input_ids": text}, past_key_values=cache)
+        stats = psa.stats()
+    assert stats.sparse_calls == 2 and any("holds tokens that were not seen" in reason for reason in stats.fallbacks)

@@ -102,6 +102,21 @@ def test_chunked_prefill(implementation, chunk):
         assert psa.stats().density < 0.95
 
 
+def test_chunks_that_are_padding_alone():
+    """A short prompt beside a long one: its first chunks hold nothing of it."""
+    model, given = tiny("llama")
+    batch = padded(given, 130)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    before = model.generate(**batch, **options)
+    with apply_psa(model, FULL, strict=True, **SMALL) as psa:
+        assert torch.equal(model.generate(**batch, **options, prefill_chunk_size=50), before)
+        assert psa.stats().prefills == 5
+    batch["attention_mask"][0] = 0
+    with apply_psa(model, FULL, strict=True, **SMALL):
+        found = forward(model, **batch)
+    assert found.isfinite().all() and close(found[1], forward(model, **batch)[1])
+
+
 def a_static_cache(model):
     return StaticCache(config=model.config.get_text_config(), max_cache_len=512)
 

@@ -84,6 +84,23 @@ def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
     assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
 
 
+def test_a_device_that_is_not_there(understand):
+    code, lines, error = understand("--device", "gpu")
+    assert code == 2 and not lines and error.count("\n") == 1
+    assert error.startswith("psa-understand: error: device gpu: cannot be used: Expected one of cpu, cuda")
+
+
+def test_a_processor_that_takes_no_videos(understand, monkeypatch):
+    def of_images(self, text, images=None, return_tensors=None):
+        pass
+
+    monkeypatch.setattr(ToyProcessor, "__call__", of_images)
+    code, lines, error = understand()
+    (line,) = [line for line in error.splitlines() if line.startswith("psa-understand")]  # after a bar of progress
+    assert code == 2 and not lines and error.endswith(f"{line}\n")
+    assert line.startswith("psa-understand: error: ToyProcessor: makes no prompt of a video: ") and "videos" in line
+
+
 def test_an_option_that_is_not_there(understand):
     code, _, error = understand("--nonsense")
     assert code == 2 and error.count("\n") == 1 and "--nonsense" in error
