@@ -218,6 +218,30 @@ def test_a_loop_by_hand_over_another_s_timesteps_is_told_or_tells(after_a_run):
 
 
 @torch.no_grad()
+def test_a_loop_over_strange_timesteps_gives_one_warning():
+    """Not one for each timestep, of which a run may have fifty."""
+    pipe = tiny_wan(num_layers=2)
+    pipe.scheduler.set_timesteps(4)
+    with apply_psa(pipe, preset()) as psa:
+        with pytest.warns(PSAFallbackWarning, match=r"timesteps such as 700 are none of the 4 timesteps of") as told:
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == len(psa.stats().fallbacks) == 1
+        with (
+            psa.run([900, 500]),
+            pytest.warns(PSAFallbackWarning, match="such as 700 are none of those that psa") as told,
+        ):
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == 1
+        pipe.scheduler.set_timesteps(4)
+        pipe.scheduler._step_index = 1  # stepped, but the model is given something else
+        with pytest.warns(
+            PSAFallbackWarning, match="other timesteps, such as 700 where the 4 timesteps of .* at "
+        ) as told:
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == 1
+
+
+@torch.no_grad()
 def test_a_scheduler_that_nobody_has_set_has_no_steps():
     """It has the thousand timesteps of its training."""
     pipe = tiny_wan(num_layers=2)
