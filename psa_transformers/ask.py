@@ -95,8 +95,9 @@ def load(name: str, device: str) -> tuple[Any, Any]:
     """A vision-language model and its processor, of a folder or of the hub; half precision on a GPU.
 
     Raises:
-        QuestionError: it cannot be had, or it sees nothing.
+        QuestionError: it cannot be had, it sees nothing, or there is no such device.
     """
+    _check_device(device)
     try:
         config = AutoConfig.from_pretrained(name)
         if not vision_ids([config, getattr(config, "thinker_config", None)]):
@@ -109,6 +110,23 @@ def load(name: str, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None
+
+
+def _check_device(device: str) -> None:
+    """Before weights are read, which takes long.
+
+    Raises:
+        QuestionError: this machine has no such device.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = torch.device("meta")
+    if kind.type not in ("cpu", "cuda"):
+        raise QuestionError(f"device {device}: not a device for this; allowed: cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        raise QuestionError(f"device {device}: this machine has {count} CUDA devices")
 
 
 def prompt(processor: Any, frames: Frames, question: str) -> Any:

@@ -24,6 +24,19 @@ BAD_INPUT = 2
 # By name: the classes live in what is only imported when needed.
 FORESEEN = ("QuestionError", "PresetError", "ImportError")
 
+PACKAGES = ("psa-diffusers", "torch", "transformers")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import platform
+        from importlib.metadata import version
+
+        packages = [f"{name} {version(name)}" for name in PACKAGES]
+        typer.echo(", ".join([*packages[:1], f"python {platform.python_version()}", *packages[1:]]))
+        raise typer.Exit
+
+
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
@@ -39,6 +52,9 @@ def _understand(
     num_frames: Annotated[int, typer.Option(min=1, help="Frames of the video, evenly spaced.")] = 64,
     min_tokens: Annotated[int, typer.Option(min=0, help="Shorter prompts stay dense.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
+    ] = False,
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch

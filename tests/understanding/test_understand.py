@@ -84,6 +84,26 @@ def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
     assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device gpu: not a device for this; allowed: cpu, cuda or cuda:N"),
+        ("mps", "device mps: not a device for this"),
+        ("cuda:9", "device cuda:9: this machine has 0 CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(understand, monkeypatch, device, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psa_transformers.ask.AutoModelForImageTextToText", None)
+    code, lines, error = understand("--device", device)
+    assert (code, lines) == (2, []) and error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
+
+
+def test_it_shows_its_version(capsys):
+    assert run(["--version"]) == 0
+    assert re.match(r"psa-diffusers \S+, python 3\.\d+\.\d+, torch ", capsys.readouterr().out)
+
+
 def test_an_option_that_is_not_there(understand):
     code, _, error = understand("--nonsense")
     assert code == 2 and error.count("\n") == 1 and "--nonsense" in error
