@@ -77,6 +77,7 @@ def test_colours_stand_where_their_blocks_are():
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3] / 255
     axes = figure.axes[0]
+    assert all(float(tick).is_integer() for tick in (*axes.get_xticks(), *axes.get_yticks()))
     for row in range(2):
         for column in range(4):
             x, y = axes.transData.transform((column, row))
