@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -215,6 +216,18 @@ def test_a_loop_by_hand_over_another_s_timesteps_is_told_or_tells(after_a_run):
         for nothing in ([], [[1.0]], ["a"], [float("nan")], 3.0):
             with pytest.raises(ValueError, match=r"timesteps=.*: expected the timesteps of all denoising steps"):
                 psa.run(nothing).__enter__()
+
+
+def test_the_loop_of_the_docs_is_sparse_as_it_stands():
+    docs = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (snippet,) = (part.split("```")[0] for part in docs.split("```python\n") if "psa.run(timesteps)" in part)
+    pipe = tiny_wan(num_layers=2)
+    timesteps = torch.tensor([900.0, 600.0, 400.0, 100.0])
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt("a", "b", max_sequence_length=16)
+    with apply_psa(pipe, preset()) as psa:
+        exec(snippet, {"latents": torch.randn(1, 16, 3, 16, 16), **locals(), "torch": torch})
+        assert psa.stats().fallbacks == {} and psa.stats().density_sparse < 0.5
 
 
 @torch.no_grad()
