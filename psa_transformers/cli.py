@@ -20,7 +20,7 @@ HELP = """Ask a vision-language model about a video, read with Pyramid Sparse At
 
 Prints the answer, how long the prompt took to read, and the density of its attention.
 """
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 # By name: the classes live in what is only imported when needed.
 FORESEEN = ("QuestionError", "PresetError", "ImportError")
 
@@ -91,9 +91,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = typer.main.get_command(app)
         given = list(sys.argv[1:] if arguments is None else arguments)
         code = command(args=given, prog_name="psa-understand", standalone_mode=False)
+        if code == INTERRUPTED:  # what newer typers make of KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("psa-understand: error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if type(error).__name__ not in FORESEEN and not hasattr(error, "format_message"):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,11 @@ def test_a_device_that_is_not_there_is_refused_before_weights_are_read(understan
     monkeypatch.setattr("psa_transformers.ask.AutoModelForImageTextToText", None)
     code, lines, error = understand("--device", device)
     assert (code, lines) == (2, []) and error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
+
+
+def test_it_says_that_it_was_interrupted(understand, monkeypatch):
+    monkeypatch.setattr("psa_transformers.ask.read_frames", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert understand() == (130, [], "psa-understand: error: interrupted\n")
 
 
 def test_it_shows_its_version(capsys):
