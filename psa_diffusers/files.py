@@ -1,7 +1,9 @@
 """Files that appear whole or not at all, and the names of those in a run's folder."""
 
+import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def try_to_write(folder: Path) -> None:
+    """Make a folder if there is none, and see whether a file can be written there.
+
+    Raises:
+        OSError: it cannot; `strerror` says why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def write_json(path: Path, content: Any) -> None:

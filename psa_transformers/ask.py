@@ -116,12 +116,22 @@ def load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def _checked(device: str) -> str:
+    """The device that is meant; asked before weights are read, which takes long.
+
+    Raises:
+        QuestionError: this machine has no such device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise QuestionError(f"device {device}: cannot be used: {str(error).splitlines()[0][:300]}") from None
+        kind = torch.device(device)
+    except RuntimeError:
+        kind = torch.device("meta")
+    if kind.type not in ("cpu", "cuda"):
+        raise QuestionError(f"device {device}: not a device for this; allowed: auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        raise QuestionError(f"device {device}: this machine has {count} CUDA devices")
     return device
 
 

@@ -20,9 +20,22 @@ HELP = """Ask a vision-language model about a video, read with Pyramid Sparse At
 
 Prints the answer, how long the prompt took to read, and the density of its attention.
 """
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 # By name: the classes live in what is only imported when needed.
 FORESEEN = ("QuestionError", "PresetError", "ImportError")
+
+PACKAGES = ("psa-diffusers", "torch", "transformers")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import platform
+        from importlib.metadata import version
+
+        packages = [f"{name} {version(name)}" for name in PACKAGES]
+        typer.echo(", ".join([*packages[:1], f"python {platform.python_version()}", *packages[1:]]))
+        raise typer.Exit
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -39,6 +52,9 @@ def _understand(
     num_frames: Annotated[int, typer.Option(min=1, help="Frames of the video, evenly spaced.")] = 64,
     min_tokens: Annotated[int, typer.Option(min=0, help="Shorter prompts stay dense.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show versions.")
+    ] = False,
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from psa_presets import choose_preset
@@ -71,9 +87,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         command = typer.main.get_command(app)
         given = list(sys.argv[1:] if arguments is None else arguments)
         code = command(args=given, prog_name="psa-understand", standalone_mode=False)
+        if code == INTERRUPTED:  # what newer typers make of KeyboardInterrupt
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("psa-understand: error: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         if type(error).__name__ not in FORESEEN and not hasattr(error, "format_message"):
             raise

@@ -159,6 +159,7 @@ def psa_attention(
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
             gradient is asked for.
+        TypeError: `spec` is something else, such as the name of a preset.
         RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device, or the precision.
     """
     call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)

@@ -134,6 +134,8 @@ def _checked_call(
     permutation: torch.Tensor | None, scale: float | None, causal: bool,
 ) -> Call:  # fmt: skip
     """`make_call` for a call that is unlike all that were checked before."""
+    if not isinstance(spec, AttentionSpec):
+        raise TypeError(f"spec: expected an AttentionSpec, got {type(spec).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4 or not x.is_floating_point() or not x.numel():
             raise ValueError(

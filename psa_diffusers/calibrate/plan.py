@@ -10,6 +10,7 @@ from psa_diffusers.calibrate.intervals import FEWEST
 from psa_diffusers.calibrate.result import is_own
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import try_to_write
 from psa_diffusers.runs.plan import Plan
 from psa_presets import Preset, PresetError
 
@@ -90,7 +91,8 @@ def check(calibration: Calibration) -> None:
     """Refuse what cannot work, before anything runs.
 
     Raises:
-        InputError: no sparse layer or step, rules for steps, a name that no preset may have, or a file is in the way.
+        InputError: no sparse layer or step, rules for steps, a name that no preset may have, a file is in the way, or
+            the output cannot be written.
     """
     plan, base = calibration.plan, calibration.base
     if calibration.batch > 1 and plan.image is not None:
@@ -102,6 +104,8 @@ def check(calibration: Calibration) -> None:
             Preset(name=path.stem)
         except PresetError as error:
             raise InputError(f"--output {path}: {error.problem}") from error
+        if path.is_dir():
+            raise InputError(f"--output {path}: it is a folder; name the YAML file to write")
         if path.exists() and not calibration.overwrite and not is_own(path):
             raise InputError(f"--output {path}: is already there; choose another name or add --overwrite")
     if base.steps:
@@ -121,3 +125,7 @@ def check(calibration: Calibration) -> None:
     both = sorted(set(plan.prompts) & set(calibration.held_out))
     if both:
         raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")
+    try:
+        try_to_write(calibration.output.parent)
+    except OSError as error:
+        raise InputError(f"--output {calibration.output}: cannot be written to ({error.strerror})") from error

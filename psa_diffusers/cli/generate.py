@@ -8,7 +8,7 @@ import typer
 from psa_diffusers.cli.options import OWN_DEFAULT, PLACE, Density, Seed, Version, with_run_options
 from psa_diffusers.cli.shell import (
     FAILURE,
-    INTERRUPTED,
+    Stopped,
     new_app,
     note,
     prepare_libraries,
@@ -155,7 +155,7 @@ def _carry_out(plan: "Plan", num_processes: int) -> None:
         if place.reports:
             note(f"psa-generate: interrupted, {_how_to_go_on(plan, stop.summary, 'continue in ' + str(plan.output))}")
             print_json({**stop.summary, "status": "interrupted"})
-        raise typer.Exit(INTERRUPTED) from None
+        raise Stopped from None
     if summary is None:
         return
     if sys.stderr.isatty():

@@ -20,6 +20,10 @@ OUT_OF_MEMORY = (
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
+class Stopped(Exception):
+    """A command was asked to stop, and has told what that means."""
+
+
 def new_app() -> typer.Typer:
     """An app for one command."""
     return typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
@@ -32,7 +36,11 @@ def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = N
             command: Callable[..., Any] = typer.main.get_command(app)
             given = list(sys.argv[1:] if arguments is None else arguments)
             code = command(args=given, prog_name=name, standalone_mode=False)
+            if code == INTERRUPTED:  # what newer typers make of KeyboardInterrupt
+                raise KeyboardInterrupt
             return code if isinstance(code, int) else 0
+        except Stopped:
+            return INTERRUPTED
         except typer.Exit as stop:
             return stop.exit_code
         except (typer.Abort, KeyboardInterrupt):

@@ -27,6 +27,7 @@ def disable_psa(pipe: Any) -> None:
 
     Raises:
         UnsupportedModelError: it has no transformer at all.
+        RuntimeError: it has a PSAProcessor that was made for another pipeline, so that nobody knows its own ones.
     """
     for processor in _processors(pipe):
         processor.restore()
@@ -46,6 +47,7 @@ def psa_stats(pipe: Any) -> RunStats:
     Raises:
         NotPatchedError: it is not patched, or its transformers have patches of their own.
         UnsupportedModelError: it has no transformer at all.
+        RuntimeError: it has a PSAProcessor that was made for another pipeline.
     """
     found = _processors(pipe)
     if not found:
@@ -59,11 +61,16 @@ def psa_stats(pipe: Any) -> RunStats:
 
 
 def _processors(pipe: Any) -> list[PSAProcessor]:
-    """The processors that are set on any attention module of the pipeline's transformers, each once."""
+    """The processors that are set on any attention module of the pipeline's transformers, each once.
+
+    Raises:
+        RuntimeError: one was made for another pipeline, and can neither tell of this one nor be taken off it.
+    """
     found: dict[int, PSAProcessor] = {}
     for transformer in find_transformers(pipe).values():
         for attn in attention_modules(transformer):
             processor: Any = attn.processor
             if isinstance(processor, PSAProcessor):
+                processor.original_of(attn)
                 found[id(processor)] = processor
     return list(found.values())

@@ -28,6 +28,14 @@ from psa_presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
 
+ELSEWHERE = (
+    "PSAProcessor was made for another pipeline and does not know this {kind}; set the model's own processor, or load "
+    "the model again, and then make one with PSAProcessor(pipe, ...)"
+)
+RIVALS = (
+    "the transformer has several PSAProcessors, but one serves all layers; set the same one on all of them, as "
+    "apply_psa(pipe, ...) does"
+)
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -76,7 +84,7 @@ class PSAProcessor(PatchingProcessor, Told):
         transformers = find_transformers(pipe)
         if preset_2 is not None and "transformer_2" not in transformers:
             raise ValueError(f"preset_2={preset_2!r}: {type(pipe).__name__} has no second transformer here")
-        let_guiders_find(PSAProcessor, lambda attn: attn.processor._sites[attn].original)
+        let_guiders_find(PSAProcessor, lambda attn: attn.processor.original_of(attn))
         self.strict = strict
         self.presets = dict.fromkeys(transformers, choose_preset(preset, density))
         if preset_2 is not None:
@@ -118,6 +126,16 @@ class PSAProcessor(PatchingProcessor, Told):
         """As `PatchingProcessor.is_set`."""
         return any(patch.holds() for patch in self._patches)
 
+    def original_of(self, attn: torch.nn.Module) -> Any:
+        """The processor that an attention module had before this one.
+
+        Raises:
+            RuntimeError: this one was made for another pipeline, so that nobody knows.
+        """
+        if (site := self._sites.get(attn)) is None:
+            raise RuntimeError(ELSEWHERE.format(kind=type(attn).__name__))
+        return site.original
+
     def record_masks(self, recorder: MaskRecorder | None) -> None:
         """From now on, hand the block lists of sparse calls to a recorder; None stops that."""
         self._attention.mask_recorder = recorder
@@ -154,10 +172,7 @@ class PSAProcessor(PatchingProcessor, Told):
             self.arrive_in_graph()
         site = site_of(attn) if compiling else self._sites.get(attn)
         if site is None:
-            raise RuntimeError(
-                f"PSAProcessor was made for another pipeline and does not know this {type(attn).__name__}; "
-                "make one with PSAProcessor(pipe, ...)"
-            )
+            raise RuntimeError(ELSEWHERE.format(kind=type(attn).__name__))
         if isinstance(site, LayerSite):
             attend = self._in_graph if compiling else self._eagerly
             if (attended := attend(attn, site, args, kwargs)) is not None:
@@ -171,6 +186,9 @@ class PSAProcessor(PatchingProcessor, Told):
         """Compute a layer's attention. If the module's own processor has to compute it, note that and return None."""
         if not site.patch.attached:
             self._arrive()
+            if not site.patch.attached and site.patch.rivals():
+                self._attention.note_dense(site.patch.forward, site.layer, RIVALS if site.may_be_sparse else None)
+                return None
         if site.skips_scores:
             return None
         forward, layer, attention = site.patch.forward, site.layer, self._attention
@@ -232,6 +250,8 @@ class PSAProcessor(PatchingProcessor, Told):
     def arrive_in_graph(self) -> bool:
         """Called while a block is traced: set the hooks before the graph is chosen, if no earlier call has done so."""
         self._arrive()
+        if any(not patch.attached and patch.holds() and patch.rivals() for patch in self._patches):
+            raise RuntimeError(RIVALS)
         return True
 
     def _arrive(self) -> None:
@@ -268,7 +288,7 @@ class PSAProcessor(PatchingProcessor, Told):
         for attn in attention_modules(transformer):
             original = own_processor(attn)
             if isinstance(original, PSAProcessor):
-                original = original._sites[attn].original
+                original = original.original_of(attn)
             if attn not in modules:
                 sites[attn] = Site(original, attn in readers)
                 continue

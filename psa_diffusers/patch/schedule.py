@@ -61,6 +61,9 @@ class Schedule:
         self._scheduler = getattr(pipe, "scheduler", None)
         self.told: torch.Tensor | None = None
         self._copied: tuple[torch.Tensor, _Expected] | None = None
+        # The first timestep that was not found where it was looked for: a loop has another at each step, and all of
+        # them are to give one warning.
+        self._strange: dict[str, str] = {}
 
     def patched_timesteps(self) -> torch.Tensor | None:
         """The timesteps of the patched pipeline's scheduler now."""
@@ -92,7 +95,8 @@ class Schedule:
         timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
         if self.told is not None:
-            return Position(self.told, _find(_Expected.of(self.told), given, "those that psa.run was told", step), 0)
+            expected = _Expected.of(self.told)
+            return Position(self.told, self._find(expected, given, "those that psa.run was told", step), 0)
         pipe = running_pipeline(transformer)
         if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
@@ -124,14 +128,26 @@ class Schedule:
             if given is not None and not (index < len(values) and expected.is_near(index, given)):
                 index = None  # or the run is stepped without its scheduler
         if index is None:
-            return Position(timesteps, _find(expected, given, name, first or 0), first)
+            return Position(timesteps, self._find(expected, given, name, first or 0), first)
         if not (first or 0) <= index < len(values):
             raise UnknownStepError(f"{UNKNOWN}the run over {name} has ended{TOLD}")
         if given is not None and not expected.is_near(index, given):
-            raise UnknownStepError(
-                f"{UNKNOWN}the model was given the timestep {given:g}, but {name} are at {values[index]:g}{TOLD}"
-            )
+            strange = self._strange.setdefault(f"where {name} are", f"{given:g} where {name} are at {values[index]:g}")
+            raise UnknownStepError(f"{UNKNOWN}the model is given other timesteps, such as {strange}{TOLD}")
         return Position(timesteps, index, first)
+
+    def _find(self, expected: _Expected, given: float | None, name: str, after: int) -> int:
+        """Place of the timestep nearest to the given one; if it comes several times, the first one from `after` on."""
+        if given is None:
+            raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
+        distances = [abs(value - given) for value in expected.values]
+        least = min(distances)
+        places = [place for place, distance in enumerate(distances) if distance == least]
+        index = next((place for place in places if place >= after), places[0])
+        if not expected.is_near(index, given):
+            strange = self._strange.setdefault(name, f"{given:g}")
+            raise UnknownStepError(f"{UNKNOWN}timesteps such as {strange} are none of {name}{TOLD}")
+        return index
 
     def _expected_of(self, scheduler: Any, timesteps: torch.Tensor) -> _Expected:
         """What a transformer is given in a run; copied once, because each copy waits for the device."""
@@ -164,19 +180,6 @@ def _runs(owner: Any, transformer: torch.nn.Module) -> bool:
     if isinstance(owner, torch.nn.Module) or _timesteps(getattr(owner, "scheduler", None)) is None:
         return False
     return any(unwrapped(getattr(owner, name, None)) is transformer for name in TRANSFORMERS)
-
-
-def _find(expected: _Expected, given: float | None, name: str, after: int) -> int:
-    """Place of the timestep nearest to the given one; if it comes several times, the first place from `after` on."""
-    if given is None:
-        raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
-    distances = [abs(value - given) for value in expected.values]
-    least = min(distances)
-    places = [place for place, distance in enumerate(distances) if distance == least]
-    index = next((place for place in places if place >= after), places[0])
-    if not expected.is_near(index, given):
-        raise UnknownStepError(f"{UNKNOWN}the timestep {given:g} is none of {name}{TOLD}")
-    return index
 
 
 class _Expected(NamedTuple):

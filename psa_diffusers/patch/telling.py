@@ -24,7 +24,7 @@ class Told:
         A pipeline's own run needs no telling, nor does a loop over the timesteps of the pipeline's scheduler.
 
         Example:
-            >>> with processor.run(timesteps):
+            >>> with torch.no_grad(), processor.run(timesteps):
             ...     for t in timesteps:
             ...         noise = transformer(latents, t.expand(1), text, return_dict=False)[0]
 

@@ -37,6 +37,7 @@ def mask_figure(mask: BlockMask, prompt: str) -> Figure:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     levels = mask.levels[0]
     rows, columns = levels.shape
@@ -53,6 +54,8 @@ def mask_figure(mask: BlockMask, prompt: str) -> Figure:
         aspect="auto",
         interpolation="antialiased" if shown is not levels else "nearest",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))  # blocks are counted, also where there are few
     frames, height, width = mask.grid
     spec = mask.spec
     axes.set_xlabel(f"key block ({spec.block_key} tokens each, {mask.order.order} order)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.errors import InputError
+from psa_diffusers.files import try_to_write
 from psa_diffusers.report.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_call import generate_video
@@ -39,7 +40,7 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
 
     Raises:
         InputError: the plan is dense or has several prompts, there is no such layer, head or step, the preset keeps it
-            dense, or the output file exists already. Nothing has run then.
+            dense, or the output file exists already or cannot be written. Nothing has run then.
         PSAFallbackError: attention would be dense there, for the reason that it says.
     """
     require_matplotlib()
@@ -73,7 +74,6 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
     mask = masks[0]
     if not len(mask.levels):
         raise InputError(f"--head {place.head}: {layer} has no such head; they count from 0")
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_mask_plot(output, mask, plan.prompts[0])
     return {
         "output": str(output),
@@ -98,6 +98,8 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError("--preset dense: dense attention has no block mask; give a sparse preset")
     if len(plan.prompts) != 1:
         raise InputError(f"{len(plan.prompts)} prompts given; give one")
+    if output.is_dir():
+        raise InputError(f"--output {output}: it is a folder; name the PNG to write")
     if output.exists() and not overwrite:
         raise InputError(f"--output {output}: is already there; choose another name or add --overwrite")
     per_expert, steps = plan.model.num_layers, plan.steps
@@ -122,4 +124,8 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         )
     if plan.preset.layer_specs(per_expert, plan.preset.step_rules_at(step, steps))[index % per_expert] is None:
         raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
+    try:
+        try_to_write(output.parent)
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written to ({error.strerror})") from error
     return plan.preset, index, step

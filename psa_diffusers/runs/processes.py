@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from psa_diffusers.errors import InputError
+from psa_diffusers.runs import stopping
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.generate import Interrupted, finish, run
@@ -19,6 +18,7 @@ from psa_diffusers.runs.plan import Plan
 from psa_diffusers.runs.rank import Place
 
 REFUSED = 2  # exit code of a process whose input is wrong
+SECONDS_TO_STOP = 10
 
 
 def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> None:
@@ -45,8 +45,9 @@ def check_devices(plan: Plan, processes: int, overwrite_alone: bool = False) -> 
 def work(plan: Plan, place: Place) -> None:
     """The work of one process: its part of the prompts. If the input is wrong, the parent tells the user."""
     try:
-        run(plan, place)
-    except Interrupted:
+        with stopping.listening(once=True):
+            run(plan, place)
+    except KeyboardInterrupt:
         sys.exit(130)
     except InputError as error:
         _folder(plan, place.launch).refusal(str(error))
@@ -88,17 +89,13 @@ def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[
     places = [Place(rank, ranks, rank, folder.launch, reports=False) for rank in range(ranks)]
     workers = [context.Process(target=target, args=(plan, place), daemon=True) for place in places]
     try:
-        with _ending_with_this_process(workers):
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-    except KeyboardInterrupt:
-        # Ctrl-C reaches all children; the next run cleans up after any that it did not.
         for worker in workers:
-            worker.join(timeout=10)
-            worker.terminate()
+            worker.start()
+        for worker in workers:
             worker.join()
+    except KeyboardInterrupt:
+        # Ctrl-C in a terminal reaches the children too; what stops this process alone does not.
+        _stop([worker for worker in workers if worker.pid is not None])
         raise Interrupted(finish(plan, folder, todo)) from None
     refusal = folder.refusal()
     if refusal is not None:
@@ -110,18 +107,11 @@ def _run_shared(plan: Plan, folder: RunFolder, processes: int, target: Callable[
     return finish(plan, folder, todo)
 
 
-@contextmanager
-def _ending_with_this_process(workers: list[Any]) -> Iterator[None]:
-    """Pass a request to terminate on to the workers."""
-
-    def terminate(number: int, frame: Any) -> None:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(workers: list[Any]) -> None:
+    """Ask processes to stop; kill those that do not. The next run cleans up after these."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(timeout=SECONDS_TO_STOP)
+        worker.kill()
+        worker.join()

@@ -15,17 +15,22 @@ _requested = threading.Event()
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[None]:
-    """Take SIGINT and SIGTERM as requests to stop inside this context; forget requests from before and after."""
+def listening(once: bool = False) -> Iterator[None]:
+    """Take SIGINT and SIGTERM as requests to stop inside this context; forget requests from before and after.
+
+    Args:
+        once: let no further request disturb the stop, for a process that Ctrl-C and its parent ask at the same time.
+    """
     _requested.clear()
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, _request) for number in (signal.SIGINT, signal.SIGTERM)}
+        handler = _request_once if once else _request
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not set by Python
+        for number, earlier in before.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)  # None: it was not set by Python
         _requested.clear()
 
 
@@ -49,3 +54,8 @@ def carried_out() -> Iterator[None]:
 def _request(number: int, frame: FrameType | None) -> None:
     _requested.set()
     raise KeyboardInterrupt
+
+
+def _request_once(number: int, frame: FrameType | None) -> None:
+    if not _requested.is_set():
+        _request(number, frame)

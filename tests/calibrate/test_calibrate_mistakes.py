@@ -24,6 +24,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["--density", "0.2", "-o", "mine.txt"], "--output mine.txt: must end in .yaml"),
         (["--density", "0.2", "-o", "dense.yaml"], "--output dense.yaml"),
         (["--density", "0.2", "-o", "taken.yaml"], "--output taken.yaml: is already there"),
+        (
+            ["--density", "0.2", "-o", "taken.yaml/a.yaml"],
+            "--output taken.yaml/a.yaml: cannot be written to (Not a dir",
+        ),
+        (
+            ["--density", "0.2", "-o", "folder.yaml", "--overwrite"],
+            "--output folder.yaml: it is a folder; name the YAML",
+        ),
         (["--density", "0.2", "--measured-steps", "0"], "--measured-steps 0"),
         (["--density", "0.2", "--batch", "0"], "--batch 0: must be 1 or more"),
         (["--density", "0.2", "--steps", "0"], "--steps 0: must be from 1 to 1000"),
@@ -32,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_bad_input_is_one_line_before_anything_runs(arguments, message, calibrate, forbid_runs):
     forbid_runs()
     Path("taken.yaml").write_text("# mine\n")
+    Path("folder.yaml").mkdir()
     code, _, said = calibrate(*arguments)
     assert code == 2
     assert said.splitlines()[-1].startswith("psa-calibrate: error: ") and message in said

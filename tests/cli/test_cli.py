@@ -272,6 +272,13 @@ def test_a_command_leaves_the_process_its_signal_handlers(monkeypatch):
     assert len(during) == 2 and not set(during) & set(before)
 
 
+def test_a_command_says_that_it_was_stopped(monkeypatch, capsys):
+    """psa-generate says more, below."""
+    monkeypatch.setattr("psa_diffusers.report.compare.compare_files", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert run_command("psa-compare", compare_app, ["a.mp4", "b.mp4"]) == 130
+    assert capsys.readouterr().err == "psa-compare: error: interrupted\n"
+
+
 def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_path, monkeypatch, capsys):
     """An exception that a signal's handler raises inside a callback is ignored by Python."""
     load = generate.load_pipeline
@@ -290,7 +297,8 @@ def test_a_stop_that_was_swallowed_is_carried_out_at_the_next_step(model, tmp_pa
 
     monkeypatch.setattr(generate, "load_pipeline", load_and_signal)
     code = psa_generate("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat")
-    assert code == 130 and "interrupted, 1 of 1 prompts missing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert code == 130 and "interrupted, 1 of 1 prompts missing" in said and "error" not in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
 
 

@@ -343,6 +343,12 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("spec", ["psa-3", None, {"levels": (1,)}])
+def test_what_is_no_spec_is_refused_by_name(spec):
+    with pytest.raises(TypeError, match=f"spec: expected an AttentionSpec, got {type(spec).__name__}"):
+        psa_attention(*inputs(64), spec)
+
+
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_bad_calls_name_the_thing_its_value_and_what_is_allowed(name):
     change, options, message = BAD_CALLS[name]

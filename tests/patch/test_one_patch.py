@@ -12,8 +12,8 @@ import weakref
 import pytest
 import torch
 
-from psa_diffusers import PSAProcessor, apply_psa
-from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_diffusers import PSAProcessor, apply_psa, disable_psa
+from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.sites import ATTRIBUTE
 from psa_testing.tiny_families import CASES, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
@@ -88,6 +88,31 @@ def test_the_one_that_was_replaced_is_out_of_it():
     pipe.transformer.set_attn_processor(first)  # it may come back
     run(pipe)
     assert first.stats().run == 2 and first.stats().dense_steps == 1
+
+
+def test_one_for_each_layer_is_told_what_is_wrong():
+    """As scripts for other processors do it: `{name: Processor() for name in transformer.attn_processors}`."""
+    pipe = tiny_wan(num_layers=2)
+    stock = run(pipe)
+
+    def several(**settings):
+        own = dict(pipe.transformer.attn_processors)
+        layers = [name for name in own if ".attn1." in name]
+        pipe.transformer.set_attn_processor(own | {name: PSAProcessor(pipe, preset(), **settings) for name in layers})
+
+    several()
+    with pytest.warns(PSAFallbackWarning, match="several PSAProcessors, but one serves all layers; set the same one"):
+        assert torch.equal(run(pipe), stock)
+    disable_psa(pipe)
+    several(strict=True)
+    with pytest.raises(PSAFallbackError, match="several PSAProcessors"):
+        run(pipe)
+    disable_psa(pipe)
+    several()
+    for block in pipe.transformer.blocks:
+        block.compile(backend="eager")
+    with pytest.raises(RuntimeError, match="several PSAProcessors"):
+        run(pipe)
 
 
 def test_a_replaced_patch_is_not_kept_alive():

@@ -69,3 +69,16 @@ def test_what_is_not_patched_says_so():
     for ask in (psa_stats, disable_psa):
         with pytest.raises(UnsupportedModelError, match="WanTransformer3DModel has no transformer"):
             ask(pipe.transformer)
+
+
+def test_a_patch_of_another_pipeline_is_neither_asked_nor_left_on_in_silence():
+    pipe, other = tiny_wan(num_layers=2), tiny_wan(num_layers=2)
+    before = processors(pipe)
+    pipe.transformer.set_attn_processor(PSAProcessor(other, preset()))
+    for ask in (psa_stats, disable_psa, lambda pipe: PSAProcessor(pipe, preset())):
+        with pytest.raises(RuntimeError, match=r"made for another pipeline .* set the model's own processor"):
+            ask(pipe)
+    pipe.transformer.set_attn_processor(type(before[0])())
+    with apply_psa(pipe, preset()) as psa:
+        run(pipe)
+        assert psa.stats().density_sparse < 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -215,6 +216,42 @@ def test_a_loop_by_hand_over_another_s_timesteps_is_told_or_tells(after_a_run):
         for nothing in ([], [[1.0]], ["a"], [float("nan")], 3.0):
             with pytest.raises(ValueError, match=r"timesteps=.*: expected the timesteps of all denoising steps"):
                 psa.run(nothing).__enter__()
+
+
+def test_the_loop_of_the_docs_is_sparse_as_it_stands():
+    docs = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    (snippet,) = (part.split("```")[0] for part in docs.split("```python\n") if "psa.run(timesteps)" in part)
+    pipe = tiny_wan(num_layers=2)
+    timesteps = torch.tensor([900.0, 600.0, 400.0, 100.0])
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt("a", "b", max_sequence_length=16)
+    with apply_psa(pipe, preset()) as psa:
+        exec(snippet, {"latents": torch.randn(1, 16, 3, 16, 16), **locals(), "torch": torch})
+        assert psa.stats().fallbacks == {} and psa.stats().density_sparse < 0.5
+
+
+@torch.no_grad()
+def test_a_loop_over_strange_timesteps_gives_one_warning():
+    """Not one for each timestep, of which a run may have fifty."""
+    pipe = tiny_wan(num_layers=2)
+    pipe.scheduler.set_timesteps(4)
+    with apply_psa(pipe, preset()) as psa:
+        with pytest.warns(PSAFallbackWarning, match=r"timesteps such as 700 are none of the 4 timesteps of") as told:
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == len(psa.stats().fallbacks) == 1
+        with (
+            psa.run([900, 500]),
+            pytest.warns(PSAFallbackWarning, match="such as 700 are none of those that psa") as told,
+        ):
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == 1
+        pipe.scheduler.set_timesteps(4)
+        pipe.scheduler._step_index = 1  # stepped, but the model is given something else
+        with pytest.warns(
+            PSAFallbackWarning, match="other timesteps, such as 700 where the 4 timesteps of .* at "
+        ) as told:
+            loop(pipe, torch.tensor([700.0, 300.0, 100.0]))
+        assert len(told) == 1
 
 
 @torch.no_grad()

@@ -77,6 +77,7 @@ def test_colours_stand_where_their_blocks_are():
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3] / 255
     axes = figure.axes[0]
+    assert all(float(tick).is_integer() for tick in (*axes.get_xticks(), *axes.get_yticks()))
     for row in range(2):
         for column in range(4):
             x, y = axes.transData.transform((column, row))
@@ -133,6 +134,25 @@ def test_bad_input_is_one_line(arguments, message, model, tmp_path, capsys, monk
     assert "psa-inspect: error: " + message.format(model=model / "wan") in error
     assert "Traceback" not in error
     assert not (tmp_path / "mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file/mask.png", "--output file/mask.png: cannot be written to (Not a directory)"),
+        ("file/sub/mask.png", "--output file/sub/mask.png: cannot be written to (Not a directory)"),
+        ("folder.png", "--output folder.png: it is a folder; name the PNG to write"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_the_run(
+    output, message, model, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("psa_diffusers.runs.inspection.load_pipeline", None)
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    assert inspect(model, "--overwrite", "a cat", output=output) == 2
+    assert capsys.readouterr().err == f"psa-inspect: error: {message}\n"
 
 
 def test_a_file_is_not_overwritten_unless_asked(model, tmp_path, capsys, monkeypatch):

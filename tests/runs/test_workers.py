@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs import generate
+from psa_diffusers.runs import generate, stopping
 from psa_diffusers.runs import processes as workers
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.plan import make_plan
@@ -83,6 +83,22 @@ def late_work(plan, place: Place) -> None:
     workers.work(plan, place)
 
 
+def endless_work(plan, place: Place) -> None:
+    """As `workers.work`, but every prompt but the first takes until somebody stops it."""
+    original = generate.generate_video
+
+    def generate_video(pipe, plan, prompt, *rest):
+        if prompt == PROMPTS[0]:
+            return original(pipe, plan, prompt, *rest)
+        wait_for_the_first(plan)
+        log_of(plan).with_name(f"begun-{place.rank}").touch()
+        time.sleep(60)
+        raise AssertionError("nobody stopped it")
+
+    generate.generate_video = generate_video
+    workers.work(plan, place)
+
+
 def folders(plan) -> list[str]:
     return sorted(path.name for path in plan.output.iterdir() if path.is_dir())
 
@@ -104,6 +120,26 @@ def test_a_process_that_dies_loses_its_prompt_and_a_rerun_makes_it(plan, forked,
     generate.run(alone)
     for name in folders(plan):
         assert (plan.output / name / "dense.mp4").read_bytes() == (alone.output / name / "dense.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopping_the_parent_stops_all_and_leaves_nothing_half_made(plan, forked, number):
+    """Only the parent gets the signal, as from a job scheduler: its processes clean up before it ends."""
+
+    def stop():
+        end = time.monotonic() + 60
+        while len(list(plan.output.parent.glob("begun-*"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    with stopping.listening(), pytest.raises(generate.Interrupted) as stopped:
+        thread.start()
+        run_shared(plan, 2, endless_work)
+    thread.join()
+    summary = stopped.value.summary
+    assert (summary["made"], summary["missing"]) == (1, 4) and Path(summary["report"]).is_file()
+    assert sorted(path.name for path in plan.output.iterdir()) == ["0000-a-cat", "report.html", "run.json"]
 
 
 def test_overwrite_replaces_an_older_run_once(plan, forked):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,6 @@ def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
     assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
 
 
-def test_a_device_that_is_not_there(understand):
-    code, lines, error = understand("--device", "gpu")
-    assert code == 2 and not lines and error.count("\n") == 1
-    assert error.startswith("psa-understand: error: device gpu: cannot be used: Expected one of cpu, cuda")
-
-
 def test_a_processor_that_takes_no_videos(understand, monkeypatch):
     def of_images(self, text, images=None, return_tensors=None):
         pass
@@ -99,6 +94,31 @@ def test_a_processor_that_takes_no_videos(understand, monkeypatch):
     (line,) = [line for line in error.splitlines() if line.startswith("psa-understand")]  # after a bar of progress
     assert code == 2 and not lines and error.endswith(f"{line}\n")
     assert line.startswith("psa-understand: error: ToyProcessor: makes no prompt of a video: ") and "videos" in line
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "device gpu: not a device for this; allowed: auto, cpu, cuda or cuda:N"),
+        ("mps", "device mps: not a device for this"),
+        ("cuda:9", "device cuda:9: this machine has 0 CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(understand, monkeypatch, device, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psa_transformers.ask.AutoModelForImageTextToText", None)
+    code, lines, error = understand("--device", device)
+    assert (code, lines) == (2, []) and error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
+
+
+def test_it_says_that_it_was_interrupted(understand, monkeypatch):
+    monkeypatch.setattr("psa_transformers.ask.read_frames", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert understand() == (130, [], "psa-understand: error: interrupted\n")
+
+
+def test_it_shows_its_version(capsys):
+    assert run(["--version"]) == 0
+    assert re.match(r"psa-diffusers \S+, python 3\.\d+\.\d+, torch ", capsys.readouterr().out)
 
 
 def test_an_option_that_is_not_there(understand):
