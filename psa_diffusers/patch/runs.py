@@ -22,6 +22,10 @@ MISSED = (
     "the pipeline has begun a run of {steps} steps since with another transformer, which is not patched; patch the "
     "pipeline again"
 )
+MISSED_STEPS = (
+    "pipe.{name} is not the transformer that was patched, so that the steps without figures were its own, dense; patch "
+    "the pipeline again"
+)
 ALL_DENSE = "attention is dense: a run of length {steps} has no sparse step with the preset {why}"
 
 
@@ -123,8 +127,14 @@ class Runs:
         self._count_strays()
         missed = self._schedule.missed_since(self._run.pipe_timesteps, patched)
         if missed is None:
-            return summed_up(self._run, self._layers, self._stray_reasons)
+            return summed_up(self._run, self._layers, self._stray_reasons, self._why_steps_are_missing(patched))
         return summed_up(Run(self._run.number, missed), self._layers, Counter(), MISSED.format(steps=missed))
+
+    def _why_steps_are_missing(self, patched: Mapping[str, Any]) -> str | None:
+        """Why there are steps that no patched transformer computed, if that can be known."""
+        if len({note.step for notes in self._run.notes for note in notes}) >= self._run.steps:
+            return None
+        return next((MISSED_STEPS.format(name=name) for name in self._schedule.replaced(patched)), None)
 
     def _begin(self, timesteps: torch.Tensor, first: int) -> Run:
         steps = len(timesteps) - first

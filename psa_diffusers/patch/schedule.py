@@ -79,8 +79,16 @@ class Schedule:
         pipe, now = self._pipe(), self.patched_timesteps()
         if pipe is None or now is None or now is timesteps:
             return None
-        replaced = any(unwrapped(getattr(pipe, name, None)) is not module for name, module in patched.items())
-        return len(now) if replaced else None
+        return len(now) if self.replaced(patched) else None
+
+    def replaced(self, patched: Mapping[str, Any]) -> list[str]:
+        """The names of the patched transformers in whose place the pipeline has another one now.
+
+        Args:
+            patched: the transformers by name.
+        """
+        now = {name: unwrapped(getattr(self._pipe(), name, None)) for name in patched}
+        return [name for name, module in patched.items() if now[name] is not None and now[name] is not module]
 
     def position(self, transformer: torch.nn.Module, timestep: Any, step: int) -> Position:
         """The position of a forward.

@@ -40,7 +40,8 @@ class RunStats:
         not_finite: for each layer whose sparse output held NaN or infinite values, the steps where it did, counted from
             0. There it was computed again, dense.
         model_not_finite: one line on what was not finite with dense attention either; None if nothing was.
-        missed: why there are no figures, if the pipeline's last run did not go through the patch; None if it did.
+        missed: why there are no figures, if the pipeline's last run, or some of its steps, did not go through the
+            patch; None if they did.
     """
 
     run: int = field(default=0, compare=False)

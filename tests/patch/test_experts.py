@@ -53,6 +53,21 @@ def test_an_expert_that_was_left_out_is_named(patched, left_out):
         run(pipe, num_inference_steps=6)
 
 
+def test_an_expert_that_was_replaced_is_named():
+    pipe = tiny_wan(two_stage=True)
+    with apply_psa(pipe, preset(dense_steps=0.0)) as psa:
+        run(pipe, num_inference_steps=6)
+        patched, pipe.transformer_2 = pipe.transformer_2, tiny_wan(two_stage=True).transformer_2
+        assert psa.stats().missed is None  # it was there in this run
+        run(pipe, num_inference_steps=6)
+        stats = psa.stats()
+        assert "pipe.transformer_2 is not the transformer that was patched" in stats.missed
+        assert {None} == {value for row in stats.density for value in row[4:]} and stats.density_sparse < 0.6
+        pipe.transformer_2 = patched
+        run(pipe, num_inference_steps=6)
+        assert psa.stats().missed is None
+
+
 def test_a_density_is_that_of_both_experts_presets():
     pipe = tiny_wan(two_stage=True)
     second = load_preset("psa-3").replace(block={"query": 32, "key": 16}, min_tokens=0)
