@@ -23,6 +23,7 @@ PHASES = {
     "report": "report",
     "other": "other",
 }
+NOTICEABLE = 0.05  # seconds, which one digit shows as more than nothing
 
 
 class Phases:
@@ -77,7 +78,7 @@ def first_call(steps: Sequence[float]) -> float:
 
 def as_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
     """A row for each phase that took a noticeable time, and one for the total."""
-    shown = [(words, seconds[name]) for name, words in PHASES.items() if seconds.get(name, 0.0) >= 0.05]
+    shown = [(words, seconds[name]) for name, words in PHASES.items() if seconds.get(name, 0.0) >= NOTICEABLE]
     return [(words, f"{took:.1f} s") for words, took in [*shown, ("in all", seconds["total"])]]
 
 

@@ -62,7 +62,8 @@ def test_the_folder_is_where_triton_keeps_its_kernels(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
 
 
-def test_a_run_tells_them_in_json_terminal_and_report(ask, saved, tmp_path, capsys):
+def test_a_run_tells_them_in_json_terminal_and_report(ask, saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("psa_diffusers.runs.phases.NOTICEABLE", 0.0)  # a machine may be fast
     summary = carry_out(ask("a cat", compare=True))
     seconds = summary["seconds"]
     assert list(seconds) == [*PHASES, "total"]
@@ -72,7 +73,7 @@ def test_a_run_tells_them_in_json_terminal_and_report(ask, saved, tmp_path, caps
     page = (tmp_path / "out" / "report.html").read_text()
     table = page[page.index("Where the seconds went") :]
     rows = re.findall(r"<th scope=\"row\">([^<]+)</th><td>([0-9.]+) s</td>", table[: table.index("</table>")])
-    assert rows[-1][0] == "in all" and {"loading the model", "decoding"} <= {name for name, _ in rows}
+    assert [name for name, _ in rows] == [*PHASES.values(), "in all"]
     # Continued with nothing left to make, neither the line nor the table claims anything.
     arguments = ["--model", str(saved / "wan"), "--preset", str(saved / "small.yaml"), "--steps", "2", "--frames", "5"]
     arguments += ["--height", "64", "--width", "64", "--output", str(tmp_path / "other"), "a cat"]
