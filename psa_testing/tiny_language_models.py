@@ -227,3 +227,17 @@ def tiny(family: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(0)
     model, given = FAMILIES[family]() if family in FAMILIES else text_model(family, **changes)
     return model.eval(), given
+
+
+def forward(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    """The logits of a forward without gradients."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(**given).logits
+    return logits
+
+
+def registered() -> tuple[set[str], set[str]]:
+    """The names of all attention functions, and of all that make masks, which transformers knows now."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    return set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())

@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from psa_kernels import AttentionSpec
 from psa_presets import Preset, PresetError, load_preset
-from psa_testing.tiny_language_models import tiny
+from psa_testing.tiny_language_models import forward, registered, tiny
 from psa_transformers import PSAFallbackError, apply_psa
 from psa_transformers.settings import causal_specs
 
@@ -25,15 +25,6 @@ SPARSE = Preset(name="small", block=BLOCKS, rule="budget", density=0.3)
 SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def forward(model, given) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**given).logits
-
-
-def registered() -> tuple[set[str], set[str]]:
-    return set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())
 
 
 def hooks(model) -> int:

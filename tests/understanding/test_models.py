@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     GPT2Config,
     GPT2Model,
     MambaConfig,
@@ -15,21 +13,12 @@ from transformers import (
 )
 
 from psa_presets import Preset
-from psa_testing.tiny_language_models import tiny
+from psa_testing.tiny_language_models import forward, registered, tiny
 from psa_transformers import apply_psa
 
 SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def forward(model, given) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**given).logits
-
-
-def registered() -> tuple[set[str], set[str]]:
-    return set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())
 
 
 def test_an_indexer_that_looks_for_names():

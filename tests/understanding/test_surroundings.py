@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from psa_kernels import psa_attention
 from psa_presets import Preset
-from psa_testing.tiny_language_models import tiny, words
+from psa_testing.tiny_language_models import forward, tiny, words
 from psa_transformers import PSAFallbackWarning, apply_psa
 
 FULL = Preset(block={"query": 32, "key": 16}, levels=[1], thresholds=[1.0])
@@ -21,11 +21,6 @@ SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
 SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def forward(model, given) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**given).logits
 
 
 @pytest.mark.parametrize("family", ["llama", "llava_next_video"])
