@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from psa_diffusers.errors import InputError
+
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 PROMPT_FILE = "report.json"
@@ -27,18 +29,21 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def try_to_write(folder: Path) -> None:
-    """Make a folder if there is none, and see whether a file can be written there.
+def check_output(output: Path, folder: Path) -> None:
+    """Make the folder of `--output` if there is none, and see whether a file can be written there.
 
     Raises:
-        OSError: it cannot; `strerror` says why.
+        InputError: it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {output}: cannot be written to ({error.strerror})") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -126,8 +126,8 @@ def _checked(device: str) -> str:
     try:
         kind = torch.device(device)
     except RuntimeError:
-        kind = torch.device("meta")
-    if kind.type not in ("cpu", "cuda"):
+        kind = None
+    if kind is None or kind.type not in ("cpu", "cuda"):
         raise QuestionError(f"device {device}: not a device for this; allowed: auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind.type == "cuda" and (kind.index or 0) >= count:

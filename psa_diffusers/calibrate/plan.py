@@ -10,7 +10,7 @@ from psa_diffusers.calibrate.intervals import FEWEST
 from psa_diffusers.calibrate.result import is_own
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import try_to_write
+from psa_diffusers.files import check_output
 from psa_diffusers.runs.plan import Plan
 from psa_presets import Preset, PresetError
 
@@ -125,7 +125,4 @@ def check(calibration: Calibration) -> None:
     both = sorted(set(plan.prompts) & set(calibration.held_out))
     if both:
         raise InputError(f"--verify: the prompt {both[0]!r} is also measured on; verify on others")
-    try:
-        try_to_write(calibration.output.parent)
-    except OSError as error:
-        raise InputError(f"--output {calibration.output}: cannot be written to ({error.strerror})") from error
+    check_output(calibration.output, calibration.output.parent)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, try_to_write, write_json
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, check_output, write_json
 from psa_diffusers.runs.prompts import slug
 from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
 
@@ -70,10 +70,7 @@ class RunFolder:
                     raise InputError(
                         f"--output {self.path}: {taken[0]} is already there; choose another folder or add --overwrite"
                     )
-        try:
-            try_to_write(self.path)
-        except OSError as error:
-            raise InputError(f"--output {self.path}: cannot be written to ({error.strerror})") from error
+        check_output(self.path, self.path)
 
     def begin(self) -> None:
         """Mark the folder as this run's; with --overwrite, remove what an earlier run of this tool left there."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import try_to_write
+from psa_diffusers.files import check_output
 from psa_diffusers.report.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_call import generate_video
@@ -124,8 +124,5 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         )
     if plan.preset.layer_specs(per_expert, plan.preset.step_rules_at(step, steps))[index % per_expert] is None:
         raise InputError(f"--layer {index}: {plan.preset.name} keeps this layer dense")
-    try:
-        try_to_write(output.parent)
-    except OSError as error:
-        raise InputError(f"--output {output}: cannot be written to ({error.strerror})") from error
+    check_output(output, output.parent)
     return plan.preset, index, step
