@@ -15,7 +15,7 @@ from diffusers import ContextParallelConfig
 
 from psa_diffusers.families import find_family
 from psa_diffusers.patch.attend import TokenAttention
-from psa_diffusers.patch.context_parallel import context_parallel_plan
+from psa_diffusers.patch.context_parallel import Ulysses, context_parallel_plan
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.processor import PSAProcessor
@@ -135,6 +135,47 @@ def compiled_blocks(ranks: int, name: str) -> None:
     assert_equal_to_rounding(case.run(pipe), eager)
     assert processor.stats() == stats
     assert stats.density_sparse is not None and stats.density_sparse < 0.5
+
+
+def parts_travel_early(ranks: int) -> None:
+    """Queries are on their way before keys are projected, and those before values; in a graph too."""
+    pipe, events, hooks = tiny_wan(), [], []
+    for block in pipe.transformer.blocks:
+        for name in ("to_v", "to_k", "to_q"):
+            layer: Any = getattr(block.attn1, name)
+            hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: events.append(name)))
+    shared: Any = Ulysses
+    begin = shared.begin_gathering
+
+    def noted(self: Ulysses, x: torch.Tensor, before: int, after: int) -> Any:
+        events.append("sent")
+        return begin(self, x, before, after)
+
+    enable(pipe, ulysses_degree=ranks)
+    patch(pipe, preset(dense_steps=0.0), strict=True)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(shared, "begin_gathering", noted)
+        MODELS["wan"].run(pipe, num_inference_steps=1)
+    layers, branches = len(pipe.transformer.blocks), 2
+    assert events == ["to_q", "sent", "to_k", "sent", "to_v", "sent"] * layers * branches
+    for hook in hooks:
+        hook.remove()
+    graphs: list[list[str]] = []
+
+    def written(module: torch.fx.GraphModule, _: Any) -> Any:
+        names = {"linear": "projected", "begin_exchange.default": "sent"}
+        called = [names.get(str(getattr(node.target, "__name__", node.target))) for node in module.graph.nodes]
+        graphs.append([name for name in called if name])
+        return module
+
+    for block in pipe.transformer.blocks:
+        block.compile(backend=written)
+    MODELS["wan"].run(pipe, num_inference_steps=1)
+    found = [graph for graph in graphs if "sent" in graph]
+    assert found
+    for graph in found:
+        first = graph.index("sent") - 1
+        assert graph[first : first + 6] == ["projected", "sent"] * 3
 
 
 def dense_by_the_operator(ranks: int, name: str) -> None:

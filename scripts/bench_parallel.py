@@ -131,8 +131,7 @@ def run(
     with torch.no_grad(), prefer_cudnn() if preset.is_all_dense else nullcontext():
         dist.barrier()
         ms, peak, _ = clock(forward, repeats, machine)
-        busy, collectives = profiled(forward, machine)
-        result = forward()
+        result, busy, collectives = profiled(forward, machine)
     stats = processor.stats()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the shared model needs a processor: it gets the next one
@@ -149,19 +148,19 @@ def run(
     return result, figures
 
 
-def profiled(forward: Callable[[], torch.Tensor], machine: Machine) -> tuple[float, float]:
-    """Milliseconds of one forward, and of the collectives in it, waiting included, on this rank."""
+def profiled(forward: Callable[[], torch.Tensor], machine: Machine) -> tuple[torch.Tensor, float, float]:
+    """The result of one forward; milliseconds of it and of the collectives in it, waiting included, on this rank."""
     activities = [ProfilerActivity.CPU] if machine.tiny else [ProfilerActivity.CUDA]
     dist.barrier()
     with profile(activities=activities) as trace:
         begin = time.perf_counter()
-        forward()
+        result = forward()
         if not machine.tiny:
             torch.cuda.synchronize()
         busy = (time.perf_counter() - begin) * 1000
     found = [event for event in trace.key_averages() if event.key.startswith(COLLECTIVES)]
     times = (event.cpu_time_total if machine.tiny else event.device_time_total for event in found)
-    return busy, sum(times) / 1000
+    return result, busy, sum(times) / 1000
 
 
 def gather(value: float) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,13 +44,14 @@ def row_of(tokens: int, heads: int, head_dim: int) -> dict[str, Any]:
     angles = torch.rand(1, tokens, 1, head_dim // 2, device="cuda").repeat_interleave(2, -1)
     tables = angles.cos(), angles.sin()
 
-    def turn() -> Rotation:
-        return Rotation(lambda cos, sin: (cos[..., 0::2], sin[..., 1::2]))
+    def turn() -> Callable[[], tuple[torch.Tensor, ...]]:
+        rotate = Rotation(lambda cos, sin: (cos[..., 0::2], sin[..., 1::2]))
+        return lambda: tuple(rotate(tables, x) for x in (query, key))
 
     by_kernel, by_products = turn(), turn()
-    ms = do_bench(lambda: by_kernel(tables, query, key))
+    ms = do_bench(by_kernel)
     with mock.patch.object(portable, "has_kernels", lambda device: False):
-        complex_ms = do_bench(lambda: by_products(tables, query, key))
+        complex_ms = do_bench(by_products)
     moved = 2 * 2 * query.numel() * query.element_size()
     row = {"tokens": tokens, "heads": heads, "head_dim": head_dim, "ms": round(ms, 3)}
     row |= {"tb_per_s": round(moved / ms / 1e9, 2), "complex_ms": round(complex_ms, 3)}

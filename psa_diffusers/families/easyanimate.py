@@ -49,7 +49,7 @@ class EasyAnimate(ModelFamily):
         text = call.encoder_hidden_states
         assert text is not None, "its attention is always joint"
         query, key, value = _project(attn, call.hidden_states)
-        query, key = rotate_tokens(call.rotary_emb, query, key)
+        query, key = (rotate_tokens(call.rotary_emb, x) for x in (query, key))
         # Blocks after the first `mmdit_layers` have one set of projections for both.
         of_text = project_added(attn, text) if attn.add_q_proj is not None else _project(attn, text)
         return join(of_text, (query, key, value))

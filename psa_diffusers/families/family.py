@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,9 +13,15 @@ from psa_diffusers.diffusers_internals import own_plan
 if TYPE_CHECKING:
     import torch
 
+    Ready = Callable[[str, torch.Tensor], None]
+
 
 class DenseOnlyError(Exception):
     """This call of a layer cannot be sparse; the message says why. The processor catches it and runs it dense."""
+
+
+def unheard(part: str, x: torch.Tensor) -> None:
+    """Where nobody waits for a part of a projection."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class AttentionCall:
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
         more: whatever else a family reads.
+        ready: called with "queries", "keys" and "values", in this order, and with each as soon as `project` has it:
+            ranks send it while the next is computed. Only families with a plan for context parallelism call it.
     """
 
     hidden_states: torch.Tensor
@@ -35,6 +43,7 @@ class AttentionCall:
     attention_mask: torch.Tensor | None = None
     rotary_emb: Any = None
     more: Any = None
+    ready: Ready = unheard
 
     @property
     def text_tokens(self) -> int:

@@ -11,8 +11,8 @@ from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.families.parts import (
     concatenate,
-    join,
     normalise,
+    one_by_one,
     project_added,
     project_out,
     split_heads,
@@ -50,13 +50,22 @@ class HunyuanVideo(ModelFamily):
         video, text = call.hidden_states, call.encoder_hidden_states
         # A single-stream block projects text with the video, but does not rotate it.
         x = video if text is None or attn.add_q_proj is not None else concatenate(video, text)
-        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
-        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        if x is not video:
-            query, key = rotate_tokens(call.rotary_emb, query, key, after=call.text_tokens)
-            return query, key, value
-        query, key = rotate_tokens(call.rotary_emb, query, key)
-        return (query, key, value) if text is None else join((query, key, value), project_added(attn, text))
+        single = x is not video
+        of_text = None if single or text is None else project_added(attn, text)
+
+        def joined(x: torch.Tensor, part: int) -> torch.Tensor:
+            return x if of_text is None else concatenate(x, of_text[part])
+
+        def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
+            x = normalise(norm, split_heads(attn, x)[0])
+            return rotate_tokens(call.rotary_emb, x, after=call.text_tokens if single else 0)
+
+        return one_by_one(
+            call,
+            lambda: joined(placed(attn.to_q(x), attn.norm_q), 0),
+            lambda: joined(placed(attn.to_k(x), attn.norm_k), 1),
+            lambda: joined(split_heads(attn, attn.to_v(x))[0], 2),
+        )
 
     @staticmethod
     def output(

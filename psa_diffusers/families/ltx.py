@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, project_out, split_heads
+from psa_diffusers.families.parts import ReadOnce, first_attentions, last_grid, one_by_one, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
 from psa_diffusers.families.rotation import Rotation, every_other
 
@@ -46,11 +46,16 @@ class LTXVideo(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
-        if call.rotary_emb is not None:
-            query, key = _rotate(call.rotary_emb, query, key)
-        query, key, value = split_heads(attn, query, key, value)
-        return query, key, value
+
+        def placed(x: torch.Tensor) -> torch.Tensor:
+            return split_heads(attn, x if call.rotary_emb is None else _rotate(call.rotary_emb, x))[0]
+
+        return one_by_one(
+            call,
+            lambda: placed(attn.norm_q(attn.to_q(x))),
+            lambda: placed(attn.norm_k(attn.to_k(x))),
+            lambda: split_heads(attn, attn.to_v(x))[0],
+        )
 
     @staticmethod
     def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:

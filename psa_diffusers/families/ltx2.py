@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard, Part
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.families.parts import first_attentions, project_out, rotate_halves, split_heads
+from psa_diffusers.families.parts import first_attentions, one_by_one, project_out, rotate_halves, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 from psa_diffusers.families.rotation import Rotation, every_other
 
@@ -88,11 +88,17 @@ class LTX2(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
-        if call.rotary_emb is not None:
-            query, key = (_rotate(attn, *pair) for pair in zip((query, key), call.rotary_emb, strict=True))
-        query, key, value = split_heads(attn, query, key, value)
-        return query, key, value
+        of_queries, of_keys = call.rotary_emb or (None, None)
+
+        def placed(x: torch.Tensor, tables: Tables | None) -> torch.Tensor:
+            return split_heads(attn, x if tables is None else _rotate(attn, x, tables))[0]
+
+        return one_by_one(
+            call,
+            lambda: placed(attn.norm_q(attn.to_q(x)), of_queries),
+            lambda: placed(attn.norm_k(attn.to_k(x)), of_keys),
+            lambda: split_heads(attn, attn.to_v(x))[0],
+        )
 
     @staticmethod
     def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
@@ -134,7 +140,7 @@ def _rotate(attn: Any, x: torch.Tensor, tables: Tables) -> torch.Tensor:
     `[B, H, N, D / 2]`, turn the first half of a head's channels with its second half. Positions run through all heads.
     """
     if attn.rope_type == "interleaved":
-        return _rotate_neighbours(tables, x)[0]
+        return _rotate_neighbours(tables, x)
     cos, sin = (table.transpose(1, 2) for table in tables)
     return rotate_halves(x.unflatten(-1, (attn.heads, -1)), cos, sin).flatten(-2)
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import ReadOnce, last_grid, normalise, project_out, split_heads
+from psa_diffusers.families.parts import (
+    ReadOnce,
+    last_grid,
+    linears,
+    normalise,
+    one_by_one,
+    project_out,
+    split_heads,
+)
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
 
 if TYPE_CHECKING:
@@ -52,17 +60,19 @@ class MiniMaxH3(ModelFamily):
 
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = call.hidden_states
         # Its stock processor, too, reads the copy that fusing makes.
-        if attn.fused_projections:
-            projected = attn.to_qkv(x).chunk(3, dim=-1)
-        else:
-            projected = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        query, key, value = split_heads(attn, *projected)
-        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        if call.rotary_emb is not None:
-            query, key = _rotate(query, call.rotary_emb), _rotate(key, call.rotary_emb)
-        return query, key, value
+        query, key, value = linears(attn, call.hidden_states)
+
+        def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
+            x = normalise(norm, split_heads(attn, x)[0])
+            return x if call.rotary_emb is None else _rotate(x, call.rotary_emb)
+
+        return one_by_one(
+            call,
+            lambda: placed(query(), attn.norm_q),
+            lambda: placed(key(), attn.norm_k),
+            lambda: split_heads(attn, value())[0],
+        )
 
     @staticmethod
     def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:

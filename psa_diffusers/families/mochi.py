@@ -9,9 +9,10 @@ from psa_diffusers.diffusers_internals import gather, split
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import (
+    concatenate,
     first_attentions,
-    join,
     normalise,
+    one_by_one,
     project_added,
     project_out,
     split_heads,
@@ -47,12 +48,19 @@ class Mochi(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
-        query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
-        if call.rotary_emb is not None:
-            query, key = _rotate(call.rotary_emb, query, key)
         assert call.encoder_hidden_states is not None, "its attention is always joint"
-        return join((query, key, value), project_added(attn, call.encoder_hidden_states))
+        of_queries, of_keys, of_values = project_added(attn, call.encoder_hidden_states)
+
+        def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
+            x = normalise(norm, split_heads(attn, x)[0])
+            return x if call.rotary_emb is None else _rotate(call.rotary_emb, x)
+
+        return one_by_one(
+            call,
+            lambda: concatenate(placed(attn.to_q(x), attn.norm_q), of_queries),
+            lambda: concatenate(placed(attn.to_k(x), attn.norm_k), of_keys),
+            lambda: concatenate(split_heads(attn, attn.to_v(x))[0], of_values),
+        )
 
     @staticmethod
     def output(

@@ -80,7 +80,7 @@ class MotifVideo(HunyuanVideo):
         query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         query, key = normalise(attn.norm_q, query), normalise(attn.norm_k, key)
         # The first of two videos has positions, and the other has none.
-        query, key = rotate_tokens(call.rotary_emb, query, key, after=x.shape[1] // 2)
+        query, key = (rotate_tokens(call.rotary_emb, part, after=x.shape[1] // 2) for part in (query, key))
         return query, key, value
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
@@ -20,6 +21,36 @@ Found = TypeVar("Found")
 def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
     """The `attn1` of each of a model's `transformer_blocks`, by name."""
     return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
+
+
+def linears(attn: Any, x: torch.Tensor) -> tuple[Callable[[], torch.Tensor], ...]:
+    """Functions that give queries, keys and values `[B, N, H * D]`; fused projections run here, at once."""
+    if getattr(attn, "fused_projections", False):
+        return tuple(partial(_itself, part) for part in attn.to_qkv(x).chunk(3, dim=-1))
+    return partial(attn.to_q, x), partial(attn.to_k, x), partial(attn.to_v, x)
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def one_by_one(
+    call: AttentionCall,
+    queries: Callable[[], torch.Tensor],
+    keys: Callable[[], torch.Tensor],
+    values: Callable[[], torch.Tensor],
+) -> Projections:
+    """Queries, keys and values `[B, N, H, D]`; each is computed once `call.ready` was told of the one before it.
+
+    Values come last: compilers like to fuse what normalises and rotates queries and keys, so these are there together.
+    """
+    query = queries()
+    call.ready("queries", query)
+    key = keys()
+    call.ready("keys", key)
+    value = values()
+    call.ready("values", value)
+    return query, key, value
 
 
 def split_heads(attn: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

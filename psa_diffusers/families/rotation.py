@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 class Rotation:
-    """Rotates queries and keys, `[B, N, ...]`, by a model's tables.
+    """Rotates queries or keys, `[B, N, ...]`, by a model's tables.
 
-    On GPUs that Triton serves, one kernel a tensor does it. Elsewhere a pair of channels is a complex number, and
-    turning it a product: three kernels a tensor, where `rotate_pairs` takes eight and moves twice the bytes. Complex
+    On GPUs that Triton serves, one kernel does it. Elsewhere a pair of channels is a complex number, and
+    turning it a product: three kernels, where `rotate_pairs` takes eight and moves twice the bytes. Complex
     tables, and those brought from another device, are kept while the model's tables live. Inside of graphs, where a
     compiler fuses what is written out, and for tables and devices that neither suits, `rotate_pairs` does it.
 
@@ -30,28 +30,26 @@ class Rotation:
         self._halve = halve
         self._kept: dict[torch.device, ReadOnce[Any]] = {}
 
-    def __call__(
-        self, tables: Tables, *tensors: torch.Tensor, before: int = 0, after: int = 0
-    ) -> tuple[torch.Tensor, ...]:
-        """The rotated tensors, in their dtype.
+    def __call__(self, tables: Tables, x: torch.Tensor, before: int = 0, after: int = 0) -> torch.Tensor:
+        """The rotated tensor, in its dtype.
 
         Args:
             tables: cosines and sines as the model made them.
             before, after: how many of the first and last tokens have no positions, and are left as they are.
         """
-        device = tensors[0].device
-        if not _suits(tensors, *tables):
+        device = x.device
+        if not _suits(x, *tables):
             cos, sin = (table.to(device) for table in self._halve(*tables))
-            return tuple(_written_out(x, cos, sin, before, after) for x in tensors)
+            return _written_out(x, cos, sin, before, after)
         from psa_kernels.backends.triton import has_kernels
         from psa_kernels.rotation.choose import rotate
 
         if not has_kernels(device):
             turns = self._once(device, self._complex, tables)
-            return tuple(_turned(x, turns, before, after) for x in tensors)
+            return _turned(x, turns, before, after)
         here = all(table.device == device for table in tables)
         cos, sin = self._halve(*tables) if here else self._once(device, self._brought, tables)
-        return tuple(rotate(x, cos, sin, before, after) for x in tensors)
+        return rotate(x, cos, sin, before, after)
 
     def _once(self, device: torch.device, make: Callable[..., Any], tables: Tables) -> Any:
         """What `make`, the same one for all calls of a device, makes of the tables, as long as they live."""
@@ -72,14 +70,14 @@ class Rotation:
         return cos.to(device), sin.to(device)
 
 
-def _suits(tensors: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor) -> bool:
+def _suits(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether what is computed in float32 is what `rotate_pairs` does: without a gradient, and not in a graph."""
     import torch
 
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not cos.dtype == sin.dtype == torch.float32:
         return False
     kinds = torch.bfloat16, torch.float16, torch.float32
-    return all(type(x) is torch.Tensor and x.dtype in kinds and (x.is_cuda or x.is_cpu) for x in tensors)
+    return type(x) is torch.Tensor and x.dtype in kinds and (x.is_cuda or x.is_cpu)
 
 
 def _turned(x: torch.Tensor, turns: torch.Tensor, before: int, after: int) -> torch.Tensor:
@@ -113,12 +111,12 @@ def every_other(cos: torch.Tensor, sin: torch.Tensor) -> Tables:
     return cos[..., ::2], sin[..., ::2]
 
 
-def rotate_tokens(tables: Any, *tensors: torch.Tensor, before: int = 0, after: int = 0) -> tuple[torch.Tensor, ...]:
+def rotate_tokens(tables: Any, x: torch.Tensor, before: int = 0, after: int = 0) -> torch.Tensor:
     """Rotate `[B, N, H, D]` by tables `[N, D]`, cosines and sines, that hold each angle twice; None rotates nothing.
 
     Arguments and results are those of `Rotation`.
     """
-    return tensors if tables is None else _by_token(tables, *tensors, before=before, after=after)
+    return x if tables is None else _by_token(tables, x, before, after)
 
 
 _by_token = Rotation(lambda cos, sin: (cos[:, None, ::2], sin[:, None, ::2]))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import project_out, split_heads
+from psa_diffusers.families.parts import linears, one_by_one, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
 from psa_diffusers.families.rotation import Rotation
 
@@ -48,15 +48,18 @@ class Wan(ModelFamily):
 
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = call.hidden_states
-        if getattr(attn, "fused_projections", False):
-            query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
-        else:
-            query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        query, key, value = split_heads(attn, attn.norm_q(query), attn.norm_k(key), value)
-        if call.rotary_emb is not None:
-            query, key = _rotate(call.rotary_emb, query, key)
-        return query, key, value
+        query, key, value = linears(attn, call.hidden_states)
+
+        def placed(x: torch.Tensor) -> torch.Tensor:
+            (x,) = split_heads(attn, x)
+            return x if call.rotary_emb is None else _rotate(call.rotary_emb, x)
+
+        return one_by_one(
+            call,
+            lambda: placed(attn.norm_q(query())),
+            lambda: placed(attn.norm_k(key())),
+            lambda: split_heads(attn, value())[0],
+        )
 
     @staticmethod
     def output(attn: Any, call: AttentionCall, video: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
+from psa_diffusers.patch.context_parallel import Ulysses
 from psa_diffusers.patch.dense_reasons import Fallbacks
+from psa_diffusers.patch.exchange import Exchange
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.list_cache import own_copy
@@ -119,16 +121,29 @@ class TokenAttention:
         if reason is not None:
             self._fallbacks.warn_or_raise(reason)
 
-    def attend(self, forward: Forward, layer: Layer, qkv: QKV, mask: torch.Tensor | None, text: int) -> Parts:
+    def exchange(self, share: Ulysses, text: int) -> Exchange:
+        """What brings the tensors of a call with so many text tokens to the ranks that share its forward."""
+        before, after = self._text_places(text)
+        return Exchange(share, before, after)
+
+    def attend(
+        self,
+        forward: Forward,
+        layer: Layer,
+        qkv: QKV,
+        mask: torch.Tensor | None,
+        text: int,
+        exchange: Exchange | None = None,
+    ) -> Parts:
         """The attention of one call, sparse or dense, on all ranks that share the forward.
 
         Args:
             mask: the attention mask as the model made it.
             text: number of text tokens, padding included.
+            exchange: what has begun to exchange `qkv`, where ranks share the forward.
         """
-        before, after = (text, 0) if self._family.text == "before" else (0, text)
         if forward.share is not None:
-            qkv = forward.share.gather_tokens(qkv, before, after)
+            qkv = (exchange or self.exchange(forward.share, text)).finish(qkv)
         # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
@@ -137,7 +152,13 @@ class TokenAttention:
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
-        return (head, tail) if forward.share is None else forward.share.gather_heads(head, tail, before)
+        if forward.share is None:
+            return head, tail
+        return forward.share.gather_heads(head, tail, self._text_places(text)[0])
+
+    def _text_places(self, text: int) -> tuple[int, int]:
+        """How many of a call's text tokens stand before the video and after it."""
+        return (text, 0) if self._family.text == "before" else (0, text)
 
     def _with_all_videos(self, forward: Forward, call: AttentionCall) -> Forward:
         """The forward as a layer sees it that attends several videos of the forward's grid."""

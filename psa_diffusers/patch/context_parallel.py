@@ -63,30 +63,18 @@ class Ulysses:
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
 
-    def gather_tokens(
-        self, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], before: int, after: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
         """From this rank's video tokens of all heads to all video tokens of this rank's heads.
 
         Args:
-            tensors: of the shape `[B, before + n + after, H, D]`: this rank's n video tokens, and `before` and `after`
-                text tokens.
+            x: `[B, before + n + after, H, D]`: this rank's n video tokens, and `before` and `after` text tokens.
 
         Returns:
-            For each a tensor `[B, before + N + after, h, D]`.
+            The tensor `[before + N + after, B, h, D]` where the result will be, and the work to wait for.
 
         Raises:
             RuntimeError: n is not what this rank should have.
         """
-        # Each tensor is packed while the one before it is being sent.
-        begun = [self._begin_gathering(x, before, after) for x in tensors]
-        for _, work in begun:
-            work.wait()
-        q, k, v = (joined.transpose(0, 1) for joined, _ in begun)
-        return q, k, v
-
-    def _begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
-        """The tensor where the result will be, tokens first, and the work to wait for."""
         video = x[:, before : x.shape[1] - after]
         if video.shape[1] != self.tokens[self.rank]:
             raise RuntimeError(
@@ -113,7 +101,7 @@ class Ulysses:
         return torch.cat([part.transpose(0, 1).reshape(-1) for part in video.split(self.heads, dim=2)])
 
     def gather_heads(self, head: torch.Tensor, tail: torch.Tensor, before: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reverse of `gather_tokens`, for the two parts of an attention output.
+        """The reverse of `begin_gathering`, for the two parts of an attention output.
 
         Args:
             head: `[B, before + N, h, D]`: text, and all video tokens.

@@ -1,9 +1,10 @@
 """Sparse attention inside compiled transformer blocks.
 
 All layers of a kind share one graph, at all steps, so a graph must not contain the layer or the step. What depends on
-them (statistics, kept lists, text lengths, which kernels run) is behind two operators that `torch.compile` does not
-look into. A tensor tells them the layer, because a number would be compiled in. Whether a layer is dense or sparse is
-decided before each forward, and graphs are chosen by that alone.
+them (statistics, kept lists, text lengths, which kernels run, what ranks exchange) is behind operators that
+`torch.compile` does not look into. A tensor tells them the layer, because a number would be compiled in. Whether a
+layer is dense or sparse, and whether ranks share it, is decided before each forward, and graphs are chosen by that
+alone.
 
 For the same reason a CUDA graph that PyTorch captures by itself must not contain these operators: a replay runs no
 Python, so it would attend as the captured layer did at the captured step. (To capture by hand, state the step, see
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.patch.exchange import PARTS
 from psa_diffusers.patch.sites import site_numbered
 
 _NOT_CAPTURED: dict[str, Any] = (
@@ -33,6 +35,28 @@ def note_dense(site: torch.Tensor) -> None:
     found = site_numbered(site)
     forward = found.patch.forward
     found.patch.attention.note_dense(forward, found.layer, forward.routes[found.layer.name].reason)
+
+
+# Declared to change its argument for the same reason, and because all ranks must exchange the parts in the same order.
+@torch.library.custom_op(
+    "psa_diffusers::begin_exchange",
+    mutates_args=("site",),
+    schema="(Tensor(a!) site, int text, str part, Tensor x) -> ()",
+    **_NOT_CAPTURED,
+)
+def begin_exchange(site: torch.Tensor, text: int, part: str, x: torch.Tensor) -> None:
+    """Begin to exchange a part of a layer's projections with the ranks that share this forward.
+
+    Args:
+        site: `LayerSite.number`.
+        text: number of text tokens, padding included.
+        part: one of `exchange.PARTS`, of which the first one begins a call.
+        x: `[B, N, H, D]`.
+    """
+    found = site_numbered(site)
+    if part == PARTS[0]:
+        found.exchange = found.patch.attention.exchange(found.patch.forward.share, text)
+    found.exchange.begin(part, x)
 
 
 @torch.library.custom_op(
@@ -64,7 +88,8 @@ def attend(
         second is empty if text is not last.
     """
     found = site_numbered(site)
-    head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text)
+    exchange, found.exchange = found.exchange, None
+    head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text, exchange)
     head, tail = head.contiguous(), tail.contiguous()
     # Results of an operator may share no memory.
     shared = head.untyped_storage().data_ptr() == tail.untyped_storage().data_ptr()

@@ -246,6 +246,7 @@ class Patch(NotPickled):
             if isinstance(site, LayerSite):
                 site.skips_scores = skips_attention_scores(attn)
                 site.in_graph = anyway or routes[site.layer.name].ours
+                site.shared = self.forward.share is not None
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Pass settings on to the module's own processor that diffusers has set on ours, or on the transformer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +217,12 @@ class PSAProcessor(PatchingProcessor, Told):
             return None
         if (call := self._family.call(site.by_name(args, kwargs))) is None:
             return None
-        qkv = self._family.project(attn, call)
-        head, tail = self._attention.attend(forward, layer, qkv, call.attention_mask, call.text_tokens)
+        assert forward.share is not None, "only then is a layer shared"
+        exchange = self._attention.exchange(forward.share, call.text_tokens)
+        call = replace(call, ready=exchange.begin)
+        head, tail = self._attention.attend(
+            forward, layer, self._family.project(attn, call), call.attention_mask, call.text_tokens, exchange
+        )
         return self._output(attn, call, head, tail)
 
     def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
@@ -230,6 +236,8 @@ class PSAProcessor(PatchingProcessor, Told):
         if call is None:
             return None
         text_last = self._family.text == "after"
+        if site.shared:
+            call = replace(call, ready=partial(graph_ops.begin_exchange, site.number, call.text_tokens))
         q, k, v = self._family.project(attn, call)
         head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, call.text_tokens, text_last)
         return self._output(attn, call, head, tail)

@@ -107,6 +107,8 @@ class LayerSite(Site):
             that.
         in_graph: whether a compiled block calls the patch's attention in the current forward; if not, it calls
             `original`.
+        shared: whether ranks share the current forward.
+        exchange: what a compiled block has begun to exchange with them.
     """
 
     def __init__(self, patch: Any, original: Any, layer: Layer) -> None:
@@ -115,7 +117,8 @@ class LayerSite(Site):
         preset = layer.preset
         self.may_be_sparse = not preset.is_all_dense and (layer.spec is not None or preset.may_undo_dense)
         self.not_imitated: str | None = None
-        self.skips_scores = self.in_graph = False
+        self.skips_scores = self.in_graph = self.shared = False
+        self.exchange: Any = None
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
             self.number = torch.tensor(number)

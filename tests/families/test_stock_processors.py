@@ -89,5 +89,5 @@ def test_a_family_names_its_own():
 def test_tables_may_be_elsewhere():
     """As EasyAnimate's are, which it makes on the CPU."""
     tables = (torch.ones(4, 8), torch.zeros(4, 8))
-    (rotated,) = rotate_tokens(tables, torch.empty(1, 4, 2, 8, device="meta"))
+    rotated = rotate_tokens(tables, torch.empty(1, 4, 2, 8, device="meta"))
     assert rotated.device.type == "meta"

@@ -51,6 +51,10 @@ def test_compiled_blocks(on_ranks, name):
     on_ranks(2, parallel_ranks.compiled_blocks, name)
 
 
+def test_parts_travel_while_the_next_is_projected(on_ranks):
+    on_ranks(2, parallel_ranks.parts_travel_early)
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
 def test_dense_steps_by_the_operator(on_ranks, name):
     on_ranks(2, parallel_ranks.dense_by_the_operator, name)
