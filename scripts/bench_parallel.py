@@ -5,9 +5,9 @@ Every rank first runs the forward alone, then all share it by diffusers' context
 sparse. A shared result that is not that of one GPU is an error. Rank 0 prints a table and writes JSON.
 
 A row's `ms` is the slowest rank's median. `communication` is the share of it that the collectives take on the rank that
-waits least, `imbalance` by how much the rank with the most work exceeds the mean, both from one profiled forward.
-`error` is the relative L2 distance from the result of one GPU. Dense attention of HunyuanVideo has a mask on one GPU,
-as in stock diffusers, and none on several, where the text's padding is cut off.
+waits least, those that run beside other work too; `imbalance` by how much the rank with the most work exceeds the mean;
+both from one profiled forward. `error` is the relative L2 distance from the result of one GPU. Dense attention of
+HunyuanVideo has a mask on one GPU, as in stock diffusers, and none on several, where the text's padding is cut off.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_model import clock, compile_blocks
+from bench_model import clock
 from dense_attention import prefer_cudnn
 from diffusers import ContextParallelConfig
 from one_step import OneStep, scaled_preset
@@ -87,13 +87,15 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     sparse = scaled_preset(machine, options.density)
     methods = {"sdpa-cudnn": sparse.replace(dense_steps=1.0), "psa": sparse}
     methods = {name: preset for name, preset in methods.items() if name in options.method}
+    compile_forwards(transformer, machine.backend)
     alone: dict[str, torch.Tensor] = {}
     for gpus in sorted({1, dist.get_world_size()}):
         if gpus > 1:
             config = ContextParallelConfig(ulysses_degree=gpus, ulysses_anything=options.uneven)
             transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
         for compiled, method in product(options.compiled, methods):
-            with compiled_blocks(transformer, machine) if compiled else nullcontext():
+            torch._dynamo.reset()
+            with torch.compiler.set_stance("default" if compiled else "force_eager"):
                 result, figures = run(transformer, inputs, methods[method], options.repeats, machine)
             if gpus == 1:
                 alone.setdefault(method, result)
@@ -105,16 +107,15 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
             yield {"workload": workload.name, "method": method, "gpus": gpus, "compiled": compiled, **figures}
 
 
-@contextmanager
-def compiled_blocks(transformer: torch.nn.Module, machine: Machine) -> Iterator[None]:
-    """Its blocks compiled; graphs may break, as they do where diffusers splits and joins the tokens."""
-    compile_blocks(transformer, machine.backend, fullgraph=False)
-    try:
-        yield
-    finally:
-        for module in transformer.modules():
-            module._compiled_call_impl = None
-        torch._dynamo.reset()
+def compile_forwards(transformer: torch.nn.Module, backend: str) -> None:
+    """Compile what diffusers' hooks will wrap: they split tokens outside of it, and one graph serves all blocks.
+
+    Graphs break in stock attention, and only there, where the numbers of tokens are uneven.
+    """
+    names = transformer._repeated_blocks or {type(block).__name__ for block in transformer.transformer_blocks}
+    for module in transformer.modules():
+        if type(module).__name__ in names:
+            module.forward = torch.compile(module.forward, backend=backend)
 
 
 def run(

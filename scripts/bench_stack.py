@@ -50,8 +50,10 @@ def main() -> None:
     rows = read_rows(options.merge, options.output, machine.device)
     quality = Quality(machine, options)
     for name in options.workload or CHOSEN:
-        known = {row["stack"]: row for row in rows if row["workload"] == name and "error" not in row}
-        rows = [row for row in rows if row["workload"] != name]
+        # Other scales are another run, with a first line of its own.
+        mine = [row for row in rows if (row["workload"], row["scales"]) == (name, options.scales)]
+        known = {row["stack"]: row for row in mine if "error" not in row}
+        rows = [row for row in rows if row not in mine]
         for row in measure(WORKLOADS[name], options, machine, quality, known):
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -93,7 +95,7 @@ def measure(
     first: float | None = None
     for field, line in lines(options.cache, options.scales):
         line = replace(line, **failed)
-        row = {"workload": workload.name, "stack": line.name, "cache": line.cache}
+        row = {"workload": workload.name, "scales": options.scales, "stack": line.name, "cache": line.cache}
         earlier = known.get(line.name)
         figures, reason = attempt(
             lambda line=line, field=field, earlier=earlier: run(

@@ -34,8 +34,8 @@ class AttentionCall:
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
         more: whatever else a family reads.
-        ready: called with "queries", "keys" and "values", in this order, and with each as soon as `project` has it:
-            ranks send it while the next is computed. Only families with a plan for context parallelism call it.
+        ready: called with "values", "queries" and "keys", in this order, and with each as soon as `project` has it:
+            ranks exchange it while the next is finished. Only families with a plan for context parallelism call it.
     """
 
     hidden_states: torch.Tensor
@@ -75,7 +75,7 @@ class ModelFamily(ABC):
         several_videos: whether a layer may attend several videos of one grid, one after another in hidden_states: to it
             they are one video with the frames of all.
         replicates_text: whether in context parallel all text is on every rank, although the family's own processor
-            would share the heads of cross-attention as it does those of self-attention.
+            would share the heads of attention to it as it does those of self-attention.
         stock_traceable: whether `torch.compile` can take the family's own processors into a graph.
     """
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
@@ -23,33 +22,34 @@ def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
     return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
 
 
-def linears(attn: Any, x: torch.Tensor) -> tuple[Callable[[], torch.Tensor], ...]:
-    """Functions that give queries, keys and values `[B, N, H * D]`; fused projections run here, at once."""
+def projected(attn: Any, x: torch.Tensor) -> Projections:
+    """Queries, keys and values `[B, N, H * D]`, of a model whose own processor reads fused projections too."""
     if getattr(attn, "fused_projections", False):
-        return tuple(partial(_itself, part) for part in attn.to_qkv(x).chunk(3, dim=-1))
-    return partial(attn.to_q, x), partial(attn.to_k, x), partial(attn.to_v, x)
-
-
-def _itself(x: torch.Tensor) -> torch.Tensor:
-    return x
+        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
+        return query, key, value
+    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
 
 def one_by_one(
     call: AttentionCall,
-    queries: Callable[[], torch.Tensor],
-    keys: Callable[[], torch.Tensor],
-    values: Callable[[], torch.Tensor],
+    value: torch.Tensor,
+    finish_query: Callable[[], torch.Tensor],
+    finish_key: Callable[[], torch.Tensor],
 ) -> Projections:
-    """Queries, keys and values `[B, N, H, D]`; each is computed once `call.ready` was told of the one before it.
+    """Queries, keys and values `[B, N, H, D]`, each made while the one before it is on its way to other ranks.
 
-    Values come last: compilers like to fuse what normalises and rotates queries and keys, so these are there together.
+    All are projected before: a matrix product that runs beside a transfer waits for the multiprocessors that this
+    holds, and takes longer by more than the transfer. Norms and rotations do not.
+
+    Args:
+        value: finished.
+        finish_query, finish_key: normalise and rotate what is projected.
     """
-    query = queries()
-    call.ready("queries", query)
-    key = keys()
-    call.ready("keys", key)
-    value = values()
     call.ready("values", value)
+    query = finish_query()
+    call.ready("queries", query)
+    key = finish_key()
+    call.ready("keys", key)
     return query, key, value
 
 

@@ -179,8 +179,10 @@ def share_of(
 
 
 def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:
-    split = split_arguments(transformer)
-    if "hidden_states" not in split or "encoder_hidden_states" in split:
+    split, plan = split_arguments(transformer), family.parallel_plan(transformer) or {}
+    # Other plans split the tokens further on, where they are joined with the text.
+    at_once = "hidden_states" in plan.get("", {})
+    if (at_once and "hidden_states" not in split) or "encoder_hidden_states" in split:
         raise ValueError(
             f"context parallelism of {family.name} needs enable_parallelism(..., cp_plan=context_parallel_plan("
             "transformer)); with another plan a rank attends a part of the text only"

@@ -148,15 +148,16 @@ def prompts() -> str:
 def stack() -> str:
     """Whole runs as one thing after the other is switched on, a table for each model."""
     rows = load(STACK)["rows"]
-    parts = [_stack_of(workload) for workload in dict.fromkeys(row["workload"] for row in rows)]
+    runs = dict.fromkeys((row["workload"], row["scales"]) for row in rows)
+    parts = [_stack_of(*run) for run in runs]
     commits = dict.fromkeys(row.get("commit", load(STACK)["commit"]) for row in rows)
     return "\n\n".join([*parts, f"On {machine(STACK)}, commits {' and '.join(commits)}, {load(STACK)['date']}."])
 
 
-def _stack_of(workload: str) -> str:
+def _stack_of(workload: str, scales: str) -> str:
     body = []
     for row in load(STACK)["rows"]:
-        if row["workload"] != workload:
+        if (row["workload"], row["scales"]) != (workload, scales):
             continue
         added = row["stack"].split(" + ")[-1]
         label = added if not body else f"+ {added}"
@@ -166,14 +167,13 @@ def _stack_of(workload: str) -> str:
         psnr = "" if row["demo_psnr"] is None else f"{row['demo_psnr']:.1f} dB"
         seconds = (duration(row["ms_dense"]), duration(row["ms_sparse"]), f"{row['seconds_50']:.0f} s")
         body.append([label, *seconds, f"{row['speedup']:.2f}x", f"{row['peak_gib']:.0f} GiB", psnr])
-    return table(
-        [STACKS[workload], "dense forward", "sparse forward", "50 steps", "speedup", "peak", "PSNR of the demo"], body
-    )
+    title = STACKS[workload] + (", a scale a tensor" if scales == "tensor" else "")
+    return table([title, "dense forward", "sparse forward", "50 steps", "speedup", "peak", "PSNR of the demo"], body)
 
 
 def whole_run() -> str:
     """The first and the last line of the stack."""
-    rows = [row for row in load(STACK)["rows"] if row["workload"] == "wan2.1-14b-720p"]
+    rows = [row for row in load(STACK)["rows"] if (row["workload"], row["scales"]) == ("wan2.1-14b-720p", "row")]
     first, before, last = (row["seconds_50"] for row in (rows[0], rows[-2], rows[-1]))
     what = "linear layers in float8, dense steps by PSA's kernel and diffusers' first-block cache"
     gain = f"{last:.0f} s instead of {first:.0f} ({first / last:.1f}x)"

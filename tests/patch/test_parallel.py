@@ -51,7 +51,14 @@ def test_compiled_blocks(on_ranks, name):
     on_ranks(2, parallel_ranks.compiled_blocks, name)
 
 
-def test_parts_travel_while_the_next_is_projected(on_ranks):
+@pytest.mark.skipif(not HAS_ANY, reason="this diffusers has no ulysses_anything")
+def test_forwards_that_were_compiled_before_they_are_shared(on_ranks):
+    """The refiner of the text, which every rank has whole, exchanges nothing."""
+    uneven = next(run for run in PARALLEL["minimax-h3"].runs if run.any_length)
+    on_ranks(2, parallel_ranks.forwards_compiled_before, "minimax-h3", uneven.inputs)
+
+
+def test_parts_travel_while_the_next_is_finished(on_ranks):
     on_ranks(2, parallel_ranks.parts_travel_early)
 
 
