@@ -145,12 +145,12 @@ def forwards_compiled_before(ranks: int, name: str, inputs: dict[str, Any]) -> N
     for block in pipe.transformer.transformer_blocks:
         block.forward = torch.compile(block.forward, backend=counter, fullgraph=True)
     enable(pipe, ulysses_degree=ranks, ulysses_anything=True)
-    patch(pipe, preset(dense_steps=0.0), strict=True)
+    processor = patch(pipe, preset(dense_steps=0.5), strict=True)
     with torch.compiler.set_stance("force_eager"):
-        eager = case.run(pipe, **inputs)
+        eager, stats = case.run(pipe, **inputs), processor.stats()
     assert counter.frame_count == 0
     assert_equal_to_rounding(case.run(pipe, **inputs), eager)
-    assert counter.frame_count > 0
+    assert counter.frame_count > 0 and processor.stats() == stats
 
 
 def parts_travel_early(ranks: int) -> None:

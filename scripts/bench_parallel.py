@@ -108,14 +108,11 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
 
 
 def compile_forwards(transformer: torch.nn.Module, backend: str) -> None:
-    """Compile what diffusers' hooks will wrap: they split tokens outside of it, and one graph serves all blocks.
-
-    Graphs break in stock attention, and only there, where the numbers of tokens are uneven.
-    """
+    """Compile what diffusers' hooks will wrap: they split tokens outside, and one whole graph serves all blocks."""
     names = transformer._repeated_blocks or {type(block).__name__ for block in transformer.transformer_blocks}
     for module in transformer.modules():
         if type(module).__name__ in names:
-            module.forward = torch.compile(module.forward, backend=backend)
+            module.forward = torch.compile(module.forward, fullgraph=True, backend=backend)
 
 
 def run(

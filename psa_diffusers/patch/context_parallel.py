@@ -56,12 +56,14 @@ class Ulysses:
         rank: this one's place in it.
         tokens: number of video tokens of each rank, in the order of the video.
         heads: number of heads of each rank.
+        any_numbers: whether the user allowed these to differ, by `ulysses_anything`.
     """
 
     group: Any
     rank: int
     tokens: tuple[int, ...]
     heads: tuple[int, ...]
+    any_numbers: bool = False
 
     def begin_gathering(self, x: torch.Tensor, before: int, after: int) -> tuple[torch.Tensor, Any]:
         """From this rank's video tokens of all heads to all video tokens of this rank's heads.
@@ -175,7 +177,7 @@ def share_of(
                 f"{count} {what} cannot be shared by ulysses_degree={degree} ranks; use a degree that fits{hint}"
             )
     group, rank = ulysses_group(config)
-    return Ulysses(group, rank, _shares(tokens, degree), _shares(heads, degree)), None
+    return Ulysses(group, rank, _shares(tokens, degree), _shares(heads, degree), bool(uneven)), None
 
 
 def _check_text_is_whole(transformer: torch.nn.Module, family: type[ModelFamily]) -> None:

@@ -235,8 +235,10 @@ class Patch(NotPickled):
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:
         """Write onto modules what graphs and stock processors need: they cannot ask for the forward."""
-        routes, mine = self.forward.routes, self._owner()
-        anyway = not self._family.stock_traceable or (self.forward.share is not None and self._family.text != "none")
+        routes, share, mine = self.forward.routes, self.forward.share, self._owner()
+        anyway = not self._family.stock_traceable or (share is not None and self._family.text != "none")
+        # There diffusers asks the other ranks for their numbers, and reads the answer. Nobody else has the backends.
+        breaks = share is not None and share.any_numbers and mine._attention_backend is None
         changed = mine._attention_backend is not None or parallel_config(transformer) is not None
         for attn, site in self.sites.items():
             if attn.processor is mine:
@@ -246,7 +248,8 @@ class Patch(NotPickled):
             if isinstance(site, LayerSite):
                 site.skips_scores = skips_attention_scores(attn)
                 site.in_graph = anyway or routes[site.layer.name].ours
-                site.shared = self.forward.share is not None
+                site.shared = share is not None
+                site.breaks_graphs = breaks and site.not_imitated is None
 
     def sync_stock_settings(self, transformer: torch.nn.Module, site: Site) -> None:
         """Pass settings on to the module's own processor that diffusers has set on ours, or on the transformer."""

@@ -229,7 +229,7 @@ class PSAProcessor(PatchingProcessor, Told):
         """As `_eagerly`, inside a graph; there the route was decided before the forward."""
         if site.skips_scores:
             return None
-        if not site.in_graph:
+        if not site.in_graph and not site.breaks_graphs:
             graph_ops.note_dense(site.number)
             return None
         call = self._family.call(site.by_name(args, kwargs))

@@ -108,6 +108,7 @@ class LayerSite(Site):
         in_graph: whether a compiled block calls the patch's attention in the current forward; if not, it calls
             `original`.
         shared: whether ranks share the current forward.
+        breaks_graphs: whether `original` shares it in a way that cannot be part of a graph, and can be imitated.
         exchange: what a compiled block has begun to exchange with them.
     """
 
@@ -117,7 +118,7 @@ class LayerSite(Site):
         preset = layer.preset
         self.may_be_sparse = not preset.is_all_dense and (layer.spec is not None or preset.may_undo_dense)
         self.not_imitated: str | None = None
-        self.skips_scores = self.in_graph = self.shared = False
+        self.skips_scores = self.in_graph = self.shared = self.breaks_graphs = False
         self.exchange: Any = None
         number = next(_numbers)
         with torch.inference_mode(False), torch.device("cpu"):
