@@ -55,20 +55,24 @@ def inspect_run(plan: Plan, place: MaskPlace, output: Path, overwrite: bool = Fa
         loras=plan.loras,
     )
     from psa_diffusers.patch.apply import apply_psa
+    from psa_diffusers.patch.dense_reasons import PSAFallbackError
     from psa_diffusers.patch.masks import MaskRecorder
 
-    with apply_psa(pipe, preset, strict=True) as psa:
-        layer = psa.stats().layers[index]
-        recorder = MaskRecorder([layer], step=step, head=place.head)
-        psa.processor.record_masks(recorder)
+    try:
+        with apply_psa(pipe, preset, strict=True) as psa:
+            layer = psa.stats().layers[index]
+            recorder = MaskRecorder([layer], step=step, head=place.head)
+            psa.processor.record_masks(recorder)
 
-        def stop(done: int) -> None:
-            if done >= step:
-                raise _EnoughSeen
+            def stop(done: int) -> None:
+                if done >= step:
+                    raise _EnoughSeen
 
-        with contextlib.suppress(_EnoughSeen):
-            generate_video(pipe, plan, plan.prompts[0], f"up to step {step + 1}", settings.seed, after_step=stop)
-        masks = recorder.masks()
+            with contextlib.suppress(_EnoughSeen):
+                generate_video(pipe, plan, plan.prompts[0], f"up to step {step + 1}", settings.seed, after_step=stop)
+            masks = recorder.masks()
+    except PSAFallbackError as error:
+        raise InputError(f"there is no mask to draw: {str(error).removeprefix('strict: ')}") from None
     if not masks:
         raise InputError(f"--layer {index}: {layer} did not run at step {step + 1}; two experts take turns")
     mask = masks[0]

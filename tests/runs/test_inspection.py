@@ -124,7 +124,10 @@ def test_a_mask_is_that_of_the_step_s_rules(model, tmp_path, capsys, monkeypatch
         (["--head", "2", "a cat"], "--head 2: {model} has the heads 0 to 1"),
         (["-o", "mask.jpg", "a cat"], "--output mask.jpg: must end in .png"),
         (["--preset", "dense", "a cat"], "--preset dense: dense attention has no block mask"),
-        (["--preset", "psa-3", "a cat"], "strict: attention would be dense: the sequence of 32 tokens is shorter"),
+        (
+            ["--preset", "psa-3", "a cat"],
+            "there is no mask to draw: attention would be dense: the sequence of 32 tokens is shorter",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, model, tmp_path, capsys, monkeypatch):
