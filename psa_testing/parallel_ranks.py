@@ -154,10 +154,10 @@ def forwards_compiled_before(ranks: int, name: str, inputs: dict[str, Any]) -> N
 
 
 def parts_travel_early(ranks: int) -> None:
-    """Values are on their way before queries are normalised, and those before keys; in a graph too."""
+    """Queries are on their way before keys are projected, and those before values; in a graph too."""
     pipe, events, hooks = tiny_wan(), [], []
     for block in pipe.transformer.blocks:
-        for name in ("norm_q", "norm_k"):
+        for name in ("to_v", "to_k", "to_q"):
             layer: Any = getattr(block.attn1, name)
             hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: events.append(name)))
     shared: Any = Ulysses
@@ -173,13 +173,13 @@ def parts_travel_early(ranks: int) -> None:
         changed.setattr(shared, "begin_gathering", noted)
         MODELS["wan"].run(pipe, num_inference_steps=1)
     layers, branches = len(pipe.transformer.blocks), 2
-    assert events == ["sent", "norm_q", "sent", "norm_k", "sent"] * layers * branches
+    assert events == ["to_q", "sent", "to_k", "sent", "to_v", "sent"] * layers * branches
     for hook in hooks:
         hook.remove()
     graphs: list[list[str]] = []
 
     def written(module: torch.fx.GraphModule, _: Any) -> Any:
-        names = {"begin_exchange.default": "sent", "rms_norm": "norm"}
+        names = {"linear": "projected", "begin_exchange.default": "sent"}
         called = [names.get(str(getattr(node.target, "__name__", node.target))) for node in module.graph.nodes]
         graphs.append([name for name in called if name])
         return module
@@ -188,7 +188,10 @@ def parts_travel_early(ranks: int) -> None:
         block.compile(backend=written)
     MODELS["wan"].run(pipe, num_inference_steps=1)
     found = [graph for graph in graphs if "sent" in graph]
-    assert found and all(graph[:5] == ["sent", "norm", "sent", "norm", "sent"] for graph in found)
+    assert found
+    for graph in found:
+        first = graph.index("sent") - 1
+        assert graph[first : first + 6] == ["projected", "sent"] * 3
 
 
 def dense_by_the_operator(ranks: int, name: str) -> None:

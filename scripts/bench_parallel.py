@@ -6,8 +6,9 @@ sparse. A shared result that is not that of one GPU is an error. Rank 0 prints a
 
 A row's `ms` is the slowest rank's median. `communication` is the share of it that the collectives take on the rank that
 waits least, those that run beside other work too; `imbalance` by how much the rank with the most work exceeds the mean;
-both from one profiled forward. `error` is the relative L2 distance from the result of one GPU. Dense attention of
-HunyuanVideo has a mask on one GPU, as in stock diffusers, and none on several, where the text's padding is cut off.
+both from one profiled forward. `speedup` is against one GPU in the same run, `error` the relative L2 distance from its
+result. Dense attention of HunyuanVideo has a mask on one GPU, as in stock diffusers, and none on several, where the
+text's padding is cut off.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
     methods = {name: preset for name, preset in methods.items() if name in options.method}
     compile_forwards(transformer, machine.backend)
     alone: dict[str, torch.Tensor] = {}
+    alone_ms: dict[tuple[str, bool], float] = {}
     for gpus in sorted({1, dist.get_world_size()}):
         if gpus > 1:
             config = ContextParallelConfig(ulysses_degree=gpus, ulysses_anything=options.uneven)
@@ -97,6 +99,7 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
             torch._dynamo.reset()
             with torch.compiler.set_stance("default" if compiled else "force_eager"):
                 result, figures = run(transformer, inputs, methods[method], options.repeats, machine)
+            figures["speedup"] = round(alone_ms.setdefault((method, compiled), figures["ms"]) / figures["ms"], 3)
             if gpus == 1:
                 alone.setdefault(method, result)
             else:
@@ -184,11 +187,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
-        same = ("workload", "method", "compiled")
-        one = next(other["ms"] for other in rows if other["gpus"] == 1 and all(other[key] == row[key] for key in same))
         blocks = "compiled" if row["compiled"] else "eager"
         cells = [row["workload"], row["method"], blocks, f"{row['density']:.3f}", row["gpus"], row["ms"]]
-        cells += [f"{one / row['ms']:.2f}", row["peak_gib"] or "", row["communication"], row["imbalance"]]
+        cells += [f"{row['speedup']:.2f}", row["peak_gib"] or "", row["communication"], row["imbalance"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 

@@ -51,17 +51,16 @@ class CogVideoX(ModelFamily):
         # Fusing leaves the three projections in place and adds a copy; the copy knows no LoRA.
         assert call.encoder_hidden_states is not None, "its attention is always joint"
         x = concatenate(call.encoder_hidden_states, call.hidden_states)
-        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
 
         def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
-            x = normalise(norm, x)
+            x = normalise(norm, split_heads(attn, x)[0])
             return rotate_tokens(call.rotary_emb, x, before=call.text_tokens)
 
         return one_by_one(
             call,
-            value,
-            lambda: placed(query, attn.norm_q),
-            lambda: placed(key, attn.norm_k),
+            lambda: placed(attn.to_q(x), attn.norm_q),
+            lambda: placed(attn.to_k(x), attn.norm_k),
+            lambda: split_heads(attn, attn.to_v(x))[0],
         )
 
     @staticmethod

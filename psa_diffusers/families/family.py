@@ -34,8 +34,8 @@ class AttentionCall:
         attention_mask: as the model made it, or None.
         rotary_emb: positions as the model made them, or None; families differ in what it is.
         more: whatever else a family reads.
-        ready: called with "values", "queries" and "keys", in this order, and with each as soon as `project` has it:
-            ranks exchange it while the next is finished. Only families with a plan for context parallelism call it.
+        ready: called with "queries", "keys" and "values", in this order, and with each as soon as `project` has it:
+            ranks exchange it while the next is projected. Only families with a plan for context parallelism call it.
     """
 
     hidden_states: torch.Tensor

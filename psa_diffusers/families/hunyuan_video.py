@@ -51,21 +51,20 @@ class HunyuanVideo(ModelFamily):
         # A single-stream block projects text with the video, but does not rotate it.
         x = video if text is None or attn.add_q_proj is not None else concatenate(video, text)
         single = x is not video
-        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         of_text = None if single or text is None else project_added(attn, text)
 
         def joined(x: torch.Tensor, part: int) -> torch.Tensor:
             return x if of_text is None else concatenate(x, of_text[part])
 
         def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
-            x = normalise(norm, x)
+            x = normalise(norm, split_heads(attn, x)[0])
             return rotate_tokens(call.rotary_emb, x, after=call.text_tokens if single else 0)
 
         return one_by_one(
             call,
-            joined(value, 2),
-            lambda: joined(placed(query, attn.norm_q), 0),
-            lambda: joined(placed(key, attn.norm_k), 1),
+            lambda: joined(placed(attn.to_q(x), attn.norm_q), 0),
+            lambda: joined(placed(attn.to_k(x), attn.norm_k), 1),
+            lambda: joined(split_heads(attn, attn.to_v(x))[0], 2),
         )
 
     @staticmethod

@@ -46,16 +46,15 @@ class LTXVideo(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
 
         def placed(x: torch.Tensor) -> torch.Tensor:
             return split_heads(attn, x if call.rotary_emb is None else _rotate(call.rotary_emb, x))[0]
 
         return one_by_one(
             call,
-            split_heads(attn, value)[0],
-            lambda: placed(attn.norm_q(query)),
-            lambda: placed(attn.norm_k(key)),
+            lambda: placed(attn.norm_q(attn.to_q(x))),
+            lambda: placed(attn.norm_k(attn.to_k(x))),
+            lambda: split_heads(attn, attn.to_v(x))[0],
         )
 
     @staticmethod

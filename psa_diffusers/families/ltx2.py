@@ -88,7 +88,6 @@ class LTX2(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = attn.to_q(x), attn.to_k(x), attn.to_v(x)
         of_queries, of_keys = call.rotary_emb or (None, None)
 
         def placed(x: torch.Tensor, tables: Tables | None) -> torch.Tensor:
@@ -96,9 +95,9 @@ class LTX2(ModelFamily):
 
         return one_by_one(
             call,
-            split_heads(attn, value)[0],
-            lambda: placed(attn.norm_q(query), of_queries),
-            lambda: placed(attn.norm_k(key), of_keys),
+            lambda: placed(attn.norm_q(attn.to_q(x)), of_queries),
+            lambda: placed(attn.norm_k(attn.to_k(x)), of_keys),
+            lambda: split_heads(attn, attn.to_v(x))[0],
         )
 
     @staticmethod

@@ -10,10 +10,10 @@ from psa_diffusers.families.family import AttentionCall, ModelFamily
 from psa_diffusers.families.parts import (
     ReadOnce,
     last_grid,
+    linears,
     normalise,
     one_by_one,
     project_out,
-    projected,
     split_heads,
 )
 from psa_diffusers.families.pipeline_kind import PipelineKind, SoundOutput
@@ -62,7 +62,7 @@ class MiniMaxH3(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # Its stock processor, too, reads the copy that fusing makes.
-        query, key, value = projected(attn, call.hidden_states)
+        query, key, value = linears(attn, call.hidden_states)
 
         def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
             x = normalise(norm, split_heads(attn, x)[0])
@@ -70,9 +70,9 @@ class MiniMaxH3(ModelFamily):
 
         return one_by_one(
             call,
-            split_heads(attn, value)[0],
-            lambda: placed(query, attn.norm_q),
-            lambda: placed(key, attn.norm_k),
+            lambda: placed(query(), attn.norm_q),
+            lambda: placed(key(), attn.norm_k),
+            lambda: split_heads(attn, value())[0],
         )
 
     @staticmethod

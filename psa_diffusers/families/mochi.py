@@ -48,19 +48,18 @@ class Mochi(ModelFamily):
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = call.hidden_states
-        query, key, value = split_heads(attn, attn.to_q(x), attn.to_k(x), attn.to_v(x))
         assert call.encoder_hidden_states is not None, "its attention is always joint"
         of_queries, of_keys, of_values = project_added(attn, call.encoder_hidden_states)
 
         def placed(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
-            x = normalise(norm, x)
+            x = normalise(norm, split_heads(attn, x)[0])
             return x if call.rotary_emb is None else _rotate(call.rotary_emb, x)
 
         return one_by_one(
             call,
-            concatenate(value, of_values),
-            lambda: concatenate(placed(query, attn.norm_q), of_queries),
-            lambda: concatenate(placed(key, attn.norm_k), of_keys),
+            lambda: concatenate(placed(attn.to_q(x), attn.norm_q), of_queries),
+            lambda: concatenate(placed(attn.to_k(x), attn.norm_k), of_keys),
+            lambda: concatenate(split_heads(attn, attn.to_v(x))[0], of_values),
         )
 
     @staticmethod

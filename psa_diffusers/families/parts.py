@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from psa_diffusers.families.family import AttentionCall, DenseOnlyError
@@ -22,34 +23,34 @@ def first_attentions(transformer: Any) -> dict[str, torch.nn.Module]:
     return {f"transformer_blocks.{index}": block.attn1 for index, block in enumerate(transformer.transformer_blocks)}
 
 
-def projected(attn: Any, x: torch.Tensor) -> Projections:
-    """Queries, keys and values `[B, N, H * D]`, of a model whose own processor reads fused projections too."""
+def linears(attn: Any, x: torch.Tensor) -> tuple[Callable[[], torch.Tensor], ...]:
+    """Functions that give queries, keys and values `[B, N, H * D]`; fused projections run here, at once."""
     if getattr(attn, "fused_projections", False):
-        query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
-        return query, key, value
-    return attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        return tuple(partial(_itself, part) for part in attn.to_qkv(x).chunk(3, dim=-1))
+    return partial(attn.to_q, x), partial(attn.to_k, x), partial(attn.to_v, x)
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def one_by_one(
     call: AttentionCall,
-    value: torch.Tensor,
-    finish_query: Callable[[], torch.Tensor],
-    finish_key: Callable[[], torch.Tensor],
+    queries: Callable[[], torch.Tensor],
+    keys: Callable[[], torch.Tensor],
+    values: Callable[[], torch.Tensor],
 ) -> Projections:
-    """Queries, keys and values `[B, N, H, D]`, each made while the one before it is on its way to other ranks.
+    """Queries, keys and values `[B, N, H, D]`; each is computed once `call.ready` was told of the one before it.
 
-    All are projected before: a matrix product that runs beside a transfer waits for the multiprocessors that this
-    holds, and takes longer by more than the transfer. Norms and rotations do not.
-
-    Args:
-        value: finished.
-        finish_query, finish_key: normalise and rotate what is projected.
+    Values come last: compilers fuse what normalises and rotates queries and keys, so that these are there together.
+    Projecting all three first, to exchange them beside norms and rotations, was not faster (docs/parallel.md).
     """
-    call.ready("values", value)
-    query = finish_query()
+    query = queries()
     call.ready("queries", query)
-    key = finish_key()
+    key = keys()
     call.ready("keys", key)
+    value = values()
+    call.ready("values", value)
     return query, key, value
 
 

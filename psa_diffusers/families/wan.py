@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from psa_diffusers.families.card import ModelCard
 from psa_diffusers.families.family import AttentionCall, ModelFamily
-from psa_diffusers.families.parts import one_by_one, project_out, projected, split_heads
+from psa_diffusers.families.parts import linears, one_by_one, project_out, split_heads
 from psa_diffusers.families.pipeline_kind import PipelineKind
 from psa_diffusers.families.rotation import Rotation
 
@@ -48,7 +48,7 @@ class Wan(ModelFamily):
 
     @staticmethod
     def project(attn: Any, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = projected(attn, call.hidden_states)
+        query, key, value = linears(attn, call.hidden_states)
 
         def placed(x: torch.Tensor) -> torch.Tensor:
             (x,) = split_heads(attn, x)
@@ -56,9 +56,9 @@ class Wan(ModelFamily):
 
         return one_by_one(
             call,
-            split_heads(attn, value)[0],
-            lambda: placed(attn.norm_q(query)),
-            lambda: placed(attn.norm_k(key)),
+            lambda: placed(attn.norm_q(query())),
+            lambda: placed(attn.norm_k(key())),
+            lambda: split_heads(attn, value())[0],
         )
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Values, queries and keys on their way between ranks, each while the next one is still being computed."""
+"""Queries, keys and values on their way between ranks, each while the next one is still being computed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from psa_diffusers.patch.context_parallel import Ulysses
 
-# In the order in which families have them ready; all ranks exchange them in it.
-PARTS = ("values", "queries", "keys")
+# In the order in which families project them; all ranks exchange them in it.
+PARTS = ("queries", "keys", "values")
 
 
 class Exchange:
@@ -43,11 +43,10 @@ class Exchange:
         Returns:
             For each a tensor `[B, before + N + after, h, D]`.
         """
-        q, k, v = qkv
-        for part, x in zip(PARTS, (v, q, k), strict=True):
+        for part, x in zip(PARTS, qkv, strict=True):
             if part not in self._begun:
                 self.begin(part, x)
         for _, work in self._begun.values():
             work.wait()
-        v, q, k = (self._begun[part][0].transpose(0, 1) for part in PARTS)
+        q, k, v = (self._begun[part][0].transpose(0, 1) for part in PARTS)
         return q, k, v

@@ -30,11 +30,6 @@ FORWARDS = {
 STACKS = {**FORWARDS, "h3-10s": "MiniMax-H3 768 x 1344, 10 s"}
 HEADLINE = ("wan2.1-14b-720p", "hunyuanvideo-720p", "h3-15s", "wan2.1-1.3b-480p")
 SHORT = {"LTX-2.5-Diffusers": "LTX-2.5", "ChronoEdit-14B-Diffusers": "ChronoEdit"}
-PARALLEL_MODELS = {
-    "wan2.1-14b-720p": "Wan2.1-14B 720p",
-    "hunyuanvideo-720p": "HunyuanVideo 720p",
-    "cogvideox-5b": "CogVideoX-5B",
-}
 
 
 def forward(workload: str, method: str, density: float = 1.0) -> Row | None:
@@ -111,8 +106,9 @@ def parallel() -> str:
     body = []
     rows = load(PARALLEL)["rows"]
     counts = sorted({row["gpus"] for row in rows})
-    for workload, method, compiled in dict.fromkeys((row["workload"], row["method"], row["compiled"]) for row in rows):
-        kind = {"workload": workload, "method": method, "compiled": compiled}
+    kinds = ("workload", "method", "compiled", "commit")
+    for values in dict.fromkeys(tuple(row[kind] for kind in kinds) for row in rows):
+        kind = dict(zip(kinds, values, strict=True))
         one = need(PARALLEL, gpus=1, **kind)
         cells = []
         for gpus in counts:
@@ -122,14 +118,12 @@ def parallel() -> str:
             elif gpus == 1:
                 cells.append(duration(row["ms"]))
             else:
-                cells.append(f"{duration(row['ms'])} ({one['ms'] / row['ms']:.2f}x)")
-        what = f"density {one['density']:.2f}" if method == "psa" else "cuDNN dense"
-        body.append([PARALLEL_MODELS.get(workload, workload), what, "compiled" if compiled else "eager", *cells])
-    head = ["one forward of", "", "blocks", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)]
-    commits = dict.fromkeys(row.get("commit", load(PARALLEL)["commit"]) for row in rows)
-    where = (
-        f"On hosts with {load(PARALLEL)['hardware']['gpu']}, commits {' and '.join(commits)}, {load(PARALLEL)['date']}."
-    )
+                cells.append(f"{duration(row['ms'])} ({row['speedup']:.2f}x)")
+        what = f"density {one['density']:.2f}" if one["method"] == "psa" else "cuDNN dense"
+        blocks = "compiled" if one["compiled"] else "eager"
+        body.append([STACKS[one["workload"]], what, blocks, *cells, one["commit"]])
+    head = ["one forward of", "", "blocks", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts), "commit"]
+    where = f"On hosts with {load(PARALLEL)['hardware']['gpu']}, {load(PARALLEL)['date']}."
     return f"{table(head, body)}\n\n{where}"
 
 

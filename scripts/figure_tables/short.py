@@ -52,7 +52,8 @@ def graphs() -> str:
             row = of_mode.get(mode)
             cells.append("not run" if row is None else "fails" if "error" in row else duration(row["ms"]))
         body.append([model, phase, *cells])
-    return f"{table(['', 'forward', *MODES], body)}\n\nOn {machine(GRAPHS)}, {origin(GRAPHS)}."
+    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"{table(['', 'forward', *MODES], body)}\n\nOn {machine(GRAPHS)}, commits {commits}, {load(GRAPHS)['date']}."
 
 
 def _span(rows: Sequence[Row]) -> str:

@@ -1,4 +1,4 @@
-"""Families that ranks can share tell of values, queries and keys as soon as they have each."""
+"""Families that ranks can share tell of queries, keys and values as soon as they have each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from psa_diffusers import apply_psa
 from psa_diffusers.families import find_family
+from psa_diffusers.patch.exchange import PARTS
 from psa_testing.expectations import preset
 from psa_testing.families import PARALLEL
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", PARALLEL)
-def test_values_are_ready_before_queries_are_normalised_and_those_before_keys(name, monkeypatch):
+def test_each_part_is_ready_before_the_next_is_projected(name, monkeypatch):
     case = PARALLEL[name].case
     pipe = case.make()
     family = find_family(pipe.transformer)
@@ -23,29 +24,21 @@ def test_values_are_ready_before_queries_are_normalised_and_those_before_keys(na
 
     def listened(attn, call):
         events, told = [], {}
-        modules = {
-            "to_q": attn.to_q,
-            "to_k": attn.to_k,
-            "to_v": attn.to_v,
-            "norm_q": attn.norm_q,
-            "norm_k": attn.norm_k,
-        }
+        linears = {"values": attn.to_v, "keys": attn.to_k, "queries": attn.to_q}
         hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name: events.append(name))
-            for name, module in modules.items()
-            if module is not None
+            linear.register_forward_pre_hook(lambda *_, part=part: events.append(f"project {part}"))
+            for part, linear in linears.items()
         ]
 
         def ready(part, x):
-            events.append(part)
+            events.append(f"{part} are ready")
             told[part] = x
 
-        query, key, value = found = project(attn, replace(call, ready=ready))
+        found = project(attn, replace(call, ready=ready))
         for hook in hooks:
             hook.remove()
-        assert sorted(events[:3]) == ["to_k", "to_q", "to_v"]
-        assert events[3:] == ["values", "norm_q", "queries", "norm_k", "keys"]
-        assert told["values"] is value and told["queries"] is query and told["keys"] is key
+        assert events == [event for part in PARTS for event in (f"project {part}", f"{part} are ready")]
+        assert all(told[part] is x for part, x in zip(PARTS, found, strict=True))
         layers.add(attn)
         return found
 

@@ -58,7 +58,7 @@ def test_forwards_that_were_compiled_before_they_are_shared(on_ranks):
     on_ranks(2, parallel_ranks.forwards_compiled_before, "minimax-h3", uneven.inputs)
 
 
-def test_parts_travel_while_the_next_is_finished(on_ranks):
+def test_parts_travel_while_the_next_is_projected(on_ranks):
     on_ranks(2, parallel_ranks.parts_travel_early)
 
 
