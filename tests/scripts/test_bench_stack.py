@@ -137,20 +137,37 @@ def test_only_the_linear_layers_of_blocks_are_quantised(scales, monkeypatch):
     assert [name for name, chosen in found.items() if chosen] == ["blocks.0"]
 
 
-def test_lines_that_an_earlier_run_measured_are_taken_from_it(bench, monkeypatch, tmp_path):
+@pytest.fixture
+def quick(bench, monkeypatch):
+    """The same without the demo model's videos and without quantised layers."""
     import bench_stack
 
     none = {"psnr": None, "skipped_dense": 0.0, "skipped_sparse": 0.0}
     monkeypatch.setattr(bench_stack, "Demo", lambda *_: SimpleNamespace(figures=lambda line: none))
     monkeypatch.setattr(bench_stack, "quantise_linear", lambda *_: None)
     monkeypatch.setattr(FullAttention, "implementation", "reference")
-    rows, compiled = bench()
+    return bench
+
+
+def test_lines_that_an_earlier_run_measured_are_taken_from_it(quick, tmp_path):
+    rows, compiled = quick()
     path = tmp_path / "stack.json"
     earlier = json.loads(path.read_text())
-    earlier["rows"] = [*rows[:-1], {"workload": rows[-1]["workload"], "stack": rows[-1]["stack"], "error": "killed"}]
+    killed = {key: rows[-1][key] for key in ("workload", "scales", "stack")}
+    earlier["rows"] = [*rows[:-1], {**killed, "error": "killed"}]
     path.write_text(json.dumps(earlier))
     compiled.clear()
-    merged, compiled = bench("--merge", str(path))
+    merged, compiled = quick("--merge", str(path))
     assert [row["seconds_50"] for row in merged[:-1]] == [row["seconds_50"] for row in rows[:-1]]
     assert all(row["commit"] == earlier["commit"] for row in merged[:-1]) and "error" not in merged[-1]
     assert set(compiled) == {"forward"}
+
+
+def test_other_scales_are_a_run_of_their_own(quick, tmp_path):
+    rows, _ = quick()
+    both, _ = quick("--scales", "tensor", "--merge", str(tmp_path / "stack.json"))
+    first, second = both[: len(rows)], both[len(rows) :]
+    assert [row["seconds_50"] for row in first] == [row["seconds_50"] for row in rows]
+    assert {row["scales"] for row in first} == {"row"} and {row["scales"] for row in second} == {"tensor"}
+    assert len(second) == len(rows) and second[0]["speedup"] == 1
+    assert [row["stack"] for row in second[:2]] == [row["stack"] for row in first[:2]]
