@@ -7,10 +7,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
 from psa_diffusers.patch.context_parallel import Ulysses
+from psa_diffusers.patch.dense_calls import QKV, DenseCalls, Parts
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.exchange import Exchange
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
@@ -20,14 +20,11 @@ from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.served_calls import ServedCalls
 from psa_diffusers.patch.sites import Layer
-from psa_diffusers.patch.stated_step import COMPUTED, NOT_WARM, PADDED, WarmCalls, hold, is_capturing
-from psa_diffusers.patch.text_padding import TextLengths, attend_real_text
+from psa_diffusers.patch.stated_step import COMPUTED, NOT_WARM, WarmCalls, hold
+from psa_diffusers.patch.text_padding import attend_real_text
 from psa_diffusers.patch.token_order import Grid, permutation_on
 from psa_kernels import AttentionStats
 
-QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-# Text that stands last, and the tokens before it.
-Parts = tuple[torch.Tensor, torch.Tensor]
 Compute = Callable[["TokenAttention", Layer, Forward, QKV, AttentionCall], tuple[Parts, list[AttentionStats]]]
 
 
@@ -40,22 +37,21 @@ class TokenAttention:
 
     Attributes:
         guard: records values that are not finite.
+        dense: computes dense attention that is not left to the module's own processor.
         full: computes dense layers by the operator, where the preset asks for that.
         compute: None, or a function that replaces `sparse`, such as one that measures it. It gets this object; if it
             returns no statistics, the call counts as dense.
         mask_recorder: gets the block lists of sparse calls.
-        text_tokens: how many text tokens of each sample are real, if the user stated it; else None.
     """
 
     def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
         self._family, self._fallbacks, self._strict = family, fallbacks, strict
         self.guard = FiniteGuard(fallbacks, strict)
+        self.dense = DenseCalls(family)
         self.full = FullAttention(fallbacks)
         self._served = ServedCalls(fallbacks.remark)
-        self._text_lengths = TextLengths()
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
-        self.text_tokens: tuple[int, ...] | None = None
         self._warm = WarmCalls()
 
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
@@ -79,7 +75,7 @@ class TokenAttention:
         if (refused := self._served.earlier(layer, call)) is not None and self.compute is None:
             return refused
         try:
-            self._real_text(call)
+            self.dense.real_text(call)
             return None
         except DenseOnlyError as error:
             return str(error)
@@ -88,7 +84,7 @@ class TokenAttention:
         if self.full.was_refused(layer, call):
             return False
         try:
-            self._real_text(call)
+            self.dense.real_text(call)
             return True
         except DenseOnlyError:
             return False
@@ -178,7 +174,7 @@ class TokenAttention:
             return self._dense_and_corrected(layer, forward, qkv, call)
         if route.full:
             after = call.text_tokens if self._family.text == "after" else 0
-            parts = self.full.attend(forward.run, qkv, after, self._real_text(call))
+            parts = self.full.attend(forward.run, qkv, after, self.dense.real_text(call))
         elif self.compute is None:
             parts, stats = self.sparse(layer, forward, qkv, call)
         else:
@@ -209,7 +205,7 @@ class TokenAttention:
             first = self._first_video(forward, qkv, call)
 
             def dense_rows(tokens: torch.Tensor) -> torch.Tensor:
-                return self._dense_rows(qkv[0][:, first + tokens], qkv, call)
+                return self.dense.rows(qkv[0][:, first + tokens], qkv, call)
 
             video = self.video_of(head, forward.attended_grid)
             fits, steps = _fits(forward, video), forward.run.steps
@@ -259,7 +255,7 @@ class TokenAttention:
             *qkv, spec, kept,
             before=beside - behind,
             after=after + behind,
-            lengths=self._real_text(call) if after else None,
+            lengths=self.dense.real_text(call) if after else None,
             permutation=permutation,
             strict=self._strict,
             return_lists=layer.keeps_lists or records,
@@ -287,65 +283,6 @@ class TokenAttention:
         if video == tokens:
             return head
         return head[:, :video] if self._family.appended else head[:, tokens - video :]
-
-    def dense(self, qkv: QKV, call: AttentionCall) -> Parts:
-        """Dense attention of a call. Where all samples have equally much padding, it is cut off instead of masked."""
-        after = call.text_tokens if self._family.text == "after" else 0
-        padding = self._common_padding(call)
-        q, first = qkv[0], qkv[0].shape[1] - after
-        out = self._dense_rows(q[:, : q.shape[1] - (padding or 0)], qkv, call)
-        # Results of an operator behind a graph may share no memory.
-        return out[:, :first], F.pad(out[:, first:], (0, 0, 0, 0, 0, padding or 0)) if after else out[:, :0].clone()
-
-    def _dense_rows(self, q: torch.Tensor, qkv: QKV, call: AttentionCall) -> torch.Tensor:
-        """Dense attention of some queries of a call, `[B, n, H, D]`, over all its keys that are no padding."""
-        padding = self._common_padding(call)
-        mask = self._dense_mask(call) if padding is None else None
-        k, v = (x[:, : x.shape[1] - (padding or 0)].transpose(1, 2) for x in qkv[1:])
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2)
-
-    def _common_padding(self, call: AttentionCall) -> int | None:
-        """How much of the text is padding, at its end, in all samples; None if they differ, or a mask is needed."""
-        try:
-            lengths = set(self._real_text(call))
-        except DenseOnlyError:
-            return None
-        return call.text_tokens - lengths.pop() if len(lengths) == 1 else None
-
-    def _dense_mask(self, call: AttentionCall) -> torch.Tensor | None:
-        """The call's mask as `scaled_dot_product_attention` takes it."""
-        try:
-            text_mask = self._family.text_mask(call)
-        except DenseOnlyError:
-            return call.attention_mask
-        if text_mask is None:
-            return None
-        return F.pad(text_mask.bool(), (call.hidden_states.shape[1], 0), value=True)[:, None, None]
-
-    def _real_text(self, call: AttentionCall) -> list[int]:
-        """How many text tokens of each sample are no padding."""
-        source, said = call.attention_mask, self.text_tokens
-        samples, tokens = call.hidden_states.shape[:2]
-        if source is None:
-            return [call.text_tokens] * samples
-        kind, captured = (samples, tokens, call.text_tokens), is_capturing()
-        if said is None and not captured and (known := self._text_lengths.known(source, kind)) is not None:
-            return known
-        mask = self._family.text_mask(call)
-        if mask is None:
-            return [call.text_tokens] * samples
-        if said is not None and (len(said) != len(mask) or max(said) > call.text_tokens):
-            raise ValueError(
-                f"text_tokens={said}: expected {len(mask)} numbers, one a sample, of up to {call.text_tokens} tokens"
-            )
-        if captured:
-            if said is None:
-                raise RuntimeError(PADDED)
-            return list(said)
-        lengths = self._text_lengths.of(source, mask, kind)
-        if said is not None and list(said) != lengths:
-            raise ValueError(f"text_tokens={said}: the mask says that the real text tokens are {lengths}")
-        return lengths
 
 
 def _fits(forward: Forward, video: torch.Tensor) -> Hashable:

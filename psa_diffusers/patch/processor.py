@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from psa_diffusers.diffusers_internals import let_guiders_find, parallel_config
-from psa_diffusers.families import AttentionCall, find_family
-from psa_diffusers.patch import graph_ops
+from psa_diffusers.families import find_family
 from psa_diffusers.patch.arguments import with_names
 from psa_diffusers.patch.attend import Compute, TokenAttention
 from psa_diffusers.patch.copies import CopiedProcessor, copied_processor, own_processor
 from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFallbackWarning, tell_left_out
 from psa_diffusers.patch.hooks import Patch
+from psa_diffusers.patch.layer_calls import RIVALS, LayerCalls, Output
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import OF_OTHER_WORKFLOWS, attention_modules, find_transformers, set_processor
 from psa_diffusers.patch.runs import Runs
@@ -34,11 +32,6 @@ ELSEWHERE = (
     "PSAProcessor was made for another pipeline and does not know this {kind}; set the model's own processor, or load "
     "the model again, and then make one with PSAProcessor(pipe, ...)"
 )
-RIVALS = (
-    "the transformer has several PSAProcessors, but one serves all layers; set the same one on all of them, as "
-    "apply_psa(pipe, ...) does"
-)
-Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
 class PSAProcessor(PatchingProcessor, Told):
@@ -94,6 +87,7 @@ class PSAProcessor(PatchingProcessor, Told):
         self._family = find_family(next(iter(transformers.values())))
         self._fallbacks = Fallbacks(strict)
         self._attention = TokenAttention(self._family, self._fallbacks, strict)
+        self._calls = LayerCalls(self._family, self._attention)
         modules = {
             name: self._layer_modules(transformer, f"{name}." if len(transformers) > 1 else "")
             for name, transformer in transformers.items()
@@ -176,77 +170,15 @@ class PSAProcessor(PatchingProcessor, Told):
         if site is None:
             raise RuntimeError(ELSEWHERE.format(kind=type(attn).__name__))
         if isinstance(site, LayerSite):
-            attend = self._in_graph if compiling else self._eagerly
+            if not compiling and not site.patch.attached:
+                self._arrive()
+            attend = self._calls.in_graph if compiling else self._calls.eager
             if (attended := attend(attn, site, args, kwargs)) is not None:
                 return attended
         return site.call_original(attn, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CopiedProcessor:
         return copied_processor(self._sites, memo)
-
-    def _eagerly(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """Compute a layer's attention. If the module's own processor has to compute it, note that and return None."""
-        if not site.patch.attached:
-            self._arrive()
-            if not site.patch.attached and site.patch.rivals():
-                self._attention.note_dense(site.patch.forward, site.layer, RIVALS if site.may_be_sparse else None)
-                return None
-        if site.skips_scores:
-            return None
-        forward, layer, attention = site.patch.forward, site.layer, self._attention
-        if forward.share is not None:
-            return self._shared(attn, site, args, kwargs)
-        route = forward.routes[layer.name]
-        if route.ours:
-            if (call := self._family.call(site.by_name(args, kwargs))) is None:
-                return None
-            route = attention.decide(forward, layer, call)
-            if route.ours:
-                qkv = self._family.project(attn, call)
-                route = attention.settle(forward, layer, route, call, qkv)
-                if route.ours:
-                    return self._output(attn, call, *attention.ours(forward, layer, qkv, call, route))
-        attention.note_dense(forward, layer, route.reason)
-        return None
-
-    def _shared(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """As `_eagerly`, for ranks that share a forward: all take the same route, which was decided before it."""
-        forward, layer = site.patch.forward, site.layer
-        if not site.in_graph:
-            self._attention.note_dense(forward, layer, forward.routes[layer.name].reason)
-            return None
-        if (call := self._family.call(site.by_name(args, kwargs))) is None:
-            return None
-        assert forward.share is not None, "only then is a layer shared"
-        exchange = self._attention.exchange(forward.share, call.text_tokens)
-        call = replace(call, ready=exchange.begin)
-        head, tail = self._attention.attend(
-            forward, layer, self._family.project(attn, call), call.attention_mask, call.text_tokens, exchange
-        )
-        return self._output(attn, call, head, tail)
-
-    def _in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
-        """As `_eagerly`, inside a graph; there the route was decided before the forward."""
-        if site.skips_scores:
-            return None
-        if not site.in_graph and not site.breaks_graphs:
-            graph_ops.note_dense(site.number)
-            return None
-        call = self._family.call(site.by_name(args, kwargs))
-        if call is None:
-            return None
-        text_last = self._family.text == "after"
-        if site.shared:
-            call = replace(call, ready=partial(graph_ops.begin_exchange, site.number, call.text_tokens))
-        q, k, v = self._family.project(attn, call)
-        head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, call.text_tokens, text_last)
-        return self._output(attn, call, head, tail)
-
-    def _output(self, attn: torch.nn.Module, call: AttentionCall, head: torch.Tensor, tail: torch.Tensor) -> Output:
-        text = call.text_tokens
-        if self._family.text == "before":
-            return self._family.output(attn, call, head[:, text:], head[:, :text])
-        return self._family.output(attn, call, head, tail if text else None)
 
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """As `PatchingProcessor.arrive`."""

@@ -62,9 +62,10 @@ class Told:
         if (steps := self._runs.told_steps()) is None:
             raise RuntimeError(f"step({index!r}): expected inside `with psa.run(timesteps):`, which tells the run")
         stated = stated_step(index, steps, branch, text_tokens)
-        before = self._runs.stated, self._attention.text_tokens
-        self._runs.stated, self._attention.text_tokens = stated, stated.text_tokens
+        dense = self._attention.dense
+        before = self._runs.stated, dense.text_tokens
+        self._runs.stated, dense.text_tokens = stated, stated.text_tokens
         try:
             yield
         finally:
-            self._runs.stated, self._attention.text_tokens = before
+            self._runs.stated, dense.text_tokens = before

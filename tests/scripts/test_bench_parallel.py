@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FIELDS = {"workload", "method", "density", "gpus", "ms", "peak_gib", "communication", "imbalance"}
+FIELDS = {"workload", "method", "density", "gpus", "ms", "speedup", "peak_gib", "communication", "imbalance"}
 ALL = ("wan2.1-14b-720p", "hunyuanvideo-720p", "cogvideox-5b")
 BOTH = ("sdpa-cudnn", "psa")
 
