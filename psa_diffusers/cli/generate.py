@@ -87,6 +87,14 @@ def _generate(
         int,
         typer.Option(help="Share the prompts among so many processes, each with a GPU.", rich_help_panel=PLACE),
     ] = 1,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the transformer's blocks with torch.compile: slower first steps, faster others.",
+            rich_help_panel=PLACE,
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
@@ -120,6 +128,7 @@ def _generate(
             seed=seed,
             samples=samples,
             fps=fps,
+            compile=compiled,
             overwrite=overwrite,
             strict=strict,
             vbench=vbench,

@@ -20,7 +20,7 @@ from psa_diffusers.runs import stopping
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.gain import denoising, settled_seconds
-from psa_diffusers.runs.phases import Phases, as_rows
+from psa_diffusers.runs.phases import Phases, as_rows, first_calls
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
 from psa_diffusers.runs.plan import DENSE, Plan
 from psa_diffusers.runs.progress import FILES, Progress, duration, tell
@@ -93,6 +93,7 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: 
             offload=settings.offload,
             flow_shift=settings.flow_shift,
             loras=plan.loras,
+            compiled=settings.compile,
             tell=told.append,
         )
     for line in told:
@@ -116,8 +117,7 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: 
                 with folder.writing(index) as path:
                     results = _make_videos(plan, pipe, index, partial(progress.stage, number))
                     for result in results.values():
-                        dense_at = None if result.attention is None else result.attention["dense_at"]
-                        phases.add_video(result.seconds, dense_at)
+                        phases.add_video(result.seconds, _dense_at(result))
                     with progress.stage(number, FILES), phases.phase("files"):
                         _write_prompt(plan, index, results, path, about)
 
@@ -185,17 +185,26 @@ def _label(name: str, result: Generated) -> Label:
 
 
 def _speedup(dense: Generated, sparse: Generated) -> dict[str, float | None]:
+    """How many times as fast the sparse run was, without what first steps took to compile."""
     step = sparse.seconds["median_sparse_step"]
+
+    def settled(run: Generated, what: str) -> float:
+        return run.seconds[what] - first_calls(run.seconds["per_step"], _dense_at(run))
+
     return {
-        "total": dense.seconds["total"] / sparse.seconds["total"],
-        "denoise": dense.seconds["denoise"] / sparse.seconds["denoise"],
+        "total": settled(dense, "total") / settled(sparse, "total"),
+        "denoise": settled(dense, "denoise") / settled(sparse, "denoise"),
         "sparse_step": dense.seconds["median_step"] / step if step else None,
     }
 
 
+def _dense_at(run: Generated) -> list[int] | None:
+    """Which of its steps were dense; None if no step of it could be sparse."""
+    return None if run.attention is None else run.attention["dense_at"]
+
+
 def _denoising(dense: Generated, sparse: Generated) -> dict[str, float] | None:
-    dense_at = [] if sparse.attention is None else sparse.attention["dense_at"]
-    return settled_seconds(dense.seconds["per_step"], sparse.seconds["per_step"], dense_at)
+    return settled_seconds(dense.seconds["per_step"], sparse.seconds["per_step"], _dense_at(sparse) or [])
 
 
 def finish(plan: Plan, folder: RunFolder, todo: list[int], phases: Phases | None = None) -> dict[str, Any]:

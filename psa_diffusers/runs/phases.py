@@ -54,10 +54,8 @@ class Phases:
             seconds: those of `Generated`.
             dense_at: which steps were dense, counted from 0; None for a dense run.
         """
-        steps = list(enumerate(seconds["per_step"]))
-        dense = [took for at, took in steps if dense_at is None or at in dense_at]
-        sparse = [took for at, took in steps if dense_at is not None and at not in dense_at]
-        for name, kind in (("dense_steps", dense), ("sparse_steps", sparse)):
+        kinds = by_kind(seconds["per_step"], dense_at)
+        for name, kind in zip(("dense_steps", "sparse_steps"), kinds, strict=True):
             extra = first_call(kind)
             self._seconds[name] += sum(kind) - extra
             self._seconds["first_calls"] += extra
@@ -69,6 +67,18 @@ class Phases:
         total = time.perf_counter() - self._started
         other = max(0.0, total - sum(self._seconds.values()))
         return {name: round(took, 3) for name, took in {**self._seconds, "other": other, "total": total}.items()}
+
+
+def by_kind(per_step: Sequence[float], dense_at: Sequence[int] | None) -> tuple[list[float], list[float]]:
+    """The seconds of dense and of sparse steps; `dense_at` as in `Phases.add_video`."""
+    dense = [took for at, took in enumerate(per_step) if dense_at is None or at in dense_at]
+    sparse = [took for at, took in enumerate(per_step) if dense_at is not None and at not in dense_at]
+    return dense, sparse
+
+
+def first_calls(per_step: Sequence[float], dense_at: Sequence[int] | None) -> float:
+    """How much longer the first step of each kind took than the others of its kind: what it took to compile, if any."""
+    return sum(map(first_call, by_kind(per_step, dense_at)))
 
 
 def first_call(steps: Sequence[float]) -> float:

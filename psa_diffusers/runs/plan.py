@@ -58,6 +58,7 @@ class Settings:
     dtype: str
     device: str
     offload: str
+    compile: bool
     image: str | None
     image_digest: str | None
     strict: bool
@@ -120,6 +121,8 @@ def _checked(request: Request) -> Plan:
     prompts = _prompts(request)
     one_of("--dtype", request.dtype, DTYPES)
     one_of("--offload", request.offload, OFFLOADS)
+    if request.compile and request.offload == "group":
+        raise InputError("--compile: needs blocks that stay whole; use --offload none or model")
     if request.compare and request.preset == DENSE:
         raise InputError("--compare needs a sparse --preset; dense is what it is compared with")
     samples = in_range("--samples", request.samples, 1, 1000)
@@ -167,6 +170,7 @@ def _checked(request: Request) -> Plan:
         dtype=_pick_dtype(request.dtype, device, card.dtype),
         device=device,
         offload=request.offload,
+        compile=request.compile,
         image=request.image,
         image_digest=digest,
         strict=request.strict,

@@ -34,6 +34,7 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
+    compile: bool = False
     image: str | None = None
     overwrite: bool = False
     strict: bool = False

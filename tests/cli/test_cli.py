@@ -40,6 +40,7 @@ OPTIONS = {
         "--dtype",
         "--device",
         "--offload",
+        "--compile",
         "--num-processes",
         "--image",
         "--overwrite",

@@ -1,9 +1,12 @@
 """Whole runs on tiny random pipelines: the videos, figures and reports that they leave."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.report.video import read_video
@@ -52,6 +55,21 @@ def test_the_report_of_a_prompt_is_complete_and_consistent(ask, tmp_path):
     assert report["load_seconds"] > 0 and report["hardware"]["device"] == "cpu"
 
 
+def test_compiled_blocks_make_the_same_videos(ask, tmp_path, monkeypatch):
+    carry_out(ask("a cat", compare=True, output=str(tmp_path / "eager")))
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    carry_out(ask("a cat", compare=True, compile=True))
+    # Dense ones, stock and patched, and sparse ones; blocks that are alike share them.
+    assert 1 < counter.frame_count <= 3
+    for name in ("dense.mp4", "small.mp4"):
+        eager, compiled = (read_video(tmp_path / run / "0000-a-cat" / name).frames for run in ("eager", "out"))
+        assert np.array_equal(eager, compiled)
+    with pytest.raises(InputError, match="compile was true and is now false"):
+        carry_out(ask("a cat", compare=True))
+
+
 def test_a_density_is_met_and_shown_and_another_one_is_another_run(ask, tmp_path):
     carry_out(ask("a cat", density=1.0, compare=True))
     report = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())
@@ -63,13 +81,15 @@ def test_a_density_is_met_and_shown_and_another_one_is_another_run(ask, tmp_path
         carry_out(ask("a cat", density=0.6, compare=True))
 
 
-def test_a_speedup_is_dense_time_over_sparse_time(ask, tmp_path, monkeypatch):
+def test_a_speedup_is_dense_time_over_sparse_time_without_compiling(ask, tmp_path, monkeypatch):
     seconds = StepClock.seconds
 
     def told(clock):
-        step, total = (2.0, 30.0) if "small" in running else (7.0, 50.0)
+        step, total, compiling, at = (2.0, 30.0, 20.0, 1) if "small" in running else (7.0, 50.0, 90.0, 0)
         steps = [step] * STEPS
-        return {**seconds(clock), "total": total, "denoise": STEPS * step, "per_step": steps, "median_step": step}
+        steps[at] += compiling  # at the first step of its kind
+        both = {"total": total + compiling, "denoise": STEPS * step + compiling}
+        return {**seconds(clock), **both, "per_step": steps, "median_step": step}
 
     running: list[str] = []
     video = pipeline_call.generate_video

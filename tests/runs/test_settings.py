@@ -31,6 +31,10 @@ def tiny_request(folder, **changes) -> Request:
         ({"fps": 0}, r"--fps 0: must be from 1 to 240"),
         ({"dtype": "int8"}, r"--dtype int8: must be one of auto, bfloat16, float16, float32"),
         ({"offload": "disk"}, r"--offload disk: must be one of none, model, group"),
+        (
+            {"offload": "group", "compile": True},
+            r"--compile: needs blocks that stay whole; use --offload none or model",
+        ),
         ({"offload": "model", "device": "cpu"}, r"--offload model: needs a CUDA device, and the run is on cpu"),
         ({"device": "tpu9"}, r"--device tpu9: not a device"),
         ({"device": "meta"}, r"--device meta: not supported"),

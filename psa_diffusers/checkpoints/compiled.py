@@ -1,0 +1,23 @@
+"""A pipeline whose transformers' blocks torch.compile compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the blocks of all transformers of a pipeline, one graph for blocks that are alike.
+
+    Nothing is compiled before the first call. Graphs may break, as stock attention of some models cannot be traced.
+    """
+    import torch
+
+    for name, component in pipe.components.items():
+        if not name.startswith("transformer") or not isinstance(component, torch.nn.Module):
+            continue
+        network: Any = component
+        try:
+            network.compile_repeated_blocks()
+        except ValueError:  # its class does not say which blocks are alike
+            for block in network.transformer_blocks:
+                block.compile()
