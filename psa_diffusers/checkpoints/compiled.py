@@ -12,6 +12,8 @@ def compile_blocks(pipe: Any) -> None:
     """
     import torch
 
+    from psa_diffusers.families import find_family
+
     for name, component in pipe.components.items():
         if not name.startswith("transformer") or not isinstance(component, torch.nn.Module):
             continue
@@ -19,5 +21,5 @@ def compile_blocks(pipe: Any) -> None:
         try:
             network.compile_repeated_blocks()
         except ValueError:  # its class does not say which blocks are alike
-            for block in network.transformer_blocks:
-                block.compile()
+            for block in find_family(network).self_attentions(network):
+                network.get_submodule(block).compile()
