@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from typing import Any
+
+
+def missing_compiler(device: str) -> str | None:
+    """The C++ compiler that torch.compile would call on a device and that is not there; None if nothing is missing."""
+    if device != "cpu" or sys.platform == "win32":
+        return None
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(compiler) else compiler
 
 
 def compile_blocks(pipe: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.checkpoints.compiled import missing_compiler
 from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
@@ -132,6 +133,10 @@ def _checked(request: Request) -> Plan:
     preset = _load_preset("--preset", request.preset, density)
     preset_2 = None if request.preset_2 is None else _load_preset("--preset-2", request.preset_2, density)
     device = _pick_device(request.device, request.offload)
+    if request.compile and (compiler := missing_compiler(device)) is not None:
+        raise InputError(
+            f"--compile: calls {compiler} on a CPU, which is not there; install it, or name another in CXX"
+        )
     model = resolve_model(request.model)
     card = model.card
     if preset is not None:

@@ -1,5 +1,6 @@
 """What a run is asked to do is checked in full before weights load."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -31,10 +32,7 @@ def tiny_request(folder, **changes) -> Request:
         ({"fps": 0}, r"--fps 0: must be from 1 to 240"),
         ({"dtype": "int8"}, r"--dtype int8: must be one of auto, bfloat16, float16, float32"),
         ({"offload": "disk"}, r"--offload disk: must be one of none, model, group"),
-        (
-            {"offload": "group", "compile": True},
-            r"--compile: needs blocks that stay whole; use --offload none or model",
-        ),
+        ({"offload": "group", "compile": True}, r"--compile: needs blocks that stay whole; use --offload none or m"),
         ({"offload": "model", "device": "cpu"}, r"--offload model: needs a CUDA device, and the run is on cpu"),
         ({"device": "tpu9"}, r"--device tpu9: not a device"),
         ({"device": "meta"}, r"--device meta: not supported"),
@@ -65,6 +63,15 @@ def test_bad_input_is_one_clear_line(saved, changes, message):
     with pytest.raises(InputError, match=message) as caught:
         make_plan(tiny_request(saved / "wan", **changes))
     assert "\n" not in str(caught.value)
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(saved, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    asked = tiny_request(saved / "wan", compile=True, device="cpu")
+    with pytest.raises(InputError, match="--compile: calls no-such-compiler on a CPU, which is not there"):
+        make_plan(asked)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert make_plan(asked).settings.compile
 
 
 def test_a_preset_rule_for_a_layer_that_the_model_lacks(saved, tmp_path):
