@@ -31,6 +31,7 @@ from results import document, publish, write
 
 from psa_diffusers import PSAProcessor
 from psa_diffusers.families import find_family
+from psa_diffusers.runs import compiled as regional
 
 ROOT = Path(__file__).resolve().parents[1]
 WHAT = "one forward of a whole transformer, random weights, medians"
@@ -227,13 +228,9 @@ def block_error(transformer: torch.nn.Module, inputs: dict[str, Any], machine: M
     return relative_error(sparse, dense)
 
 
-def compile_blocks(transformer: torch.nn.Module, backend: str, fullgraph: bool = True) -> None:
-    """diffusers' regional compilation, also for models that lack it."""
-    if transformer._repeated_blocks:
-        transformer.compile_repeated_blocks(fullgraph=fullgraph, backend=backend)
-    else:
-        for block in transformer.transformer_blocks:
-            block.compile(fullgraph=fullgraph, backend=backend)
+def compile_blocks(transformer: torch.nn.Module, backend: str) -> None:
+    """Its blocks as whole graphs."""
+    regional.compile_blocks(transformer, backend=backend, fullgraph=True)
 
 
 def project(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

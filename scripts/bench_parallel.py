@@ -30,7 +30,7 @@ from bench_model import clock
 from dense_attention import prefer_cudnn
 from diffusers import ContextParallelConfig
 from one_step import OneStep, scaled_preset
-from random_models import WORKLOADS, Machine, Workload, build, make_inputs
+from random_models import WORKLOADS, Machine, Workload, build, compile_forwards, make_inputs
 from results import publish
 from torch.profiler import ProfilerActivity, profile
 
@@ -108,14 +108,6 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
                 if not figures["error"] <= TOLERANCE[machine.dtype]:
                     raise RuntimeError(f"{workload.name}, {method}: {gpus} ranks differ by {figures['error']:.1e}")
             yield {"workload": workload.name, "method": method, "gpus": gpus, "compiled": compiled, **figures}
-
-
-def compile_forwards(transformer: torch.nn.Module, backend: str) -> None:
-    """Compile what diffusers' hooks will wrap: they split tokens outside, and one whole graph serves all blocks."""
-    names = transformer._repeated_blocks or {type(block).__name__ for block in transformer.transformer_blocks}
-    for module in transformer.modules():
-        if type(module).__name__ in names:
-            module.forward = torch.compile(module.forward, fullgraph=True, backend=backend)
 
 
 def run(

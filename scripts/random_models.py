@@ -18,6 +18,19 @@ from psa_testing.full_size import Noise, Published
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def compile_forwards(transformer: torch.nn.Module, backend: str) -> list[torch.nn.Module]:
+    """Compile the forward of each block that is alike, and return the blocks.
+
+    Caches and context parallelism of diffusers wrap the forward. What they wrap is compiled here, so that one whole
+    graph serves all blocks; compiled with the wrapping in it, blocks would get graphs of their own, or broken ones.
+    """
+    names = transformer._repeated_blocks or {type(block).__name__ for block in transformer.transformer_blocks}
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    return blocks
+
+
 @dataclass(frozen=True)
 class Workload:
     """One forward of one transformer.

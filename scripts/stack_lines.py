@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import FirstBlockCacheConfig
 from one_step import scaled_preset
-from random_models import Machine
+from random_models import Machine, compile_forwards
 
 from psa_diffusers import Preset
 
@@ -98,14 +98,8 @@ def quantise_linear(transformer: torch.nn.Module, scales: str) -> None:
 
 @contextmanager
 def cached(transformer: torch.nn.Module, threshold: float, backend: str) -> Iterator[None]:
-    """The first-block cache on a transformer of compiled blocks, in one context; all is off again afterwards.
-
-    The cache wraps the `forward` of each block. What it wraps is compiled here, so that one whole graph serves all
-    blocks; compiled with the cache in it, each block would get graphs of its own.
-    """
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
-    for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    """The first-block cache on a transformer of compiled blocks, in one context; all is off again afterwards."""
+    blocks = compile_forwards(transformer, backend)
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
         with transformer.cache_context(CONTEXT):

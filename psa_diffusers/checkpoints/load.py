@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from psa_diffusers.checkpoints.compiled import compile_blocks
 from psa_diffusers.checkpoints.components import check_values, listed_parts, load_component, one_line
 from psa_diffusers.checkpoints.configurations import INDEX, index_file, read_json
 from psa_diffusers.checkpoints.lora import Lora, load_loras
@@ -43,7 +42,6 @@ def load_pipeline(
     offload: str,
     flow_shift: float | None = None,
     loras: Sequence[Lora] = (),
-    compiled: bool = False,
     tell: Callable[[str], None] = _warn,
 ) -> Any:
     """Load the pipeline and put it where it is to run.
@@ -54,7 +52,6 @@ def load_pipeline(
         offload: "none", "model" (one component at a time on the GPU) or "group" (one layer at a time).
         flow_shift: replaces the scheduler's; None keeps it.
         loras: added to its transformers.
-        compiled: whether torch.compile compiles the transformers' blocks, at their first calls.
         tell: called with a line about each of them that does not fit in part.
 
     Raises:
@@ -86,8 +83,6 @@ def load_pipeline(
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
     else:
         pipe.to(device)
-    if compiled:
-        compile_blocks(pipe)
     return pipe
 
 

@@ -17,6 +17,7 @@ from psa_diffusers.report.overlay import attention_overlay
 from psa_diffusers.report.panels import Label, write_image
 from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import stopping
+from psa_diffusers.runs.compiled import compile_transformers
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.gain import denoising, settled_seconds
@@ -93,9 +94,10 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: 
             offload=settings.offload,
             flow_shift=settings.flow_shift,
             loras=plan.loras,
-            compiled=settings.compile,
             tell=told.append,
         )
+        if settings.compile:
+            compile_transformers(pipe)
     for line in told:
         print(f"warning: {line}", file=sys.stderr)
     seconds = time.perf_counter() - started

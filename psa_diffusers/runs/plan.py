@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
-from psa_diffusers.checkpoints.compiled import missing_compiler
 from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
 from psa_diffusers.families.card import ModelCard
+from psa_diffusers.runs.compiled import missing_compiler
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.request import Request, given, in_range, one_of
 from psa_diffusers.runs.vbench import check_names

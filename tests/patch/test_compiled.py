@@ -17,6 +17,7 @@ from psa_diffusers.patch.dense_reasons import Fallbacks, PSAFallbackError, PSAFa
 from psa_diffusers.patch.run import Forward, Route, Run
 from psa_diffusers.patch.sites import site_of
 from psa_diffusers.patch.text_padding import TextLengths
+from psa_diffusers.runs import compiled as regional
 from psa_testing.tiny_families import CASES, SPARSE, assert_equal_to_rounding, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
 from psa_testing.tiny_pipelines import tiny_wan
@@ -34,13 +35,9 @@ def fresh_dynamo():
 
 
 def compile_blocks(pipe, backend="eager"):
-    """As `compile_repeated_blocks(fullgraph=True)`, which not all models have; returns the counter of graphs."""
+    """Blocks of the pipeline's transformer as whole graphs; returns the counter of graphs."""
     counter = CompileCounterWithBackend(backend)
-    if pipe.transformer._repeated_blocks:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True, backend=counter)
-    else:
-        for block in pipe.transformer.transformer_blocks:
-            block.compile(fullgraph=True, backend=counter)
+    regional.compile_blocks(pipe.transformer, fullgraph=True, backend=counter)
     return counter
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from psa_diffusers import apply_psa
-from psa_diffusers.checkpoints.compiled import compile_blocks
 from psa_diffusers.families import find_family
 from psa_diffusers.patch.modules import TRANSFORMERS, find_transformers
+from psa_diffusers.runs.compiled import compile_transformers
 from psa_testing.expectations import assert_equal_to_rounding, preset
 from psa_testing.families import CASES, ONE_EACH
 from psa_testing.tiny_pipelines import tiny_wan
@@ -21,7 +21,7 @@ MAKERS = {name: CASES[name].make for name in ONE_EACH} | {"two experts": partial
 @pytest.mark.parametrize("name", MAKERS)
 def test_all_blocks_and_nothing_outside_of_transformers(name):
     pipe = MAKERS[name]()
-    compile_blocks(pipe)
+    compile_transformers(pipe)
     for transformer in find_transformers(pipe).values():
         blocks = find_family(transformer).self_attentions(transformer)
         assert all(transformer.get_submodule(block)._compiled_call_impl is not None for block in blocks)
@@ -45,7 +45,7 @@ def test_models_that_name_no_blocks_compute_what_they_did(name, monkeypatch):
     stock, sparse, stats = runs()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
-    compile_blocks(pipe)
+    compile_transformers(pipe)
     found_stock, found_sparse, found_stats = runs()
     assert_equal_to_rounding(found_stock, stock)
     assert_equal_to_rounding(found_sparse, sparse)
