@@ -11,9 +11,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not follow `__getat
     from psa_diffusers.families import UnsupportedModelError as UnsupportedModelError
     from psa_diffusers.patch.apply import PSAHandle as PSAHandle
     from psa_diffusers.patch.apply import apply_psa as apply_psa
-    from psa_diffusers.patch.context_parallel import context_parallel_plan as context_parallel_plan
     from psa_diffusers.patch.dense_reasons import PSAFallbackError as PSAFallbackError
     from psa_diffusers.patch.dense_reasons import PSAFallbackWarning as PSAFallbackWarning
+    from psa_diffusers.patch.parallel.plan import context_parallel_plan as context_parallel_plan
     from psa_diffusers.patch.patched import NotPatchedError as NotPatchedError
     from psa_diffusers.patch.patched import disable_psa as disable_psa
     from psa_diffusers.patch.patched import psa_stats as psa_stats
@@ -44,7 +44,7 @@ _HOMES = {
     "RunStats": ".patch.stats",
     "UnsupportedModelError": ".families",
     "apply_psa": ".patch.apply",
-    "context_parallel_plan": ".patch.context_parallel",
+    "context_parallel_plan": ".patch.parallel.plan",
     "disable_psa": ".patch.patched",
     "list_presets": "psa_presets",
     "load_preset": "psa_presets",

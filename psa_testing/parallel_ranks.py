@@ -16,9 +16,10 @@ from torch._dynamo.testing import CompileCounter
 
 from psa_diffusers.families import find_family
 from psa_diffusers.patch.attend import TokenAttention
-from psa_diffusers.patch.context_parallel import Ulysses, context_parallel_plan
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
 from psa_diffusers.patch.full_attention import FullAttention
+from psa_diffusers.patch.parallel.collectives import CollectiveExchange
+from psa_diffusers.patch.parallel.plan import context_parallel_plan
 from psa_diffusers.patch.processor import PSAProcessor
 from psa_diffusers.patch.stats import RunStats
 from psa_presets import Preset
@@ -27,18 +28,25 @@ from psa_testing.expectations import EVERYTHING, SPARSE, assert_equal_to_roundin
 from psa_testing.families import CASES, PARALLEL
 from psa_testing.tiny_pipelines import tiny_wan
 
+# Named with its device: of plain gloo diffusers thinks that it is for the GPUs that PyTorch was built for.
+GLOO = "cpu:gloo"
 MODELS = {name: parallel.case for name, parallel in PARALLEL.items()}
 
 
-def start(rank: int, ranks: int, folder: str, check: Callable[..., None], arguments: tuple) -> None:
+def start(
+    rank: int, ranks: int, folder: str, check: Callable[..., None], arguments: tuple, backend: str = GLOO
+) -> None:
     """Make the process group, check, and leave it."""
     torch.set_num_threads(1)
-    # diffusers numbers accelerators, of which a CPU has none, and gathers tensors of unequal sizes, which gloo cannot.
-    torch.accelerator.device_count = lambda: 1
-    dist.all_gather = all_gather
+    if backend == GLOO:
+        # diffusers numbers accelerators, of which a CPU has none, and gathers tensors of unequal sizes, which gloo
+        # cannot.
+        torch.accelerator.device_count = lambda: 1
+        dist.all_gather = all_gather
+    else:
+        torch.cuda.set_device(rank)
     store = Path(folder, "store")
-    # Named with its device: of plain gloo diffusers thinks that it is for the GPUs that PyTorch was built for.
-    dist.init_process_group("cpu:gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks)
     try:
         check(ranks, *arguments)
     finally:
@@ -160,17 +168,17 @@ def parts_travel_early(ranks: int) -> None:
         for name in ("to_v", "to_k", "to_q"):
             layer: Any = getattr(block.attn1, name)
             hooks.append(layer.register_forward_pre_hook(lambda *_, name=name: events.append(name)))
-    shared: Any = Ulysses
-    begin = shared.begin_gathering
+    exchange: Any = CollectiveExchange
+    begin = exchange.begin
 
-    def noted(self: Ulysses, x: torch.Tensor, before: int, after: int) -> Any:
+    def noted(self: CollectiveExchange, part: str, x: torch.Tensor) -> None:
         events.append("sent")
-        return begin(self, x, before, after)
+        begin(self, part, x)
 
     enable(pipe, ulysses_degree=ranks)
     patch(pipe, preset(dense_steps=0.0), strict=True)
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(shared, "begin_gathering", noted)
+        changed.setattr(exchange, "begin", noted)
         MODELS["wan"].run(pipe, num_inference_steps=1)
     layers, branches = len(pipe.transformer.blocks), 2
     assert events == ["to_q", "sent", "to_k", "sent", "to_v", "sent"] * layers * branches

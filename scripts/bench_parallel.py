@@ -4,11 +4,11 @@ Needs CUDA devices, but for `--tiny`, which runs the same with gloo on the CPU. 
 Every rank first runs the forward alone, then all share it by diffusers' context parallelism (Ulysses), dense and
 sparse. A shared result that is not that of one GPU is an error. Rank 0 prints a table and writes JSON.
 
-A row's `ms` is the slowest rank's median. `communication` is the share of it that the collectives take on the rank that
-waits least, those that run beside other work too; `imbalance` by how much the rank with the most work exceeds the mean;
-both from one profiled forward. `speedup` is against one GPU in the same run, `error` the relative L2 distance from its
-result. Dense attention of HunyuanVideo has a mask on one GPU, as in stock diffusers, and none on several, where the
-text's padding is cut off.
+A row's `ms` is the slowest rank's median. `communication` is the share of it that collectives, copies to other ranks
+and waiting for them take on the rank that waits least, beside other work too; `imbalance` by how much the rank with the
+most work exceeds the mean; both from one profiled forward. `speedup` is against one GPU in the same run, `error` the
+relative L2 distance from its result. Dense attention of HunyuanVideo has a mask on one GPU, as in stock diffusers, and
+none on several, where the text's padding is cut off.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,17 @@ from results import publish
 from torch.profiler import ProfilerActivity, profile
 
 from psa_diffusers import Preset, PSAProcessor, context_parallel_plan
+from psa_diffusers.patch.parallel.exchanges import Exchanges
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("wan2.1-14b-720p", "hunyuanvideo-720p", "cogvideox-5b")
 METHODS = ("sdpa-cudnn", "psa")
+EXCHANGE = ("memory", "collectives")
 DENSITY = 0.15
 # Relative L2; in bfloat16 the order of a sum shows, and so may a block whose importance is a near tie.
 TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
-COLLECTIVES = ("ncclDevKernel", "ncclKernel", "gloo:")
+# Names of what a profile has of NCCL, gloo, and copies between GPUs, of which local ones have no name of their own.
+EXCHANGES = ("ncclDevKernel", "ncclKernel", "gloo:", "Memcpy PtoP", "Memcpy DtoD", "c10d::symmetric_memory::barrier")
 
 
 def main() -> None:
@@ -95,9 +98,10 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
         if gpus > 1:
             config = ContextParallelConfig(ulysses_degree=gpus, ulysses_anything=options.uneven)
             transformer.enable_parallelism(config=config, cp_plan=context_parallel_plan(transformer))
-        for compiled, method in product(options.compiled, methods):
+        exchanges = [None] if gpus == 1 else options.exchange
+        for exchange, compiled, method in product(exchanges, options.compiled, methods):
             torch._dynamo.reset()
-            with torch.compiler.set_stance("default" if compiled else "force_eager"):
+            with by(exchange), torch.compiler.set_stance("default" if compiled else "force_eager"):
                 result, figures = run(transformer, inputs, methods[method], options.repeats, machine)
             figures["speedup"] = round(alone_ms.setdefault((method, compiled), figures["ms"]) / figures["ms"], 3)
             if gpus == 1:
@@ -107,7 +111,21 @@ def measure(workload: Workload, options: argparse.Namespace, machine: Machine) -
                 figures["error"] = max(gather(float(distance)))
                 if not figures["error"] <= TOLERANCE[machine.dtype]:
                     raise RuntimeError(f"{workload.name}, {method}: {gpus} ranks differ by {figures['error']:.1e}")
-            yield {"workload": workload.name, "method": method, "gpus": gpus, "compiled": compiled, **figures}
+            found = {"workload": workload.name, "method": method, "gpus": gpus, "compiled": compiled, **figures}
+            yield found if exchange is None else {**found, "exchange": exchange}
+
+
+@contextmanager
+def by(exchange: str | None) -> Iterator[None]:
+    """Let ranks write into each other's memory where they can, or, with `collectives`, exchange by these alone."""
+    chosen: Any = Exchanges
+    make = chosen.make_memory
+    if exchange == "collectives":
+        chosen.make_memory = staticmethod(lambda group, device: None)
+    try:
+        yield
+    finally:
+        chosen.make_memory = staticmethod(make)
 
 
 def run(
@@ -151,7 +169,7 @@ def profiled(forward: Callable[[], torch.Tensor], machine: Machine) -> tuple[tor
         if not machine.tiny:
             torch.cuda.synchronize()
         busy = (time.perf_counter() - begin) * 1000
-    found = [event for event in trace.key_averages() if event.key.startswith(COLLECTIVES)]
+    found = [event for event in trace.key_averages() if event.key.startswith(EXCHANGES)]
     times = (event.cpu_time_total if machine.tiny else event.device_time_total for event in found)
     return result, busy, sum(times) / 1000
 
@@ -171,6 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "blocks",
         "density",
         "GPUs",
+        "exchange",
         "ms",
         "speedup",
         "peak GiB",
@@ -180,7 +199,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
     for row in rows:
         blocks = "compiled" if row["compiled"] else "eager"
-        cells = [row["workload"], row["method"], blocks, f"{row['density']:.3f}", row["gpus"], row["ms"]]
+        cells = [row["workload"], row["method"], blocks, f"{row['density']:.3f}", row["gpus"]]
+        cells += [row.get("exchange", ""), row["ms"]]
         cells += [f"{row['speedup']:.2f}", row["peak_gib"] or "", row["communication"], row["imbalance"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
@@ -198,6 +218,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--uneven", action="store_true", help="diffusers' ulysses_anything: numbers of tokens that GPUs do not divide"
     )
+    parser.add_argument("--exchange", nargs="+", choices=EXCHANGE, default=EXCHANGE[:1], help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--tiny", action="store_true", help="toy sizes on the CPU: shows that it runs, measures nothing"

@@ -9,14 +9,15 @@ from dataclasses import replace
 import torch
 
 from psa_diffusers.families import AttentionCall, DenseOnlyError, ModelFamily
-from psa_diffusers.patch.context_parallel import Ulysses
 from psa_diffusers.patch.dense_calls import QKV, DenseCalls, Parts
 from psa_diffusers.patch.dense_reasons import Fallbacks
-from psa_diffusers.patch.exchange import Exchange
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.list_cache import own_copy
 from psa_diffusers.patch.masks import MaskRecorder
+from psa_diffusers.patch.parallel.exchange import Exchange
+from psa_diffusers.patch.parallel.exchanges import Exchanges
+from psa_diffusers.patch.parallel.share import Ulysses
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.served_calls import ServedCalls
 from psa_diffusers.patch.sites import Layer
@@ -50,6 +51,7 @@ class TokenAttention:
         self.dense = DenseCalls(family)
         self.full = FullAttention(fallbacks)
         self._served = ServedCalls(fallbacks.remark)
+        self._exchanges = Exchanges(fallbacks.remark)
         self.compute: Compute | None = None
         self.mask_recorder: MaskRecorder | None = None
         self._warm = WarmCalls()
@@ -117,10 +119,11 @@ class TokenAttention:
         if reason is not None:
             self._fallbacks.warn_or_raise(reason)
 
-    def exchange(self, share: Ulysses, text: int) -> Exchange:
+    def exchange(self, share: Ulysses, text: int, device: torch.device) -> Exchange:
         """What brings the tensors of a call with so many text tokens to the ranks that share its forward."""
-        before, after = self._text_places(text)
-        return Exchange(share, before, after)
+        # Text stands before the video or after it.
+        before, after = (text, 0) if self._family.text == "before" else (0, text)
+        return self._exchanges.of_call(share, before, after, device)
 
     def attend(
         self,
@@ -139,7 +142,8 @@ class TokenAttention:
             exchange: what has begun to exchange `qkv`, where ranks share the forward.
         """
         if forward.share is not None:
-            qkv = (exchange or self.exchange(forward.share, text)).finish(qkv)
+            exchange = exchange or self.exchange(forward.share, text, qkv[0].device)
+            qkv = exchange.finish(qkv)
         # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
@@ -148,13 +152,7 @@ class TokenAttention:
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
-        if forward.share is None:
-            return head, tail
-        return forward.share.gather_heads(head, tail, self._text_places(text)[0])
-
-    def _text_places(self, text: int) -> tuple[int, int]:
-        """How many of a call's text tokens stand before the video and after it."""
-        return (text, 0) if self._family.text == "before" else (0, text)
+        return (head, tail) if exchange is None else exchange.give_back(head, tail)
 
     def _with_all_videos(self, forward: Forward, call: AttentionCall) -> Forward:
         """The forward as a layer sees it that attends several videos of the forward's grid."""

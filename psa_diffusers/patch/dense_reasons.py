@@ -49,7 +49,7 @@ class Fallbacks:
         self._warn_once(what)
 
     def remark(self, what: str) -> None:
-        """Warn of sparse calls that may be slower than dense ones; they are exact, so `strict` takes them too."""
+        """Warn of what may be slower than it need be; results are as they should be, so `strict` takes it too."""
         self._warn_once(what)
 
     def _warn_once(self, what: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from psa_diffusers.patch.exchange import PARTS
+from psa_diffusers.patch.parallel.exchange import PARTS
 from psa_diffusers.patch.sites import site_numbered
 
 _NOT_CAPTURED: dict[str, Any] = (
@@ -37,11 +37,12 @@ def note_dense(site: torch.Tensor) -> None:
     found.patch.attention.note_dense(forward, found.layer, forward.routes[found.layer.name].reason)
 
 
-# Declared to change its argument for the same reason, and because all ranks must exchange the parts in the same order.
+# Declared to change its arguments: the site for the same reason, and because all ranks must exchange the parts in the
+# same order; what is exchanged, because it is read until `attend`, which must be given this memory and not a copy.
 @torch.library.custom_op(
     "psa_diffusers::begin_exchange",
-    mutates_args=("site",),
-    schema="(Tensor(a!) site, int text, str part, Tensor x) -> ()",
+    mutates_args=("site", "x"),
+    schema="(Tensor(a!) site, int text, str part, Tensor(b!) x) -> ()",
     **_NOT_CAPTURED,
 )
 def begin_exchange(site: torch.Tensor, text: int, part: str, x: torch.Tensor) -> None:
@@ -55,7 +56,7 @@ def begin_exchange(site: torch.Tensor, text: int, part: str, x: torch.Tensor) ->
     """
     found = site_numbered(site)
     if part == PARTS[0]:
-        found.exchange = found.patch.attention.exchange(found.patch.forward.share, text)
+        found.exchange = found.patch.attention.exchange(found.patch.forward.share, text, x.device)
     found.exchange.begin(part, x)
 
 

@@ -13,10 +13,10 @@ import torch
 from psa_diffusers.diffusers_internals import keeps_state_between_forwards, parallel_config, skips_attention_scores
 from psa_diffusers.families import DenseOnlyError, ModelFamily
 from psa_diffusers.patch.attend import TokenAttention
-from psa_diffusers.patch.context_parallel import share_of
 from psa_diffusers.patch.dense_reasons import Facts, can_be_full, dense_reason
 from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.inputs import argument_names, device_of, going_on
+from psa_diffusers.patch.parallel.plan import share_of
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.schedule import UNKNOWN, UnknownStepError

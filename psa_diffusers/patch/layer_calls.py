@@ -61,7 +61,7 @@ class LayerCalls:
         if (call := self._family.call(site.by_name(args, kwargs))) is None:
             return None
         assert forward.share is not None, "only then is a layer shared"
-        exchange = self._attention.exchange(forward.share, call.text_tokens)
+        exchange = self._attention.exchange(forward.share, call.text_tokens, call.hidden_states.device)
         call = replace(call, ready=exchange.begin)
         head, tail = self._attention.attend(
             forward, layer, self._family.project(attn, call), call.attention_mask, call.text_tokens, exchange

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from psa_diffusers.patch.context_parallel import Ulysses
 from psa_diffusers.patch.corrections import Corrections
 from psa_diffusers.patch.list_cache import ListCache, Moment
+from psa_diffusers.patch.parallel.share import Ulysses
 from psa_diffusers.patch.sites import Layer
 from psa_diffusers.patch.token_order import Grid
 from psa_kernels import AttentionStats, BlockLists

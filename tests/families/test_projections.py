@@ -8,7 +8,7 @@ import pytest
 
 from psa_diffusers import apply_psa
 from psa_diffusers.families import find_family
-from psa_diffusers.patch.exchange import PARTS
+from psa_diffusers.patch.parallel.exchange import PARTS
 from psa_testing.expectations import preset
 from psa_testing.families import PARALLEL
 

@@ -11,7 +11,7 @@ import torch.multiprocessing
 from diffusers import ContextParallelConfig
 
 from psa_diffusers.families.wan import Wan
-from psa_diffusers.patch.context_parallel import share_of
+from psa_diffusers.patch.parallel.plan import share_of
 from psa_diffusers.report.video import read_video
 from psa_testing import parallel_ranks
 from psa_testing.families import PARALLEL

@@ -1,0 +1,62 @@
+"""The memory of GPUs of one host, by PyTorch's symmetric memory, written by their copy engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from psa_diffusers.patch.parallel.peer_memory import Copy, PeerMemory
+from psa_diffusers.patch.parallel.pitched_copy import copy_rows
+
+# As long as NCCL waits for a rank: another one may still be compiling.
+PATIENCE = timedelta(minutes=10)
+
+
+class SymmetricMemory(PeerMemory):
+    """Copies go to two streams of their own: a copy engine fills the link to the others while one copies locally.
+
+    Args:
+        group: the process group, whose ranks have a GPU of the same host each.
+        device: this rank's.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._own, self._others = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._memory: torch.Tensor | None = None
+        self._handle: Any = None
+
+    def allocate(self, size: int) -> list[torch.Tensor]:
+        """As `PeerMemory.allocate`.
+
+        Raises:
+            Exception: of any kind, where PyTorch or the machine has no such memory.
+        """
+        from torch.distributed import _symmetric_memory as symmetric
+
+        # The ranks' copies into the memory that goes have arrived, because every use of it ends by `meet`.
+        torch.cuda.synchronize(self._device)
+        self._handle = self._memory = None
+        with torch.inference_mode(False):
+            self._memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
+            self._handle = symmetric.rendezvous(self._memory, self._group.group_name)
+            return [self._handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self._handle.world_size)]
+
+    def push(self, own: Iterable[Copy], others: Iterable[Copy]) -> None:
+        """As `PeerMemory.push`; what is copied from must be kept until `meet`."""
+        now = torch.cuda.current_stream(self._device)
+        for stream, copies in ((self._others, others), (self._own, own)):
+            stream.wait_stream(now)
+            with torch.cuda.stream(stream):
+                for to, x in copies:
+                    copy_rows(to, x, stream)
+
+    def meet(self) -> None:
+        """As `PeerMemory.meet`, for the current stream."""
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._others)
+        now.wait_stream(self._own)
+        self._handle.barrier(channel=0, timeout_ms=int(PATIENCE.total_seconds() * 1000))

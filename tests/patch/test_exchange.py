@@ -1,0 +1,102 @@
+"""Copies into the memory of other ranks, against collectives; without GPUs that memory is files."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from psa_diffusers.patch.parallel import pitched_copy
+from psa_diffusers.patch.parallel.pitched_copy import copy_rows, has_whole_rows
+from psa_testing import exchange_ranks, parallel_ranks
+from psa_testing.families import PARALLEL
+
+
+@pytest.fixture
+def on_ranks(tmp_path, forks):
+    """Runs a check in so many processes, each of which is told a folder of this test."""
+
+    def run(ranks, check, *arguments):
+        started = (ranks, str(tmp_path), check, arguments)
+        torch.multiprocessing.start_processes(parallel_ranks.start, started, nprocs=ranks, start_method="forkserver")
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_copies_equal_collectives(on_ranks, tmp_path, ranks):
+    on_ranks(ranks, exchange_ranks.equal_collectives, "cpu", str(tmp_path))
+
+
+def test_where_copies_do_not_arrive_collectives_are_used(on_ranks, tmp_path):
+    on_ranks(2, exchange_ranks.fall_back, str(tmp_path))
+
+
+# Without text, with text after the video and before it, and with numbers of tokens that differ.
+MODELS = ("wan", "hunyuan-video", "cogvideox-5b", "minimax-h3")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pipelines_equal_one_process(on_ranks, tmp_path, name):
+    run = PARALLEL[name].runs[-1]
+    config = {"ulysses_degree": run.count, **({"ulysses_anything": True} if run.any_length else {})}
+    check = parallel_ranks.equals_one_process
+    on_ranks(run.count, exchange_ranks.through_files, str(tmp_path), check, name, run.inputs, run.first, config)
+
+
+def test_compiled_blocks(on_ranks, tmp_path):
+    check = parallel_ranks.compiled_blocks
+    on_ranks(2, exchange_ranks.through_files, str(tmp_path), check, "hunyuan-video")
+
+
+class Stream:
+    cuda_stream = 7
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (1, 1, 3, 8), (3, 4, 1, 8), (1, 4, 2, 1), (2, 0, 2, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_copied_as_the_driver_is_told(monkeypatch, shape, dtype):
+    """The driver is replaced by one that moves the bytes that it is told to."""
+    calls = []
+
+    def driver(pointer, stream):
+        said = ctypes.cast(pointer, ctypes.POINTER(pitched_copy._Copy2D)).contents
+        calls.append(stream.value)
+        for row in range(said.height):
+            ctypes.memmove(said.dst + row * said.dst_pitch, said.src + row * said.src_pitch, said.width)
+        return 0
+
+    monkeypatch.setattr(pitched_copy, "_driver", lambda: driver)
+    batch, tokens, heads, width = shape
+    wide = torch.randn(batch, tokens + 2, heads + 3, width).to(dtype)
+    x = wide[:, 1 : tokens + 1, 2 : heads + 2]
+    target = torch.full((batch, tokens + 4, heads + 1, width), float("nan"), dtype=dtype)
+    to = target[:, 3 : tokens + 3, 1:]
+    assert has_whole_rows(x) and has_whole_rows(to)
+    copy_rows(to, x, Stream())
+    expected = torch.full_like(target, float("nan"))
+    expected[:, 3 : tokens + 3, 1:] = x
+    assert torch.equal(target.isnan(), expected.isnan()) and torch.equal(to, x)
+    assert calls == [7] * (batch if tokens else 0)
+
+
+def test_an_error_of_the_driver_is_raised(monkeypatch):
+    monkeypatch.setattr(pitched_copy, "_driver", lambda: lambda *_: 700)
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(RuntimeError, match=r"cuMemcpy2DAsync of \(1, 2, 3, 4\) torch.float32: the driver's error 700"):
+        copy_rows(x.clone(), x, Stream())
+
+
+def test_rows_with_gaps_are_told_apart():
+    x = torch.zeros(1, 4, 3, 8)
+    assert not has_whole_rows(x.transpose(2, 3)) and not has_whole_rows(x[..., :4]) and has_whole_rows(x[:, ::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_copies_between_gpus_equal_collectives(tmp_path):
+    ranks = torch.cuda.device_count()
+    started = (ranks, str(tmp_path), exchange_ranks.equal_collectives, ("cuda", str(tmp_path)), "nccl")
+    torch.multiprocessing.start_processes(parallel_ranks.start, started, nprocs=ranks, start_method="spawn")
