@@ -215,7 +215,7 @@ def dense_by_the_operator(ranks: int, name: str) -> None:
 
 
 def a_spoiled_layer(ranks: int, name: str) -> None:
-    """Each rank looks at each attention from the start, so that no rank computes a forward twice while others wait."""
+    """All ranks compute a forward again in which any layer was not finite, as one process does."""
     case, pipe = MODELS[name], MODELS[name].make()
     layer = list(find_family(pipe.transformer).self_attentions(pipe.transformer))[1]
     forwards: list[int] = []
@@ -246,12 +246,51 @@ def a_spoiled_layer(ranks: int, name: str) -> None:
                 processor = patch(pipe, preset(dense_steps=0.5))
                 found.append(case.run(pipe))
                 assert processor.stats().not_finite == {layer: [2]}
-                assert len(computed) - len(forwards) == (0 if shared else 1)
+                assert len(computed) - len(forwards) == 1
                 processor.restore()
         finally:
             model.forward, attention.sparse = forward, sparse
     assert found[1].isfinite().all()
     assert_equal_to_rounding(found[1], found[0])
+
+
+def spoiled_heads(ranks: int, dense_too: bool) -> None:
+    """What one rank finds in its heads all act on: they compute the forward again, and not where that is in vain."""
+    case, pipe = MODELS["hunyuan-video"], MODELS["hunyuan-video"].make()
+    layer = list(find_family(pipe.transformer).self_attentions(pipe.transformer))[1]
+    model: Any = type(pipe.transformer)
+    attention: Any = TokenAttention
+    forward, sparse = model.forward, attention.sparse
+    computed: list[int] = []
+    forwards: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+
+    def counted(self: Any, *arguments: Any, **settings: Any) -> Any:
+        computed.append(1)
+        return forward(self, *arguments, **settings)
+
+    def spoiled(self: TokenAttention, which: Any, at: Any, qkv: Any, call: Any) -> Any:
+        (head, tail), stats = sparse(self, which, at, qkv, call)
+        if (which.name, at.step, dist.get_rank()) != (layer, 2, 1):
+            return (head, tail), stats
+        if dense_too:
+            qkv[2].fill_(float("nan"))
+        return (head * float("nan"), tail), stats
+
+    enable(pipe, ulysses_degree=ranks)
+    processor = patch(pipe, preset(dense_steps=0.5))
+    with pytest.MonkeyPatch.context() as changed, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        changed.setattr(model, "forward", counted)
+        changed.setattr(attention, "sparse", spoiled)
+        output = case.run(pipe, num_inference_steps=4)
+    assert len(computed) - len(forwards) == 1
+    assert bool(output.isfinite().all()) is not dense_too
+    told = [str(entry.message) for entry in caught if "not finite" in str(entry.message)]
+    if dense_too:
+        assert len(told) == 1 and "the model itself made values that are not finite" in told[0]
+    else:
+        assert processor.stats().not_finite == ({layer: [2]} if dist.get_rank() == 1 else {})
 
 
 def ring_is_dense(ranks: int) -> None:

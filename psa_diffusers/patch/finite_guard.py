@@ -5,8 +5,10 @@ Checking it (a few megabytes, and one wait for the device a forward) is all that
 finite, the forward is computed once more. Now the output of each sparse attention is checked, and dense attention
 replaces those that are not finite. The remaining forwards of the run are checked in the same way.
 
-A forward cannot be computed twice if something keeps values from one forward to the next, as caches of whole blocks do,
-or if other processes take part in it. There each sparse attention is checked from the start.
+Ranks that share a forward agree on that, so that all of them compute it again or none does.
+
+A forward cannot be computed twice if something keeps values from one forward to the next, as caches of whole blocks do.
+There each sparse attention is checked from the start.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.run import Forward
@@ -32,10 +35,29 @@ class FiniteGuard:
         self._fallbacks, self._strict = fallbacks, strict
 
     def is_spoiled(self, forward: Forward, output: Any) -> bool:
-        """Whether a transformer's output is not finite, and the operator's attention may be the cause."""
+        """Whether a transformer's output is not finite, and the operator's attention may be the cause.
+
+        On ranks that share the forward all answers are the same.
+        """
+        if forward.share is not None:
+            return self._is_spoiled_on_any(forward, output)
         if forward.run.model_not_finite or not any(note.stats or note.full_by for note in forward.notes):
             return False
         return not is_finite(output)
+
+    def _is_spoiled_on_any(self, forward: Forward, output: Any) -> bool:
+        """As `is_spoiled`, by a collective: so whether a rank takes part may not depend on what that rank has found."""
+        tensors = list(_tensors(output))
+        # A forward that raised an error has no output, and the others wait elsewhere.
+        if not tensors or not any(route.ours for route in forward.routes.values()):
+            return False
+        assert forward.share is not None, "only then are there other ranks"
+        known = torch.full((), bool(forward.run.model_not_finite), device=tensors[0].device)
+        wrong = torch.stack([*(~torch.isfinite(_largest(x)) for x in tensors if x.numel())]).any()
+        found = torch.stack([known, wrong]).int()
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=forward.share.group)
+        anywhere_known, anywhere_wrong = found.tolist()
+        return bool(anywhere_wrong and not anywhere_known)
 
     def record_not_finite(self, forward: Forward, layer: str, reason: str) -> None:
         """Note that the operator's attention was not finite, although PyTorch's dense attention is."""
@@ -65,7 +87,12 @@ def all_finite(*tensors: torch.Tensor) -> bool:
 
     It looks at the largest magnitude, which takes one pass and no mask of the tensor's size.
     """
-    return all(math.isfinite(torch.linalg.vector_norm(x, math.inf).item()) for x in tensors if x.numel())
+    return all(math.isfinite(_largest(x).item()) for x in tensors if x.numel())
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude; not finite if any value is not."""
+    return torch.linalg.vector_norm(x, math.inf)
 
 
 def is_finite(output: Any) -> bool:

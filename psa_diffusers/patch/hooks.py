@@ -163,7 +163,7 @@ class Patch(NotPickled):
         if forward.captured and keeps_state_between_forwards(transformer):
             raise RuntimeError(CACHED)
         run, mine, routes = forward.run, self._owner(), dict[str, Route]()
-        if run.asks_first(self.name) and (parallel_config(transformer) or keeps_state_between_forwards(transformer)):
+        if run.asks_first(self.name) and keeps_state_between_forwards(transformer):
             run.watch = True
         layers = self._layers.at(forward.step, run.steps)
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())

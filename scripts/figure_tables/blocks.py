@@ -14,6 +14,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "authors": operator.authors,
     "portable": operator.portable,
     "int8": operator.int8,
+    "int8-beside": operator.int8_beside,
     "budget": operator.budget,
     "host": operator.host,
     "launch": operator.launch,

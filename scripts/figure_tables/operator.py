@@ -106,6 +106,24 @@ def int8() -> str:
     return f"{table(head, body)}\n\nWan2.1-14B at 720p on {machine(INT8)}, {origin(INT8)}."
 
 
+def int8_beside() -> str:
+    """What integers do to other calls, and by the portable kernel."""
+
+    def pair(workload: str, kernel: str = "hopper") -> str:
+        methods = (f"psa-{kernel}", f"psa-{kernel}-int8")
+        rows = [need(INT8, workload=workload, method=each, density=0.15, stage="total") for each in methods]
+        return f"{duration(rows[1]['ms'])} instead of {duration(rows[0]['ms'])}"
+
+    extra = [need(INT8, workload=LONG, method=f"psa-hopper{end}", density=0.15, stage="total") for end in ("-int8", "")]
+    more = extra[0]["extra_gib"] - extra[1]["extra_gib"]
+    return (
+        f"They take {more:.2f} GiB more there. Whole calls at density 0.15 take with them\n"
+        f"{pair('hunyuanvideo-720p')} for HunyuanVideo, {pair('wan2.1-1.3b-480p')} for Wan2.1-1.3B at 480p, "
+        f"and {pair('cogvideox-5b')} for\nCogVideoX-5B, whose head_dim is 64. By the portable kernel, which stands in "
+        f"there for other cards, Wan2.1-14B takes\n{pair(LONG, 'triton')}."
+    )
+
+
 def budget() -> str:
     """What the rule `budget` pays for choosing, beside the rule `count`."""
     case = {"workload": LONG, "method": "psa-hopper", "density": 0.15}

@@ -47,6 +47,11 @@ def test_a_spoiled_layer_is_that_of_one_process(on_ranks, name):
     on_ranks(2, parallel_ranks.a_spoiled_layer, name)
 
 
+@pytest.mark.parametrize("dense_too", [False, True])
+def test_ranks_act_together_on_what_one_of_them_finds(on_ranks, dense_too):
+    on_ranks(2, parallel_ranks.spoiled_heads, dense_too)
+
+
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
 def test_compiled_blocks(on_ranks, name):
     on_ranks(2, parallel_ranks.compiled_blocks, name)
