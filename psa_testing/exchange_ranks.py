@@ -18,7 +18,7 @@ from psa_diffusers.patch.parallel.collectives import CollectiveExchange
 from psa_diffusers.patch.parallel.exchange import PARTS, QKV, Exchange
 from psa_diffusers.patch.parallel.exchanges import Exchanges
 from psa_diffusers.patch.parallel.peer_exchange import PeerExchange
-from psa_diffusers.patch.parallel.peer_memory import PeerMemory
+from psa_diffusers.patch.parallel.peer_memory import Copy, PeerMemory
 from psa_diffusers.patch.parallel.share import Ulysses
 from psa_testing.file_memory import FileMemory
 
@@ -102,12 +102,15 @@ def _round(exchange: Exchange, qkv: QKV, after: int, delays: random.Random, begu
         exchange.begin(part, x)
         _wait(delays, x.device)
     received = exchange.finish(qkv)
-    kept = [x.clone() for x in received]
+    kept = [x.clone() for x in received[:2]]
     _wait(delays, qkv[0].device)
-    out = received[0] + received[1] + received[2]
+    exchange.await_values()
+    exchange.await_values()
+    out = sum(received[1:], start=received[0])
+    if (to := exchange.output()) is not None and begun:
+        out = to.copy_(out)
     end = out.shape[1] - after
-    head, tail = exchange.give_back(out[:, :end], out[:, end:])
-    return [*kept, head, tail]
+    return [*kept, received[2].clone(), *exchange.give_back(out[:, :end], out[:, end:])]
 
 
 def _wait(delays: random.Random, device: torch.device) -> None:
@@ -133,10 +136,10 @@ class _NoMemory(FileMemory):
 
 
 class _Forgetful(FileMemory):
-    def _copy(self) -> None:
+    def wait(self, begun: list[Copy]) -> None:
         if dist.get_rank(self._group) == 0:
-            self._late = self._late[:-1]
-        super()._copy()
+            del begun[-1:]
+        super().wait(begun)
 
 
 def fall_back(ranks: int, folder: str) -> None:

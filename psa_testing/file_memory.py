@@ -21,8 +21,7 @@ class FileMemory(PeerMemory):
     """
 
     def __init__(self, group: Any, folder: Path) -> None:
-        self._group, self._folder, self._allocated, self._pushed = group, folder, 0, dist.get_rank(group)
-        self._late: list[Copy] = []
+        self._group, self._folder, self._allocated, self._copied = group, folder, 0, dist.get_rank(group)
 
     def allocate(self, size: int) -> list[torch.Tensor]:
         self._allocated += 1
@@ -31,17 +30,17 @@ class FileMemory(PeerMemory):
         dist.barrier(self._group)
         return [torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) for path in paths]
 
-    def push(self, own: Iterable[Copy], others: Iterable[Copy]) -> None:
-        self._late += [*own, *others]
-        self._pushed += 1
-        if self._pushed % 2:
-            self._copy()
+    def copy(self, own: Iterable[Copy], others: Iterable[Copy]) -> list[Copy]:
+        begun = [*own, *others]
+        self._copied += 1
+        if self._copied % 2:
+            self.wait(begun)
+        return begun
+
+    def wait(self, begun: list[Copy]) -> None:
+        for to, x in begun:
+            to.copy_(x)
+        begun.clear()
 
     def meet(self) -> None:
-        self._copy()
         dist.barrier(self._group)
-
-    def _copy(self) -> None:
-        for to, x in self._late:
-            to.copy_(x)
-        self._late.clear()

@@ -269,8 +269,8 @@ def spoiled_heads(ranks: int, dense_too: bool) -> None:
         computed.append(1)
         return forward(self, *arguments, **settings)
 
-    def spoiled(self: TokenAttention, which: Any, at: Any, qkv: Any, call: Any) -> Any:
-        (head, tail), stats = sparse(self, which, at, qkv, call)
+    def spoiled(self: TokenAttention, which: Any, at: Any, qkv: Any, *arguments: Any) -> Any:
+        (head, tail), stats = sparse(self, which, at, qkv, *arguments)
         if (which.name, at.step, dist.get_rank()) != (layer, 2, 1):
             return (head, tail), stats
         if dense_too:

@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     implementation: str
     strict: bool
     lists: BlockLists | None
+    out: torch.Tensor | None
 
 
 @overload
@@ -113,6 +114,7 @@ def psa_attention(
     return_stats: bool = False,
     lists: BlockLists | None = None,
     return_lists: bool = False,
+    out: torch.Tensor | None = None,
 ) -> Any:
     """Attention in which each query block reads a few key blocks in full and more of them pooled, and skips the rest.
 
@@ -151,26 +153,30 @@ def psa_attention(
             denoising step; computed from `q`, `k` and, if the rule needs them, `v` if None.
         return_lists: also return the lists that were used: `lists`, or what `select_blocks` returns for this call. A
             caller who wants to keep lists saves a second pass over the keys.
+        out: where to write the attention output: contiguous, with the shape, dtype and device of `q`, at an address
+            that is a multiple of 16, and not in the memory of other arguments. New memory if None.
 
     Returns:
-        The attention output `[B, Nq, Hq, D]`, contiguous. With `return_stats` or `return_lists` a tuple of it, the
-        `AttentionStats` and the `BlockLists`, as far as they were asked for; both have an entry for every query head.
+        The attention output `[B, Nq, Hq, D]`, contiguous; `out`, if that was given. With `return_stats` or
+        `return_lists` a tuple of it, the `AttentionStats` and the `BlockLists`, as far as they were asked for; both
+        have an entry for every query head.
 
     Raises:
-        ValueError: shapes, dtypes, token counts, the permutation, the lists or the implementation do not fit; or a
-            gradient is asked for.
+        ValueError: shapes, dtypes, token counts, the permutation, the lists, `out` or the implementation do not fit;
+            or a gradient is asked for.
         TypeError: `spec` is something else, such as the name of a preset.
         RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device, or the precision.
     """
     call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else _checked(out, q)
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
-        out, used = _all_dense(call, backend), [call.no_lists()]
+        _all_dense(call, backend, out)
+        used = [call.no_lists()]
         stats = [call.stats(used[0], "dense")]
     else:
         if lists is not None:
             lists = call.check_lists(lists)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         key = "groups of heads", backend.name, head_groups.LARGEST_SHARE, head_groups.SMALL_PYRAMIDS
         groups = recall(call.answers, key, lambda: _groups(call, backend))
         used, stats = [], []
@@ -254,10 +260,21 @@ def select_blocks(
     return backend.select(call, None)
 
 
-def _all_dense(call: Call, backend: Backend) -> torch.Tensor:
-    """The output of a call without video queries or without video keys: there is nothing to leave out."""
+def _all_dense(call: Call, backend: Backend, out: torch.Tensor) -> None:
+    """Fill the output of a call without video queries or without video keys: there is nothing to leave out."""
     if call.causal is not None:
-        out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
         backend.attend_causal_text(call, [slice(0, call.q.shape[1])], out)
-        return out
-    return dense_attention(call.q, call.k, call.v, call.scale).contiguous()
+    else:
+        out.copy_(dense_attention(call.q, call.k, call.v, call.scale))
+
+
+def _checked(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`out`, if the output can be written there."""
+    for name in ("shape", "dtype", "device"):
+        if (found := getattr(out, name)) != (wanted := getattr(q, name)):
+            raise ValueError(f"out.{name}={found}: expected that of q, {wanted}")
+    if not out.is_contiguous():
+        raise ValueError(f"out has strides {out.stride()}: expected it to be contiguous")
+    if out.data_ptr() % 16:
+        raise ValueError(f"out begins at address {out.data_ptr():#x}: expected a multiple of 16")
+    return out

@@ -147,8 +147,10 @@ class TokenAttention:
         # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
+        if exchange is not None and not route.sparse:
+            exchange.await_values()
         if route.ours:
-            head, tail = self.ours(forward, layer, qkv, call, route)
+            head, tail = self.ours(forward, layer, qkv, call, route, exchange)
         else:
             self.note_dense(forward, layer, route.reason)
             head, tail = self.dense(qkv, call)
@@ -160,10 +162,19 @@ class TokenAttention:
             return forward
         return replace(forward, videos=max(1, call.hidden_states.shape[1] // math.prod(forward.grid)))
 
-    def ours(self, forward: Forward, layer: Layer, qkv: QKV, call: AttentionCall, route: Route) -> Parts:
+    def ours(
+        self,
+        forward: Forward,
+        layer: Layer,
+        qkv: QKV,
+        call: AttentionCall,
+        route: Route,
+        exchange: Exchange | None = None,
+    ) -> Parts:
         """Attention by the operator, for a call that `settle` routes there, on one rank.
 
-        If its output is checked and not finite, PyTorch's dense attention replaces it.
+        With an exchange, whose values may still be on their way if the route is sparse, the output may be where other
+        ranks read it. If the output is checked and not finite, PyTorch's dense attention replaces it.
         """
         forward = self._with_all_videos(forward, call)
         stats: list[AttentionStats] = []
@@ -174,8 +185,10 @@ class TokenAttention:
             after = call.text_tokens if self._family.text == "after" else 0
             parts = self.full.attend(forward.run, qkv, after, self.dense.real_text(call))
         elif self.compute is None:
-            parts, stats = self.sparse(layer, forward, qkv, call)
+            parts, stats = self.sparse(layer, forward, qkv, call, exchange)
         else:
+            if exchange is not None:
+                exchange.await_values()
             parts, stats = self.compute(self, layer, forward, qkv, call)
         if not forward.watch or forward.run.model_not_finite or all_finite(*parts):
             for figures in stats:
@@ -193,12 +206,12 @@ class TokenAttention:
         return parts
 
     def sparse(
-        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall
+        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall, exchange: Exchange | None = None
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call, with the correction if there is one; and its statistics."""
         corrections, lasting = forward.run.corrections, not forward.captured and not forward.run.lists.one_step_only
         corrected = lasting and corrections.has(layer, forward.moment)
-        (head, tail), stats = self._without_correction(layer, forward, qkv, call, corrected)
+        (head, tail), stats = self._without_correction(layer, forward, qkv, call, corrected, exchange)
         if corrected:
             first = self._first_video(forward, qkv, call)
 
@@ -229,7 +242,13 @@ class TokenAttention:
         return qkv[0].shape[1] - forward.video_tokens - after
 
     def _without_correction(
-        self, layer: Layer, forward: Forward, qkv: QKV, call: AttentionCall, corrected: bool
+        self,
+        layer: Layer,
+        forward: Forward,
+        qkv: QKV,
+        call: AttentionCall,
+        corrected: bool,
+        exchange: Exchange | None = None,
     ) -> tuple[Parts, list[AttentionStats]]:
         """Sparse attention of a call, whose output something corrects or not; and its statistics."""
         spec = layer.spec
@@ -257,6 +276,8 @@ class TokenAttention:
             permutation=permutation,
             strict=self._strict,
             return_lists=layer.keeps_lists or records,
+            await_values=None if exchange is None else exchange.await_values,
+            out=None if exchange is None else exchange.output(),
         )  # fmt: skip
         if layer.keeps_lists and kept is None and used is not None:
             kept = lists.rewrite(layer.name, moment, fits, layer.preset, used) if forward.stated else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ def attend_real_text(
     permutation: torch.Tensor | None,
     strict: bool = False,
     return_lists: bool = False,
+    await_values: Callable[[], None] | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats], BlockLists | None]:
     """`psa_attention` in which each sample has its own number of text tokens after the video.
 
@@ -88,6 +90,8 @@ def attend_real_text(
         lengths: how many of the `after` tokens are real, for each sample; None if all are.
         permutation, strict: as in `psa_attention`.
         return_lists: whether the lists are wanted.
+        await_values: if given, is called before the values are read: after blocks were chosen, where the rule allows.
+        out: where the output may be written, `[B, N, H, D]`, contiguous.
 
     Returns:
         The attention output of the first N - after tokens, and that of the last `after` ones, zero at padding; the
@@ -99,6 +103,13 @@ def attend_real_text(
         length = after if lengths is None else lengths[0]
         if length < after:
             q, k, v = (x[:, : first + length] for x in (q, k, v))
+            out = None if out is None else out[:, : first + length]
+        if lists is None and spec.rule != "budget" and await_values is not None:
+            lists = select_blocks(q, k, spec, text_after=length, **settings)
+        if await_values is not None:
+            await_values()
+        # Of several samples whose padding is cut off, the rows are not contiguous.
+        settings["out"] = out if out is not None and out.is_contiguous() else None
         out, stats, *found = psa_attention(
             q, k, v, spec, text_after=length, lists=lists, return_stats=True, return_lists=return_lists, **settings
         )
@@ -106,6 +117,8 @@ def attend_real_text(
         if length < after:
             tail = F.pad(tail, (0, 0, 0, 0, 0, after - length))
         return out[:, :first] if after else out, tail, [stats], found[0] if found else None
+    if await_values is not None:
+        await_values()
     if lists is None:
         lists = select_blocks(q, k, spec, v=v, text_after=after, **settings)
     heads, tails, all_stats = [], [], []

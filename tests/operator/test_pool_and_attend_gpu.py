@@ -77,3 +77,19 @@ def test_calls_on_several_streams_and_a_replayed_graph_share_nothing(implementat
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, psa_attention(*cases[1], SPEC, lists=lists, **settings))
+
+
+@pytest.mark.parametrize("outlier", [0.0, 40.0])
+def test_an_output_is_written_where_the_caller_wants_it(implementation, outlier):
+    """Between other rows of its memory, which stay as they are, call after call."""
+    settings = {"permutation": torch.randperm(VIDEO, device="cuda"), "implementation": implementation, **TEXT}
+    memory = torch.empty(3, VIDEO + 73, 6, 64, dtype=torch.bfloat16, device="cuda")
+    for turn in range(3):
+        q, k, v = inputs(outlier)
+        expected, lists = psa_attention(q, k, v, SPEC, return_lists=True, **settings)
+        for given in (None, lists):
+            memory.fill_(float("nan"))
+            out = memory[turn : turn + 1]
+            found = psa_attention(q, k, v, SPEC, lists=given, out=out, **settings)
+            assert found is out and torch.equal(memory[turn], expected[0])
+            assert int(memory.isfinite().all((1, 2, 3)).sum()) == 1

@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.multiprocessing
 
+from psa_diffusers.patch import text_padding
 from psa_diffusers.patch.parallel import pitched_copy
 from psa_diffusers.patch.parallel.pitched_copy import copy_rows, has_whole_rows
+from psa_diffusers.patch.text_padding import attend_real_text
+from psa_kernels import AttentionSpec
 from psa_testing import exchange_ranks, parallel_ranks
 from psa_testing.families import PARALLEL
 
@@ -100,3 +103,44 @@ def test_copies_between_gpus_equal_collectives(tmp_path):
     ranks = torch.cuda.device_count()
     started = (ranks, str(tmp_path), exchange_ranks.equal_collectives, ("cuda", str(tmp_path)), "nccl")
     torch.multiprocessing.start_processes(parallel_ranks.start, started, nprocs=ranks, start_method="spawn")
+
+
+@pytest.mark.parametrize(
+    ("rule", "lengths", "early"),
+    [
+        ("count", None, True),
+        ("count", [5, 5], True),
+        ("mass", None, True),
+        ("budget", None, False),
+        ("count", [5, 3], False),
+    ],
+    ids=str,
+)
+def test_values_are_awaited_after_blocks_were_chosen_where_the_rule_allows_it(monkeypatch, rule, lengths, early):
+    """The values are not there before, and the output is what it is when they are."""
+    events = []
+    select = text_padding.select_blocks
+
+    def selecting(*arguments, **settings):
+        events.append("chosen")
+        return select(*arguments, **settings)
+
+    monkeypatch.setattr(text_padding, "select_blocks", selecting)
+    settings = {"density": 0.4} if rule == "budget" else {}
+    spec = AttentionSpec(rule=rule, block_query=16, block_key=16, **settings)
+    q, k, v = torch.randn(3, 2, 107, 2, 8).unbind()
+    places = {"before": 0, "after": 7, "lengths": lengths, "permutation": None, "return_lists": True}
+    expected = attend_real_text(q, k, v, spec, None, **places)
+    late = torch.full_like(v, float("nan"))
+
+    def arrive():
+        events.append("there")
+        late.copy_(v)
+
+    events.clear()
+    out = torch.full_like(q, float("nan"))
+    found = attend_real_text(q, k, late, spec, None, await_values=arrive, out=out, **places)
+    assert (events[:2] == ["chosen", "there"]) is early and events.count("there") == 1
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(found[3].counts, expected[3].counts)
+    assert (found[0].data_ptr() == out.data_ptr()) is (lengths is None)

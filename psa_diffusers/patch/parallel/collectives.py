@@ -17,6 +17,7 @@ class CollectiveExchange(Exchange):
     def __init__(self, share: Ulysses, before: int, after: int) -> None:
         super().__init__(share, before, after)
         self._begun: dict[str, tuple[torch.Tensor, Any]] = {}
+        self._has_values = False
 
     def begin(self, part: str, x: torch.Tensor) -> None:
         """As `Exchange.begin`; the tensor is read at once."""
@@ -50,10 +51,20 @@ class CollectiveExchange(Exchange):
         for part, x in zip(PARTS, qkv, strict=True):
             if part not in self._begun:
                 self.begin(part, x)
-        for _, work in self._begun.values():
-            work.wait()
+        for part in PARTS[:2]:
+            self._begun[part][1].wait()
         q, k, v = (self._begun[part][0].transpose(0, 1) for part in PARTS)
         return q, k, v
+
+    def await_values(self) -> None:
+        """As `Exchange.await_values`."""
+        if not self._has_values:
+            self._begun[PARTS[2]][1].wait()
+            self._has_values = True
+
+    def output(self) -> None:
+        """As `Exchange.output`: the output is packed anyway."""
+        return None
 
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Exchange.give_back`."""

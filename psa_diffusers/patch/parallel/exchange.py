@@ -34,7 +34,7 @@ class Exchange(ABC):
     def begin(self, part: str, x: torch.Tensor) -> None:
         """Begin to exchange one of `PARTS`, `[B, before + n + after, H, D]` with this rank's n video tokens.
 
-        The tensor must stay as it is until `finish`.
+        The tensor must stay as it is until `finish`, and values until `await_values`.
 
         Raises:
             RuntimeError: n is not what this rank should have.
@@ -42,14 +42,23 @@ class Exchange(ABC):
 
     @abstractmethod
     def finish(self, qkv: QKV) -> QKV:
-        """Wait for queries, keys and values, of which those whose exchange was not begun are exchanged now.
+        """Wait for queries and keys. What was not begun of queries, keys and values is exchanged now.
 
         Args:
             qkv: as given to `begin`.
 
         Returns:
-            For each a tensor `[B, before + N + after, h, D]`, valid until the next call's exchange begins.
+            For each a tensor `[B, before + N + after, h, D]`, valid until the next call's exchange begins. The values
+            are there after `await_values` only.
         """
+
+    @abstractmethod
+    def await_values(self) -> None:
+        """Wait for the values too; nothing happens the second time."""
+
+    @abstractmethod
+    def output(self) -> torch.Tensor | None:
+        """Where to write the attention output `[B, before + N + after, h, D]` to save a copy; None if anywhere."""
 
     @abstractmethod
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,7 +103,7 @@ class _Trial:
         self._memory.meet()
         to = [slots[self._rank] for slots in self._slots]
         sent = self._sent[self._rank]
-        self._memory.push([(to.pop(self._rank), sent)], [(each, sent) for each in to])
+        self._memory.wait(self._memory.copy([(to.pop(self._rank), sent)], [(each, sent) for each in to]))
         self._memory.meet()
         if not all(map(torch.equal, own, self._sent)):
             raise RuntimeError(_CHANGED)

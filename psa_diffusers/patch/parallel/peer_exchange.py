@@ -1,18 +1,17 @@
-"""The exchange by copies into the memory of the other ranks: nothing is packed, and no multiprocessor is taken.
+"""The exchange by copies between the memory of the ranks: nothing is packed, and no multiprocessor is taken.
 
-Each rank has two areas in memory that the others write to. Queries, keys and values arrive in the first, outputs in the
-second. All ranks meet twice a call: before attention reads the first area, and before the outputs are taken from the
-second. So whoever writes to an area knows that its owner is done with the call before: it has met the owner after
-that one's attention, or after it took its outputs. Areas keep their places, as calls of another size would otherwise
-write to one area where the other still is.
+Each rank has four places in memory that the others see. Queries, keys and values are written to the first three by the
+ranks that projected them. The output is left in the fourth, for the others to read. All ranks meet before they read the
+queries and keys, before they read the values, and before they read outputs. So a rank that writes knows that readers
+are done with the call before: it has met them after their attention, or after they read its output. Places stay where
+they are, as calls of another size would otherwise write to one place while another is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +20,7 @@ from psa_diffusers.patch.parallel.peer_memory import Copy, PeerMemory
 from psa_diffusers.patch.parallel.pitched_copy import has_whole_rows
 from psa_diffusers.patch.parallel.share import Ulysses
 
+OUTPUT = "output"
 _ALIGNED = 256  # bytes
 
 
@@ -35,23 +35,12 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where the tensors of calls of a kind are: views of the ranks' memory.
-
-    Attributes:
-        parts: for each of `PARTS` the tensor of each rank, `[B, before + N + after, h, D]`.
-        heads: the first part of the output of each rank, `[B, before + n, H, D]`.
-        tails: the second, `[B, after, H, D]`.
-    """
-
-    parts: dict[str, list[torch.Tensor]]
-    heads: list[torch.Tensor]
-    tails: list[torch.Tensor]
+# For each of `PARTS`, and for the output, the tensor `[B, before + N + after, h, D]` of each rank.
+Places = dict[str, list[torch.Tensor]]
 
 
 class PeerAreas:
-    """The two areas of each rank, and where calls find their tensors in them.
+    """The places in the memory of each rank, and the tensors of calls there.
 
     Args:
         memory: what gives the ranks memory.
@@ -59,11 +48,11 @@ class PeerAreas:
 
     def __init__(self, memory: PeerMemory) -> None:
         self.memory = memory
-        self._sizes = (0, 0)
-        self._areas: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._known: dict[_Kind, _Places] = {}
+        self._size = 0
+        self._areas: list[torch.Tensor] = []
+        self._known: dict[_Kind, Places] = {}
 
-    def places(self, share: Ulysses, before: int, after: int, x: torch.Tensor) -> _Places:
+    def places(self, share: Ulysses, before: int, after: int, x: torch.Tensor) -> Places:
         """Where the tensors of a call are, one of whose projections is x. All ranks ask for the same calls in turn."""
         kind = _Kind(share, before, after, x.shape[0], x.shape[3], x.dtype)
         if (found := self._known.get(kind)) is None:
@@ -72,36 +61,27 @@ class PeerAreas:
         return found
 
     def _reserve(self, kind: _Kind) -> None:
-        """Let the areas be large enough for a kind of call: they never shrink, so that all ranks do this together."""
-        share, beside, most = kind.share, kind.before + kind.after, max(kind.share.heads)
-        channel = kind.batch * kind.width * kind.dtype.itemsize
-        part = _aligned((sum(share.tokens) + beside) * most * channel)
-        outputs = _aligned((max(share.tokens) + kind.before) * sum(share.heads) * channel)
-        sizes = len(PARTS) * part, outputs + _aligned(kind.after * sum(share.heads) * channel)
-        if all(size <= had for size, had in zip(sizes, self._sizes, strict=True)):
-            return
-        self._known.clear()
-        self._areas.clear()
-        self._sizes = first, second = max(sizes[0], self._sizes[0]), max(sizes[1], self._sizes[1])
-        self._areas = [(whole[:first], whole[first:]) for whole in self.memory.allocate(first + second)]
+        """Let the places be large enough for a kind of call: they never shrink, so that all ranks do this together."""
+        tokens = kind.before + sum(kind.share.tokens) + kind.after
+        size = _aligned(kind.batch * tokens * max(kind.share.heads) * kind.width * kind.dtype.itemsize)
+        if size > self._size:
+            self._known.clear()
+            self._areas, self._size = [], size
+            self._areas = self.memory.allocate(size * (len(PARTS) + 1))
 
-    def _lay_out(self, kind: _Kind) -> _Places:
-        share, before, after = kind.share, kind.before, kind.after
-        total, all_heads = before + sum(share.tokens) + after, sum(share.heads)
-        parts: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
-        heads, tails = list[torch.Tensor](), list[torch.Tensor]()
-        for rank, (first, second) in enumerate(self._areas):
-            inbox = _carve(first, kind, [(total, share.heads[rank])] * len(PARTS))
-            for part, view in zip(PARTS, inbox, strict=True):
-                parts[part].append(view)
-            head, tail = _carve(second, kind, [(before + share.tokens[rank], all_heads), (after, all_heads)])
-            heads.append(head)
-            tails.append(tail)
-        return _Places(parts, heads, tails)
+    def _lay_out(self, kind: _Kind) -> Places:
+        tokens = kind.before + sum(kind.share.tokens) + kind.after
+        return {
+            part: [
+                _carve(area[number * self._size :], (kind.batch, tokens, heads, kind.width), kind.dtype)
+                for area, heads in zip(self._areas, kind.share.heads, strict=True)
+            ]
+            for number, part in enumerate((*PARTS, OUTPUT))
+        }
 
 
 class PeerExchange(Exchange):
-    """Writes each rank's rows where that rank attends them, and outputs where their rank needs them.
+    """Copies rows to where another rank attends them, and outputs from where another rank computed them.
 
     Args:
         areas: of the ranks that share the forward.
@@ -109,57 +89,81 @@ class PeerExchange(Exchange):
 
     def __init__(self, share: Ulysses, before: int, after: int, areas: PeerAreas) -> None:
         super().__init__(share, before, after)
-        self._areas = areas
-        # Kept until all have met, as they are read beside other work.
-        self._begun: dict[str, torch.Tensor] = {}
-        self._places: _Places | None = None
+        self._areas, self._memory = areas, areas.memory
+        # What is copied is kept until it has arrived, as it is read beside other work.
+        self._begun: dict[str, tuple[torch.Tensor, Any]] = {}
+        self._places: Places | None = None
 
     def begin(self, part: str, x: torch.Tensor) -> None:
         """As `Exchange.begin`."""
-        share, before = self._share, self._before
-        share.check(x, before, self._after)
-        self._places = places = self._places or self._areas.places(share, before, self._after, x)
-        self._begun[part] = x = _with_whole_rows(x)
-        end, tokens, to = x.shape[1] - self._after, share.tokens_of(share.rank), places.parts[part]
+        share, before, after = self._share, self._before, self._after
+        share.check(x, before, after)
+        if self._places is None:
+            self._places = self._areas.places(share, before, after, x)
+        x, to = _with_whole_rows(x), self._of(part)
+        end, tokens = x.shape[1] - after, share.tokens_of(share.rank)
         video = slice(before + tokens.start, before + tokens.stop)
         mine, own = x[:, :, share.heads_of(share.rank)], to[share.rank]
         copies = [(own[:, video], mine[:, before:end])]
         if before:
             copies.append((own[:, :before], mine[:, :before]))
-        if self._after:
-            copies.append((own[:, own.shape[1] - self._after :], mine[:, end:]))
+        if after:
+            copies.append((own[:, own.shape[1] - after :], mine[:, end:]))
         others = [(to[rank][:, video], x[:, before:end, share.heads_of(rank)]) for rank in self._others()]
-        self._areas.memory.push(copies, others)
+        self._begun[part] = x, self._memory.copy(copies, others)
 
     def finish(self, qkv: QKV) -> QKV:
         """As `Exchange.finish`; the results are views of this rank's memory."""
         for part, x in zip(PARTS, qkv, strict=True):
             if part not in self._begun:
                 self.begin(part, x)
-        self._areas.memory.meet()
-        self._begun.clear()
-        assert self._places is not None, "begin has found them"
-        q, k, v = (self._places.parts[part][self._share.rank] for part in PARTS)
+        for part in PARTS[:2]:
+            self._memory.wait(self._begun.pop(part)[1])
+        self._memory.meet()
+        q, k, v = (self._own(part) for part in PARTS)
         return q, k, v
 
+    def await_values(self) -> None:
+        """As `Exchange.await_values`."""
+        if (begun := self._begun.pop(PARTS[2], None)) is not None:
+            self._memory.wait(begun[1])
+            self._memory.meet()
+
+    def output(self) -> torch.Tensor:
+        """As `Exchange.output`: where other ranks read it."""
+        return self._own(OUTPUT)
+
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Exchange.give_back`."""
-        share, places, before = self._share, self._places, self._before
-        assert places is not None, "finish has found them"
-        head, tail = _with_whole_rows(head), _with_whole_rows(tail)
+        """As `Exchange.give_back`; parts of what `output` gave are not copied there."""
+        share, before, after, out = self._share, self._before, self._after, self.output()
+        end = out.shape[1] - after
+        for part, place in ((head, out[:, :end]), (tail, out[:, end:])):
+            if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
+                place.copy_(part)
+        self._memory.meet()
+        batch, _, _, width = out.shape
+        heads, tokens = sum(share.heads), share.tokens_of(share.rank)
+        first = out.new_empty(batch, before + share.tokens[share.rank], heads, width)
+        last = out.new_empty(batch, after, heads, width)
 
         def copies(rank: int) -> Iterator[Copy]:
-            heads, tokens = share.heads_of(share.rank), share.tokens_of(rank)
-            to = places.heads[rank][:, :, heads]
-            yield to[:, before:], head[:, before + tokens.start : before + tokens.stop]
+            found, columns = self._of(OUTPUT)[rank], share.heads_of(rank)
+            yield first[:, before:, columns], found[:, before + tokens.start : before + tokens.stop]
             if before:
-                yield to[:, :before], head[:, :before]
-            if self._after:
-                yield places.tails[rank][:, :, heads], tail
+                yield first[:, :before, columns], found[:, :before]
+            if after:
+                yield last[:, :, columns], found[:, end:]
 
-        self._areas.memory.push(copies(share.rank), (copy for rank in self._others() for copy in copies(rank)))
-        self._areas.memory.meet()
-        return places.heads[share.rank].clone(), places.tails[share.rank].clone()
+        others = [copy for rank in self._others() for copy in copies(rank)]
+        self._memory.wait(self._memory.copy(copies(share.rank), others))
+        return first, last
+
+    def _of(self, part: str) -> list[torch.Tensor]:
+        assert self._places is not None, "begin has found them"
+        return self._places[part]
+
+    def _own(self, part: str) -> torch.Tensor:
+        return self._of(part)[self._share.rank]
 
     def _others(self) -> list[int]:
         """The other ranks, of which each begins with another one."""
@@ -171,15 +175,9 @@ def _with_whole_rows(x: torch.Tensor) -> torch.Tensor:
     return x if has_whole_rows(x) else x.contiguous()
 
 
-def _carve(area: torch.Tensor, kind: _Kind, sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
-    """Tensors `[B, N, h, D]` for pairs of N and h, one after the other at the beginning of an area."""
-    found, start = list[torch.Tensor](), 0
-    for tokens, heads in sizes:
-        shape = kind.batch, tokens, heads, kind.width
-        end = start + math.prod(shape) * kind.dtype.itemsize
-        found.append(area[start:end].view(kind.dtype).view(shape))
-        start = _aligned(end)
-    return found
+def _carve(area: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor at the beginning of an area."""
+    return area[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def _aligned(size: int) -> int:

@@ -1,9 +1,10 @@
-"""Memory that every rank of a group can write directly on the others."""
+"""Memory of the ranks of a group that each of them reads and writes directly."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ Copy = tuple[torch.Tensor, torch.Tensor]
 
 
 class PeerMemory(ABC):
-    """A piece of memory of each rank, equally large, and the copies that ranks write into each other's."""
+    """A piece of memory of each rank, equally large, which all ranks read and write."""
 
     @abstractmethod
     def allocate(self, size: int) -> list[torch.Tensor]:
@@ -23,13 +24,22 @@ class PeerMemory(ABC):
         """
 
     @abstractmethod
-    def push(self, own: Iterable[Copy], others: Iterable[Copy]) -> None:
-        """Begin copies, which come after all work so far, and beside what follows, until `meet`.
+    def copy(self, own: Iterable[Copy], others: Iterable[Copy]) -> Any:
+        """Begin copies, which come after all work so far, and beside what follows.
+
+        What is copied from must be kept until `wait`.
 
         Args:
-            own, others: into this rank's memory, and into that of others.
+            own, others: within this rank's memory, and between it and that of other ranks.
+
+        Returns:
+            What `wait` takes.
         """
 
     @abstractmethod
+    def wait(self, begun: Any) -> None:
+        """What follows comes after copies that `copy` began, and so does what others do after the next `meet`."""
+
+    @abstractmethod
     def meet(self) -> None:
-        """What follows comes after the copies of all ranks, and after their work before this call."""
+        """What follows comes after what all ranks did before this call."""

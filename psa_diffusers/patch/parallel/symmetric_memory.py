@@ -1,4 +1,4 @@
-"""The memory of GPUs of one host, by PyTorch's symmetric memory, written by their copy engines."""
+"""The memory of GPUs of one host, by PyTorch's symmetric memory, and their copy engines."""
 
 from __future__ import annotations
 
@@ -37,26 +37,32 @@ class SymmetricMemory(PeerMemory):
         """
         from torch.distributed import _symmetric_memory as symmetric
 
-        # The ranks' copies into the memory that goes have arrived, because every use of it ends by `meet`.
-        torch.cuda.synchronize(self._device)
-        self._handle = self._memory = None
+        if self._handle is not None:
+            # Others may still read the memory that goes.
+            self.meet()
+            torch.cuda.synchronize(self._device)
+            self._handle = self._memory = None
         with torch.inference_mode(False):
             self._memory = symmetric.empty(size, dtype=torch.uint8, device=self._device)
             self._handle = symmetric.rendezvous(self._memory, self._group.group_name)
             return [self._handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self._handle.world_size)]
 
-    def push(self, own: Iterable[Copy], others: Iterable[Copy]) -> None:
-        """As `PeerMemory.push`; what is copied from must be kept until `meet`."""
-        now = torch.cuda.current_stream(self._device)
+    def copy(self, own: Iterable[Copy], others: Iterable[Copy]) -> list[torch.cuda.Event]:
+        """As `PeerMemory.copy`."""
+        now, done = torch.cuda.current_stream(self._device), []
         for stream, copies in ((self._others, others), (self._own, own)):
             stream.wait_stream(now)
             with torch.cuda.stream(stream):
                 for to, x in copies:
                     copy_rows(to, x, stream)
+            done.append(stream.record_event())
+        return done
+
+    def wait(self, begun: list[torch.cuda.Event]) -> None:
+        """As `PeerMemory.wait`, for the current stream."""
+        for event in begun:
+            torch.cuda.current_stream(self._device).wait_event(event)
 
     def meet(self) -> None:
         """As `PeerMemory.meet`, for the current stream."""
-        now = torch.cuda.current_stream(self._device)
-        now.wait_stream(self._others)
-        now.wait_stream(self._own)
         self._handle.barrier(channel=0, timeout_ms=int(PATIENCE.total_seconds() * 1000))
