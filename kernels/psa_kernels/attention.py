@@ -121,7 +121,7 @@ def psa_attention(
     Defined in "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", arXiv 2512.04025. Half
     precision is computed in float32 and returned in the dtype of `q`. Forward only: no gradient flows.
 
-    Pyramids take at most 1 1/4 times the memory of the output, or half a GiB if that is more (but at least the memory
+    Pyramids take at most 1 1/4 times the memory of the output, or a GiB if that is more (but at least the memory
     of one head's). Where the pyramids of all heads would take more, the stages run for one group of heads after the
     other.
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 # What the pyramids of a group may take: so much of the memory of the whole output,
 LARGEST_SHARE = 1.25
 # or so many bytes, where that is more. With less work a launch, multiprocessors that are done first wait too long.
-SMALL_PYRAMIDS = 1 << 29
+SMALL_PYRAMIDS = 1 << 30
 
 
 def head_groups(heads: int, head_bytes: int, output_bytes: int) -> list[slice]:

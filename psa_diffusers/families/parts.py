@@ -43,7 +43,6 @@ def one_by_one(
     """Queries, keys and values `[B, N, H, D]`; each is computed once `call.ready` was told of the one before it.
 
     Values come last: compilers fuse what normalises and rotates queries and keys, so that these are there together.
-    Projecting all three first, to exchange them beside norms and rotations, was not faster (docs/parallel.md).
     """
     query = queries()
     call.ready("queries", query)

@@ -23,6 +23,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": operator.scaling,
     "model": models.whole,
     "parallel": models.parallel,
+    "parallel-exchange": models.parallel_exchange,
     "prompts": models.prompts,
     "stack": models.stack,
     "whole-run": models.whole_run,

@@ -7,6 +7,7 @@ from figure_tables.source import Row, duration, find, gpu_of, load, machine, nee
 
 MODEL = "benchmarks/model"
 PARALLEL = "benchmarks/parallel"
+EXCHANGE = "benchmarks/parallel-exchange"
 PROMPTS = "benchmarks/prompts"
 STACK = "benchmarks/stack"
 DEMO = "benchmarks/demo"
@@ -125,6 +126,20 @@ def parallel() -> str:
     head = ["one forward of", "", "blocks", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts), "commit"]
     where = f"On hosts with {load(PARALLEL)['hardware']['gpu']}, {load(PARALLEL)['date']}."
     return f"{table(head, body)}\n\n{where}"
+
+
+def parallel_exchange() -> str:
+    """One video on two GPUs, by copies and by collectives."""
+    body = []
+    for compiled in (False, True):
+        cells = [duration(need(EXCHANGE, gpus=1, compiled=compiled)["ms"])]
+        for kind in ("memory", "collectives"):
+            row = need(EXCHANGE, gpus=2, compiled=compiled, exchange=kind)
+            cells.append(f"{duration(row['ms'])} ({row['speedup']:.2f}x)")
+        body.append(["compiled" if compiled else "eager", *cells])
+    shown = table(["blocks", "one GPU", "2 GPUs, by copies", "by collectives"], body)
+    where = f"{load(EXCHANGE)['hardware']['gpu']}s of one host, {origin(EXCHANGE)}"
+    return f"{shown}\n\nWan2.1-14B at 720p, density 0.15, {where}."
 
 
 def prompts() -> str:

@@ -37,8 +37,8 @@ def layer_dense_at(step):
     """What the spoiled run should equal: the same preset, but the layer dense at that step."""
     sparse = TokenAttention.sparse
 
-    def patched(self, layer, at, qkv, call):
-        parts, stats = sparse(self, layer, at, qkv, call)
+    def patched(self, layer, at, qkv, call, exchange=None):
+        parts, stats = sparse(self, layer, at, qkv, call, exchange)
         return (self.dense(qkv, call), stats) if (layer.name, at.step) == (LAYER, step) else (parts, stats)
 
     return patched
@@ -150,11 +150,11 @@ def test_lists_of_spoiled_queries_serve_no_later_step(monkeypatch):
     calls, made = [], count_selections(monkeypatch)
     sparse = TokenAttention.sparse
 
-    def spoiled(self, layer, forward, qkv, call):
+    def spoiled(self, layer, forward, qkv, call, exchange=None):
         before = len(made)
         if (layer.name, forward.step) == (LAYER, 1):
             qkv = (qkv[0] * float("nan"), *qkv[1:])
-        result = sparse(self, layer, forward, qkv, call)
+        result = sparse(self, layer, forward, qkv, call, exchange)
         calls.append((layer.name, forward.step, len(made) - before))
         return result
 
