@@ -107,11 +107,12 @@ def parallel() -> str:
     body = []
     rows = load(PARALLEL)["rows"]
     counts = sorted({row["gpus"] for row in rows})
-    kinds = ("workload", "method", "compiled", "commit")
-    for values in dict.fromkeys(tuple(row[kind] for kind in kinds) for row in rows):
+    # Rows that agree in these are of one run.
+    kinds = ("workload", "method", "compiled", "commit", "run")
+    for values in dict.fromkeys(tuple(row.get(kind) for kind in kinds) for row in rows):
         kind = dict(zip(kinds, values, strict=True))
         one = need(PARALLEL, gpus=1, **kind)
-        cells = []
+        cells, by = [], ""
         for gpus in counts:
             row = find(PARALLEL, gpus=gpus, **kind)
             if row is None:
@@ -120,10 +121,12 @@ def parallel() -> str:
                 cells.append(duration(row["ms"]))
             else:
                 cells.append(f"{duration(row['ms'])} ({row['speedup']:.2f}x)")
+                by = {"memory": "copies"}.get(row["exchange"], row["exchange"])
         what = f"density {one['density']:.2f}" if one["method"] == "psa" else "cuDNN dense"
         blocks = "compiled" if one["compiled"] else "eager"
-        body.append([STACKS[one["workload"]], what, blocks, *cells, one["commit"]])
-    head = ["one forward of", "", "blocks", *("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts), "commit"]
+        body.append([STACKS[one["workload"]], what, blocks, *cells, by, one["commit"]])
+    several = ("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)
+    head = ["one forward of", "", "blocks", *several, "exchange", "commit"]
     where = f"On hosts with {load(PARALLEL)['hardware']['gpu']}, {load(PARALLEL)['date']}."
     return f"{table(head, body)}\n\n{where}"
 
