@@ -48,7 +48,7 @@ def test_a_name_that_there_is_not_is_found(name):
 
 def test_the_map_of_the_patch_names_every_file():
     named = set(re.findall(r"\b[a-z_]+\.py\b", section("### The patch")))
-    assert named == {path.name for path in (ROOT / "psa_diffusers/patch").glob("*.py")}
+    assert named == {path.name for path in (ROOT / "psa_diffusers/patch").rglob("*.py")}
 
 
 def test_the_map_names_every_folder():

@@ -17,17 +17,6 @@ from psa_testing import exchange_ranks, parallel_ranks
 from psa_testing.families import PARALLEL
 
 
-@pytest.fixture
-def on_ranks(tmp_path, forks):
-    """Runs a check in so many processes, each of which is told a folder of this test."""
-
-    def run(ranks, check, *arguments):
-        started = (ranks, str(tmp_path), check, arguments)
-        torch.multiprocessing.start_processes(parallel_ranks.start, started, nprocs=ranks, start_method="forkserver")
-
-    return run
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_copies_equal_collectives(on_ranks, tmp_path, ranks):
     on_ranks(ranks, exchange_ranks.equal_collectives, "cpu", str(tmp_path))

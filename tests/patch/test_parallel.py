@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing
 from diffusers import ContextParallelConfig
 
 from psa_diffusers.families.wan import Wan
@@ -18,17 +17,6 @@ from psa_testing.families import PARALLEL
 from psa_testing.tiny_pipelines import tiny_transformer
 
 HAS_ANY = hasattr(ContextParallelConfig, "ulysses_anything")
-
-
-@pytest.fixture
-def on_ranks(tmp_path, forks):
-    """Runs a check of parallel_ranks.py in so many processes, which fork from one that has imported everything."""
-
-    def run(ranks, check, *arguments):
-        started = (ranks, str(tmp_path), check, arguments)
-        torch.multiprocessing.start_processes(parallel_ranks.start, started, nprocs=ranks, start_method="forkserver")
-
-    return run
 
 
 RUNS = [(name, ranks) for name, parallel in PARALLEL.items() for ranks in parallel.runs]

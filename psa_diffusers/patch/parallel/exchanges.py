@@ -82,13 +82,18 @@ class _Trial:
     """Copies between all ranks, whose results are known."""
 
     def __init__(self, memory: PeerMemory, share: Ulysses, device: torch.device) -> None:
-        self._memory, self._rank, self._device = memory, share.rank, device
-        # Samples, tokens, heads, channels, and half of its heads for each rank to copy.
+        self._memory, self._rank = memory, share.rank
+        # Samples, tokens, heads, channels; half of the heads are copied.
         numbers = torch.arange(2 * 3 * 8 * 16, dtype=torch.uint8).view(2, 3, 8, 16)
         self._sent = [(numbers + rank).to(device)[:, :, :4] for rank in range(len(share.heads))]
         self._slots: list[torch.Tensor] = []
 
     def allocate(self) -> None:
+        """Get memory, with a slot for what each rank sends.
+
+        Raises:
+            Exception: of any kind, where there is none.
+        """
         shape = len(self._sent), *self._sent[0].shape
         self._slots = [each.view(shape) for each in self._memory.allocate(math.prod(shape))]
 
