@@ -140,7 +140,7 @@ def compiled_blocks(ranks: int, name: str) -> None:
     processor = patch(pipe, preset(dense_steps=0.5), strict=True)
     eager, stats = case.run(pipe), processor.stats()
     for block in getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks:
-        block.compile(backend="eager")
+        block.compile(backend="aot_eager")
     assert_equal_to_rounding(case.run(pipe), eager)
     assert processor.stats() == stats
     assert stats.density_sparse is not None and stats.density_sparse < 0.5

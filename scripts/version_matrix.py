@@ -32,7 +32,7 @@ TESTS = [
     *("test_stock_processors", "test_text", "test_changed_pipelines"),
     *("test_compiled", "test_finite_guard", "test_beside_caches", "test_beside_others"),
     *("test_pipelines", "test_generate", "test_run_folder", "test_pipeline_call", "test_demo"),
-    *("test_parallel", "test_memory", "test_security"),
+    *("test_parallel", "test_exchange", "test_memory", "test_security"),
     *("test_calibrate", "test_calibrate_decisions", "test_calibrate_measure", "test_calibrate_mistakes"),
 ]
 # What a newer compiler may change without a GPU to show it. `make test` runs these with the version of development.

@@ -7,6 +7,7 @@ import ctypes
 import pytest
 import torch
 import torch.multiprocessing
+from diffusers import ContextParallelConfig
 
 from psa_diffusers.patch import text_padding
 from psa_diffusers.patch.parallel import pitched_copy
@@ -33,6 +34,8 @@ MODELS = ("wan", "hunyuan-video", "cogvideox-5b", "minimax-h3")
 @pytest.mark.parametrize("name", MODELS)
 def test_pipelines_equal_one_process(on_ranks, tmp_path, name):
     run = PARALLEL[name].runs[-1]
+    if run.any_length and not hasattr(ContextParallelConfig, "ulysses_anything"):
+        pytest.skip("this diffusers has no ulysses_anything")
     config = {"ulysses_degree": run.count, **({"ulysses_anything": True} if run.any_length else {})}
     check = parallel_ranks.equals_one_process
     on_ranks(run.count, exchange_ranks.through_files, str(tmp_path), check, name, run.inputs, run.first, config)
