@@ -27,8 +27,8 @@ def test_where_copies_do_not_arrive_collectives_are_used(on_ranks, tmp_path):
     on_ranks(2, exchange_ranks.fall_back, str(tmp_path))
 
 
-# Without text, with text after the video and before it, and with numbers of tokens that differ; an older diffusers lacks
-# the last one.
+# Without text, with text after the video and before it, and with numbers of tokens that differ. An older diffusers
+# lacks the last one.
 MODELS = [name for name in ("wan", "hunyuan-video", "cogvideox-5b", "minimax-h3") if name in PARALLEL]
 
 
