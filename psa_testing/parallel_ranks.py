@@ -337,6 +337,7 @@ def what_cannot_be_shared_is_refused(ranks: int) -> None:
         processor.restore()
     said = str(caught[-1].message)
     assert "without PSAProcessor, HunyuanVideo computes wrong attention in this context parallelism" in said
+    gradients_are_refused(case, ranks)
     pipe = tiny_wan(heads=3, head_dim=16, num_layers=1)
     enable(pipe, ulysses_degree=ranks)
     patch(pipe, SPARSE)
@@ -352,6 +353,24 @@ def what_cannot_be_shared_is_refused(ranks: int) -> None:
     raises(RuntimeError, message, lambda: MODELS["ltx-condition"].run(pipe, frame_index=8, num_frames=17))
     tokens = CASES["hunyuan-video-i2v"].make().transformer
     raises(ValueError, "no plan for context parallelism of HunyuanVideo", lambda: context_parallel_plan(tokens))
+
+
+def gradients_are_refused(case: Case, ranks: int) -> None:
+    """Where the exchange would lose them: attention of joint text is the patch's own, also dense."""
+    pipe, given = case.make(), []
+    enable(pipe, ulysses_degree=ranks)
+    processor = patch(pipe, SPARSE)
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True)
+    case.run(pipe, num_inference_steps=2)
+    args, kwargs = given[0]
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PSAFallbackWarning)
+        raises(
+            RuntimeError,
+            "gradients are asked for, and what ranks exchange has none",
+            lambda: pipe.transformer(*args, **kwargs),
+        )
+    processor.restore()
 
 
 def raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:

@@ -37,7 +37,7 @@ class Exchange(ABC):
         The tensor must stay as it is until `finish`, and values until `await_values`.
 
         Raises:
-            RuntimeError: n is not what this rank should have.
+            RuntimeError: n is not what this rank should have, or a gradient is asked for.
         """
 
     @abstractmethod

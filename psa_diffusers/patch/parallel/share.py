@@ -35,16 +35,21 @@ class Ulysses:
         return _part(self.heads, rank)
 
     def check(self, x: torch.Tensor, before: int, after: int) -> None:
-        """Check that a tensor `[B, before + n + after, ...]` has this rank's n video tokens.
+        """Check that a tensor `[B, before + n + after, ...]` has this rank's n video tokens, and needs no gradient.
 
         Raises:
-            RuntimeError: it has not.
+            RuntimeError: it has not, or does.
         """
         if (found := x.shape[1] - before - after) != self.tokens[self.rank]:
             raise RuntimeError(
                 f"context parallelism: this rank has {found} video tokens instead of "
                 f"{self.tokens[self.rank]} of {sum(self.tokens)}; use the plan of context_parallel_plan(transformer), "
                 "and no conditions beside the video"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "context parallelism: gradients are asked for, and what ranks exchange has none; run this model under "
+                "torch.no_grad(), or on one GPU"
             )
 
 
