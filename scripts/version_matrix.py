@@ -1,7 +1,8 @@
 """Run the tests with the oldest and the newest versions of what the package needs, each in an environment.
 
 `oldest` has the oldest diffusers and transformers that pyproject.toml names, and the PyTorch and Triton of development.
-`newest` has the newest of everything, PyTorch and Triton too, and compiles the kernels as well.
+`compiler` has the oldest PyTorch whose compiler makes one graph for all blocks of a kind, for the tests of compiled
+blocks. `newest` has the newest of everything, PyTorch and Triton too, and compiles the kernels as well.
 
     python scripts/version_matrix.py --folder /tmp/versions
     python scripts/version_matrix.py --folder /tmp/versions --rows oldest -- -x tests/patch/test_processor.py
@@ -41,6 +42,8 @@ COMPILED = [
     *("test_hopper_compile", "test_self_test"),
 ]
 
+GRAPHS = ["test_compiled", "test_compiled_blocks", "test_finite_guard", "test_parallel", "test_exchange"]
+
 
 def oldest() -> list[str]:
     """`name==version` of the lower bounds of the pinned packages."""
@@ -72,6 +75,7 @@ class Row:
 
 ROWS = {
     "oldest": Row("torch==2.13.0", oldest, "test,kernel-test", TESTS),
+    "compiler": Row("torch==2.8.0", lambda: [*PINNED], "test", GRAPHS),
     # Without the extra that holds Triton and numpy back. CPU builds of PyTorch bring no Triton, others one that fits.
     "newest": Row("torch", lambda: [*PINNED, "triton; platform_system == 'Linux'"], "test", [*TESTS, *COMPILED]),
 }

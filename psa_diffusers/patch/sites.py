@@ -91,7 +91,9 @@ class Site(NotPickled):
 
     def by_name(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by the names that the module's own processor has for them."""
-        return {**dict(zip(self.names or (), args, strict=False)), **kwargs}
+        # No zip of unequal lengths: inside a graph PyTorch 2.8 takes it for an error.
+        names = self.names or ()
+        return {**{names[place]: args[place] for place in range(min(len(names), len(args)))}, **kwargs}
 
 
 class LayerSite(Site):
