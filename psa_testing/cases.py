@@ -113,6 +113,11 @@ class Ranks:
     inputs: Inputs = field(default_factory=dict)
     any_length: bool = False
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments of diffusers' `ContextParallelConfig`."""
+        return {"ulysses_degree": self.count, **({"ulysses_anything": True} if self.any_length else {})}
+
 
 @dataclass(frozen=True)
 class ParallelCase:

@@ -147,7 +147,8 @@ class TokenAttention:
         # Only the number of tokens of the block's hidden states matters, so the queries can stand in for them.
         call = AttentionCall(qkv[0][:, text:], qkv[0][:, :text] if text else None, mask)
         route = self.settle(forward, layer, self.decide(forward, layer, call), call, qkv)
-        if exchange is not None and not route.sparse:
+        # Only sparse attention by the operator begins without the values.
+        if exchange is not None and (not route.sparse or self.compute is not None):
             exchange.await_values()
         if route.ours:
             head, tail = self.ours(forward, layer, qkv, call, route, exchange)
@@ -173,8 +174,8 @@ class TokenAttention:
     ) -> Parts:
         """Attention by the operator, for a call that `settle` routes there, on one rank.
 
-        With an exchange, whose values may still be on their way if the route is sparse, the output may be where other
-        ranks read it. If the output is checked and not finite, PyTorch's dense attention replaces it.
+        With an exchange, whose values may still be on their way to `sparse`, the output may be where other ranks read
+        it. If the output is checked and not finite, PyTorch's dense attention replaces it.
         """
         forward = self._with_all_videos(forward, call)
         stats: list[AttentionStats] = []
@@ -187,8 +188,6 @@ class TokenAttention:
         elif self.compute is None:
             parts, stats = self.sparse(layer, forward, qkv, call, exchange)
         else:
-            if exchange is not None:
-                exchange.await_values()
             parts, stats = self.compute(self, layer, forward, qkv, call)
         if not forward.watch or forward.run.model_not_finite or all_finite(*parts):
             for figures in stats:

@@ -53,7 +53,7 @@ class FiniteGuard:
             return False
         assert forward.share is not None, "only then are there other ranks"
         known = torch.full((), bool(forward.run.model_not_finite), device=tensors[0].device)
-        wrong = torch.stack([*(~torch.isfinite(_largest(x)) for x in tensors if x.numel())]).any()
+        wrong = torch.stack([~torch.isfinite(_largest(x)) for x in tensors if x.numel()]).any()
         found = torch.stack([known, wrong]).int()
         dist.all_reduce(found, dist.ReduceOp.MAX, group=forward.share.group)
         anywhere_known, anywhere_wrong = found.tolist()

@@ -104,9 +104,9 @@ def attend_real_text(
         if length < after:
             q, k, v = (x[:, : first + length] for x in (q, k, v))
             out = None if out is None else out[:, : first + length]
-        if lists is None and spec.rule != "budget" and await_values is not None:
-            lists = select_blocks(q, k, spec, text_after=length, **settings)
         if await_values is not None:
+            if lists is None and spec.rule != "budget":
+                lists = select_blocks(q, k, spec, text_after=length, **settings)
             await_values()
         # Of several samples whose padding is cut off, the rows are not contiguous.
         settings["out"] = out if out is not None and out.is_contiguous() else None

@@ -37,9 +37,8 @@ def test_pipelines_equal_one_process(on_ranks, tmp_path, name):
     run = PARALLEL[name].runs[-1]
     if run.any_length and not hasattr(ContextParallelConfig, "ulysses_anything"):
         pytest.skip("this diffusers has no ulysses_anything")
-    config = {"ulysses_degree": run.count, **({"ulysses_anything": True} if run.any_length else {})}
     check = parallel_ranks.equals_one_process
-    on_ranks(run.count, exchange_ranks.through_files, str(tmp_path), check, name, run.inputs, run.first, config)
+    on_ranks(run.count, exchange_ranks.through_files, str(tmp_path), check, name, run.inputs, run.first, run.config)
 
 
 def test_compiled_blocks(on_ranks, tmp_path):

@@ -26,8 +26,7 @@ RUNS = [(name, ranks) for name, parallel in PARALLEL.items() for ranks in parall
 def test_several_ranks_equal_one_process(on_ranks, name, run):
     if run.any_length and not HAS_ANY:
         pytest.skip("this diffusers has no ulysses_anything")
-    config = {"ulysses_degree": run.count, **({"ulysses_anything": True} if run.any_length else {})}
-    on_ranks(run.count, parallel_ranks.equals_one_process, name, run.inputs, run.first, config)
+    on_ranks(run.count, parallel_ranks.equals_one_process, name, run.inputs, run.first, run.config)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video"])
