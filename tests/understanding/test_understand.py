@@ -112,7 +112,9 @@ def test_a_device_that_is_not_there_is_refused_before_weights_are_read(understan
 
 
 def test_it_says_that_it_was_interrupted(understand, monkeypatch):
-    monkeypatch.setattr("psa_transformers.ask.read_frames", lambda *_: signal.raise_signal(signal.SIGINT))
+    # What SIGINT calls, for a shell's background jobs ignore the signal itself.
+    interrupt = signal.default_int_handler
+    monkeypatch.setattr("psa_transformers.ask.read_frames", lambda *_: interrupt(signal.SIGINT, None))
     assert understand() == (130, [], "psa-understand: error: interrupted\n")
 
 
