@@ -46,6 +46,12 @@ class Cosmos(ModelFamily):
         return timestep[:, :, -1] if getattr(timestep, "ndim", 0) == 5 else timestep
 
     @staticmethod
+    def noisy_part(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        # Cosmos 1 gives conditions, which come first, other noise in each guidance branch.
+        latents = inputs.get("hidden_states")
+        return None if latents is None else latents[:, :, -1:]
+
+    @staticmethod
     def timesteps(scheduler: Any) -> torch.Tensor:
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is None or hasattr(scheduler, "precondition_noise"):

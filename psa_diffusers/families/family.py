@@ -132,6 +132,17 @@ class ModelFamily(ABC):
         return math.prod(grid)
 
     @staticmethod
+    def noisy_part(inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The latents by which windows of a long video are told from guidance branches, which have these in common.
+
+        By default all that the transformer is given; None if it is given none.
+
+        Args:
+            inputs: the arguments of the transformer's forward by name.
+        """
+        return inputs.get("hidden_states")
+
+    @staticmethod
     def timestep(inputs: Mapping[str, Any]) -> Any:
         """The timestep of a forward as `timesteps` have it: a number, a tensor, or None if not given.
 

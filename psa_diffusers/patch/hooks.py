@@ -16,6 +16,7 @@ from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_reasons import Facts, can_be_full, dense_reason
 from psa_diffusers.patch.finite_guard import is_finite
 from psa_diffusers.patch.inputs import argument_names, device_of, going_on
+from psa_diffusers.patch.list_cache import lost_in_windows
 from psa_diffusers.patch.parallel.plan import share_of
 from psa_diffusers.patch.run import NO_GRID, Forward, Route
 from psa_diffusers.patch.runs import Runs
@@ -153,9 +154,8 @@ class Patch(NotPickled):
         share, unshared = share_of(transformer, self._family, grid, tokens)
         unknown = None
         try:
-            forward = self._runs.enter(
-                transformer, self.name, self._family.timestep(inputs), inputs.get("hidden_states")
-            )
+            timestep, noisy = self._family.timestep(inputs), self._family.noisy_part(inputs)
+            forward = self._runs.enter(transformer, self.name, timestep, noisy)
         except UnknownStepError as error:
             forward, unknown = self._runs.outside({}), str(error)
         if forward.captured and (share is not None or unshared is not None):
@@ -165,6 +165,8 @@ class Patch(NotPickled):
         run, mine, routes = forward.run, self._owner(), dict[str, Route]()
         if run.asks_first(self.name) and keeps_state_between_forwards(transformer):
             run.watch = True
+        if forward.window and (lost := lost_in_windows(self._layers.preset)):
+            self.attention.tell(lost)
         layers = self._layers.at(forward.step, run.steps)
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         # Layers differ in no more than this, as all have one preset: so a few routes serve all of them.

@@ -11,6 +11,11 @@ import torch
 from psa_kernels import BlockLists
 from psa_presets import Preset
 
+WINDOWS = (
+    "{keys}: no effect in a loop over windows of a long video, where forwards of one step have different latents; the "
+    "next step may have other windows in the same places"
+)
+
 
 class Moment(NamedTuple):
     """A place in a run where lists are made or wanted: step, window of a long video, guidance branch, each from 0."""
@@ -36,8 +41,7 @@ class ListCache:
     psa-auto also 56 MB. Nothing is kept with `refresh` 1 and separate branches.
 
     Attributes:
-        one_step_only: whether lists serve only the step that they were made at. In a run over windows they do, because
-            the next step may have other windows in the same places.
+        one_step_only: whether lists serve only the step that they were made at, as in a run over windows.
     """
 
     def __init__(self) -> None:
@@ -102,3 +106,10 @@ def _key(layer: str, moment: Moment, preset: Preset) -> tuple[str, int, int]:
 def keeps_lists(preset: Preset) -> bool:
     """Whether lists of a preset ever serve a second call."""
     return preset.refresh > 1 or preset.share_guidance
+
+
+def lost_in_windows(preset: Preset) -> str | None:
+    """What to tell of a preset in a run over windows; None if it keeps nothing for later steps."""
+    keys = {"correction: true": preset.correction, f"refresh: {preset.refresh}": preset.refresh > 1}
+    lost = ", ".join(key for key, is_set in keys.items() if is_set)
+    return WINDOWS.format(keys=lost) if lost else None

@@ -64,7 +64,7 @@ class Runs:
 
         Args:
             timestep: the timestep that the transformer was given, a number or a tensor of any shape.
-            latents: its input, noisy latents.
+            latents: of its input, those that its guidance branches have in common.
 
         Raises:
             UnknownStepError: the denoising step cannot be known.

@@ -13,6 +13,7 @@ class StepLayers:
     """The layers of one transformer, made once for all steps at which the same rules apply.
 
     Attributes:
+        preset: of the transformer.
         plain: the layers by name, in order, where no rule for steps applies.
 
     Args:
@@ -23,7 +24,7 @@ class StepLayers:
     """
 
     def __init__(self, preset: Preset, names: Sequence[str]) -> None:
-        self._preset, self._names = preset, tuple(names)
+        self.preset, self._names = preset, tuple(names)
         self._made: dict[tuple[int, ...], dict[str, Layer]] = {}
         self._last: tuple[tuple[int, int], Mapping[str, Layer]] | None = None
         self.plain = self._under(())
@@ -34,12 +35,12 @@ class StepLayers:
             return self.plain
         place = step, num_steps
         if self._last is None or self._last[0] != place:
-            self._last = place, self._under(self._preset.step_rules_at(step, num_steps))
+            self._last = place, self._under(self.preset.step_rules_at(step, num_steps))
         return self._last[1]
 
     def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
         if step_rules not in self._made:
-            preset, count = self._preset, len(self._names)
+            preset, count = self.preset, len(self._names)
             uncorrected = preset.layer_specs(count, step_rules, corrected=False)
             specs = preset.layer_specs(count, step_rules) if preset.correction else uncorrected
             rows = zip(self._names, specs, uncorrected, preset.layer_orders(count, step_rules), strict=True)

@@ -55,6 +55,13 @@ def test_sparse_runs_differ_repeat_and_are_undone(case):
     assert torch.equal(case.run(pipe), stock)
 
 
+def test_guidance_branches_are_not_taken_for_windows(case):
+    """Then nothing would be kept for later steps."""
+    pipe = case.make()
+    with apply_psa(pipe, preset(correction=True, refresh=2, share_guidance=True), strict=True):
+        case.run(pipe)
+
+
 @pytest.mark.parametrize(
     ("name", "layers"),
     [

@@ -318,6 +318,7 @@ def windows(pipe, steps, shift=0):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore::psa_diffusers.PSAFallbackWarning")
 @torch.no_grad()
 def test_windows_of_a_long_video_do_not_use_each_other_s_lists(changes, selections, shift, monkeypatch):
     """Three steps, three windows, two layers; what two guidance branches share is right for both."""
@@ -325,10 +326,32 @@ def test_windows_of_a_long_video_do_not_use_each_other_s_lists(changes, selectio
 
     made = count_selections(monkeypatch)
     pipe = tiny_wan(num_layers=2)
-    with apply_psa(pipe, preset(dense_steps=0.0, **changes), strict=True) as psa:
+    with apply_psa(pipe, preset(dense_steps=0.0, **changes)) as psa:
         together = windows(pipe, 3, shift)
         assert len(made) == selections
-        assert psa.stats().density_sparse < 0.5
+        assert psa.stats().density_sparse < 0.5 and psa.stats().fallbacks == {}
         if "share_guidance" not in changes:
             with apply_psa(pipe, preset(dense_steps=0.0), strict=True):
                 assert torch.equal(windows(pipe, 3, shift), together)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"refresh": 2}, "refresh: 2"),
+        ({"correction": True}, "correction: true"),
+        ({"correction": True, "refresh": 4, "share_guidance": True}, "correction: true, refresh: 4"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_windows_make_ineffective_is_told(changes, named):
+    pipe = tiny_wan(num_layers=1)
+    line = f"{named}: no effect in a loop over windows"
+    with apply_psa(pipe, preset(**changes)), pytest.warns(PSAFallbackWarning) as told:
+        windows(pipe, 3)
+    assert [str(each.message).startswith(line) for each in told] == [True]
+    with apply_psa(pipe, preset(**changes), strict=True), pytest.raises(PSAFallbackError, match=f"strict: {line}"):
+        windows(pipe, 3)
+    with apply_psa(pipe, preset(share_guidance=True), strict=True):
+        windows(pipe, 3)
