@@ -133,7 +133,7 @@ class Schedule:
         # Diffusion forcing steps copies of the scheduler, one for each frame, and never this one.
         if index is None and hasattr(scheduler, "step_index") and (timestep is None or timestep.dim() < 2):
             index = first or 0  # the run's first step is still to come
-            if given is not None and not (index < len(values) and expected.is_near(index, given)):
+            if given is not None and not (index < len(values) and expected.is_meant(index, given)):
                 index = None  # or the run is stepped without its scheduler
         if index is None:
             return Position(timesteps, self._find(expected, given, name, first or 0), first)
@@ -204,6 +204,20 @@ class _Expected(NamedTuple):
     def is_near(self, index: int, given: float) -> bool:
         """Whether a timestep equals the given one, which may have been cast to bfloat16 or cut to an integer."""
         return abs(self.values[index] - given) <= abs(self.values[index]) * 2**-8 + self.cut
+
+    def is_meant(self, index: int, given: float) -> bool:
+        """Whether the given timestep is that of a step, perhaps rounded, and no other step has it exactly.
+
+        Early steps may be nearer to each other than rounding is to them.
+        """
+        value = self.values[index]
+        return given == value or (given not in self.values and given in _roundings(value))
+
+
+def _roundings(value: float) -> set[float]:
+    """What pipelines may make of a timestep: an integer, or a number of few bits, or both."""
+    found = torch.tensor([value, math.trunc(value), round(value)])
+    return {x for dtype in (torch.float32, torch.float16, torch.bfloat16) for x in found.to(dtype).tolist()}
 
 
 def _largest(timestep: torch.Tensor) -> float | None:

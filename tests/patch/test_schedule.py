@@ -347,6 +347,21 @@ def test_schedulers_without_a_step_index_are_read_from_the_timestep():
     assert pipe.position(torch.tensor([[0.0, 0.0, 500.0]])) == (0, 3)
 
 
+def test_early_steps_that_lie_close_together():
+    """With a shift of 5 and 50 steps they differ by less than what bfloat16 may make of them."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler.set_timesteps(50)
+    pipe, timesteps = Stepping(None, scheduler, None), scheduler.timesteps
+    assert float(timesteps[0] - timesteps[1]) < 4.2 and scheduler.step_index is None  # a loop that never steps it
+    for dtype in (torch.float32, torch.bfloat16):
+        found = [Schedule(pipe).position(SimpleNamespace(), t.to(dtype), 0).index for t in timesteps]
+        assert found[:4] == [0, 1, 2, 3] and (dtype == torch.bfloat16 or found == list(range(50)))
+    # A first step is not taken for a later one, to which it would be rounded as well.
+    pipe = stepping([999.0, 998.0, 997.0], step_index=None)
+    for given in (torch.tensor(999.0), torch.tensor(999.0).bfloat16(), torch.tensor(999.4)):
+        assert pipe.position(given) == (0, 3)
+
+
 def test_a_timestep_that_comes_twice():
     """As those of schedulers of second order do."""
     schedule = Schedule(stepping([1.0]))
