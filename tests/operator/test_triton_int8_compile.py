@@ -62,5 +62,5 @@ def test_attention(target, head_dim, permuted):
     check_stack(compiled, usage)
     assert int(re.search(r"REG:(\d+)", usage).group(1)) * 32 * warps <= 65536
     sass = instructions(compiled)
-    newest = target == 100 and not triton.__version__.startswith("3.6.")
+    newest = target == 100 and not triton.__version__.startswith(("3.6.", "3.7."))
     assert re.search(r"\bUTCIMMA\b" if newest else rf"\b{INTEGERS.get(target, 'IMMA')}\b\.\S*S8", sass)
