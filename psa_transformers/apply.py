@@ -93,7 +93,8 @@ def apply_psa(
     Only the keys of a preset that describe attention count: rule, levels, thresholds or density, block sizes,
     importance, similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens. The
     first key block and the two before the diagonal are exact too. Dense steps, rules for steps, `refresh`,
-    `share_guidance`, `dense_attention`, `order` and the preset's `min_tokens` concern denoising, and have no effect.
+    `share_guidance`, `correction`, `dense_attention`, `order` and the preset's `min_tokens` concern denoising, and have
+    no effect.
 
     Args:
         model: a vision-language model or a language model, with a decoder of text.

@@ -17,8 +17,8 @@ def causal_specs(preset: Preset, layers: int) -> tuple[AttentionSpec | None, ...
 
     Rules, levels, thresholds, density, block sizes, estimators, `rest`, `similarity` and rules for layers mean what
     they mean elsewhere. Keys that concern only denoising have no effect: dense steps, rules for steps, `refresh`,
-    `share_guidance`, `dense_attention`. Neither has `order`, because causal blocks are cut in the order of the tokens,
-    nor `min_tokens`, because `apply_psa` has its own.
+    `share_guidance`, `correction`, `dense_attention`. Neither has `order`, because causal blocks are cut in the order
+    of the tokens, nor `min_tokens`, because `apply_psa` has its own.
 
     Raises:
         PresetError: the preset keeps every step dense; or causal attention has no such precision, block sizes or

@@ -40,7 +40,8 @@ class PSAProcessor(PatchingProcessor, Told):
     One object serves all attention modules of `transformer`, `transformer_2` and `transformer_ref`. Cross-attention,
     the preset's dense phase and whatever cannot be sparse go to the processors that the modules had before, unchanged.
     Text tokens of joint attention are attended exactly, and padding is not attended. Models without
-    `set_attn_processor` (Mochi, Allegro, Cosmos, HunyuanVideo Framepack) are patched by `apply_psa`.
+    `set_attn_processor` (Allegro, AnyFlow, Cosmos, EasyAnimate, HunyuanVideo Framepack, Mochi) are patched by
+    `apply_psa`.
 
     Creating one changes nothing. It takes effect when it is set, and replaces an earlier one.
 
