@@ -6,7 +6,7 @@ tells, head by head, how much of it still holds, so that nothing is added where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Container, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,10 @@ class Corrections:
         if entry.weights is None or moment.step - entry.step >= steps_a_telling(steps):
             entry.weights, entry.step = how_much_holds(entry.correction, sparse, dense_rows), moment.step
         add_correction(sparse, entry.correction, entry.weights)
+
+    def forget(self, layers: Container[str]) -> None:
+        """Drop the corrections of some layers."""
+        self._kept = {place: entry for place, entry in self._kept.items() if place[0] not in layers}
 
 
 def steps_a_telling(steps: int) -> int:

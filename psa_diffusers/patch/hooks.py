@@ -94,6 +94,7 @@ class Patch(NotPickled):
             del _patches[transformer]
         for attn, site in self.sites.items():
             withdraw(attn, site)
+        self._runs.forget(self.name)
         self.forward, self.attached = self._outside, False
 
     def is_free(self) -> bool:
@@ -291,4 +292,5 @@ class Patch(NotPickled):
                 guard.report_model_not_finite(forward, "the transformer's output")
         finally:
             self.forward = self._outside
+            self._runs.leave(forward)
         return again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,6 +87,10 @@ class ListCache:
         entry.lists.counts.copy_(lists.counts)
         self._entries[key] = _Entry(moment, call, entry.lists)
         return entry.lists
+
+    def forget(self, layers: Container[str]) -> None:
+        """Drop the lists of some layers."""
+        self._entries = {key: entry for key, entry in self._entries.items() if key[0] not in layers}
 
     def forget_step(self, step: int) -> None:
         """Drop the lists that were made at this step, because they were made from values that were not finite."""

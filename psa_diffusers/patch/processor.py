@@ -95,7 +95,7 @@ class PSAProcessor(PatchingProcessor, Told):
         }
         layers = {name: StepLayers(self.presets[name], list(each.values())) for name, each in modules.items()}
         self.layers = {name: list(each.plain.values()) for name, each in layers.items()}
-        names = [layer.name for each in self.layers.values() for layer in each]
+        names = {name: [layer.name for layer in each] for name, each in self.layers.items()}
         self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._patches = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -108,6 +108,8 @@ class Run:
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     _asked: set[str] = field(default_factory=set)
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
+    _forwards: int = 0  # in this step
+    _most_forwards: int = 0  # in any step before
 
     def asks_first(self, transformer: str) -> bool:
         """True the first time a transformer's name is given: for what is looked up once a run."""
@@ -127,6 +129,8 @@ class Run:
         """
         if step != self.step:
             self.step, self._inputs = step, {}
+            self._forwards, self._most_forwards = 0, max(self._forwards, self._most_forwards)
+        self._forwards += 1
         seen = self._inputs.setdefault(transformer, [])
         first = None if latents is None else latents[:1]
         for window, (kept, branches) in enumerate(seen):
@@ -137,6 +141,19 @@ class Run:
         if len(seen) > 1:
             self.lists.one_step_only = True
         return len(seen) - 1, 0
+
+    def computed_by(self) -> Collection[str]:
+        """Names of the transformers that the current step has called so far."""
+        return self._inputs.keys()
+
+    def is_over(self) -> bool:
+        """Whether the last step has called the transformers as often as any step before it."""
+        return self.step + 1 == self.steps and 0 < self._most_forwards <= self._forwards
+
+    def forget(self, layers: Container[str]) -> None:
+        """Drop what is kept of some layers for later forwards."""
+        self.lists.forget(layers)
+        self.corrections.forget(layers)
 
 
 @dataclass(frozen=True)

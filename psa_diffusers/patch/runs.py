@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class Runs:
     Args:
         pipe: the pipeline that was patched; is not kept alive.
         presets: by the name of the transformer.
-        layers: names of all layers.
+        layers: names of the layers of each transformer.
         expected: from a scheduler, the timesteps that a transformer is given at each step, `[steps]`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Runs:
         self,
         pipe: Any,
         presets: Mapping[str, Preset],
-        layers: Sequence[str],
+        layers: Mapping[str, Collection[str]],
         expected: Callable[[Any], torch.Tensor],
     ) -> None:
         self._schedule = Schedule(pipe, expected)
@@ -56,6 +56,8 @@ class Runs:
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
         self._told: set[int] = set()
+        # The transformers that the step before the current one has called.
+        self._called: set[str] = set()
         self.stated: StatedStep | None = None
         self._unseen_told = False
 
@@ -81,10 +83,29 @@ class Runs:
                 first = min(first, run.first)
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
+        if step != run.step:
+            self._leave_step(run)
         window, branch = run.enter(step, name, latents if self._keeps[name] else None)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
+
+    def _leave_step(self, run: Run) -> None:
+        """Drop what is kept of an expert whose part of the run is over: one that the step now left did not call."""
+        for name in self._called.difference(run.computed_by()):
+            self.forget(name)
+        self._called = set(run.computed_by())
+
+    def leave(self, forward: Forward) -> None:
+        """After a forward: drop what is kept for later ones if it was the last of its run."""
+        if forward.run is self._run and not forward.stated and self._run.is_over():
+            for name in self._layers:
+                self.forget(name)
+            self._run.full_lists.clear()
+
+    def forget(self, transformer: str) -> None:
+        """Drop what the current run keeps of a transformer's layers for later forwards."""
+        self._run.forget(self._layers[transformer])
 
     def _enter_stated(self, stated: StatedStep) -> Forward:
         """Begin a forward whose step the user stated, so that nothing has to be read from the device."""
@@ -127,8 +148,12 @@ class Runs:
         self._count_strays()
         missed = self._schedule.missed_since(self._run.pipe_timesteps, patched)
         if missed is None:
-            return summed_up(self._run, self._layers, self._stray_reasons, self._why_steps_are_missing(patched))
-        return summed_up(Run(self._run.number, missed), self._layers, Counter(), MISSED.format(steps=missed))
+            return summed_up(self._run, self._names(), self._stray_reasons, self._why_steps_are_missing(patched))
+        return summed_up(Run(self._run.number, missed), self._names(), Counter(), MISSED.format(steps=missed))
+
+    def _names(self) -> list[str]:
+        """The names of all layers, in order."""
+        return [layer for layers in self._layers.values() for layer in layers]
 
     def _why_steps_are_missing(self, patched: Mapping[str, Any]) -> str | None:
         """Why there are steps that no patched transformer computed, if that can be known."""
@@ -141,6 +166,7 @@ class Runs:
         dense = {name: DenseSteps.of(preset, steps) for name, preset in self._presets.items()}
         pipe_timesteps = self._schedule.patched_timesteps()
         self._run = Run(self._run.number + 1, steps, dense, first, timesteps, pipe_timesteps)
+        self._called = set()
         self._tell_if_all_dense()
         self._stray_notes.clear()
         self._stray_reasons.clear()
