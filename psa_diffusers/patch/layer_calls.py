@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import torch
 
 from psa_diffusers.families import AttentionCall, ModelFamily
+from psa_diffusers.families.family import unheard
 from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.attend import TokenAttention
+from psa_diffusers.patch.dense_calls import QKV
 from psa_diffusers.patch.sites import LayerSite
 
 RIVALS = (
     "the transformer has several PSAProcessors, but one serves all layers; set the same one on all of them, as "
     "apply_psa(pipe, ...) does"
 )
+Ready = Callable[[str, torch.Tensor], None]
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -45,7 +49,7 @@ class LayerCalls:
                 return None
             route = attention.decide(forward, layer, call)
             if route.ours:
-                qkv = self._family.project(attn, call)
+                qkv = self._project(attn, call)
                 route = attention.settle(forward, layer, route, call, qkv)
                 if route.ours:
                     return self._output(attn, call, *attention.ours(forward, layer, qkv, call, route))
@@ -62,10 +66,8 @@ class LayerCalls:
             return None
         assert forward.share is not None, "only then is a layer shared"
         exchange = self._attention.exchange(forward.share, call.text_tokens, call.hidden_states.device)
-        call = replace(call, ready=exchange.begin)
-        head, tail = self._attention.attend(
-            forward, layer, self._family.project(attn, call), call.attention_mask, call.text_tokens, exchange
-        )
+        qkv = self._project(attn, call, exchange.begin)
+        head, tail = self._attention.attend(forward, layer, qkv, call.attention_mask, call.text_tokens, exchange)
         return self._output(attn, call, head, tail)
 
     def in_graph(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
@@ -79,14 +81,29 @@ class LayerCalls:
         if call is None:
             return None
         text_last = self._family.text == "after"
-        if site.shared:
-            call = replace(call, ready=partial(graph_ops.begin_exchange, site.number, call.text_tokens))
-        q, k, v = self._family.project(attn, call)
+        ready = partial(graph_ops.begin_exchange, site.number, call.text_tokens) if site.shared else unheard
+        q, k, v = self._project(attn, call, ready)
         head, tail = graph_ops.attend(q, k, v, call.attention_mask, site.number, call.text_tokens, text_last)
         return self._output(attn, call, head, tail)
+
+    def _project(self, attn: torch.nn.Module, call: AttentionCall, ready: Ready = unheard) -> QKV:
+        """Queries, keys and values in the dtype in which PyTorch's attention would compute with them.
+
+        Under autocast they may come in several dtypes, and what is cast afterwards is not ready before.
+        """
+        if not in_autocast(call.hidden_states):
+            return self._family.project(attn, replace(call, ready=ready))
+        q, k, v = self._family.project(attn, call)
+        dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(q.device.type)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
 
     def _output(self, attn: torch.nn.Module, call: AttentionCall, head: torch.Tensor, tail: torch.Tensor) -> Output:
         text = call.text_tokens
         if self._family.text == "before":
             return self._family.output(attn, call, head[:, text:], head[:, :text])
         return self._family.output(attn, call, head, tail if text else None)
+
+
+def in_autocast(x: torch.Tensor) -> bool:
+    """Whether operations on a tensor are cast by `torch.autocast`."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

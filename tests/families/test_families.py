@@ -42,6 +42,18 @@ def test_keeping_everything_equals_the_stock_pipeline_to_rounding(case):
         assert psa.stats().density_sparse == 1 and psa.stats().implementation == "reference"
 
 
+@pytest.mark.parametrize("name", ["anyflow", "cosmos", "framepack", "hunyuan-video", "kandinsky5", "wan"])
+def test_autocast_costs_what_it_costs_the_stock_pipeline(name):
+    """Where norms and rotations stay in float32, queries, keys and values come in several dtypes."""
+    case, pipe = CASES[name], CASES[name].make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = case.run(pipe)
+        with apply_psa(pipe, EVERYTHING, strict=True):
+            kept = case.run(pipe)
+    error, of_stock = ((x.double() - case.stock).norm() for x in (kept, stock))
+    assert 0 < error < 1.5 * of_stock
+
+
 def test_sparse_runs_differ_repeat_and_are_undone(case):
     pipe, stock = case.make(), case.stock
     with apply_psa(pipe, preset(), strict=True) as psa:
