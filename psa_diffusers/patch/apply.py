@@ -16,7 +16,10 @@ from psa_presets import Preset
 
 
 class PSAHandle:
-    """A patched pipeline; as a context manager it undoes the patch at the end of the block."""
+    """A patched pipeline; as a context manager it undoes the patch at the end of the block.
+
+    Then the pipeline is as it was before: if it had another patch, it has that again.
+    """
 
     def __init__(self, processor: PSAProcessor) -> None:
         self.processor = processor
@@ -45,7 +48,7 @@ class PSAHandle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.restore()
+        self.processor.give_back()
 
 
 def apply_psa(

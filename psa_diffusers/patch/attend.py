@@ -278,6 +278,9 @@ class TokenAttention:
             await_values=None if exchange is None else exchange.await_values,
             out=None if exchange is None else exchange.output(),
         )  # fmt: skip
+        if forward.stated and kept is not None and not forward.captured:
+            # Later steps write other lists into the same tensors.
+            stats = [replace(figures, listed=figures.listed.clone()) for figures in stats]
         if layer.keeps_lists and kept is None and used is not None:
             kept = lists.rewrite(layer.name, moment, fits, layer.preset, used) if forward.stated else None
             if kept is None and forward.captured:

@@ -242,7 +242,7 @@ class Patch(NotPickled):
         anyway = not self._family.stock_traceable or (share is not None and self._family.text != "none")
         # There diffusers asks the other ranks for their numbers, and reads the answer. Nobody else has the backends.
         breaks = share is not None and share.any_numbers and mine._attention_backend is None
-        changed = mine._attention_backend is not None or parallel_config(transformer) is not None
+        changed = mine.has_backend() or parallel_config(transformer) is not None
         for attn, site in self.sites.items():
             if attn.processor is mine:
                 publish(attn, site)
@@ -264,9 +264,11 @@ class Patch(NotPickled):
                 # A copy, made once: self-attention may have the same object, and its heads are shared among ranks.
                 site.original = copy.copy(site.original)
                 site.original._parallel_config = None
-        backend = self._owner()._attention_backend
-        for name, value in (("_attention_backend", backend), ("_parallel_config", config)):
-            if value is not None and hasattr(site.original, name):
+        given: dict[str, Any] = {} if config is None else {"_parallel_config": config}
+        if self._owner().has_backend():
+            given["_attention_backend"] = self._owner()._attention_backend
+        for name, value in given.items():
+            if hasattr(site.original, name):
                 setattr(site.original, name, value)
 
     @torch.compiler.disable

@@ -98,6 +98,9 @@ class PSAProcessor(PatchingProcessor, Told):
         names = {name: [layer.name for layer in each] for name, each in self.layers.items()}
         self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
+        # Where `install` replaced another one, until `restore`; and whether this one is still wanted there.
+        self._replaced: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[PSAProcessor]]] = []
+        self._wanted = False
         self._patches = [
             self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()
         ]
@@ -110,10 +113,16 @@ class PSAProcessor(PatchingProcessor, Told):
                 know.
         """
         self._tell_of_foreign_processors()
+        self._replaced = [
+            (weakref.ref(attn), weakref.ref(attn.processor))
+            for attn in self._sites
+            if isinstance(attn.processor, PSAProcessor) and attn.processor is not self
+        ]
         for attn in self._sites:
             set_processor(attn, self)
         for patch in self._patches:
             patch.attach()
+        self._wanted = True
 
     def stats(self) -> RunStats:
         """Return the statistics of the last run; waits for the device."""
@@ -143,7 +152,7 @@ class PSAProcessor(PatchingProcessor, Told):
 
     def restore(self) -> None:
         """Give the attention modules that still have this processor their own ones back."""
-        shared = False
+        shared, self._replaced, self._wanted = False, [], False
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
             for attn, site in patch.sites.items():
@@ -160,6 +169,23 @@ class PSAProcessor(PatchingProcessor, Told):
                 PSAFallbackWarning,
                 stacklevel=2,
             )
+
+    def give_back(self) -> None:
+        """As `restore`; and those processors of this kind come back that this one replaced, if nobody took them off.
+
+        What else has been set on a module since then stays.
+        """
+        replaced = [(attn(), earlier()) for attn, earlier in self._replaced]
+        back = [
+            (attn, earlier)
+            for attn, earlier in replaced
+            if attn is not None and attn.processor is self and earlier is not None and earlier._wanted
+        ]
+        self.restore()
+        for attn, earlier in back:
+            set_processor(attn, earlier)
+        for earlier in {earlier for _, earlier in back}:
+            earlier._attach()
 
     @with_names
     def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Output:
@@ -207,6 +233,7 @@ class PSAProcessor(PatchingProcessor, Told):
             self._tell_of_foreign_processors()
         for patch in found:
             patch.attach()
+            self._wanted = True
         for patch in self._patches if found else ():
             if not patch.attached and patch.is_free():
                 patch.attach()  # to warn of a transformer that was left out; of an expert at once

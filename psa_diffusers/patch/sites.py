@@ -39,6 +39,10 @@ class PatchingProcessor(NotPickled, ABC):
     _attention_backend: Any = None
     _parallel_config: Any = None
 
+    def has_backend(self) -> bool:
+        """Whether diffusers has set an attention backend on this processor, or None since, which resets it."""
+        return "_attention_backend" in vars(self)
+
     @abstractmethod
     def is_set(self) -> bool:
         """Whether any attention module of the pipeline has this processor."""

@@ -110,6 +110,19 @@ def test_kept_lists_stay_in_the_same_tensors(monkeypatch):
             assert any(each is entry.lists.ids for each in held(pipe.transformer))
 
 
+def test_figures_of_a_step_stay_when_its_lists_are_made_anew():
+    pipe = WAN.make()
+    inputs, others = inputs_of("wan", pipe), inputs_of("wan", pipe)
+    settings, found = preset(dense_steps=0.5, rule="mass", thresholds=[0.2, 0.4, 0.6], **KEPT), []
+    for further in ([], [others]):
+        with apply_psa(pipe, settings, strict=True) as psa, psa.run(TIMESTEPS):
+            for step, given in ((MAKES, inputs), (READS, inputs), *((MAKES, each) for each in further)):
+                with psa.step(step):
+                    forward(pipe, given)
+            found.append(psa.stats().density)
+    assert found[0][READS] == found[1][READS] and found[0][MAKES] != found[1][MAKES]
+
+
 def test_what_a_graph_reads_lives_as_long_as_the_transformer(monkeypatch):
     pipe = WAN.make()
     inputs = inputs_of("wan", pipe)

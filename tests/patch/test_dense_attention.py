@@ -169,3 +169,22 @@ def test_the_backend_of_diffusers_reaches_dense_steps(monkeypatch):
         )
         WAN.run(pipe)
     assert seen and set(seen) == {AttentionBackendName._NATIVE_MATH}
+
+
+@pytest.mark.parametrize("set_before", [True, False])
+def test_the_backend_of_diffusers_is_reset_for_all(set_before, monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    pipe = WAN.make()
+    transformer = pipe.transformer
+    if set_before:
+        transformer.set_attention_backend("_native_math")
+    with apply_psa(pipe, preset(), strict=True) as psa:
+        if not set_before:
+            transformer.set_attention_backend("_native_math")
+        WAN.run(pipe)
+        originals = [site.original for site in psa.processor._sites.values()]
+        assert {each._attention_backend for each in originals} == {AttentionBackendName._NATIVE_MATH}
+        transformer.reset_attention_backend()
+        WAN.run(pipe)
+        assert {each._attention_backend for each in originals} == {None}
+    assert {each._attention_backend for each in transformer.attn_processors.values()} == {None}

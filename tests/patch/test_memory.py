@@ -12,12 +12,17 @@ from psa_diffusers.patch.token_order import KEPT_ON_DEVICES, permutation_on
 from psa_kernels import AttentionSpec, psa_attention
 from psa_testing.tiny_families import CASES, preset
 from psa_testing.tiny_families.cases import GUIDED, SMALL_TEXT, Case
+from psa_testing.tiny_pipelines import run as run_small
 from psa_testing.tiny_pipelines import tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WAN = Case(lambda: tiny_wan(num_layers=2), {**GUIDED, **SMALL_TEXT, "height": 64, "width": 64})
 HUNYUAN = Case(CASES["hunyuan-video"].make, {**CASES["hunyuan-video"].inputs, "height": 64, "width": 64})
+
+
+def run(pipe, **inputs):
+    return run_small(pipe, output_type="latent", **inputs)
 
 
 def tensors() -> tuple[int, int]:
@@ -63,6 +68,61 @@ def test_200_forwards_of_a_patched_pipeline(case, changes):
         assert forwards(200) == before
         notes = psa.processor._runs._run.notes
         assert len(notes) == 8 and {len(forward) for forward in notes} == {len(psa.stats().layers)}
+
+
+KEEPS = preset(dense_steps=0.5, correction=True, refresh=4, share_guidance=True)
+
+
+def kept_by(psa):
+    """How many lists and corrections a patch keeps for later forwards."""
+    run = psa.processor._runs._run
+    return len(run.lists._entries), len(run.corrections._kept)
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_nothing_is_kept_after_the_last_forward_of_a_run(guidance):
+    pipe, seen = tiny_wan(num_layers=2), []
+    branches = 2 if guidance > 1 else 1
+    with apply_psa(pipe, KEEPS, strict=True) as psa:
+        # Before the hook of the patch, which is the last to look at a forward.
+        pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(kept_by(psa)))
+        run(pipe, num_inference_steps=4, guidance_scale=guidance)
+        assert seen[-1][0] == 2 and kept_by(psa) == (0, 0)
+    assert len(seen) == 4 * branches and max(count for _, count in seen) == 2 * branches
+
+
+def test_an_expert_that_has_done_its_part_keeps_nothing():
+    pipe, seen = tiny_wan(two_stage=True, num_layers=2), []
+    changes = {"dense_steps": 0.125, "refresh": 8}
+    with apply_psa(pipe, KEEPS.replace(**changes), strict=True) as psa:
+
+        def look(_pipe, step, _timestep, inputs):
+            run = psa.processor._runs._run
+            seen.append({layer.split(".")[0] for layer, *_ in (*run.lists._entries, *run.corrections._kept)})
+            return inputs
+
+        run(pipe, num_inference_steps=8, callback_on_step_end=look)
+        first = [row[0] is not None for row in psa.stats().density]
+    changed = first.index(False)
+    assert 1 < changed < 6
+    assert seen[1:changed] == [{"transformer"}] * (changed - 1)
+    assert seen[changed] == {"transformer", "transformer_2"}
+    assert seen[changed + 1 : 7] == [{"transformer_2"}] * (6 - changed) and seen[7] == set()
+
+
+def test_an_interrupted_run_keeps_nothing_after_the_patch():
+    pipe = tiny_wan(num_layers=2)
+
+    def interrupt(pipe, step, _timestep, inputs):
+        pipe._interrupt = step == 2
+        return inputs
+
+    with apply_psa(pipe, KEEPS, strict=True) as psa:
+        run(pipe, num_inference_steps=6, callback_on_step_end=interrupt)
+        run(pipe, num_inference_steps=4)
+        assert kept_by(psa) == (0, 0)
+        run(pipe, num_inference_steps=6, callback_on_step_end=interrupt)
+    assert kept_by(psa) == (0, 0)
 
 
 def test_sizes_that_change_keep_few_permutations():
