@@ -134,13 +134,23 @@ class Run:
         seen = self._inputs.setdefault(transformer, [])
         first = None if latents is None else latents[:1]
         for window, (kept, branches) in enumerate(seen):
-            if first is None or (kept is not None and kept.shape == first.shape and torch.equal(kept, first)):
+            if first is None or _equal(kept, first):
                 seen[window] = (kept, branches + 1)
                 return window, branches
         seen.append((None if first is None else first.detach().clone(), 1))
         if len(seen) > 1:
             self.lists.one_step_only = True
         return len(seen) - 1, 0
+
+    def step_is_full(self, transformer: str, latents: torch.Tensor | None) -> bool:
+        """Whether the current step seems to have had all its forwards, so that this one could begin the next.
+
+        It has as many as any step before; of the first step other latents tell, where they are known.
+        """
+        if self._most_forwards:
+            return self._forwards >= self._most_forwards
+        seen = [kept for kept, _ in self._inputs.get(transformer, ())]
+        return bool(seen) and latents is not None and not any(_equal(kept, latents[:1]) for kept in seen)
 
     def computed_by(self) -> Collection[str]:
         """Names of the transformers that the current step has called so far."""
@@ -154,6 +164,10 @@ class Run:
         """Drop what is kept of some layers for later forwards."""
         self.lists.forget(layers)
         self.corrections.forget(layers)
+
+
+def _equal(kept: torch.Tensor | None, latents: torch.Tensor) -> bool:
+    return kept is not None and kept.shape == latents.shape and torch.equal(kept, latents)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
-from psa_diffusers.patch.schedule import Schedule, as_timesteps
+from psa_diffusers.patch.schedule import LastForward, Schedule, as_timesteps
 from psa_diffusers.patch.stated_step import UNSEEN, StatedStep, is_capturing
 from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_presets import Preset
@@ -74,7 +74,9 @@ class Runs:
         if self.stated is not None:
             return self._enter_stated(self.stated)
         run = self._run
-        at = self._schedule.position(transformer, timestep, run.first + run.step)
+        latents = latents if self._keeps[name] else None
+        last = LastForward(run.timesteps, run.first + run.step, run.step_is_full(name, latents))
+        at = self._schedule.position(transformer, timestep, last)
         # Every run sets its timesteps anew, so another tensor means another run, even if both runs have only one step.
         same = run.timesteps is at.timesteps
         if not same or at.index < run.first + run.step:
@@ -85,7 +87,7 @@ class Runs:
         step = at.index - run.first
         if step != run.step:
             self._leave_step(run)
-        window, branch = run.enter(step, name, latents if self._keeps[name] else None)
+        window, branch = run.enter(step, name, latents)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward

@@ -42,6 +42,23 @@ class Position:
     first: int | None
 
 
+class LastForward(NamedTuple):
+    """What is known of the forward before, which decides between steps whose timesteps look equal.
+
+    Attributes:
+        timesteps: those of its run.
+        place: that of its step among them.
+        was_last: whether its step seems to have had all its forwards.
+    """
+
+    timesteps: torch.Tensor | None = None
+    place: int = 0
+    was_last: bool = False
+
+
+NOTHING_BEFORE = LastForward()
+
+
 class Schedule:
     """Finds the position of a forward.
 
@@ -90,12 +107,12 @@ class Schedule:
         now = {name: unwrapped(getattr(self._pipe(), name, None)) for name in patched}
         return [name for name, module in patched.items() if now[name] is not None and now[name] is not module]
 
-    def position(self, transformer: torch.nn.Module, timestep: Any, step: int) -> Position:
+    def position(self, transformer: torch.nn.Module, timestep: Any, last: LastForward = NOTHING_BEFORE) -> Position:
         """The position of a forward.
 
         Args:
             timestep: the timestep that the transformer was given, a number or a tensor of any shape.
-            step: place of the last forward among the run's timesteps, which decides between equal timesteps.
+            last: the forward before.
 
         Raises:
             UnknownStepError: it cannot be found.
@@ -103,18 +120,18 @@ class Schedule:
         timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
         if self.told is not None:
-            expected = _Expected.of(self.told)
-            return Position(self.told, self._find(expected, given, "those that psa.run was told", step), 0)
+            expected, last = _Expected.of(self.told), _in_run(last, self.told, 0)
+            return Position(self.told, self._find(expected, timestep, given, "those that psa.run was told", last), 0)
         pipe = running_pipeline(transformer)
         if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
-            return self._position(pipe.scheduler, timesteps, first, timestep, given)
+            return self._position(pipe.scheduler, timesteps, first, timestep, given, last)
         scheduler = self._patched_scheduler()
         if (timesteps := _timesteps(scheduler)) is None or not _is_set(scheduler, timesteps):
             raise UnknownStepError(
                 f"{UNKNOWN}no pipeline is running, and the patched pipeline's scheduler has no timesteps set{TOLD}"
             )
-        return self._position(scheduler, timesteps, None, timestep, given)
+        return self._position(scheduler, timesteps, None, timestep, given, last)
 
     def _position(
         self,
@@ -123,6 +140,7 @@ class Schedule:
         first: int | None,
         timestep: torch.Tensor | None,
         given: float | None,
+        last: LastForward,
     ) -> Position:
         expected = self._expected_of(scheduler, timesteps)
         values = expected.values
@@ -136,7 +154,8 @@ class Schedule:
             if given is not None and not (index < len(values) and expected.is_meant(index, given)):
                 index = None  # or the run is stepped without its scheduler
         if index is None:
-            return Position(timesteps, self._find(expected, given, name, first or 0), first)
+            last = _in_run(last, timesteps, first or 0)
+            return Position(timesteps, self._find(expected, timestep, given, name, last), first)
         if not (first or 0) <= index < len(values):
             raise UnknownStepError(f"{UNKNOWN}the run over {name} has ended{TOLD}")
         if given is not None and not expected.is_near(index, given):
@@ -144,14 +163,21 @@ class Schedule:
             raise UnknownStepError(f"{UNKNOWN}the model is given other timesteps, such as {strange}{TOLD}")
         return Position(timesteps, index, first)
 
-    def _find(self, expected: _Expected, given: float | None, name: str, after: int) -> int:
-        """Place of the timestep nearest to the given one; if it comes several times, the first one from `after` on."""
-        if given is None:
+    def _find(
+        self, expected: _Expected, timestep: torch.Tensor | None, given: float | None, name: str, last: LastForward
+    ) -> int:
+        """Place of the timestep nearest to the given one.
+
+        If there are several, as second-order schedulers have and as rounding makes them: the first one from the last
+        forward's on, or past that if its step has had all its forwards.
+        """
+        if timestep is None or given is None:
             raise UnknownStepError(f"{UNKNOWN}the model was given no timestep that could be looked up{TOLD}")
-        distances = [abs(value - given) for value in expected.values]
+        distances = [abs(value - given) for value in expected.rounded(timestep.dtype)]
         least = min(distances)
         places = [place for place, distance in enumerate(distances) if distance == least]
-        index = next((place for place in places if place >= after), places[0])
+        later = [place for place in places if place >= last.place]
+        index = later[last.was_last and len(later) > 1 and later[0] == last.place] if later else places[0]
         if not expected.is_near(index, given):
             strange = self._strange.setdefault(name, f"{given:g}")
             raise UnknownStepError(f"{UNKNOWN}timesteps such as {strange} are none of {name}{TOLD}")
@@ -205,6 +231,10 @@ class _Expected(NamedTuple):
         """Whether a timestep equals the given one, which may have been cast to bfloat16 or cut to an integer."""
         return abs(self.values[index] - given) <= abs(self.values[index]) * 2**-8 + self.cut
 
+    def rounded(self, dtype: torch.dtype) -> list[float]:
+        """The values as they are in the dtype of a given timestep."""
+        return torch.tensor(self.values).to(dtype).tolist() if dtype.is_floating_point else self.values
+
     def is_meant(self, index: int, given: float) -> bool:
         """Whether the given timestep is that of a step, perhaps rounded, and no other step has it exactly.
 
@@ -212,6 +242,11 @@ class _Expected(NamedTuple):
         """
         value = self.values[index]
         return given == value or (given not in self.values and given in _roundings(value))
+
+
+def _in_run(last: LastForward, timesteps: torch.Tensor, first: int) -> LastForward:
+    """The last forward, if it was of the run over these timesteps; else that the run's first step is still to come."""
+    return last if last.timesteps is timesteps else LastForward(timesteps, first)
 
 
 def _roundings(value: float) -> set[float]:

@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, 
 
 from psa_diffusers import PSAProcessor, apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackError, PSAFallbackWarning
-from psa_diffusers.patch.schedule import Schedule, UnknownStepError
+from psa_diffusers.patch.schedule import LastForward, Schedule, UnknownStepError
 from psa_testing.families.cogvideox import tiny_cogvideox_2b
 from psa_testing.tiny_families import EVERYTHING, preset
 from psa_testing.tiny_pipelines import run as run_small
@@ -333,7 +333,7 @@ class Stepping:
             self._num_timesteps = num_timesteps
 
     def position(self, timestep):
-        at = Schedule(self).position(self.transformer, timestep, 0)
+        at = Schedule(self).position(self.transformer, timestep)
         return at.index - at.first, len(at.timesteps) - at.first
 
 
@@ -354,7 +354,7 @@ def test_early_steps_that_lie_close_together():
     pipe, timesteps = Stepping(None, scheduler, None), scheduler.timesteps
     assert float(timesteps[0] - timesteps[1]) < 4.2 and scheduler.step_index is None  # a loop that never steps it
     for dtype in (torch.float32, torch.bfloat16):
-        found = [Schedule(pipe).position(SimpleNamespace(), t.to(dtype), 0).index for t in timesteps]
+        found = [Schedule(pipe).position(SimpleNamespace(), t.to(dtype)).index for t in timesteps]
         assert found[:4] == [0, 1, 2, 3] and (dtype == torch.bfloat16 or found == list(range(50)))
     # A first step is not taken for a later one, to which it would be rounded as well.
     pipe = stepping([999.0, 998.0, 997.0], step_index=None)
@@ -362,11 +362,35 @@ def test_early_steps_that_lie_close_together():
         assert pipe.position(given) == (0, 3)
 
 
+@torch.no_grad()
+def test_timesteps_that_bfloat16_makes_equal():
+    """As a loop gives them that casts them to the dtype of the latents."""
+    pipe, scheduler = (
+        tiny_wan(num_layers=1),
+        UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0),
+    )
+    scheduler.set_timesteps(50)
+    given = scheduler.timesteps.bfloat16()
+    assert len(given.unique()) < 45 and given[0] == given[1]
+    text, _ = pipe.encode_prompt("a", "b", max_sequence_length=16)
+    with apply_psa(pipe, preset(dense_steps=1.0, refresh=2), strict=True) as psa, psa.run(scheduler.timesteps):
+        steps = []
+        for t in given:
+            x = torch.randn(1, 16, 1, 4, 4)
+            for _ in ("a prompt", "none"):
+                pipe.transformer(x, t.expand(1), text)
+                steps.append(psa.processor._runs._run.step)
+    assert steps == [step for step in range(50) for _ in range(2)]
+
+
 def test_a_timestep_that_comes_twice():
     """As those of schedulers of second order do."""
     schedule = Schedule(stepping([1.0]))
     schedule.told = torch.tensor([900.0, 500.0, 500.0, 10.0])
-    assert [schedule.position(None, torch.tensor([500.0]), step).index for step in (0, 1, 2, 3)] == [1, 1, 2, 1]
+    twice = torch.tensor([500.0])
+    for was_last, expected in ((False, [1, 1, 2, 1]), (True, [1, 2, 2, 1])):
+        last = [LastForward(schedule.told, step, was_last) for step in (0, 1, 2, 3)]
+        assert [schedule.position(None, twice, each).index for each in last] == expected
 
 
 def test_positional_arguments_are_told_apart_by_the_model_s_signature():
@@ -392,7 +416,7 @@ def test_unknown_positions():
         (stepping([900.0, 500.0, 100.0], step_index=1), torch.tensor([900.0])),
     ):
         with pytest.raises(UnknownStepError, match="the denoising step is unknown, because "):
-            Schedule(pipe).position(SimpleNamespace(), timestep, 0)
+            Schedule(pipe).position(SimpleNamespace(), timestep)
         if pipe.transformer is not None:
             with pytest.raises(UnknownStepError, match="the denoising step is unknown, because "):
                 pipe.position(timestep)
