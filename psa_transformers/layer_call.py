@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from psa_kernels.devices import is_autocast_enabled
 from psa_transformers.prefill import Part, Prefill
 from psa_transformers.refusals import why_not_arguments, why_not_tensors
 from psa_transformers.stock import Stock
@@ -44,15 +44,10 @@ class LayerCall:
     def computed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value as SDPA would compute with them; under autocast they may come in several dtypes."""
         q, k, v = self.query, self.key, self.value
-        if q.dtype == torch.float64 or not _in_autocast(q.device):
+        if q.dtype == torch.float64 or not is_autocast_enabled(q.device):
             return q, k, v
         dtype = torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
-
-    def without_autocast(self) -> AbstractContextManager[Any]:
-        """For the operator, which chooses the precision of each of its steps."""
-        device = self.query.device
-        return torch.autocast(device.type, enabled=False) if _in_autocast(device) else nullcontext()
 
     def dense(self, stock: Stock, mask: Any) -> tuple[torch.Tensor, Any]:
         """What the module would have computed with a mask, which is brought to its device."""
@@ -75,10 +70,6 @@ class LayerCall:
             q = q[part.items, :, first : part.end - prefill.first_query]
             k, v = k[part.items, :, part.first_key : part.end], v[part.items, :, part.first_key : part.end]
         return _tokens_first(q), _tokens_first(k), _tokens_first(v)
-
-
-def _in_autocast(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:

@@ -240,17 +240,16 @@ class DecoderAttention:
         out, stats = None, []
         for part in parts:
             rows = call.rows(prefill, part)
-            with call.without_autocast():
-                found, figures = psa_attention(
-                    *rows,
-                    spec,
-                    text_before=part.text_before,
-                    text_after=part.text_after,
-                    scale=call.scale,
-                    causal=True,
-                    strict=self._fallbacks.strict,
-                    return_stats=True,
-                )
+            found, figures = psa_attention(
+                *rows,
+                spec,
+                text_before=part.text_before,
+                text_after=part.text_after,
+                scale=call.scale,
+                causal=True,
+                strict=self._fallbacks.strict,
+                return_stats=True,
+            )
             stats += [figures] if part.is_sparse else []
             if found.shape[:2] == (batch, queries):  # all there is
                 out = found

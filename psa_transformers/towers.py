@@ -56,7 +56,6 @@ class TowerAttention:
             self._fallbacks.tell(f"vision tower: {reason}")
             return call.dense(self._stock, attention_mask)
         strict, rows = self._fallbacks.strict, call.rows()
-        with call.without_autocast():
-            out, stats = psa_attention(*rows, self._spec, scale=call.scale, strict=strict, return_stats=True)
+        out, stats = psa_attention(*rows, self._spec, scale=call.scale, strict=strict, return_stats=True)
         self.counter.note(0, [stats])
         return out, None

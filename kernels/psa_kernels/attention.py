@@ -10,7 +10,7 @@ from psa_kernels import head_groups
 from psa_kernels.backends.base import Backend
 from psa_kernels.backends.choose import choose
 from psa_kernels.call import Call, make_call
-from psa_kernels.devices import on_device_of_first
+from psa_kernels.devices import entry_point
 from psa_kernels.heads import dense_attention, group_size, query_heads
 from psa_kernels.known_calls import recall
 from psa_kernels.lists import AttentionStats, BlockLists
@@ -97,7 +97,7 @@ def psa_attention(
 ) -> Any: ...
 
 
-@on_device_of_first
+@entry_point
 def psa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,7 +119,8 @@ def psa_attention(
     """Attention in which each query block reads a few key blocks in full and more of them pooled, and skips the rest.
 
     Defined in "PSA: Pyramid Sparse Attention for Efficient Video Understanding and Generation", arXiv 2512.04025. Half
-    precision is computed in float32 and returned in the dtype of `q`. Forward only: no gradient flows.
+    precision is computed in float32 and returned in the dtype of `q`; autocast changes nothing. Forward only: no
+    gradient flows.
 
     Pyramids take at most 1 1/4 times the memory of the output, or a GiB if that is more (but at least the memory
     of one head's). Where the pyramids of all heads would take more, the stages run for one group of heads after the
@@ -228,7 +229,7 @@ def _attend(
     return lists
 
 
-@on_device_of_first
+@entry_point
 def select_blocks(
     q: torch.Tensor,
     k: torch.Tensor,

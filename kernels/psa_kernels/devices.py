@@ -1,4 +1,4 @@
-"""Facts about a device, which never change, so that each is looked up once; and calls on one that is not current."""
+"""Facts about a device, which never change, so that each is looked up once; and what is around calls on it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def on_device_of_first(function: Function) -> Function:
-    """Make the GPU of a function's first argument, a tensor, the current one while it runs.
+def entry_point(function: Function) -> Function:
+    """Make the GPU of a function's first argument, a tensor, the current one while it runs, and switch autocast off.
 
     Triton launches on the current device and its stream, and a model may be on another one: `pipe.to("cuda:1")`.
+    Autocast would take the precision of each step, which the operator chooses, from some of them.
     """
 
     name = next(iter(inspect.signature(function).parameters))
@@ -23,12 +24,25 @@ def on_device_of_first(function: Function) -> Function:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else kwargs.get(name)
-        if isinstance(first, torch.Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+        if not isinstance(first, torch.Tensor):
+            return function(*args, **kwargs)
+        on_gpu = first.is_cuda
+        # The long way takes a microsecond, which counts for the small calls of a GPU.
+        if torch.is_autocast_enabled("cuda") if on_gpu else is_autocast_enabled(first.device):
+            with torch.autocast(first.device.type, enabled=False):
+                return run(*args, **kwargs)
+        if on_gpu and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
 
     return run  # type: ignore[return-value]
+
+
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of a device; some types of device, such as `meta`, have none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 @cache

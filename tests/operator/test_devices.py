@@ -9,7 +9,7 @@ import torch
 
 from psa_kernels import AttentionSpec, psa_attention, select_blocks
 from psa_kernels.correction import choose
-from psa_kernels.devices import on_device_of_first
+from psa_kernels.devices import entry_point
 from psa_kernels.rotation.choose import rotate
 
 
@@ -41,7 +41,7 @@ def made_current(monkeypatch):
 
 
 def test_their_device_is_current_meanwhile(made_current):
-    function = on_device_of_first(lambda x, y=0: (list(made_current), y))
+    function = entry_point(lambda x, y=0: (list(made_current), y))
     second = torch.zeros(2).as_subclass(OnSecond)
     assert function(second, y=3) == ([torch.device("cuda:1")], 3)
     assert made_current == [torch.device("cuda:1"), "back"]
@@ -49,7 +49,7 @@ def test_their_device_is_current_meanwhile(made_current):
 
 
 def test_nothing_is_done_for_others(made_current):
-    function = on_device_of_first(lambda x: x)
+    function = entry_point(lambda x: x)
     first = torch.zeros(2).as_subclass(type("OnFirst", (OnSecond,), {"device": torch.device("cuda:0")}))
     for argument in (first, torch.zeros(2), "no tensor", None):
         assert function(argument) is argument

@@ -36,18 +36,18 @@ def test_autocast(family):
     assert (found - before).abs().max() < 0.05 * before.abs().max()
 
 
-def test_autocast_is_off_inside_of_the_operator(monkeypatch):
+def test_the_operator_is_given_the_dtype_of_autocast(monkeypatch):
     model, given = tiny("llama")
     seen = []
 
     def spy(q, k, v, *rest, **more):
-        seen.append(({q.dtype, k.dtype, v.dtype}, torch.is_autocast_enabled("cpu")))
+        seen.append({q.dtype, k.dtype, v.dtype})
         return psa_attention(q, k, v, *rest, **more)
 
     monkeypatch.setattr("psa_transformers.patch.psa_attention", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16), apply_psa(model, SPARSE, **SMALL):
         forward(model, given)
-    assert seen == [({torch.bfloat16}, False)] * 2
+    assert seen == [{torch.bfloat16}] * 2
 
 
 def test_threads_do_not_see_one_another():

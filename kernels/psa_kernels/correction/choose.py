@@ -7,10 +7,10 @@ import torch
 from psa_kernels.backends.triton import has_kernels
 from psa_kernels.correction import reference
 from psa_kernels.correction.reference import Correction
-from psa_kernels.devices import on_device_of_first
+from psa_kernels.devices import entry_point
 
 
-@on_device_of_first
+@entry_point
 def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     """As `reference.left_out`."""
     if not has_kernels(dense.device):
@@ -20,7 +20,7 @@ def left_out(dense: torch.Tensor, sparse: torch.Tensor) -> Correction:
     return triton.left_out(dense, sparse)
 
 
-@on_device_of_first
+@entry_point
 def add_correction(out: torch.Tensor, correction: Correction, weights: torch.Tensor) -> None:
     """As `reference.add_correction`."""
     if not has_kernels(out.device):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from psa_kernels.backends.triton import has_kernels
-from psa_kernels.devices import on_device_of_first
+from psa_kernels.devices import entry_point
 from psa_kernels.rotation import reference
 
 
-@on_device_of_first
+@entry_point
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, before: int = 0, after: int = 0) -> torch.Tensor:
     """As `reference.rotate`."""
     if not has_kernels(x.device) or x.stride(-1) != 1:
