@@ -67,6 +67,15 @@ SPECS = {
         block_query=16, block_key=8, importance=EVERY_FOURTH, thresholds=(0.0, 0.1, 0.3), floor=0.2
     ),
     "rest-mean": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, rest="mean"),
+    # Of a single key the mean is the key, so that two levels of the pyramid hold single tokens.
+    "rest-mean-single-keys": AttentionSpec(
+        block_query=4,
+        block_key=1,
+        importance=Importance(query_stride=4, key_stride=1),
+        levels=(1,),
+        thresholds=(0.25,),
+        rest="mean",
+    ),
     "similarity": AttentionSpec(block_query=16, block_key=8, importance=EVERY_FOURTH, similarity=(0.05, 0.0)),
     "similarity-long-stride": AttentionSpec(
         block_query=8,

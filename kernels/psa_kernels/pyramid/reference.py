@@ -62,7 +62,7 @@ def build_pyramid(tokens: torch.Tensor, rows: PyramidRows, out: torch.Tensor) ->
     video = torch.index_select(tokens, 0, rows.video_tokens, out=in_full)
     # A factor divides the block, so groups counted from the start of the sequence never straddle two blocks.
     for factor, level in zip(rows.factors, levels, strict=True):
-        if factor > 1:
+        if level is not in_full:
             group_means(video, factor, out=level)
     torch.index_select(tokens, 0, rows.text_tokens, out=out[rows.first_row[-1] :])
 
