@@ -165,7 +165,7 @@ def psa_attention(
     Raises:
         ValueError: shapes, dtypes, token counts, the permutation, the lists, `out` or the implementation do not fit;
             or a gradient is asked for.
-        TypeError: `spec` is something else, such as the name of a preset.
+        TypeError: an argument is something else, such as `spec` the name of a preset.
         RuntimeError: `strict`, and `auto` cannot use the fastest implementation of the device, or the precision.
     """
     call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
@@ -250,11 +250,9 @@ def select_blocks(
     block and level, and 2 (4 beyond 32,767 key blocks) a query block and attended key block. Under the rule `mass`
     skipped blocks take room too; under `budget` a row has room for as many blocks as it could pay for.
     """
-    if v is None:
-        if spec.rule == "budget":
-            raise ValueError("v=None: the rule 'budget' needs the values")
-        v = k
-    call = make_call(q, k, v, spec, text_before, text_after, permutation, scale, causal)
+    call = make_call(q, k, k if v is None else v, spec, text_before, text_after, permutation, scale, causal)
+    if v is None and spec.rule == "budget":
+        raise ValueError("v=None: the rule 'budget' needs the values")
     backend = choose(call, implementation, strict)
     if not call.layout.video_queries or not call.layout.video_keys:
         return call.no_lists()
@@ -271,6 +269,8 @@ def _all_dense(call: Call, backend: Backend, out: torch.Tensor) -> None:
 
 def _checked(out: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """`out`, if the output can be written there."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out: expected a tensor or None, got {type(out).__name__}")
     for name in ("shape", "dtype", "device"):
         if (found := getattr(out, name)) != (wanted := getattr(q, name)):
             raise ValueError(f"out.{name}={found}: expected that of q, {wanted}")

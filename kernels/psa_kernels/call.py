@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from psa_kernels.heads import group_size, key_heads
 from psa_kernels.layout import TokenLayout, make_layout
 from psa_kernels.lists import AttentionStats, BlockLists, list_width
 from psa_kernels.spec import AttentionSpec
+
+# PyTorch calls 8 bits floating point too, but has no arithmetic for them.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +78,8 @@ class Call:
         Raises:
             ValueError: they were made for other shapes or another spec.
         """
+        if not isinstance(lists, BlockLists):
+            raise TypeError(f"lists: expected BlockLists or None, got {type(lists).__name__}")
         found = lists.ids.shape, lists.key_blocks, lists.counts.shape
         if self.answers.get("shapes of lists") != found:
             self._check_shapes(lists)
@@ -119,7 +126,10 @@ def make_call(
 ) -> Call:
     """Check the arguments of `psa_attention`, whose docstring explains them and the errors."""
     key = None if causal else known_calls.key_of(q, k, v, spec, text_before, text_after, permutation, scale)
-    known = None if key is None else known_calls.find(key, permutation)
+    try:
+        known = None if key is None else known_calls.find(key, permutation)
+    except TypeError:  # an argument that cannot be hashed, which the checks name
+        known = key = None
     if known is not None:
         layout, scale, answers = known
         return Call(q, k, v, layout, spec, scale, None, answers)
@@ -137,10 +147,12 @@ def _checked_call(
     if not isinstance(spec, AttentionSpec):
         raise TypeError(f"spec: expected an AttentionSpec, got {type(spec).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or not x.is_floating_point() or not x.numel():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or x.dtype not in DTYPES or not x.numel():
             raise ValueError(
-                f"{name}: expected a non-empty floating point tensor [batch, tokens, heads, head_dim], "
-                f"got {x.dtype} of shape {tuple(x.shape)}"
+                f"{name}: expected a non-empty floating point tensor [batch, tokens, heads, head_dim] of 16, 32 or 64 "
+                f"bits, got {x.dtype} of shape {tuple(x.shape)}"
             )
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name}: expected a last stride of 1, got strides {x.stride()}")
@@ -159,7 +171,7 @@ def _checked_call(
             f"q of {heads} heads and k of {kv_heads} do not fit: expected as many heads of queries as of keys, or a "
             "multiple"
         )
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else _checked_scale(scale)
     if causal:
         _check_causal(query_tokens, key_tokens, spec, permutation)
         layout = make_layout(key_tokens, key_tokens, text_before, text_after, None)
@@ -169,6 +181,18 @@ def _checked_call(
         if getattr(spec, name):
             raise ValueError(f"{name}={getattr(spec, name)}: expected 0 without causal=True")
     return Call(q, k, v, make_layout(query_tokens, key_tokens, text_before, text_after, permutation), spec, scale)
+
+
+def _checked_scale(scale: object) -> float:
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale={scale!r}: expected a number or None")
+    try:
+        number = float(scale)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"scale={scale!r}: expected a finite number or None")
+    return number
 
 
 def _check_causal(query_tokens: int, key_tokens: int, spec: AttentionSpec, permutation: torch.Tensor | None) -> None:

@@ -45,13 +45,16 @@ def key_of(
     """All that the checks of a call read, except the entries of its permutation; None for a call to be checked anew.
 
     A call is checked anew if a gradient may be asked for, on a CPU (where kernels and permutations are judged at each
-    call), if a tensor is of a subclass, if its permutation does not count writes, or if a number of tokens is no int.
+    call), if a tensor is none or of a subclass, if its permutation does not count writes, or if a number of tokens is
+    no int.
     """
     if not (type(q) is type(k) is type(v) is torch.Tensor) or q.is_cpu:
         return None
     if q.requires_grad or k.requires_grad or v.requires_grad or type(text_before) is not int:
         return None
-    if type(text_after) is not int or (permutation is not None and permutation.is_inference()):
+    if type(text_after) is not int:
+        return None
+    if permutation is not None and (type(permutation) is not torch.Tensor or permutation.is_inference()):
         return None
     return (
         q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,

@@ -83,6 +83,7 @@ def make_layout(
 
     Raises:
         ValueError: the text tokens do not fit, or the permutation is not one of the video tokens.
+        TypeError: the permutation is no tensor.
     """
     for name, count in (("text_before", text_before), ("text_after", text_after)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
@@ -100,6 +101,8 @@ def make_layout(
 
 
 def _check_permutation(layout: TokenLayout, permutation: torch.Tensor) -> None:
+    if not isinstance(permutation, torch.Tensor):
+        raise TypeError(f"permutation: expected a tensor or None, got {type(permutation).__name__}")
     if layout.video_queries != layout.video_keys:
         raise ValueError(
             "permutation: needs as many video queries as video keys, "

@@ -192,7 +192,8 @@ class AttentionSpec(_Hashed):
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, for an integer may be too large to be made a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _require_positive_int(name: str, value: object) -> None:

@@ -21,7 +21,11 @@ MISTAKES = [
     ({"rule": "sum"}, "rule='sum': expected one of count, mass"),
     ({"rest": None}, "rest=None: expected one of skip, mean"),
     ({"precision": "int8"}, "precision='int8': expected one of native, int8_qk"),
+    ({"thresholds": (0.1, 0.2, 10**400)}, "thresholds=1000.*: expected a number between 0 and 1"),
     ({"floor": -0.1}, "floor=-0.1"),
+    ({"floor": 10**400}, "floor=1000.*: expected a number between 0 and 1"),
+    ({"similarity": (0.5, 10**400)}, "cosines between -1 and 1"),
+    ({"rule": "budget", "density": 10**400}, "density=1000.*: the rule 'budget' needs a number"),
     ({"similarity": (0.5,)}, "2 thresholds"),
     ({"similarity": (0.5, 2)}, "cosines between -1 and 1"),
     ({"importance": "sampled"}, "expected an Importance"),
@@ -30,7 +34,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=[str(fields) for fields, _ in MISTAKES])
+@pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=[str(fields)[:60] for fields, _ in MISTAKES])
 def test_mistakes_name_the_field_its_value_and_what_is_allowed(fields, message):
     with pytest.raises(ValueError, match=message):
         AttentionSpec(**fields)
