@@ -151,7 +151,8 @@ def psa_attention(
             precision of the spec.
         return_stats: also return what was attended.
         lists: what `select_blocks` returned for the same spec and shapes, perhaps for the tensors of an earlier
-            denoising step; computed from `q`, `k` and, if the rule needs them, `v` if None.
+            denoising step; computed from `q`, `k` and, if the rule needs them, `v` if None. Their shapes and pooling
+            factors are checked, their entries are trusted (`BlockLists`).
         return_lists: also return the lists that were used: `lists`, or what `select_blocks` returns for this call. A
             caller who wants to keep lists saves a second pass over the keys.
         out: where to write the attention output: contiguous, with the shape, dtype and device of `q`, at an address

@@ -69,21 +69,25 @@ class Call:
         """The lists of a call without video queries or without video keys."""
         pairs = self.q.shape[0], self.q.shape[2], self.query_blocks, self.key_blocks
         return BlockLists.from_levels(
-            torch.zeros(pairs, dtype=torch.int64, device=self.q.device), len(self.spec.levels)
+            torch.zeros(pairs, dtype=torch.int64, device=self.q.device), len(self.spec.levels), None, self.spec.levels
         )
 
     def check_lists(self, lists: BlockLists) -> BlockLists:
         """Check lists, and return them contiguous, as the kernels read them.
 
+        Their entries are looked at in causal calls alone, where a block that is not past must not be read.
+
         Raises:
-            ValueError: they were made for other shapes or another spec.
+            ValueError: they were made for other shapes or, as far as they know their own, other pooling factors; or a
+                row of a causal call lists a block that is not past.
+            TypeError: they are something else.
         """
         if not isinstance(lists, BlockLists):
             raise TypeError(f"lists: expected BlockLists or None, got {type(lists).__name__}")
-        found = lists.ids.shape, lists.key_blocks, lists.counts.shape
-        if self.answers.get("shapes of lists") != found:
-            self._check_shapes(lists)
-            self.answers["shapes of lists"] = found
+        found = lists.ids.shape, lists.key_blocks, lists.counts.shape, lists.pooling
+        if self.answers.get("kind of lists") != found:
+            self._check_kind(lists)
+            self.answers["kind of lists"] = found
         if self.causal is not None:
             place = torch.arange(lists.ids.shape[3], device=lists.ids.device)
             attended = place < lists.counts.sum(-1, keepdim=True)
@@ -95,7 +99,7 @@ class Call:
                 raise ValueError(f"lists: made for another call: row {row} lists blocks that are not past")
         return lists if lists.ids.is_contiguous() and lists.counts.is_contiguous() else lists[:]
 
-    def _check_shapes(self, lists: BlockLists) -> None:
+    def _check_kind(self, lists: BlockLists) -> None:
         rows, key_blocks = (self.q.shape[0], self.q.shape[2], self.query_blocks), self.key_blocks
         width, levels = list_width(self.spec, key_blocks), len(self.spec.levels)
         found = *lists.ids.shape[:3], lists.key_blocks, *lists.counts.shape
@@ -104,6 +108,8 @@ class Call:
                 f"lists: made for another call: ids {tuple(lists.ids.shape)} of {lists.key_blocks} key blocks and "
                 f"counts {tuple(lists.counts.shape)}, expected {(*rows, width)} of {key_blocks} and {(*rows, levels)}"
             )
+        if lists.pooling not in (None, self.spec.levels):
+            raise ValueError(f"lists: made for levels={lists.pooling}, expected those of the spec, {self.spec.levels}")
 
     def stats(self, lists: BlockLists, implementation: str) -> AttentionStats:
         """What a call with these lists attends."""

@@ -60,4 +60,4 @@ def full_lists(shape: tuple[int, int, int, int], device: torch.device) -> BlockL
     key_blocks = shape[3]
     ids = torch.arange(key_blocks, dtype=id_dtype(key_blocks), device=device).expand(shape).contiguous()
     counts = torch.full((*shape[:3], 1), key_blocks, dtype=torch.int32, device=device)
-    return BlockLists(ids, counts, key_blocks)
+    return BlockLists(ids, counts, key_blocks, FULL.levels)

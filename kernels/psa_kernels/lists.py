@@ -19,17 +19,22 @@ FEW_BYTES = 1 << 15
 class BlockLists:
     """Key blocks of every query block, grouped by level.
 
+    `select_blocks` and `from_levels` make them. What the tensors hold is trusted, for looking at it would wait for the
+    device: with ids of no key block, or counts of more than a row lists, kernels read memory that is not theirs.
+
     Attributes:
         ids: int16, or int32 beyond 32,767 key blocks, `[B, H, query blocks, list_width]`: in each row first the blocks
             of the finest level, then those of the next, ..., last the blocks past the last threshold, as far as there
             is room; ids ascend inside each group.
         counts: int32 `[B, H, query blocks, levels]`: how many blocks each level has.
         key_blocks: how many key blocks there are, listed or not.
+        pooling: the pooling factor of each level, as `AttentionSpec.levels` had them; None if that is not known.
     """
 
     ids: torch.Tensor
     counts: torch.Tensor
     key_blocks: int
+    pooling: tuple[int, ...] | None = None
 
     def __getitem__(self, part: slice | tuple[slice, slice]) -> BlockLists:
         """The lists of some batch items, or of some batch items and heads; contiguous, as the kernels read them.
@@ -39,27 +44,29 @@ class BlockLists:
         """
         ids, counts = (x[part].contiguous() for x in (self.ids, self.counts))
         ids, counts = (x if x.data_ptr() % 16 == 0 else x.clone() for x in (ids, counts))
-        return BlockLists(ids, counts, self.key_blocks)
+        return BlockLists(ids, counts, self.key_blocks, self.pooling)
 
     def to_count(self) -> torch.Tensor:
         """The counts of these lists as `AttentionStats.listed` holds them."""
         return self.counts if self.counts.nbytes <= FEW_BYTES else self.counts.sum(2)
 
     @classmethod
-    def from_levels(cls, level: torch.Tensor, num_levels: int, width: int | None = None) -> BlockLists:
+    def from_levels(
+        cls, level: torch.Tensor, num_levels: int, width: int | None = None, pooling: tuple[int, ...] | None = None
+    ) -> BlockLists:
         """Build the lists from the level index of every pair of blocks.
 
         Args:
             level: integer `[B, H, query blocks, key blocks]`: index into the levels, or `num_levels` past the last.
             num_levels: number of levels.
             width: how many blocks a row lists, at least as many as have a level; all if None.
+            pooling: the pooling factor of each level, if the lists are to be refused where others are attended.
         """
         key_blocks = level.shape[-1]
         ids = level.sort(dim=-1, stable=True).indices[..., :width]
         counts = torch.stack([(level == index).sum(-1) for index in range(num_levels)], dim=-1)
-        return cls(
-            ids.to(id_dtype(key_blocks), memory_format=torch.contiguous_format), counts.to(torch.int32), key_blocks
-        )
+        ids = ids.to(id_dtype(key_blocks), memory_format=torch.contiguous_format)
+        return cls(ids, counts.to(torch.int32), key_blocks, pooling)
 
     @classmethod
     def of_all_heads(cls, groups: list[BlockLists]) -> BlockLists:
@@ -67,7 +74,7 @@ class BlockLists:
         if len(groups) == 1:
             return groups[0]
         ids, counts = torch.cat([group.ids for group in groups], 1), torch.cat([group.counts for group in groups], 1)
-        return cls(ids, counts, groups[0].key_blocks)
+        return cls(ids, counts, groups[0].key_blocks, groups[0].pooling)
 
     def levels(self) -> torch.Tensor:
         """The inverse of `from_levels`: int64 `[B, H, query blocks, key blocks]`."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from psa_kernels import AttentionSpec, psa_attention, select_blocks
+from psa_kernels import AttentionSpec, BlockLists, psa_attention, select_blocks
 from psa_kernels.call import make_call
 
 SPEC = AttentionSpec(block_query=16, block_key=8)
@@ -67,3 +68,23 @@ def test_a_dtype_without_arithmetic(dtype):
     x = torch.zeros(1, 40, 2, 16).to(dtype)
     with pytest.raises(ValueError, match=f"floating point tensor .* of 16, 32 or 64 bits, got {dtype}"):
         psa_attention(x, x, x, SPEC)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", ["count", "mass", "budget"])
+def test_lists_of_other_pooling_factors(rule, causal):
+    spec = replace(SPEC, rule=rule, density=0.3 if rule == "budget" else None)
+    q, k, v = torch.randn(3, 1, 64, 2, 16).unbind()
+    out, lists = psa_attention(q, k, v, spec, causal=causal, return_lists=True)
+    both = BlockLists.of_all_heads([lists[:, :1], lists[:, 1:]])
+    assert torch.equal(psa_attention(q, k, v, spec, causal=causal, lists=both), out)
+    for given in (lists, both):
+        with pytest.raises(ValueError, match=r"lists: made for levels=\(1, 2, 4\), .* \(2, 4, 8\)"):
+            psa_attention(q, k, v, replace(spec, levels=(2, 4, 8)), causal=causal, lists=given)
+
+
+def test_lists_that_do_not_know_their_pooling_factors():
+    q, k, v = torch.randn(3, 1, 64, 2, 16).unbind()
+    lists = select_blocks(q, k, SPEC)
+    unknown = BlockLists.from_levels(lists.levels(), 3)
+    assert torch.equal(psa_attention(q, k, v, SPEC, lists=unknown), psa_attention(q, k, v, SPEC, lists=lists))

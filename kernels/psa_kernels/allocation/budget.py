@@ -27,7 +27,7 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
         The lists; the cost of a row is at most the budget, and less than it by less than a step between two levels.
     """
     level = budget_levels(prices, importance, spec)
-    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, prices.shape[-1]))
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, prices.shape[-1]), spec.levels)
 
 
 def budget_levels(

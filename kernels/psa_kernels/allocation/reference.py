@@ -19,7 +19,7 @@ def allocate(importance: torch.Tensor, coarsest: torch.Tensor | None, spec: Atte
         The lists; no row of them is empty.
     """
     level = ranked_levels(importance, coarsest, spec)
-    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]))
+    return BlockLists.from_levels(level, len(spec.levels), list_width(spec, level.shape[-1]), spec.levels)
 
 
 def ranked_levels(

@@ -42,7 +42,7 @@ def allocate(
     ids = torch.empty(ids_shape, dtype=id_dtype(key_blocks), device=device)
     counts = torch.empty(counts_shape, dtype=torch.int32, device=device)
     launch(importance, coarsest, ids, counts)
-    return BlockLists(ids, counts, key_blocks)
+    return BlockLists(ids, counts, key_blocks, spec.levels)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)

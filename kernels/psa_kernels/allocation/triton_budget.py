@@ -30,10 +30,12 @@ def allocate_budget(prices: torch.Tensor, importance: torch.Tensor, spec: Attent
     launch, width = _plan(
         *importance.shape, importance.stride(2), prices.stride(0), prices.stride(3), prices.device, spec
     )
-    return spend(launch, prices, importance, width)
+    return spend(launch, prices, importance, width, spec)
 
 
-def spend(launch: Launch, prices: torch.Tensor, importance: torch.Tensor, width: int) -> BlockLists:
+def spend(
+    launch: Launch, prices: torch.Tensor, importance: torch.Tensor, width: int, spec: AttentionSpec
+) -> BlockLists:
     """The lists, of so many blocks a row, that a launch fills."""
     levels, *rows, key_blocks = prices.shape
     ids = torch.empty(*rows, width, dtype=id_dtype(key_blocks), device=prices.device)
@@ -41,7 +43,7 @@ def spend(launch: Launch, prices: torch.Tensor, importance: torch.Tensor, width:
     # Two prices an integer, also of what pads a row.
     words = prices.as_strided((levels, *rows, prices.stride(3)), prices.stride()).view(torch.int32)
     launch(importance, prices, words, ids, counts)
-    return BlockLists(ids, counts, key_blocks)
+    return BlockLists(ids, counts, key_blocks, spec.levels)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)

@@ -60,7 +60,7 @@ def select(
         else:
             caps = None if coarsest is None else coarsest[:, :, :candidates]
             level[:, :, index : index + 1, :candidates] = ranked_levels(importance, caps, spec, kept)
-    return BlockLists.from_levels(level, levels)
+    return BlockLists.from_levels(level, levels, None, spec.levels)
 
 
 def _key_representatives(keys: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:

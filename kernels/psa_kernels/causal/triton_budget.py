@@ -41,7 +41,7 @@ def allocate_budget(
     launch, width = _plan(
         batch, heads, key_blocks, importance.stride(2), prices.stride(0), prices.stride(3), prices.device, causal, spec
     )
-    return spend(launch, prices, importance, width)
+    return spend(launch, prices, importance, width, spec)
 
 
 @lru_cache(maxsize=KEPT_LAUNCHES)
