@@ -113,6 +113,7 @@ def test_calls_choose_what_select_blocks_chooses(levels):
     chosen = select_blocks(q, k, spec, v=v, **options)
     out, lists = psa_attention(q, k, v, spec, return_lists=True, **options)
     assert torch.equal(lists.ids, chosen.ids) and torch.equal(lists.counts, chosen.counts)
+    assert lists.pooling == chosen.pooling == levels
     assert torch.equal(out, psa_attention(q, k, v, spec, lists=chosen, **options))
 
 

@@ -260,6 +260,7 @@ def test_lists_of_some_heads_at_a_time_are_the_same(name, monkeypatch):
     monkeypatch.setattr(triton_select, "block_importance", lambda q, *a: heads.append(q.shape[2]) or measured(q, *a))
     parts = triton_select.select(call, call.causal, None)
     assert heads == [2, 2] and torch.equal(parts.ids, whole.ids) and torch.equal(parts.counts, whole.counts)
+    assert parts.pooling == whole.pooling == SPECS[name].levels
 
 
 def test_only_some_items():

@@ -126,7 +126,7 @@ def test_lists_are_those_of_the_reference_bit_for_bit(name, key_blocks):
         found = triton_allocation.allocate(importance, None if coarsest is None else coarsest.int(), spec)
         assert found.ids.dtype == expected.ids.dtype and found.counts.dtype == expected.counts.dtype
         assert torch.equal(found.counts, expected.counts)
-        assert torch.equal(found.ids, expected.ids)
+        assert torch.equal(found.ids, expected.ids) and found.pooling == expected.pooling == spec.levels
 
 
 def test_mass_that_float32_cannot_tell_from_the_threshold():
