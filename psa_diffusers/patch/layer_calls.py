@@ -15,6 +15,7 @@ from psa_diffusers.patch import graph_ops
 from psa_diffusers.patch.attend import TokenAttention
 from psa_diffusers.patch.dense_calls import QKV
 from psa_diffusers.patch.sites import LayerSite
+from psa_kernels.devices import is_autocast_enabled
 
 RIVALS = (
     "the transformer has several PSAProcessors, but one serves all layers; set the same one on all of them, as "
@@ -91,7 +92,7 @@ class LayerCalls:
 
         Under autocast they may come in several dtypes, and what is cast afterwards is not ready before.
         """
-        if not in_autocast(call.hidden_states):
+        if not is_autocast_enabled(call.hidden_states.device):
             return self._family.project(attn, replace(call, ready=ready))
         q, k, v = self._family.project(attn, call)
         dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(q.device.type)
@@ -102,8 +103,3 @@ class LayerCalls:
         if self._family.text == "before":
             return self._family.output(attn, call, head[:, text:], head[:, :text])
         return self._family.output(attn, call, head, tail if text else None)
-
-
-def in_autocast(x: torch.Tensor) -> bool:
-    """Whether operations on a tensor are cast by `torch.autocast`."""
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -100,7 +100,7 @@ class ListCache:
 def own_copy(lists: BlockLists) -> BlockLists:
     """The same lists in tensors of their own, which may be written in any mode of PyTorch."""
     with torch.inference_mode(False):
-        return BlockLists(lists.ids.clone(), lists.counts.clone(), lists.key_blocks)
+        return replace(lists, ids=lists.ids.clone(), counts=lists.counts.clone())
 
 
 def _key(layer: str, moment: Moment, preset: Preset) -> tuple[str, int, int]:
