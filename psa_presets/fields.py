@@ -7,7 +7,15 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from psa_presets.steps import MAX_STEP, step_ranges
 
@@ -69,6 +77,10 @@ def _step_match_text(value: Any) -> str:
     return str(value)
 
 
+def _without_sign_of_zero(value: float) -> float:
+    return value + 0.0  # -0.0 equals 0.0, and is written differently
+
+
 def _share_or_steps(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError("not a number")
@@ -78,7 +90,7 @@ def _share_or_steps(value: Any) -> int | float:
         if not 0 <= value <= 1:
             whole = "" if value % 1 or value < 0 else ", and a number of steps is written without a point"
             raise ValueError(f"out of range{whole}")
-        return float(value)
+        return _without_sign_of_zero(value)
     if not 0 <= value <= MAX_INTEGER:
         raise ValueError("out of range")
     return int(value) or 0.0  # zero steps equal a share of 0, so both give the same preset
@@ -111,7 +123,7 @@ def layer_ranges(match: str) -> list[tuple[int, int | None]]:
 
 Integer = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Positive = Annotated[Integer, Field(ge=1)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_without_sign_of_zero)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 # A float is a share of the steps, an integer a number of them: 1.0 is the whole run and 1 is one step.
 ShareOrSteps = Annotated[int | float, BeforeValidator(_share_or_steps)]
@@ -177,17 +189,29 @@ class LayerSettings(Section):
     )
 
 
+def _given_keys(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    """What a section is dumped as, without the keys that were not given, also in the sections inside it."""
+    given = {key: getattr(section, key) for key in dumped if key in section.model_fields_set}
+    return {
+        key: _given_keys(value, dumped[key]) if isinstance(value, BaseModel) else dumped[key]
+        for key, value in given.items()
+    }
+
+
 class Rule(LayerSettings):
     """Changes for some layers or steps. Only keys that were given count: those in `model_fields_set`."""
 
     match: str
     dense: bool = Field(default=False, strict=True, description="true or false")
 
-    # For pydantic a rule that gives a key's default value equals a rule without that key. For us they differ.
+    # For pydantic a rule that gives a key's default value equals a rule without that key, and is dumped as it. For us
+    # they differ.
+    @model_serializer(mode="wrap")
+    def _dump_given_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _given_keys(self, dump(self))
+
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        return self.model_dump(exclude_unset=True) == other.model_dump(exclude_unset=True)
+        return self.model_dump() == other.model_dump() if isinstance(other, type(self)) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.match)

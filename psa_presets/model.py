@@ -95,15 +95,13 @@ class Preset(LayerSettings):
             raise first_mistake(error, type(self)) from None
         check_together(self, self.layers, self.steps)
 
+    # As text, because in Python one step (1) equals the share 1.0. What is kept of runs holds this dump too, and so
+    # tells the same presets apart.
     def __eq__(self, other: object) -> bool:
-        return self._values() == other._values() if isinstance(other, Preset) else NotImplemented
+        return self.model_dump_json() == other.model_dump_json() if isinstance(other, Preset) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._values())
-
-    def _values(self) -> tuple[Any, ...]:
-        # With types, because in Python one step (1) equals the share 1.0.
-        return (*self.__dict__.values(), type(self.dense_steps), type(self.dense_last))
+        return hash(self.model_dump_json())
 
     @classmethod
     def from_file(cls, settings: Mapping[str, Any], file: str) -> Self:

@@ -33,7 +33,7 @@ class RunFolder:
     ) -> None:
         self.path = Path(path)
         self.launch = launch or uuid.uuid4().hex
-        self.contents: dict[str, Any] = {"format": 1, "settings": settings, "prompts": list(prompts)}
+        self.contents: dict[str, Any] = {"format": _format(settings), "settings": settings, "prompts": list(prompts)}
         self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
         self._replaces = False
 
@@ -194,6 +194,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; move it away or add --overwrite")
     return content
+
+
+def _format(settings: dict[str, Any]) -> int:
+    """The format of `run.json`: 2 if a preset has rules.
+
+    In format 1 their rules are filled with default values, so that it does not tell which keys were given.
+    """
+    presets = [settings.get(key) or {} for key in ("preset_rules", "preset_2_rules")]
+    return 2 if any(preset.get("layers") or preset.get("steps") for preset in presets) else 1
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

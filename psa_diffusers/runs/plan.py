@@ -32,9 +32,10 @@ class Settings:
     """Everything that a video depends on besides its prompt; two runs with equal settings may share a folder.
 
     `preset_rules` is the whole preset (None for dense), and `preset_2_rules` the second transformer's preset if it has
-    its own; both are scaled to `density` if one was asked for. `image_digest` is the first half of the image file's
-    SHA-256. The videos of a prompt (`samples`) have the seeds `seed`, `seed + 1`, ... `loras` has the `Lora.settings`
-    of each LoRA, in order, and `arguments` what the model's card adds to the pipeline's call.
+    its own; both are scaled to `density` if one was asked for. Their dumps differ exactly if the presets do.
+    `image_digest` is the first half of the image file's SHA-256. The videos of a prompt (`samples`) have the seeds
+    `seed`, `seed + 1`, ... `loras` has the `Lora.settings` of each LoRA, in order, and `arguments` what the model's
+    card adds to the pipeline's call.
     """
 
     model: str

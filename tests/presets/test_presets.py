@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import pickle
 
@@ -125,6 +126,26 @@ def test_a_preset_survives_pickling_and_dumping():
     assert pickle.loads(pickle.dumps(preset)) == preset == Preset(**preset.model_dump(exclude_unset=True))
     assert hash(preset) == hash(load_preset(EXAMPLE))
     assert preset != load_preset("psa-3")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "equal"),
+    [
+        ({"layers": [{"match": 1}]}, {"layers": [{"match": 1, "floor": 0.0}]}, False),
+        ({"steps": [{"match": "0-50%"}]}, {"steps": [{"match": "0-50%", "dense": False}]}, False),
+        ({"steps": [{"match": 0, "block": {"key": 64}}]}, {"steps": [{"match": 0, "block": {}}]}, False),
+        ({"dense_steps": 1}, {"dense_steps": 1.0}, False),
+        ({"layers": [{"match": 1, "floor": 0}]}, {"layers": [{"floor": -0.0, "match": "1"}]}, True),
+        ({"block": {"key": 64}, "dense_last": -0.0}, {"levels": (1, 2, 4), "dense_last": 0}, True),
+    ],
+    ids=str,
+)
+def test_a_dump_tells_presets_apart_exactly_if_they_differ(first, second, equal):
+    """What is kept of a run is known by its preset's dump."""
+    presets = [Preset(**first), Preset(**second)]
+    assert (presets[0] == presets[1]) == equal
+    assert (json.dumps(presets[0].model_dump(mode="json")) == json.dumps(presets[1].model_dump(mode="json"))) == equal
+    assert [Preset(**json.loads(preset.model_dump_json())) for preset in presets] == presets
 
 
 def test_a_preset_cannot_be_written():

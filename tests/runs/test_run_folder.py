@@ -1,6 +1,7 @@
 """The folder of a run: how a run that was stopped goes on, and whose files it leaves alone."""
 
 import contextlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs import generate, processes
+from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.generate import Interrupted
 from psa_diffusers.runs.plan import make_plan
@@ -136,6 +138,32 @@ def test_one_dense_step_is_not_a_dense_run(ask, tmp_path):
     (tmp_path / "mine.yaml").write_text("dense_steps: 1\nmin_tokens: 0\n")
     with pytest.raises(InputError, match=r"holds another run \(preset_rules.dense_steps was 1\.0 and is now 1\);"):
         carry_out(mine)
+
+
+def test_a_rule_that_gives_a_default_value_makes_another_run(ask, tmp_path):
+    """It takes back what an earlier rule has changed, where a rule without that key does not."""
+    mine = ask("a cat", preset=str(tmp_path / "mine.yaml"))
+    rules = 'steps: [{{match: "0-50%", floor: 0.3}}, {{match: "0-50%"{}}}]\nmin_tokens: 0\n'
+    (tmp_path / "mine.yaml").write_text(rules.format(""))
+    first = make_plan(replace(mine, output=None)).output
+    carry_out(mine)
+    (tmp_path / "mine.yaml").write_text(rules.format(", floor: 0.0"))
+    assert make_plan(replace(mine, output=None)).output != first
+    with pytest.raises(InputError, match=r"holds another run \(preset_rules.steps was "):
+        carry_out(mine)
+
+
+def test_of_the_first_format_only_presets_without_rules_are_known(tmp_path):
+    """It tells a rule that was given all keys from none that was given fewer."""
+    plain, ruled = ({"preset_rules": {"layers": layers, "steps": []}} for layers in ([], [{"match": "0"}]))
+    for settings in (plain, ruled):
+        (tmp_path / "run.json").write_text(json.dumps({"format": 1, "settings": settings, "prompts": ["a cat"]}))
+        folder = RunFolder(tmp_path, settings, ("a cat",))
+        if settings is plain:
+            folder.check(overwrite=False)
+        else:
+            with pytest.raises(InputError, match=r"holds another run \(its format differs\)"):
+                folder.check(overwrite=False)
 
 
 @pytest.mark.parametrize(
