@@ -6,7 +6,8 @@ import math
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, Unpack
+from fractions import Fraction
+from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
@@ -32,7 +33,7 @@ from psa_presets.layers import (
     said_dense,
     token_orders,
 )
-from psa_presets.steps import possible_sets, rules_at
+from psa_presets.steps import cells, possible_sets, rules_at
 
 # `min_tokens: auto`: fewer tokens gain nothing on a CPU either (docs/benchmarks/cpu.json).
 AUTO_MIN_TOKENS = 2048
@@ -180,8 +181,14 @@ class Preset(LayerSettings):
     @property
     def is_all_dense(self) -> bool:
         """Whether no run of any length has a sparse step."""
-        shares = [value for value in (self.dense_steps, self.dense_last) if isinstance(value, float)]
-        return sum(shares) >= 1 - 1e-9 or all(self._says_dense(rules) for rules in self._possible_step_rules())
+        first, last = _parted(self.dense_steps), _parted(self.dense_last)
+        # Of the runs that have a step in a cell, the longest has the fewest steps in its dense end beside it.
+        return not any(
+            self.dense_step_count(steps) <= step < steps - self.dense_last_count(steps)
+            for cell in cells([rule.match for rule in self.steps], first.steps, first.share, 1 - last.share)
+            if not self._says_dense(cell.rules)
+            for step, steps in cell.longest_runs(last.steps)
+        )
 
     @property
     def fewest_tokens(self) -> int:
@@ -251,6 +258,20 @@ class Preset(LayerSettings):
 
     def _place(self) -> str:
         return self._file or f"preset {show(self.name)}"
+
+
+class _Parted(NamedTuple):
+    """A `ShareOrSteps` as both, of which one is 0."""
+
+    steps: int
+    share: Fraction
+
+
+def _parted(share_or_steps: float) -> _Parted:
+    if isinstance(share_or_steps, int):
+        return _Parted(share_or_steps, Fraction(0))
+    # The decimal number that was meant: as floats, 0.3 and 0.7 do not add up to 1 exactly.
+    return _Parted(0, Fraction(share_or_steps).limit_denominator(10**9))
 
 
 def _count(share_or_steps: float, num_steps: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -75,16 +76,58 @@ def rules_at(rules: Sequence[str], step: int, num_steps: int) -> tuple[int, ...]
     return _covering(rules, step, Fraction(step, num_steps))
 
 
+class Cell(NamedTuple):
+    """Steps of runs of any length to which the same rules apply.
+
+    Attributes:
+        rules: the numbers of these rules.
+        first, end: steps from `first` up to but without `end`; any later one if that is None.
+        place, place_end: only steps that begin from `place` up to but without `place_end`, as shares of the run.
+    """
+
+    rules: tuple[int, ...]
+    first: int
+    end: int | None
+    place: Fraction
+    place_end: Fraction
+
+    def longest_runs(self, after: int = 0) -> Iterator[tuple[int, int]]:
+        """Each step of the cell with the steps of the longest run that has it there; of a cell without end, one step.
+
+        Where runs may be of any length, it is one in which more than `after` steps come after the step.
+        """
+        middle = (self.place + self.place_end) / 2
+        long = math.ceil(8 * (max(self.first, self.end or 0, after) + 1) / (self.place_end - self.place))
+        if self.end is None:
+            yield math.floor(middle * long), long
+            return
+        for step in range(self.first, self.end):
+            steps = math.floor(step / self.place) if self.place else long
+            if step < steps * self.place_end:
+                yield step, steps
+
+
+def cells(
+    rules: Sequence[str], first: int = 0, place: Fraction = Fraction(0), place_end: Fraction = Fraction(1)
+) -> Iterator[Cell]:
+    """The cells into which rules, each given as its `match`, cut the steps of runs. A cell may contain no step.
+
+    Args:
+        first: only steps from this one on.
+        place, place_end: only steps that begin between these shares of the run.
+    """
+    ranges = [part for match in rules for part in step_ranges(match)]
+    steps = _borders(ranges, False, Fraction(first), None)
+    places = [*_borders(ranges, True, place, place_end), place_end] if place < place_end else []
+    for start, end in zip(steps, [*steps[1:], None], strict=True):
+        for begins, ends in pairwise(places):
+            covering = _covering(rules, int(start), begins)
+            yield Cell(covering, int(start), None if end is None else int(end), begins, ends)
+
+
 def possible_sets(rules: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """All results that `rules_at` can have, over the steps of runs of any length."""
-    ranges = [part for match in rules for part in step_ranges(match)]
-    steps, places = _borders(ranges, shares=False), _borders(ranges, shares=True)
-    found: dict[tuple[int, ...], None] = {}
-    for first, end in zip(steps, [*steps[1:], None], strict=True):
-        for place, place_end in pairwise([*places, Fraction(1)]):
-            if end is None or any(_can_be_in(int(step), place, place_end) for step in range(int(first), int(end))):
-                found[_covering(rules, int(first), place)] = None
-    return tuple(found)
+    return tuple(dict.fromkeys(cell.rules for cell in cells(rules) if any(cell.longest_runs())))
 
 
 def _covering(rules: Sequence[str], step: int, place: Fraction) -> tuple[int, ...]:
@@ -93,13 +136,7 @@ def _covering(rules: Sequence[str], step: int, place: Fraction) -> tuple[int, ..
     )
 
 
-def _borders(ranges: Iterable[StepRange], shares: bool) -> list[Fraction]:
-    """The sorted places where ranges of one kind begin or end, with 0 and without the end of the run."""
+def _borders(ranges: Iterable[StepRange], shares: bool, first: Fraction, end: Fraction | None) -> list[Fraction]:
+    """The sorted places where ranges of one kind begin or end, from `first`, which is among them, and before `end`."""
     borders = {border for part in ranges if part.shares == shares for border in part[:2] if border is not None}
-    return sorted({Fraction(0), *(border for border in borders if not shares or border < 1)})
-
-
-def _can_be_in(step: int, place: Fraction, end: Fraction) -> bool:
-    """Whether there is a run in which a step, counted from 0, has a place from `place` up to `end`."""
-    shortest = max(step + 1, step // end + 1)  # the run in which it comes latest, but before the end
-    return Fraction(step, shortest) >= place
+    return sorted({first, *(border for border in borders if first < border and (end is None or border < end))})
