@@ -91,6 +91,19 @@ def read_frames(path: Path, count: int) -> Frames:
         raise QuestionError(f"{path}: no video that can be read ({reason})") from None
 
 
+def configuration(name: str) -> Any:
+    """The configuration of a vision-language model, of a folder or of the hub.
+
+    Raises:
+        QuestionError: it cannot be had, or the model sees nothing.
+    """
+    with _told(name):
+        config = AutoConfig.from_pretrained(name)
+    if not vision_ids([config, getattr(config, "thinker_config", None)]):
+        raise QuestionError(f"model {name}: a {config.model_type} sees no images or videos")
+    return config
+
+
 def load(name: str, device: str) -> tuple[Any, Any]:
     """A vision-language model and its processor, of a folder or of the hub; half precision on a GPU.
 
@@ -101,15 +114,18 @@ def load(name: str, device: str) -> tuple[Any, Any]:
         QuestionError: it cannot be had, it sees nothing, or there is no such device.
     """
     device = _checked(device)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        if not vision_ids([config, getattr(config, "thinker_config", None)]):
-            raise QuestionError(f"model {name}: a {config.model_type} sees no images or videos")
+    configuration(name)
+    with _told(name):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
         return model.to(device).eval(), AutoProcessor.from_pretrained(name)
-    except QuestionError:
-        raise
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Let a QuestionError name the model that cannot be loaded."""
+    try:
+        yield
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None

@@ -59,9 +59,11 @@ def _understand(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from psa_presets import choose_preset
     from psa_transformers.apply import apply_psa
-    from psa_transformers.ask import ask, load, read_frames
+    from psa_transformers.ask import ask, configuration, load, read_frames
+    from psa_transformers.settings import check_sparse
 
     chosen = choose_preset(preset, density)
+    check_sparse(chosen, configuration(model).get_text_config(decoder=True).num_hidden_layers)
     frames = read_frames(video, num_frames)
     loaded, processor = load(model, device)
     if compare:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psa_kernels import AttentionSpec
-from psa_presets import Preset
+from psa_presets import Preset, PresetError
 from psa_presets.errors import refusal, show, told_at
 
 # Exact in every row, beside its diagonal: the block in which attention sinks are, and those just before the diagonal.
@@ -27,8 +27,22 @@ def causal_specs(preset: Preset, layers: int) -> tuple[AttentionSpec | None, ...
     specs = preset.layer_specs(layers)
     with told_at(f"preset {show(preset.name)}"):
         if preset.is_all_dense:
-            raise refusal("dense_steps", preset.dense_steps, "nothing would be sparse", "fewer dense steps")
+            beside = "with the rules for steps, " if preset.steps else ""
+            raise refusal("dense_steps", preset.dense_steps, f"{beside}nothing would be sparse", "fewer dense steps")
         return tuple(None if spec is None else _causal(spec) for spec in specs)
+
+
+def check_sparse(preset: Preset, layers: int) -> None:
+    """Check that a preset can be used for a decoder with so many layers, and leaves one of them sparse.
+
+    Raises:
+        PresetError: as `causal_specs`, or all layers are dense.
+    """
+    if all(spec is None for spec in causal_specs(preset, layers)):
+        problem = (
+            f"layers: these rules keep all {layers} layers of the model dense; allowed: rules that leave one sparse"
+        )
+        raise PresetError(problem, f"preset {show(preset.name)}")
 
 
 def _causal(spec: AttentionSpec) -> AttentionSpec:

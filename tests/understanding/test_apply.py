@@ -175,6 +175,10 @@ def test_what_a_shipped_preset_says_to_a_language_model():
             "levels = [2, 4]: blocks beside the diagonal are exact; allowed: levels that begin with 1",
         ),
         ({"dense_steps": 1.0}, "dense_steps = 1.0: nothing would be sparse; allowed: fewer dense steps"),
+        (
+            {"dense_steps": 0.5, "steps": [{"match": "50%-", "dense": True}]},
+            "dense_steps = 0.5: with the rules for steps, nothing would be sparse; allowed: fewer dense steps",
+        ),
     ],
 )
 def test_a_preset_that_would_mean_something_else_is_refused(changes, message):

@@ -85,6 +85,24 @@ def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
     assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("precision: int8_qk", "precision = 'int8_qk': causal attention does not have it"),
+        ("dense_steps: 1.0", "dense_steps = 1.0: nothing would be sparse"),
+        ("levels: [2, 4]\nthresholds: [0.1, 0.2]", "levels = [2, 4]: blocks beside the diagonal are exact"),
+        ("layers: [{match: 50, floor: 0.1}]", "layers[0].match = '50': there is no layer 50"),
+        ('layers: [{match: "0-", dense: true}]', "layers: these rules keep all 2 layers of the model dense"),
+    ],
+)
+def test_a_preset_is_refused_before_the_video_is_read(understand, monkeypatch, folder, settings, message):
+    (folder / "refused.yaml").write_text(settings)
+    monkeypatch.setattr("psa_transformers.ask.read_frames", None)
+    code, lines, error = understand("--compare", preset="refused.yaml")
+    assert (code, lines) == (2, []) and error.count("\n") == 1
+    assert error.startswith("psa-understand: error: ") and message in error and "allowed: " in error
+
+
 def test_a_processor_that_takes_no_videos(understand, monkeypatch):
     def of_images(self, text, images=None, return_tensors=None):
         pass
