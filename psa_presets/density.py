@@ -12,8 +12,10 @@ from psa_presets.fields import LayerSettings, Rule
 # Keys that no rule may change if all sparse layers are to have the same density at all sparse steps.
 DECISIVE = ("block", "levels", "rule", "thresholds", "density", "floor", "similarity", "rest")
 
+DIGITS = 6  # of scaled thresholds
 
-def scaled_thresholds(thresholds: Iterable[float], factor: float, digits: int = 6) -> tuple[float, ...]:
+
+def scaled_thresholds(thresholds: Iterable[float], factor: float, digits: int = DIGITS) -> tuple[float, ...]:
     """Cumulative shares times a factor, rounded, none above 1."""
     return tuple(min(1.0, round(threshold * factor, digits)) for threshold in thresholds)
 
@@ -64,4 +66,9 @@ def _factor(settings: LayerSettings, density: float) -> float:
         factor = (density - rest - sum(weights[below:])) / slope
         if factor * ends[below - 1] <= 1 + 1e-9:
             break
+    if not any(scaled_thresholds(settings.thresholds, factor)):
+        smallest = 10**-DIGITS / settings.thresholds[-1]
+        lowest = rest + sum(weight * min(1.0, end * smallest) for weight, end in zip(weights, ends, strict=True))
+        reason = f"rounded to {DIGITS} digits, all thresholds would be 0"
+        raise refusal("density", density, reason, f"a number from {lowest:.8g} to {highest:g}")
     return factor

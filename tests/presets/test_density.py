@@ -100,7 +100,18 @@ def test_past_the_coarsest_threshold_the_finer_ones_grow():
         ({}, "0.2", "density = '0.2': not a share"),
         ({}, True, "density = true: not a share"),
         ({}, None, "density = null: not a share"),
-        ({}, 1e-9, "thresholds = [0.0, 0.0, 0.0]: nothing would be attended"),
+        (
+            {},
+            1e-9,
+            "density = 1e-09: rounded to 6 digits, all thresholds would be 0; "
+            "allowed: a number from 5.5555556e-07 to 1",
+        ),
+        (
+            {"floor": 0.3, "rest": "mean"},
+            0.0156251,
+            "density = 0.0156251: rounded to 6 digits, all thresholds would be 0; "
+            "allowed: a number from 0.015625734 to 1",
+        ),
         (
             {"thresholds": [0, 0, 1]},
             0.3,
