@@ -17,11 +17,24 @@ from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, check_output
 from psa_diffusers.runs.prompts import slug
 from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
 
+# What the page and the summary of a run read in each prompt's report.
+REPORT_PARTS = {
+    **dict.fromkeys(("prompt", "preset"), str),
+    **dict.fromkeys(("seed", "sample"), int),
+    **dict.fromkeys(("runs", "videos", "files", "bytes", "settings", "versions", "hardware"), dict),
+}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each file in a prompt's folder, for its report."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
 
 class RunFolder:
     """One folder for each prompt, `0000-slug`, below `path`; `run.json` holds the settings and prompts of the run.
 
-    A prompt's folder is filled under a hidden name and renamed when it is complete, so a folder that exists is done.
+    A prompt's folder is filled under a hidden name and renamed when it is complete. It is done while its report can be
+    read and each file that this names still has all of its bytes.
     Several processes may work in one run's folder: each prompt has a lock, which the system frees when its holder dies.
 
     Args:
@@ -41,16 +54,29 @@ class RunFolder:
         """The indices of the prompts that have no finished folder."""
         if self._replaces:
             return list(range(len(self.names)))
-        return [index for index in range(len(self.names)) if not self._is_done(index)]
-
-    def _is_done(self, index: int) -> bool:
-        return (self.path / self.names[index] / PROMPT_FILE).is_file()
+        return [index for index in range(len(self.names)) if self._report(index) is None]
 
     def finished(self) -> list[dict[str, Any]]:
         """The reports of the finished prompts, in order, each with its folder's name under "folder"."""
-        done = sorted(set(range(len(self.names))) - set(self.missing()))
-        names = [self.names[index] for index in done]
-        return [{**_read_json(self.path / name / PROMPT_FILE), "folder": name} for name in names]
+        if self._replaces:
+            return []
+        reports = [(name, self._report(index)) for index, name in enumerate(self.names)]
+        return [{**report, "folder": name} for name, report in reports if report is not None]
+
+    def _report(self, index: int) -> dict[str, Any] | None:
+        """A prompt's report; None if the prompt is not done."""
+        folder = self.path / self.names[index]
+        if not (folder / PROMPT_FILE).is_file():
+            return None
+        try:
+            report = _read_json(folder / PROMPT_FILE)
+        except _DamagedError:
+            return None
+        written = report.setdefault("bytes", {})  # reports of earlier versions do not have it
+        if not all(isinstance(report.get(part), kind) for part, kind in REPORT_PARTS.items()):
+            return None
+        names = {*written, *map(str, report["videos"].values()), *map(str, report["files"].values())}
+        return report if all(_is_whole(folder / name, written.get(name)) for name in names) else None
 
     def check(self, overwrite: bool) -> None:
         """Refuse a folder that holds another run's results, or that cannot be written to.
@@ -91,7 +117,7 @@ class RunFolder:
         same launch has failed at it or died."""
         with self._locked(self.names[index]) as free:
             tried = self._lock_folder() / f"{self.names[index]}.tried"
-            mine = free and not self._is_done(index)
+            mine = free and self._report(index) is None
             mine = mine and not (tried.is_file() and tried.read_text(encoding="utf-8") == self.launch)
             if mine:
                 tried.write_text(self.launch, encoding="utf-8")
@@ -151,7 +177,7 @@ class RunFolder:
         partial.mkdir()
         try:
             yield partial
-            # A folder without its report counts as missing; remove it, or the rename would fail.
+            # A folder that lacks something counts as missing; remove it, or the rename would fail.
             shutil.rmtree(self.path / self.names[index], ignore_errors=True)
             os.replace(partial, self.path / self.names[index])
         except BaseException:
@@ -186,13 +212,18 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
 
+class _DamagedError(InputError):
+    """A file of a run's folder holds something else than what this tool writes."""
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}); move it away or add --overwrite") from error
+    except (OSError, ValueError, RecursionError) as error:
+        kind = InputError if isinstance(error, OSError) else _DamagedError
+        raise kind(f"{path}: cannot be read ({type(error).__name__}); move it away or add --overwrite") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; move it away or add --overwrite")
+        raise _DamagedError(f"{path}: not a JSON object; move it away or add --overwrite")
     return content
 
 
@@ -203,6 +234,15 @@ def _format(settings: dict[str, Any]) -> int:
     """
     presets = [settings.get(key) or {} for key in ("preset_rules", "preset_2_rules")]
     return 2 if any(preset.get("layers") or preset.get("steps") for preset in presets) else 1
+
+
+def _is_whole(path: Path, size: int | None) -> bool:
+    """Whether a file is there, with the size that it was written in if that is known."""
+    try:
+        found = path.stat().st_size
+    except (OSError, ValueError):
+        return False
+    return found > 0 if size is None else found == size
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from psa_diffusers.report.panels import Label, write_image
 from psa_diffusers.report.video import write_video
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.compiled import compile_transformers
-from psa_diffusers.runs.folder import RunFolder
+from psa_diffusers.runs.folder import RunFolder, sizes
 from psa_diffusers.runs.folder_lock import locked
 from psa_diffusers.runs.gain import denoising, settled_seconds
 from psa_diffusers.runs.phases import Phases, as_rows, first_calls
@@ -166,7 +166,7 @@ def _write_prompt(plan: Plan, index: int, results: dict[str, Generated], path: P
             "speedup": _speedup(dense, sparse),
             "denoising": _denoising(dense, sparse),
         }
-    write_json(path / PROMPT_FILE, {**report, **about})
+    write_json(path / PROMPT_FILE, {**report, "bytes": sizes(path), **about})
 
 
 def _as_json(result: Generated) -> dict[str, Any]:

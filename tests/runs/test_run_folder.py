@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from psa_diffusers.cli.generate import generate_app
 from psa_diffusers.cli.shell import run_command
 from psa_diffusers.errors import InputError
+from psa_diffusers.report.video import read_video
 from psa_diffusers.runs import generate, processes
 from psa_diffusers.runs.folder import RunFolder
 from psa_diffusers.runs.folder_lock import locked
@@ -96,6 +98,39 @@ def test_a_folder_without_its_report_is_not_done(ask, tmp_path):
     for path in folder.iterdir():
         path.unlink()
     assert carry_out(ask())["made"] == 1 and (folder / "small.mp4").is_file()
+
+
+def without_parts(report):
+    report.write_text("{}")
+
+
+def without_sizes(report):
+    """As an earlier version wrote it."""
+    report.write_text(
+        json.dumps({key: value for key, value in json.loads(report.read_text()).items() if key != "bytes"})
+    )
+    (report.parent / "small.mp4").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda report: (report.parent / "small.mp4").unlink(),
+        lambda report: os.truncate(report.parent / "small.mp4", 100),
+        lambda report: os.truncate(report, 100),
+        without_parts,
+        without_sizes,
+    ],
+    ids=["video gone", "video cut off", "report cut off", "report empty", "video empty"],
+)
+def test_a_prompt_that_lost_something_is_made_again(damage, ask, tmp_path):
+    carry_out(ask())
+    video = tmp_path / "out" / "0001-a-dog" / "small.mp4"
+    before = len(read_video(video).frames)
+    damage(video.with_name("report.json"))
+    summary = carry_out(ask())
+    assert (summary["status"], summary["made"], summary["kept"]) == ("complete", 1, 1)
+    assert len(read_video(video).frames) == before
 
 
 @pytest.mark.parametrize("module", [generate, processes], ids=["alone", "several processes"])
