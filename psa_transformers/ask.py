@@ -73,13 +73,14 @@ def read_frames(path: Path, count: int) -> Frames:
     """
     if not path.is_file():
         raise QuestionError(f"{path}: no such file")
+    name = str(path.absolute())  # PyAV takes a relative "a:b" for an address
     try:
-        with av.open(str(path)) as opened:
+        with av.open(name) as opened:
             fps = float(opened.streams.video[0].average_rate or 24)
             total = sum(1 for _, _ in zip(opened.decode(video=0), range(MAX_FRAMES), strict=False))
         indices = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
         wanted, found = set(indices), []
-        with av.open(str(path)) as opened:
+        with av.open(name) as opened:
             for number, frame in enumerate(opened.decode(video=0)):
                 if number in wanted:
                     found.append(frame.to_ndarray(format="rgb24"))

@@ -65,15 +65,15 @@ def add_sound(silent: Path, target: Path, sound: Sound, frames: int, fps: float)
         ValueError: the sound has neither one nor two channels.
         OSError: it could not be written in full.
     """
-    import av
+    import av  # every path for it is absolute: it takes a relative "a:b" for an address
 
     if sound.samples.shape[0] not in LAYOUTS:
         raise ValueError(f"sound of {sound.samples.shape[0]} channels; it must have one or two")
     sound = fitted(sound, frames / fps)
     try:
         with (
-            av.open(str(silent)) as source,
-            av.open(str(target), "w", format="mp4", options={"movflags": "+faststart"}) as output,
+            av.open(str(silent.absolute())) as source,
+            av.open(str(target.absolute()), "w", format="mp4", options={"movflags": "+faststart"}) as output,
         ):
             pictures = source.streams.video[0]
             copied = output.add_stream_from_template(pictures)
@@ -95,7 +95,7 @@ def read_sound(path: Path) -> Sound | None:
     import av
 
     try:
-        with av.open(str(path)) as source:
+        with av.open(str(path.absolute())) as source:
             if not source.streams.audio:
                 return None
             stream = source.streams.audio[0]

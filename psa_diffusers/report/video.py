@@ -62,7 +62,7 @@ def _write_frames(partial: Path, frames: np.ndarray, fps: float, path: Path) -> 
         pixels = np.pad(pixels, ((0, 0), (0, odd_height), (0, odd_width), (0, 0)), mode="edge")
     options = ["-crf", "16", "-preset", "medium", "-movflags", "+faststart", *COLOUR]
     with imageio.get_writer(
-        partial,
+        partial.absolute(),  # ffmpeg takes a relative "a:b" for an address
         format="FFMPEG",
         fps=fps,
         codec="libx264",
@@ -86,7 +86,7 @@ def _check_length(partial: Path, frames: int, path: Path) -> None:
     import imageio_ffmpeg
 
     try:
-        written = imageio_ffmpeg.count_frames_and_secs(str(partial))[0]
+        written = imageio_ffmpeg.count_frames_and_secs(str(partial.absolute()))[0]
     except (OSError, RuntimeError):
         written = 0
     if written != frames:
@@ -105,7 +105,7 @@ def read_video(path: Path) -> Clip:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with imageio.get_reader(path, format="FFMPEG") as opened:
+        with imageio.get_reader(path.absolute(), format="FFMPEG") as opened:
             reader: Any = opened
             about = reader.get_meta_data()
             width, height = about["size"]

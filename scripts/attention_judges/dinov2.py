@@ -68,7 +68,7 @@ def frame(path: Path) -> torch.Tensor:
     """One frame of a film, as the model takes it: `[1, 3, height, width]`."""
     import imageio.v3 as iio
 
-    pixels = iio.imread(path, plugin="FFMPEG", index=FRAME)
+    pixels = iio.imread(path.absolute(), plugin="FFMPEG", index=FRAME)
     picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
     size = GRID[1] * PATCH, GRID[2] * PATCH
     picture = F.interpolate(picture, size, mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,6 +1,7 @@
 """Sound comes back as it was, where it was, and leaves the pictures as they were."""
 
 import errno
+from pathlib import Path
 
 import av
 import numpy as np
@@ -44,6 +45,14 @@ def test_sound_survives_the_round_trip_in_step(tmp_path, rate, channels):
     assert abs(starts(back) - 2.0) < 0.003
     count = sound.samples.shape[1]
     assert np.abs(back.samples[:, :count] - sound.samples).mean() < 0.01
+
+
+def test_a_relative_path_with_a_colon_is_no_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clip = Path("10:30", "cl:ip.mp4")
+    clip.parent.mkdir()
+    write_video(clip, pictures(), FPS, tone(24000))
+    assert read_video(clip).sound.rate == 24000 and len(read_video(clip).frames) == FRAMES
 
 
 def test_a_rate_that_aac_lacks_is_resampled(tmp_path):
@@ -107,7 +116,7 @@ def test_more_than_two_channels_are_refused_and_nothing_is_left(tmp_path):
 def test_a_disk_that_is_full_is_an_error_of_writing(tmp_path):
     write_video(tmp_path / "clip.mp4", pictures(), FPS)
     with pytest.raises(OSError, match="the sound could not be written") as caught:
-        add_sound(tmp_path / "clip.mp4", "/dev/full", tone(16000), FRAMES, FPS)
+        add_sound(tmp_path / "clip.mp4", Path("/dev/full"), tone(16000), FRAMES, FPS)
     assert caught.value.errno == errno.EIO
 
 

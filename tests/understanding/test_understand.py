@@ -49,6 +49,12 @@ def understand(folder, monkeypatch, capsys):
     return start
 
 
+def test_a_relative_name_with_a_colon_is_no_address(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "fi:lm.mp4").hardlink_to(folder / "film.mp4")
+    assert read_frames(Path("fi:lm.mp4"), 4).total == 12
+
+
 def test_an_answer_and_its_figures(understand):
     code, lines, _ = understand("--compare")
     assert code == 0 and [line.split(":")[0] for line in lines] == ["dense", "dense", "sparse", "sparse"]
