@@ -1,4 +1,4 @@
-"""The one error that commands turn into a line instead of a traceback, and what they say of missing packages."""
+"""The one error that commands turn into a line instead of a traceback, and what such lines share."""
 
 import importlib.util
 
@@ -18,6 +18,12 @@ EXTRAS = {
 
 class InputError(ValueError):
     """What was asked cannot be done; the message is one line that names the thing, its value and what is allowed."""
+
+
+def printable(text: str) -> str:
+    """What a user gave, as a message shows it: not too long, and without what is not UTF-8."""
+    shown = text if len(text) <= 200 else text[:197] + "..."
+    return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def how_to_install(package: str) -> str:

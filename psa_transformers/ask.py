@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def read_frames(path: Path, count: int) -> Frames:
     Raises:
         QuestionError: there is no such file, or it holds no video.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # also for a name that is too long, where Path.is_file raises
         raise QuestionError(f"{path}: no such file")
     name = str(path.absolute())  # PyAV takes a relative "a:b" for an address
     try:

@@ -10,7 +10,7 @@ from psa_diffusers.calibrate.intervals import FEWEST
 from psa_diffusers.calibrate.result import is_own
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import check_output
+from psa_diffusers.files import check_name, check_output, partial_path
 from psa_diffusers.runs.plan import Plan
 from psa_presets import Preset, PresetError
 
@@ -100,6 +100,7 @@ def check(calibration: Calibration) -> None:
     if calibration.output.suffix.lower() not in (".yaml", ".yml"):
         raise InputError(f"--output {calibration.output}: must end in .yaml")
     for path in calibration.outputs:
+        check_name("--output", path, partial_path(path))
         try:
             Preset(name=path.stem)
         except PresetError as error:

@@ -131,10 +131,10 @@ def _weight(option: str, text: str) -> tuple[str, float]:
 
 def _find(shown: str, given: str) -> Path:
     path = Path(given).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # also for a name that is too long, where Path.is_dir raises
         files = sorted(file.name for file in path.glob(f"*{ENDING}"))
         return (path / _one_of(shown, files, given)).absolute()
-    if path.exists():
+    if os.path.exists(path):
         if path.suffix != ENDING:
             raise InputError(f"{shown}: must end in {ENDING}; weights of other formats are not loaded")
         return path.absolute()

@@ -9,7 +9,7 @@ import numpy as np
 
 from psa_diffusers.environment import hardware, versions
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, write_json
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, check_name, partial_path, write_json
 from psa_diffusers.report.html import write_report
 from psa_diffusers.report.metrics import compare_frames, frame_faults
 from psa_diffusers.report.panels import Label, filmstrip, side_by_side, write_image
@@ -55,8 +55,12 @@ def compare_files(first: str, second: str, output: str | None = None, overwrite:
         InputError: a file cannot be read, the videos differ in size or length, or results are already there.
     """
     paths = (Path(first), Path(second))
+    for path in paths:
+        check_name("", path)
     names = _names(paths)
     folder = Path(output) if output else Path("psa-output", f"compare-{names[0]}-{names[1]}".replace("/", "-"))
+    partial = folder / ".compare.partial"
+    check_name("--output", folder, partial_path(partial / SIDE_BY_SIDE))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output {folder}: it is a file, not a folder")
     taken = [name for name in OUTPUTS if (folder / name).exists()]
@@ -66,7 +70,6 @@ def compare_files(first: str, second: str, output: str | None = None, overwrite:
     _must_match(paths, clips)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / ".compare.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
     except OSError as error:

@@ -4,6 +4,7 @@ Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
 """
 
 import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def read_video(path: Path) -> Clip:
     import imageio.v2 as imageio
 
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # also for a name that is too long, where Path.is_file raises
         raise InputError(f"{path}: no such file")
     try:
         with imageio.get_reader(path.absolute(), format="FFMPEG") as opened:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, check_output, write_json
+from psa_diffusers.files import PROMPT_FILE, REPORT_FILE, RUN_FILE, check_name, check_output, write_json
 from psa_diffusers.runs.prompts import slug
 from psa_diffusers.runs.vbench import FOLDER as VBENCH_FOLDER
 
@@ -23,6 +23,9 @@ REPORT_PARTS = {
     **dict.fromkeys(("seed", "sample"), int),
     **dict.fromkeys(("runs", "videos", "files", "bytes", "settings", "versions", "hardware"), dict),
 }
+
+# As long as what a run writes below its folder, without VBench's names; some file systems take no more than 143 bytes.
+LONG_NAME = "x" * 140
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -47,7 +50,7 @@ class RunFolder:
         self.path = Path(path)
         self.launch = launch or uuid.uuid4().hex
         self.contents: dict[str, Any] = {"format": _format(settings), "settings": settings, "prompts": list(prompts)}
-        self.names = [f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)]
+        self.names = [_name(index, prompt) for index, prompt in enumerate(prompts)]
         self._replaces = False
 
     def missing(self) -> list[int]:
@@ -85,8 +88,10 @@ class RunFolder:
             InputError: the settings or prompts there differ, files of the same names exist, or it cannot be written to.
         """
         self._replaces = overwrite
+        check_name("--output", self.path, self.path / LONG_NAME)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--output {self.path}: it is a file, not a folder")
+        self._check_kinds()
         if not overwrite:
             if (self.path / RUN_FILE).is_file():
                 self._must_match(_read_json(self.path / RUN_FILE))
@@ -97,6 +102,15 @@ class RunFolder:
                         f"--output {self.path}: {taken[0]} is already there; choose another folder or add --overwrite"
                     )
         check_output(self.path, self.path)
+
+    def _check_kinds(self) -> None:
+        """Refuse files where folders will be, and folders where files will be: those are nothing that a run leaves."""
+        folders = (*self.names, *(self._partial(index).name for index in range(len(self.names))), VBENCH_FOLDER)
+        for names, are_folders in ((folders, True), ((RUN_FILE, REPORT_FILE), False)):
+            for name in names:
+                if os.path.lexists(self.path / name) and (self.path / name).is_dir() != are_folders:
+                    needed = "a folder" if are_folders else "a file"
+                    raise InputError(f"--output {self.path}: {name} is there and is not {needed}; move it away")
 
     def begin(self) -> None:
         """Mark the folder as this run's; with --overwrite, remove what an earlier run of this tool left there."""
@@ -172,23 +186,28 @@ class RunFolder:
     @contextmanager
     def writing(self, index: int) -> Iterator[Path]:
         """Yield a hidden folder for a prompt's files. Rename it if all went well, remove it if not."""
-        partial = self.path / f".{self.names[index]}.partial"
+        partial = self._partial(index)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
             # A folder that lacks something counts as missing; remove it, or the rename would fail.
-            shutil.rmtree(self.path / self.names[index], ignore_errors=True)
+            _remove_folder(self.path / self.names[index])
             os.replace(partial, self.path / self.names[index])
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
+    def _partial(self, index: int) -> Path:
+        return self.path / f".{self.names[index]}.partial"
+
     def _must_match(self, there: dict[str, Any]) -> None:
+        if not isinstance(there.get("settings"), dict):
+            raise InputError(f"{self.path / RUN_FILE}: holds no settings of a run; move it away or add --overwrite")
         # Compared as text, because in Python one dense step (1) equals the share 1.0.
         if json.dumps(there, sort_keys=True) == json.dumps(self.contents, sort_keys=True):
             return
-        old, new = (_flat(each.get("settings", {})) for each in (there, self.contents))
+        old, new = (_flat(each["settings"]) for each in (there, self.contents))
         keys = sorted(key for key in {*old, *new} if json.dumps(old.get(key)) != json.dumps(new.get(key)))
         shown = [f"{key} was {_short(old.get(key))} and is now {_short(new.get(key))}" for key in keys[:2]]
         if len(keys) > 2:
@@ -203,13 +222,25 @@ class RunFolder:
     def _remove_old(self) -> None:
         names = set(self.names)
         with contextlib.suppress(InputError):
-            prompts = _read_json(self.path / RUN_FILE).get("prompts", [])
+            prompts = _read_json(self.path / RUN_FILE).get("prompts")
             names.add(VBENCH_FOLDER)
-            names |= {f"{index:04d}-{slug(prompt)}" for index, prompt in enumerate(prompts)}
+            if isinstance(prompts, list):
+                names |= {_name(index, prompt) for index, prompt in enumerate(prompts) if isinstance(prompt, str)}
         for name in names:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            _remove_folder(self.path / name)
         for name in (REPORT_FILE, RUN_FILE):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _name(index: int, prompt: str) -> str:
+    return f"{index:04d}-{slug(prompt)}"
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder, or a link to one."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class _DamagedError(InputError):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.errors import InputError
-from psa_diffusers.files import check_output
+from psa_diffusers.files import check_name, check_output, partial_path
 from psa_diffusers.report.mask_plot import coverage, level_names, require_matplotlib, write_mask_plot
 from psa_diffusers.runs import stopping
 from psa_diffusers.runs.pipeline_call import generate_video
@@ -102,6 +102,7 @@ def _check(plan: Plan, place: MaskPlace, output: Path, overwrite: bool) -> "tupl
         raise InputError("--preset dense: dense attention has no block mask; give a sparse preset")
     if len(plan.prompts) != 1:
         raise InputError(f"{len(plan.prompts)} prompts given; give one")
+    check_name("--output", output, partial_path(output))
     if output.is_dir():
         raise InputError(f"--output {output}: it is a folder; name the PNG to write")
     if output.exists() and not overwrite:

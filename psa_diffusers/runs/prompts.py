@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from psa_diffusers.errors import InputError
+from psa_diffusers.errors import InputError, printable
 from psa_diffusers.runs.rank import launched_place
 
 SLUG_LENGTH = 48
@@ -53,7 +53,7 @@ def read_prompt_file(name: str, what: str = "prompt file") -> list[str]:
     Raises:
         InputError: there is no such file, or it is not text with a prompt in it.
     """
-    shown = f"{what} {_printable(name)}"
+    shown = f"{what} {printable(name)}"
     prompts = _prompts(_stdin(shown) if name == STDIN else _content(name, shown), shown)
     if not prompts:
         raise InputError(f"{shown}: no prompt in it; write one a line ('#' starts a comment)")
@@ -82,13 +82,13 @@ def only_words(option: str, text: str) -> str:
     word = text.strip()
     named = word.lower().endswith(ENDINGS) and not re.search(r"\s", word)
     if word == STDIN or named or (os.path.exists(_path(word)) and not os.path.isdir(_path(word))):
-        raise InputError(f"{option} {_printable(text)}: takes words, not a file")
+        raise InputError(f"{option} {printable(text)}: takes words, not a file")
     return _decoded(option, text)
 
 
 def _decoded(what: str, text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise InputError(f"{what} {_printable(text)}: not UTF-8 text")
+        raise InputError(f"{what} {printable(text)}: not UTF-8 text")
     return text
 
 
@@ -102,11 +102,6 @@ def slug(text: str, length: int = SLUG_LENGTH) -> str:
 
 def _path(name: str) -> Path:
     return Path(os.path.expanduser(name) if name == "~" or name.startswith("~/") else name)
-
-
-def _printable(text: str) -> str:
-    shown = text if len(text) <= 200 else text[:197] + "..."
-    return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def _content(name: str, shown: str) -> bytes:

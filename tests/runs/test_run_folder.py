@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -247,6 +248,64 @@ def test_files_that_are_not_a_run_s_are_not_touched(ask, tmp_path):
         carry_out(ask("a cat", output=str(tmp_path / "file")))
     with pytest.raises(InputError, match="cannot be written to"):
         carry_out(ask("a cat", output=str(tmp_path / "file" / "below")))
+
+
+def test_what_is_no_folder_of_a_run_is_refused_before_anything_is_loaded(ask, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    carry_out(ask("a cat"))
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    shutil.rmtree(out / "0000-a-cat")
+    (out / "0000-a-cat").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="0000-a-cat is there and is not a folder; move it away"):
+            carry_out(ask("a cat", overwrite=overwrite))
+    (out / "0000-a-cat").unlink()
+    (out / "run.json").write_text('{"settings": ["model"]}')
+    with pytest.raises(InputError, match=r"run\.json: holds no settings of a run; move it away or add --overwrite"):
+        carry_out(ask("a cat"))
+    (out / "run.json").unlink()
+    (out / "run.json").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"run\.json is there and is not a file; move it away"):
+            carry_out(ask("a cat", overwrite=overwrite))
+
+
+def test_overwrite_replaces_a_run_whose_prompts_cannot_be_read(ask, tmp_path):
+    for prompts in ('{"a": 1}', "5", '[1, null, "a cat"]'):
+        (tmp_path / "out" / "0002-a-cat").mkdir(parents=True)
+        (tmp_path / "out" / "run.json").write_text(f'{{"settings": {{}}, "prompts": {prompts}}}')
+        folder = RunFolder(tmp_path / "out", {}, ("a fox",))
+        folder.check(overwrite=True)
+        folder.begin()
+        assert (tmp_path / "out" / "0002-a-cat").exists() == ("a cat" not in prompts)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_link_to_a_folder_that_lost_its_video_is_replaced(ask, tmp_path):
+    carry_out(ask("a cat"))
+    (tmp_path / "out" / "0000-a-cat").rename(tmp_path / "elsewhere")
+    (tmp_path / "out" / "0000-a-cat").symlink_to(tmp_path / "elsewhere")
+    assert carry_out(ask("a cat"))["kept"] == 1
+    (tmp_path / "elsewhere" / "small.mp4").unlink()
+    assert carry_out(ask("a cat"))["made"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, r"--output x+\.\.\.: the name is too long"),
+        ("x/" * 2040, r"--output [x/]+\.\.\.: the name is too long"),
+        ("caf\udce9", r"--output .*caf\\udce9: the name is not UTF-8"),
+        ("c\0", "no file can have this name"),
+    ],
+    ids=["long name", "long path", "not UTF-8", "null byte"],
+)
+def test_names_that_no_file_can_have(name, message, ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    with pytest.raises(InputError, match=message):
+        carry_out(ask("a cat", output=name))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_fails_at_once_leaves_no_folder(ask, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def test_a_prompt_that_is_too_short_says_so(understand):
     ("changes", "message"),
     [
         ({"video": "missing.mp4"}, "missing.mp4: no such file"),
+        ({"video": "x" * 300}, f"{'x' * 300}: no such file"),
         ({"video": "words.mp4"}, "words.mp4: no video that can be read"),
         ({"model": "llm"}, "model llm: a llama sees no images or videos"),
         ({"model": "nobody/nothing"}, "model nobody/nothing: cannot be loaded"),
