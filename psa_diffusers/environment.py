@@ -28,7 +28,7 @@ def hardware(device: str | None = None) -> dict[str, str | int | float]:
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
     }
-    memory = _memory_gib()
+    memory = memory_gib()
     if memory is not None:
         found["memory_gib"] = memory
     if device is None:
@@ -61,7 +61,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_gib() -> float | None:
+def memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):

@@ -15,7 +15,15 @@ from psa_diffusers.runs.compiled import missing_compiler
 from psa_diffusers.runs.prompts import only_words, read_prompts, slug
 from psa_diffusers.runs.request import Request, given, in_range, one_of
 from psa_diffusers.runs.vbench import check_names
-from psa_diffusers.runs.video_options import fit_image, frame_count, frame_rate, load_image, step_count, video_size
+from psa_diffusers.runs.video_options import (
+    fit_image,
+    fits_in_memory,
+    frame_count,
+    frame_rate,
+    load_image,
+    step_count,
+    video_size,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -150,6 +158,9 @@ def _checked(request: Request) -> Plan:
     preset, preset_2 = (_of_card(card, each) for each in (preset, preset_2))
     image, digest = load_image(request.image, model, required=not request.check)
     height, width = video_size(request, model, image)
+    frames = frame_count(given(request.frames, card.frames), model)
+    if not request.check:
+        fits_in_memory(height, width, frames)
     given_loras = ((), ()) if request.check else (request.lora, request.lora_2)
     loras = resolve_loras(*given_loras, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
@@ -170,7 +181,7 @@ def _checked(request: Request) -> Plan:
         flow_shift=card.flow_shift,
         height=height,
         width=width,
-        frames=frame_count(given(request.frames, card.frames), model),
+        frames=frames,
         fps=frame_rate(request.fps, model),
         negative_prompt=card.negative_prompt if negative is None else only_words("--negative-prompt", negative),
         dtype=_pick_dtype(request.dtype, device, card.dtype),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from psa_diffusers.checkpoints.aliases import MODELS
 from psa_diffusers.checkpoints.kinds import PIPELINE_KINDS
 from psa_diffusers.checkpoints.resolve import Model
+from psa_diffusers.environment import memory_gib
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs.request import Request, given, in_range
 
@@ -100,6 +101,20 @@ def frame_count(frames: int, model: Model) -> int:
         form = f"{step}k+{rest}" if rest else f"a multiple of {step}"
         raise InputError(f"--frames {frames}: must be {form}, such as {below} or {below + step}")
     return frames
+
+
+def fits_in_memory(height: int, width: int, frames: int) -> None:
+    """Refuse a video whose frames, in 8 bits, are more than this machine's memory.
+
+    Raises:
+        InputError: names the options.
+    """
+    memory, needed = memory_gib(), 3 * height * width * frames / 2**30
+    if memory is not None and needed > memory:
+        raise InputError(
+            f"--height {height} --width {width} --frames {frames}: the frames alone are {needed:,.0f} GiB, "
+            f"and this machine has {memory:g} GiB of memory"
+        )
 
 
 def frame_rate(asked: int | None, model: Model) -> int:
