@@ -85,6 +85,9 @@ def _print(name: str, answer: "Answer", stats: "PrefillStats | None") -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; what is wrong with the input becomes one line on stderr."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by `2>&-`; libraries write to it
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
     try:
         command = typer.main.get_command(app)
         given = list(sys.argv[1:] if arguments is None else arguments)

@@ -13,10 +13,12 @@ from psa_diffusers.errors import InputError
 from psa_diffusers.runs import stopping
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-OUT_OF_MEMORY = (
-    "out of GPU memory; try --offload model or group, fewer --frames, or a smaller --height and --width; "
-    "finished prompts are kept"
-)
+SMALLER = "fewer --frames, or a smaller --height and --width"
+# What a command that failed has kept, where it keeps something.
+KEPT = {
+    "psa-generate": "finished prompts are kept",
+    "psa-calibrate": "what was measured is kept",
+}
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -31,6 +33,7 @@ def new_app() -> typer.Typer:
 
 def run_command(name: str, app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; what is wrong with the input becomes one line on stderr."""
+    _open_streams()
     with stopping.listening():
         try:
             command: Callable[..., Any] = typer.main.get_command(app)
@@ -57,20 +60,35 @@ def _tell(name: str, error: Exception) -> int:
         return _fail(name, error.format_message() or "nothing given; the help says what is needed", BAD_INPUT)
     kind = type(error).__name__  # by name: the classes live in what is only imported when needed
     if kind == "OutOfMemoryError":
-        return _fail(name, OUT_OF_MEMORY, FAILURE)
+        return _fail(name, _with_kept(name, f"out of GPU memory; try --offload model or group, {SMALLER}"), FAILURE)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):  # PyTorch has no class for the latter
+        way = "" if name == "psa-compare" else f"; try {SMALLER}"
+        return _fail(name, _with_kept(name, f"out of memory{way}"), FAILURE)
     if kind in ("PSAFallbackError", "FloatingPointError"):  # of --strict
         return _fail(name, str(error), FAILURE)
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
-        return _fail(name, f"cannot write: {error}; finished prompts are kept, run the same command again", FAILURE)
+        again = ", run the same command again" if name in KEPT else ""
+        return _fail(name, _with_kept(name, f"cannot write: {error}") + again, FAILURE)
     import traceback
 
     traceback.print_exception(error)
     return _fail(name, f"{kind}: {error}", FAILURE)
 
 
+def _with_kept(name: str, message: str) -> str:
+    return f"{message}; {KEPT[name]}" if name in KEPT else message
+
+
 def _fail(name: str, message: str, code: int) -> int:
     note(f"{name}: error: {' '.join(message.split())}")
     return code
+
+
+def _open_streams() -> None:
+    """Let a process that was started without stdout or stderr (`2>&-`) write into nothing."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
 
 
 def prepare_libraries() -> None:

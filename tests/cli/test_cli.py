@@ -196,6 +196,71 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, capsys, model):
     assert message in output.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--width", "1000000000"], "--height 192 --width 1000000000 --frames 33: the frames alone are 17,703 GiB"),
+        (["--frames", "1000000001"], "--height 192 --width 192 --frames 1000000001: the frames alone are 102,997 GiB"),
+        (["--lora", "x" * 300], f"--lora {'x' * 300}: no such file"),
+    ],
+)
+def test_what_no_machine_can_do_is_refused_before_the_model_is_loaded(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load_pipeline", None)
+    assert psa_generate(*arguments, "a cat") == 2
+    assert f"psa-generate: error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "app", "given"),
+    [
+        ("psa-generate", generate_app, ["a cat", "-o", "{}"]),
+        ("psa-inspect", inspect_app, ["a cat", "-o", "{}.png"]),
+        ("psa-compare", compare_app, ["a.mp4", "b.mp4", "-o", "{}"]),
+        ("psa-compare", compare_app, ["a.mp4", "{}.mp4"]),
+    ],
+)
+@pytest.mark.parametrize(("bad", "why"), [("x" * 300, "too long"), ("caf\udce9", "not UTF-8")])
+def test_names_that_no_file_can_have(name, app, given, bad, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_command(name, app, [each.format(bad) for each in given]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and f"the name is {why}" in errors
+
+
+def test_a_command_without_streams(model, tmp_path, monkeypatch):
+    """As the shell starts it with `>&- 2>&-`."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, None)
+    assert psa_generate("--model", model, *SMALL, "--preset", "dense", "-o", str(tmp_path / "out"), "a cat") == 0
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("psa-generate", "; finished prompts are kept, run the same command again"),
+        ("psa-calibrate", "; what was measured is kept, run the same command again"),
+        ("psa-compare", ""),
+        ("psa-inspect", ""),
+    ],
+)
+def test_a_failure_says_what_this_command_keeps(name, kept, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def fail(what: str) -> None:
+        raise {"full": OSError(28, "No space left"), "alloc": RuntimeError("DefaultCPUAllocator: no")}[what]
+
+    assert run_command(name, app, ["full"]) == 1
+    assert capsys.readouterr().err == f"{name}: error: cannot write: [Errno 28] No space left{kept}\n"
+    assert run_command(name, app, ["alloc"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}: error: out of memory") and kept.partition(",")[0] in said
+
+
 def test_no_arguments_shows_the_help(capsys):
     assert psa_generate() == 2
     output = capsys.readouterr()
