@@ -13,7 +13,7 @@ import psa_diffusers
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.checkpoints.resolve import resolve_model
 from psa_diffusers.errors import InputError
-from psa_diffusers.runs.folder import RunFolder
+from psa_diffusers.runs.folder import REPORT_PARTS, RunFolder
 from psa_diffusers.runs.prompts import read_prompts, slug
 from psa_presets import PresetError, load_preset
 from psa_testing.tiny_pipelines import tiny_wan
@@ -147,7 +147,7 @@ def test_prompts_stay_in_the_output_folder_and_do_not_clash(tmp_path):
     for index in range(len(prompts)):
         with folder.writing(index) as path:
             assert path.resolve().parent == (tmp_path / "out").resolve()
-            (path / "report.json").write_text("{}")
+            (path / "report.json").write_text(json.dumps({part: kind() for part, kind in REPORT_PARTS.items()}))
     assert len({name.casefold() for name in folder.names}) == len(prompts)
     assert not folder.missing() and [path.name for path in tmp_path.iterdir()] == ["out"]
     for name in folder.names:
