@@ -75,7 +75,7 @@ class RunFolder:
             report = _read_json(folder / PROMPT_FILE)
         except _DamagedError:
             return None
-        written = report.setdefault("bytes", {})  # reports of earlier versions do not have it
+        written = report.setdefault("bytes", {})  # without it no size is known
         if not all(isinstance(report.get(part), kind) for part, kind in REPORT_PARTS.items()):
             return None
         names = {*written, *map(str, report["videos"].values()), *map(str, report["files"].values())}
