@@ -176,8 +176,9 @@ def test_patching_again_replaces_the_patch():
     pipe = tiny_wan()
     stock = run(pipe)
     outer = apply_psa(pipe, preset())
-    with apply_psa(pipe, preset(dense_steps=1.0)):
-        assert torch.equal(run(pipe), stock)
+    inner = apply_psa(pipe, preset(dense_steps=1.0))
+    assert torch.equal(run(pipe), stock)
+    inner.restore()
     assert torch.equal(run(pipe), stock)
     outer.restore()
     assert torch.equal(run(pipe), stock)
