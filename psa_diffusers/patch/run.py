@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -108,6 +108,7 @@ class Run:
     not_finite: dict[str, list[int]] = field(default_factory=dict)
     _asked: set[str] = field(default_factory=set)
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
+    _called_before: set[str] = field(default_factory=set)  # transformers, by the step before
     _forwards: int = 0  # in this step
     _most_forwards: int = 0  # in any step before
 
@@ -128,6 +129,7 @@ class Run:
             latents: the input by which windows are told apart; None if nothing is kept that windows could mix up.
         """
         if step != self.step:
+            self._called_before = set(self._inputs)
             self.step, self._inputs = step, {}
             self._forwards, self._most_forwards = 0, max(self._forwards, self._most_forwards)
         self._forwards += 1
@@ -152,9 +154,9 @@ class Run:
         seen = [kept for kept, _ in self._inputs.get(transformer, ())]
         return bool(seen) and latents is not None and not any(_equal(kept, latents[:1]) for kept in seen)
 
-    def computed_by(self) -> Collection[str]:
-        """Names of the transformers that the current step has called so far."""
-        return self._inputs.keys()
+    def experts_left(self) -> set[str]:
+        """At the end of a step, the transformers that the one before called and this one did not: they are done."""
+        return self._called_before.difference(self._inputs)
 
     def is_over(self) -> bool:
         """Whether the last step has called the transformers as often as any step before it."""

@@ -56,8 +56,6 @@ class Runs:
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
         self._told: set[int] = set()
-        # The transformers that the step before the current one has called.
-        self._called: set[str] = set()
         self.stated: StatedStep | None = None
         self._unseen_told = False
 
@@ -86,17 +84,12 @@ class Runs:
             run = self._begin(at.timesteps, first)
         step = at.index - run.first
         if step != run.step:
-            self._leave_step(run)
+            for expert in run.experts_left():
+                self.forget(expert)
         window, branch = run.enter(step, name, latents)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
-
-    def _leave_step(self, run: Run) -> None:
-        """Drop what is kept of an expert whose part of the run is over: one that the step now left did not call."""
-        for name in self._called.difference(run.computed_by()):
-            self.forget(name)
-        self._called = set(run.computed_by())
 
     def leave(self, forward: Forward) -> None:
         """After a forward: drop what is kept for later ones if it was the last of its run."""
@@ -168,7 +161,6 @@ class Runs:
         dense = {name: DenseSteps.of(preset, steps) for name, preset in self._presets.items()}
         pipe_timesteps = self._schedule.patched_timesteps()
         self._run = Run(self._run.number + 1, steps, dense, first, timesteps, pipe_timesteps)
-        self._called = set()
         self._tell_if_all_dense()
         self._stray_notes.clear()
         self._stray_reasons.clear()
