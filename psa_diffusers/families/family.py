@@ -50,6 +50,14 @@ class AttentionCall:
         """Number of text tokens, padding included."""
         return 0 if self.encoder_hidden_states is None else self.encoder_hidden_states.shape[1]
 
+    def heard_by(self, ready: Ready) -> AttentionCall:
+        """The same with another `ready`.
+
+        Written out, because a graph that holds `dataclasses.replace` checks every field of the class at each call.
+        """
+        text, mask = self.encoder_hidden_states, self.attention_mask
+        return AttentionCall(self.hidden_states, text, mask, self.rotary_emb, self.more, ready)
+
 
 def is_of_diffusers(kind: type) -> bool:
     """Whether a class is one of diffusers itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -93,7 +92,7 @@ class LayerCalls:
         Under autocast they may come in several dtypes, and what is cast afterwards is not ready before.
         """
         if not is_autocast_enabled(call.hidden_states.device):
-            return self._family.project(attn, replace(call, ready=ready))
+            return self._family.project(attn, call if ready is unheard else call.heard_by(ready))
         q, k, v = self._family.project(attn, call)
         dtype = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
