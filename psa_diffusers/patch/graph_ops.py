@@ -21,6 +21,10 @@ import torch
 from psa_diffusers.patch.parallel.exchange import PARTS
 from psa_diffusers.patch.sites import site_numbered
 
+OTHER_THREAD = (
+    "the graph of its block was chosen for a forward of another thread at another step; give each thread a compiled "
+    "transformer of its own, or let them take turns"
+)
 _NOT_CAPTURED: dict[str, Any] = (
     {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 )
@@ -34,7 +38,8 @@ def note_dense(site: torch.Tensor) -> None:
     """Note that a layer is dense in this forward."""
     found = site_numbered(site)
     forward = found.patch.forward
-    found.patch.attention.note_dense(forward, found.layer, forward.routes[found.layer.name].reason)
+    route = forward.routes[found.layer.name]
+    found.patch.attention.note_dense(forward, found.layer, OTHER_THREAD if route.sparse else route.reason)
 
 
 # Declared to change its arguments: the site for the same reason, and because all ranks must exchange the parts in the
@@ -90,7 +95,9 @@ def attend(
     """
     found = site_numbered(site)
     exchange, found.exchange = found.exchange, None
-    head, tail = found.patch.attention.attend(found.patch.forward, found.layer, (q, k, v), mask, text, exchange)
+    forward = found.patch.forward
+    layer = forward.at_step(found.layer)
+    head, tail = found.patch.attention.attend(forward, layer, (q, k, v), mask, text, exchange)
     head, tail = head.contiguous(), tail.contiguous()
     # Results of an operator may share no memory.
     shared = head.untyped_storage().data_ptr() == tail.untyped_storage().data_ptr()

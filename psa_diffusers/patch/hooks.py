@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,7 +38,7 @@ class Patch(NotPickled):
         name: the transformer's name in the pipeline.
         sites: its attention modules.
         attention: computes its layers.
-        forward: the current forward; outside of any, a placeholder in which all layers are dense.
+        forward: the current forward of this thread; outside of any, a placeholder in which all layers are dense.
         attached: whether its hooks are set.
     """
 
@@ -56,8 +57,16 @@ class Patch(NotPickled):
         self.processor, self.transformer = weakref.ref(processor), weakref.ref(transformer)
         self.sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._unreached: list[LayerSite] = []  # in the current forward
-        self.forward = self._outside = runs.outside({})
+        self._outside = runs.outside({})
+        self._current = threading.local()
+
+    @property
+    def forward(self) -> Forward:
+        return getattr(self._current, "forward", self._outside)
+
+    @forward.setter
+    def forward(self, forward: Forward) -> None:
+        self._current.forward = forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
         """A copy of the transformer takes its hooks along: give them a patch that does nothing."""
@@ -70,7 +79,7 @@ class Patch(NotPickled):
         self.sites.update(sites)
         layers = [site for site in sites.values() if isinstance(site, LayerSite)]
         routes = {site.layer.name: Route(False, UNHOOKED if site.may_be_sparse else None) for site in layers}
-        self.forward = self._outside = self._runs.outside(routes)
+        self._outside, self._current = self._runs.outside(routes), threading.local()
 
     def attach(self) -> None:
         """Set the hooks, and remove those of another patch."""
@@ -95,7 +104,7 @@ class Patch(NotPickled):
         for attn, site in self.sites.items():
             withdraw(attn, site)
         self._runs.forget(self.name)
-        self.forward, self.attached = self._outside, False
+        self._current, self.attached = threading.local(), False
 
     def is_free(self) -> bool:
         """Whether its transformer has no patch."""
@@ -172,13 +181,13 @@ class Patch(NotPickled):
         left_out = mine.is_set() and all(attn.processor is site.original for attn, site in self.sites.items())
         # Layers differ in no more than this, as all have one preset: so a few routes serve all of them.
         known: dict[tuple[int, bool, str | None, bool], Route] = {}
-        self._unreached = []
+        unreached = self._current.unreached = list[LayerSite]()
         for attn, site in self.sites.items():
             if not isinstance(site, LayerSite):
                 continue
-            site.layer = layer = layers[site.layer.name]
+            layer = layers[site.layer.name]
             if (processor := attn.processor) is not mine:
-                self._unreached.append(site)
+                unreached.append(site)
             # If a module has its own processor back, somebody took it out of the patch on purpose.
             wanted = layer.spec is not None and (left_out or processor is not site.original)
             kind = id(processor), wanted, site.not_imitated, layer.spec is None
@@ -186,13 +195,14 @@ class Patch(NotPickled):
                 if unknown is None:
                     wanted = wanted and forward.step not in run.dense[self.name].steps
                 facts = Facts(site, processor, mine, left_out, unknown, unshared, refused, grid)
-                route = known[kind] = self._route(forward, facts, wanted, lambda: device_of(transformer, inputs))
+                route = known[kind] = self._route(forward, layer, facts, wanted, lambda: device_of(transformer, inputs))
             routes[layer.name] = route
             if forward.captured and layer.preset.correction and site.may_be_sparse:
                 self.attention.tell(CORRECTED)
         forward = replace(
             forward,
             routes=routes,
+            layers=layers,
             grid=grid or NO_GRID,
             share=share,
             watch=run.watch and not run.model_not_finite and not forward.captured,
@@ -201,20 +211,22 @@ class Patch(NotPickled):
         self._note_unreached(forward)
         return forward
 
-    def _route(self, forward: Forward, facts: Facts, wanted: bool, device: Callable[[], torch.device]) -> Route:
+    def _route(
+        self, forward: Forward, layer: Layer, facts: Facts, wanted: bool, device: Callable[[], torch.device]
+    ) -> Route:
         """How a layer is computed.
 
         Args:
+            layer: as it is at this step.
             wanted: whether the preset wants it sparse at this step.
             device: tells where the forward runs.
         """
         if wanted:
             reason = dense_reason(facts)
             return Route(reason is None, reason)
-        preset = facts.site.layer.preset
-        if self._corrects(forward, facts.site.layer) and dense_reason(facts) is None:
+        if self._corrects(forward, layer) and dense_reason(facts) is None:
             return Route(False, corrects=True)
-        full = preset.dense_attention == "psa" and can_be_full(facts)
+        full = layer.preset.dense_attention == "psa" and can_be_full(facts)
         if full and forward.captured:
             full = False  # its lists live as long as a run
             self.attention.tell(FULL)
@@ -233,7 +245,7 @@ class Patch(NotPickled):
 
     def _note_unreached(self, forward: Forward) -> None:
         """Note the layers that never call the processor, because their module has another one."""
-        for site in self._unreached:
+        for site in self._current.unreached:
             self.attention.note_dense(forward, site.layer, forward.routes[site.layer.name].reason)
 
     def _inform_modules(self, transformer: torch.nn.Module) -> None:

@@ -40,7 +40,8 @@ class LayerCalls:
             return None
         if site.skips_scores:
             return None
-        forward, layer, attention = site.patch.forward, site.layer, self._attention
+        forward, attention = site.patch.forward, self._attention
+        layer = forward.at_step(site.layer)
         if forward.share is not None:
             return self._shared(attn, site, args, kwargs)
         route = forward.routes[layer.name]
@@ -58,7 +59,8 @@ class LayerCalls:
 
     def _shared(self, attn: torch.nn.Module, site: LayerSite, args: tuple, kwargs: dict[str, Any]) -> Output | None:
         """As `eager`, for ranks that share a forward: all take the same route, which was decided before it."""
-        forward, layer = site.patch.forward, site.layer
+        forward = site.patch.forward
+        layer = forward.at_step(site.layer)
         if not site.in_graph:
             self._attention.note_dense(forward, layer, forward.routes[layer.name].reason)
             return None

@@ -42,11 +42,13 @@ class ListCache:
 
     Attributes:
         one_step_only: whether lists serve only the step that they were made at, as in a run over windows.
+        last_step: the step of the run after which no call follows; None while forwards may be run again.
     """
 
     def __init__(self) -> None:
         self._entries: dict[tuple[str, int, int], _Entry] = {}
         self.one_step_only = False
+        self.last_step: int | None = None
 
     def find(
         self, layer: str, moment: Moment, call: Hashable, preset: Preset, stated: bool = False
@@ -68,7 +70,7 @@ class ListCache:
 
     def keep(self, layer: str, moment: Moment, call: Hashable, preset: Preset, lists: BlockLists) -> None:
         """Keep lists that were just made, if a later call can use them."""
-        if self.one_step_only and not preset.share_guidance:
+        if (self.one_step_only or moment.step == self.last_step) and not preset.share_guidance:
             return
         self._entries[_key(layer, moment, preset)] = _Entry(moment, call, lists)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -79,9 +79,9 @@ class Run:
         number: counted from 1 since the patch; 0 for calls that belong to no known run.
         steps: how many steps it has, over all transformers.
         dense: which steps the preset keeps dense, by the name of the transformer.
-        first: place of the run's first step among `timesteps`.
-        timesteps: the tensor that the run's scheduler had at its beginning: another tensor means another run.
-        pipe_timesteps: the same of the patched pipeline's scheduler; the run may be another pipeline's.
+        first: place of the run's first step among the timesteps of its scheduler.
+        pipe_timesteps: gives the timesteps that the patched pipeline's scheduler had at the run's beginning, or None if
+            they are gone; the run may be another pipeline's.
         step: the current one, counted from 0.
         lists: importance lists for later steps and other guidance branches.
         corrections: what sparse attention left out at the last dense step, where the preset wants it added later.
@@ -96,8 +96,7 @@ class Run:
     steps: int = 0
     dense: Mapping[str, DenseSteps] = field(default_factory=dict)
     first: int = 0
-    timesteps: torch.Tensor | None = None
-    pipe_timesteps: torch.Tensor | None = None
+    pipe_timesteps: Callable[[], torch.Tensor | None] = lambda: None
     step: int = 0
     lists: ListCache = field(default_factory=ListCache)
     corrections: Corrections = field(default_factory=Corrections)
@@ -110,6 +109,7 @@ class Run:
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
     _called_before: set[str] = field(default_factory=set)  # transformers, by the step before
     _forwards: int = 0  # in this step
+    _forwards_before: tuple[int, ...] = ()  # in each of the last two steps before
     _most_forwards: int = 0  # in any step before
 
     def asks_first(self, transformer: str) -> bool:
@@ -131,7 +131,8 @@ class Run:
         if step != self.step:
             self._called_before = set(self._inputs)
             self.step, self._inputs = step, {}
-            self._forwards, self._most_forwards = 0, max(self._forwards, self._most_forwards)
+            self._most_forwards = max(self._forwards, self._most_forwards)
+            self._forwards_before, self._forwards = (*self._forwards_before[-1:], self._forwards), 0
         self._forwards += 1
         seen = self._inputs.setdefault(transformer, [])
         first = None if latents is None else latents[:1]
@@ -151,6 +152,14 @@ class Run:
         """
         if self._most_forwards:
             return self._forwards >= self._most_forwards
+        return self._is_new(transformer, latents)
+
+    def is_another(self, transformer: str, latents: torch.Tensor | None) -> bool:
+        """Whether a forward begins another run over the same timesteps: where there is one step, other latents tell."""
+        return self.steps == 1 and self._is_new(transformer, latents)
+
+    def _is_new(self, transformer: str, latents: torch.Tensor | None) -> bool:
+        """Whether the transformer's forwards in this step had other latents."""
         seen = [kept for kept, _ in self._inputs.get(transformer, ())]
         return bool(seen) and latents is not None and not any(_equal(kept, latents[:1]) for kept in seen)
 
@@ -159,8 +168,11 @@ class Run:
         return self._called_before.difference(self._inputs)
 
     def is_over(self) -> bool:
-        """Whether the last step has called the transformers as often as any step before it."""
-        return self.step + 1 == self.steps and 0 < self._most_forwards <= self._forwards
+        """Whether the last step has called the transformers as often as either of the two before it.
+
+        Guidance may have ended before, so that earlier steps do not count; where it comes and goes, two steps show it.
+        """
+        return self.step + 1 == self.steps and 0 < max(self._forwards_before, default=0) <= self._forwards
 
     def forget(self, layers: Container[str]) -> None:
         """Drop what is kept of some layers for later forwards."""
@@ -184,6 +196,7 @@ class Forward:
         grid: video tokens along frames, height and width; `NO_GRID` if the pipeline does not tell the transformer.
         videos: how many videos of that grid a layer attends, one after another.
         routes: the route of each layer, by name.
+        layers: by name, the layers as they are at this step; those that are missing are as at any other.
         share: how ranks share it; None on one device.
         watch: whether the output of each sparse attention is checked for values that are not finite.
         stated: whether the user stated its step; then it may be captured, or run again.
@@ -199,6 +212,7 @@ class Forward:
     window: int = 0
     grid: Grid = NO_GRID
     videos: int = 1
+    layers: Mapping[str, Layer] = field(default_factory=dict)
     share: Ulysses | None = None
     watch: bool = False
     stated: bool = False
@@ -221,6 +235,10 @@ class Forward:
     def moment(self) -> Moment:
         """Its place in the run."""
         return Moment(self.step, self.window, self.branch)
+
+    def at_step(self, layer: Layer) -> Layer:
+        """A layer as it is at this step."""
+        return self.layers.get(layer.name, layer)
 
     def note(
         self, layer: Layer, stats: AttentionStats | None, reason: str | None = None, full_by: str | None = None

@@ -1,19 +1,21 @@
-"""The denoising runs of one processor: the current one, and what the last one attended."""
+"""The denoising runs of one processor: those that may go on, and what the last one attended."""
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.list_cache import keeps_lists
 from psa_diffusers.patch.run import DenseSteps, Forward, Note, Route, Run
-from psa_diffusers.patch.schedule import LastForward, Schedule, as_timesteps
+from psa_diffusers.patch.schedule import LastForward, Schedule
 from psa_diffusers.patch.stated_step import UNSEEN, StatedStep, is_capturing
 from psa_diffusers.patch.stats import RunStats, summed_up
 from psa_presets import Preset
@@ -30,7 +32,10 @@ ALL_DENSE = "attention is dense: a run of length {steps} has no sparse step with
 
 
 class Runs:
-    """Keeps track of the current run, or of the last one if none is going on.
+    """Keeps track of runs. Several may go on by turns: of pipelines that share a transformer, or in several threads.
+
+    A run is known by the tensor of its scheduler's timesteps, which every run sets anew. When that is gone, so is what
+    the run keeps.
 
     Args:
         pipe: the pipeline that was patched; is not kept alive.
@@ -52,7 +57,10 @@ class Runs:
         self._schedule = Schedule(pipe, expected)
         self._presets, self._layers = presets, layers
         self._keeps = {name: keeps_lists(preset) or preset.correction for name, preset in presets.items()}
-        self._run = Run(pipe_timesteps=self._schedule.patched_timesteps())
+        self._by_timesteps: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._count = 0
+        # The last one that had a forward.
+        self._run = Run(pipe_timesteps=self._patched_timesteps())
         # All calls outside of a run share one list, which is counted and emptied now and then.
         self._strays, self._stray_notes, self._stray_reasons = Run(), list[Note](), Counter[str]()
         self._told: set[int] = set()
@@ -71,42 +79,44 @@ class Runs:
         """
         if self.stated is not None:
             return self._enter_stated(self.stated)
-        run = self._run
-        latents = latents if self._keeps[name] else None
-        last = LastForward(run.timesteps, run.first + run.step, run.step_is_full(name, latents))
-        at = self._schedule.position(transformer, timestep, last)
-        # Every run sets its timesteps anew, so another tensor means another run, even if both runs have only one step.
-        same = run.timesteps is at.timesteps
-        if not same or at.index < run.first + run.step:
-            first = at.index if at.first is None else at.first
-            if same and at.first is None:
-                first = min(first, run.first)
-            run = self._begin(at.timesteps, first)
+        kept = latents if self._keeps[name] else None
+
+        def before(timesteps: torch.Tensor) -> LastForward | None:
+            found = self._by_timesteps.get(timesteps)
+            return None if found is None else LastForward(found.first + found.step, found.step_is_full(name, kept))
+
+        at = self._schedule.position(transformer, timestep, before)
+        run: Run | None = self._by_timesteps.get(at.timesteps)
+        if run is None:
+            run = self._begin(at.timesteps, at.index if at.first is None else at.first)
+        elif at.index < run.first + run.step or run.is_another(name, latents):
+            run = self._begin(at.timesteps, min(at.index, run.first) if at.first is None else at.first)
+        self._run, run.lists.last_step = run, run.steps - 1
         step = at.index - run.first
         if step != run.step:
             for expert in run.experts_left():
-                self.forget(expert)
-        window, branch = run.enter(step, name, latents)
+                run.forget(self._layers[expert])
+        window, branch = run.enter(step, name, latents if run.steps == 1 else kept)
         forward = Forward(run, step, {}, branch, window)
         run.notes.append(forward.notes)
         return forward
 
     def leave(self, forward: Forward) -> None:
         """After a forward: drop what is kept for later ones if it was the last of its run."""
-        if forward.run is self._run and not forward.stated and self._run.is_over():
-            for name in self._layers:
-                self.forget(name)
-            self._run.full_lists.clear()
+        if not forward.stated and forward.run.is_over():
+            forward.run.forget(self._names())
+            forward.run.full_lists.clear()
 
     def forget(self, transformer: str) -> None:
-        """Drop what the current run keeps of a transformer's layers for later forwards."""
-        self._run.forget(self._layers[transformer])
+        """Drop what all runs keep of a transformer's layers for later forwards."""
+        for run in (self._run, *self._by_timesteps.values()):
+            run.forget(self._layers[transformer])
 
     def _enter_stated(self, stated: StatedStep) -> Forward:
         """Begin a forward whose step the user stated, so that nothing has to be read from the device."""
-        told = self._schedule.told
+        told = self._schedule.told.current()
         assert told is not None, "a step is stated inside a run that was told"
-        run = self._run if self._run.timesteps is told else self._begin(told, 0)
+        self._run = run = self._by_timesteps.get(told) or self._begin(told, 0)
         captured = is_capturing()
         forward = Forward(run, stated.index, {}, stated.branch, stated=True, captured=captured)
         if not captured:
@@ -118,21 +128,17 @@ class Runs:
 
     def told_steps(self) -> int | None:
         """How many steps the run has that the user told of; None if there is none."""
-        return None if self._schedule.told is None else len(self._schedule.told)
+        told = self._schedule.told.current()
+        return None if told is None else len(told)
 
     def outside(self, routes: Mapping[str, Route]) -> Forward:
         """A forward, or single calls, outside of any known run."""
         self._count_strays()
         return Forward(self._strays, 0, routes, notes=self._stray_notes)
 
-    @contextmanager
-    def told(self, timesteps: torch.Tensor | Sequence[float]) -> Iterator[None]:
+    def told(self, timesteps: torch.Tensor | Sequence[float]) -> AbstractContextManager[None]:
         """A run over these timesteps, whatever any scheduler has."""
-        before, self._schedule.told = self._schedule.told, as_timesteps(timesteps)
-        try:
-            yield
-        finally:
-            self._schedule.told = before
+        return self._schedule.told.tell(timesteps)
 
     def stats(self, patched: Mapping[str, Any]) -> RunStats:
         """Sum up the last run; waits for the device.
@@ -141,7 +147,7 @@ class Runs:
             patched: the transformers that still have the patch, by name.
         """
         self._count_strays()
-        missed = self._schedule.missed_since(self._run.pipe_timesteps, patched)
+        missed = self._schedule.missed_since(self._run.pipe_timesteps(), patched)
         if missed is None:
             return summed_up(self._run, self._names(), self._stray_reasons, self._why_steps_are_missing(patched))
         return summed_up(Run(self._run.number, missed), self._names(), Counter(), MISSED.format(steps=missed))
@@ -159,17 +165,22 @@ class Runs:
     def _begin(self, timesteps: torch.Tensor, first: int) -> Run:
         steps = len(timesteps) - first
         dense = {name: DenseSteps.of(preset, steps) for name, preset in self._presets.items()}
-        pipe_timesteps = self._schedule.patched_timesteps()
-        self._run = Run(self._run.number + 1, steps, dense, first, timesteps, pipe_timesteps)
-        self._tell_if_all_dense()
+        self._count += 1
+        run = self._by_timesteps[timesteps] = Run(self._count, steps, dense, first, self._patched_timesteps())
+        self._tell_if_all_dense(run)
         self._stray_notes.clear()
         self._stray_reasons.clear()
-        return self._run
+        return run
 
-    def _tell_if_all_dense(self) -> None:
+    def _patched_timesteps(self) -> Callable[[], torch.Tensor | None]:
+        """What `Run.pipe_timesteps` is for a run that begins now."""
+        timesteps = self._schedule.patched_timesteps()
+        return (lambda: None) if timesteps is None else weakref.ref(timesteps)
+
+    def _tell_if_all_dense(self, run: Run) -> None:
         """Warn, once for each number of steps, if the preset keeps every step of such a short run dense."""
-        steps = self._run.steps
-        if steps in self._told or any(len(dense.steps) < steps for dense in self._run.dense.values()):
+        steps = run.steps
+        if steps in self._told or any(len(dense.steps) < steps for dense in run.dense.values()):
             return
         short = {preset.name: preset for preset in self._presets.values() if not preset.is_all_dense}
         if short:

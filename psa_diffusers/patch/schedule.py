@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NamedTuple, Self
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from psa_diffusers.diffusers_internals import step_count
 from psa_diffusers.patch.modules import TRANSFORMERS, unwrapped
+from psa_diffusers.patch.told_runs import ToldRuns
 
 UNKNOWN = "the denoising step is unknown, because "
 TOLD = "; tell it the run's timesteps: `with psa.run(timesteps):` around the loop"
@@ -43,27 +45,26 @@ class Position:
 
 
 class LastForward(NamedTuple):
-    """What is known of the forward before, which decides between steps whose timesteps look equal.
+    """What is known of a run's forward before, which decides between steps whose timesteps look equal.
 
     Attributes:
-        timesteps: those of its run.
-        place: that of its step among them.
+        place: that of its step among the timesteps.
         was_last: whether its step seems to have had all its forwards.
     """
 
-    timesteps: torch.Tensor | None = None
-    place: int = 0
+    place: int
     was_last: bool = False
 
 
-NOTHING_BEFORE = LastForward()
+# From the timesteps of a run its last forward, or None if the first one is still to come.
+Before = Callable[[torch.Tensor], LastForward | None]
 
 
 class Schedule:
     """Finds the position of a forward.
 
-    The timesteps are those in `told`. Without these, they are those of the running pipeline, which is looked for among
-    the callers. If none runs, they are those of the patched pipeline, if somebody has set them.
+    The timesteps are those that `told` has. Without these, they are those of the running pipeline, which is looked for
+    among the callers. If none runs, they are those of the patched pipeline, if somebody has set them.
 
     Args:
         pipe: the pipeline that was patched. Only its scheduler is kept alive, because a pipeline that is made of its
@@ -76,8 +77,9 @@ class Schedule:
     ) -> None:
         self._pipe, self._expected = weakref.ref(pipe), expected
         self._scheduler = getattr(pipe, "scheduler", None)
-        self.told: torch.Tensor | None = None
-        self._copied: tuple[torch.Tensor, _Expected] | None = None
+        self.told = ToldRuns()
+        # By the timesteps of each run that may go on: whoever replaces them begins another.
+        self._copied: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # The first timestep that was not found where it was looked for: a loop has another at each step, and all of
         # them are to give one warning.
         self._strange: dict[str, str] = {}
@@ -107,31 +109,41 @@ class Schedule:
         now = {name: unwrapped(getattr(self._pipe(), name, None)) for name in patched}
         return [name for name, module in patched.items() if now[name] is not None and now[name] is not module]
 
-    def position(self, transformer: torch.nn.Module, timestep: Any, last: LastForward = NOTHING_BEFORE) -> Position:
+    def position(
+        self, transformer: torch.nn.Module, timestep: Any, before: Before = lambda timesteps: None
+    ) -> Position:
         """The position of a forward.
 
         Args:
             timestep: the timestep that the transformer was given, a number or a tensor of any shape.
-            last: the forward before.
+            before: tells the forward before it in its run.
 
         Raises:
             UnknownStepError: it cannot be found.
         """
         timestep = None if timestep is None else torch.as_tensor(timestep)
         given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
-        if self.told is not None:
-            expected, last = _Expected.of(self.told), _in_run(last, self.told, 0)
-            return Position(self.told, self._find(expected, timestep, given, "those that psa.run was told", last), 0)
+        if (told := self.told.of_a_caller()) is not None:
+            return self._position_in_told(told, timestep, given, before)
         pipe = running_pipeline(transformer)
         if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
-            return self._position(pipe.scheduler, timesteps, first, timestep, given, last)
+            return self._position(pipe.scheduler, timesteps, first, timestep, given, before)
+        if (told := self.told.latest()) is not None:
+            return self._position_in_told(told, timestep, given, before)
         scheduler = self._patched_scheduler()
         if (timesteps := _timesteps(scheduler)) is None or not _is_set(scheduler, timesteps):
             raise UnknownStepError(
                 f"{UNKNOWN}no pipeline is running, and the patched pipeline's scheduler has no timesteps set{TOLD}"
             )
-        return self._position(scheduler, timesteps, None, timestep, given, last)
+        return self._position(scheduler, timesteps, None, timestep, given, before)
+
+    def _position_in_told(
+        self, told: torch.Tensor, timestep: torch.Tensor | None, given: float | None, before: Before
+    ) -> Position:
+        last = before(told) or LastForward(0)
+        index = self._find(_Expected.of(told), timestep, given, "those that psa.run was told", last)
+        return Position(told, index, 0)
 
     def _position(
         self,
@@ -140,7 +152,7 @@ class Schedule:
         first: int | None,
         timestep: torch.Tensor | None,
         given: float | None,
-        last: LastForward,
+        before: Before,
     ) -> Position:
         expected = self._expected_of(scheduler, timesteps)
         values = expected.values
@@ -154,7 +166,7 @@ class Schedule:
             if given is not None and not (index < len(values) and expected.is_meant(index, given)):
                 index = None  # or the run is stepped without its scheduler
         if index is None:
-            last = _in_run(last, timesteps, first or 0)
+            last = before(timesteps) or LastForward(first or 0)
             return Position(timesteps, self._find(expected, timestep, given, name, last), first)
         if not (first or 0) <= index < len(values):
             raise UnknownStepError(f"{UNKNOWN}the run over {name} has ended{TOLD}")
@@ -185,9 +197,9 @@ class Schedule:
 
     def _expected_of(self, scheduler: Any, timesteps: torch.Tensor) -> _Expected:
         """What a transformer is given in a run; copied once, because each copy waits for the device."""
-        if self._copied is None or self._copied[0] is not timesteps:
-            self._copied = (timesteps, _Expected.of(self._expected(scheduler).detach().float()))
-        return self._copied[1]
+        if (copied := self._copied.get(timesteps)) is None:
+            copied = self._copied[timesteps] = _Expected.of(self._expected(scheduler).detach().float())
+        return copied
 
     def _patched_scheduler(self) -> Any:
         return getattr(self._pipe(), "scheduler", self._scheduler)
@@ -244,11 +256,6 @@ class _Expected(NamedTuple):
         return given == value or (given not in self.values and given in _roundings(value))
 
 
-def _in_run(last: LastForward, timesteps: torch.Tensor, first: int) -> LastForward:
-    """The last forward, if it was of the run over these timesteps; else that the run's first step is still to come."""
-    return last if last.timesteps is timesteps else LastForward(timesteps, first)
-
-
 def _roundings(value: float) -> set[float]:
     """What pipelines may make of a timestep: an integer, or a number of few bits, or both."""
     found = torch.tensor([value, math.trunc(value), round(value)])
@@ -278,18 +285,3 @@ def _is_set(scheduler: Any, timesteps: torch.Tensor) -> bool:
     """Whether somebody set the timesteps: a new scheduler has all timesteps of its training."""
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     return trained is None or len(timesteps) < trained
-
-
-def as_timesteps(values: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    """The timesteps that a user tells, as a new float tensor `[steps]` on the CPU.
-
-    Raises:
-        ValueError: they are not a sequence of finite numbers.
-    """
-    try:
-        timesteps = torch.as_tensor(values, dtype=torch.float32, device="cpu").clone()
-    except (TypeError, ValueError, RuntimeError):
-        timesteps = torch.empty(0)
-    if timesteps.dim() != 1 or not len(timesteps) or not bool(timesteps.isfinite().all()):
-        raise ValueError(f"timesteps={values!r}: expected the timesteps of all denoising steps, a sequence of numbers")
-    return timesteps

@@ -105,7 +105,7 @@ class LayerSite(Site):
 
     Attributes:
         patch: the `Patch` of its transformer.
-        layer: its layer, as it is at the step of the current forward.
+        layer: its layer, where no rule for steps applies; `Forward.at_step` has it as it is at a step.
         may_be_sparse: whether the preset makes it sparse at any step of any run.
         not_imitated: why the patch does not know what `original` computes, so that the layer stays dense; or None.
         number: 0-dim tensor on the CPU, which names the site to the operators behind a graph.

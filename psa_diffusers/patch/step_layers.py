@@ -33,10 +33,11 @@ class StepLayers:
         """The layers by name, in order, at a step of a run; for an unknown run, `num_steps` 0, those of `plain`."""
         if not num_steps:
             return self.plain
-        place = step, num_steps
-        if self._last is None or self._last[0] != place:
-            self._last = place, self._under(self.preset.step_rules_at(step, num_steps))
-        return self._last[1]
+        place, last = (step, num_steps), self._last
+        if last is None or last[0] != place:
+            # Read and written as a whole, for several threads may be at different steps.
+            self._last = last = place, self._under(self.preset.step_rules_at(step, num_steps))
+        return last[1]
 
     def _under(self, step_rules: tuple[int, ...]) -> Mapping[str, Layer]:
         if step_rules not in self._made:

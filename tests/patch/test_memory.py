@@ -91,6 +91,35 @@ def test_nothing_is_kept_after_the_last_forward_of_a_run(guidance):
     assert len(seen) == 4 * branches and max(count for _, count in seen) == 2 * branches
 
 
+def test_nothing_is_kept_where_guidance_ended_before():
+    pipe = tiny_wan(num_layers=2)
+
+    def end_guidance(pipe, step, _timestep, inputs):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+        return inputs
+
+    with apply_psa(pipe, preset(correction=True, refresh=2), strict=True) as psa:
+        run(pipe, num_inference_steps=6, callback_on_step_end=end_guidance)
+        assert kept_by(psa) == (0, 0)
+
+
+def test_nothing_is_kept_of_a_run_of_one_step():
+    with apply_psa(pipe := tiny_wan(num_layers=2), preset(refresh=2, dense_steps=0.0), strict=True) as psa:
+        run(pipe, num_inference_steps=1)
+        assert kept_by(psa) == (0, 0)
+
+
+@torch.no_grad()
+def test_a_loop_of_one_step_that_sets_its_timesteps_once():
+    with apply_psa(pipe := tiny_wan(num_layers=2), preset(share_guidance=True, dense_steps=0.0), strict=True) as psa:
+        pipe.scheduler.set_timesteps(1)
+        text = torch.randn(1, 16, 32)
+        for _ in range(5):
+            pipe.transformer(torch.randn(1, 16, 1, 8, 8), pipe.scheduler.timesteps, text)
+        assert len(psa.processor._runs._run.notes) == 1
+
+
 def test_an_expert_that_has_done_its_part_keeps_nothing():
     pipe, seen = tiny_wan(two_stage=True, num_layers=2), []
     changes = {"dense_steps": 0.125, "refresh": 8}

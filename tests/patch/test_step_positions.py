@@ -82,11 +82,12 @@ def test_timesteps_that_bfloat16_makes_equal():
 def test_a_timestep_that_comes_twice():
     """As those of schedulers of second order do."""
     schedule = Schedule(stepping([1.0]))
-    schedule.told = torch.tensor([900.0, 500.0, 500.0, 10.0])
     twice = torch.tensor([500.0])
-    for was_last, expected in ((False, [1, 1, 2, 1]), (True, [1, 2, 2, 1])):
-        last = [LastForward(schedule.told, step, was_last) for step in (0, 1, 2, 3)]
-        assert [schedule.position(None, twice, each).index for each in last] == expected
+    with schedule.told.tell([900.0, 500.0, 500.0, 10.0]):
+        for was_last, expected in ((False, [1, 1, 2, 1]), (True, [1, 2, 2, 1])):
+            last = [LastForward(step, was_last) for step in (0, 1, 2, 3)]
+            found = [schedule.position(None, twice, lambda timesteps, each=each: each).index for each in last]
+            assert found == expected
 
 
 def test_unknown_positions():
