@@ -14,6 +14,8 @@ import torch
 from diffusers import WanPipeline
 
 from psa_diffusers import apply_psa
+from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_diffusers.patch.sites import LayerSite
 from psa_testing.tiny_families import preset
 from psa_testing.tiny_pipelines import run as run_small
 from psa_testing.tiny_pipelines import tiny_wan
@@ -177,3 +179,23 @@ def test_timesteps_that_another_function_tells_and_another_thread():
     telling.__exit__(None, None, None)
     assert torch.equal(torch.stack(here), torch.stack(alone))
     assert torch.equal(torch.stack(elsewhere), torch.stack(alone))
+
+
+def test_a_graph_that_was_chosen_for_another_threads_step():
+    pipe = tiny_wan(num_layers=2)
+    psa = apply_psa(pipe, preset(dense_steps=0.5))
+    for block in pipe.transformer.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    (patch,) = psa.processor._patches
+
+    def choose_as_in_the_dense_phase(*_):
+        for site in patch.sites.values():
+            if isinstance(site, LayerSite):
+                site.in_graph = False
+
+    pipe.transformer.register_forward_pre_hook(choose_as_in_the_dense_phase)
+    with pytest.warns(PSAFallbackWarning, match="chosen for a forward of another thread") as told:
+        run(pipe)
+    assert len([each for each in told if each.category is PSAFallbackWarning]) == 1
+    statistics = psa.stats()
+    assert statistics.density_sparse is None and sum(statistics.fallbacks.values()) == 2 * 2 * 2
