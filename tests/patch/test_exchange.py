@@ -46,6 +46,16 @@ def test_compiled_blocks(on_ranks, tmp_path):
     on_ranks(2, exchange_ranks.through_files, str(tmp_path), check, "hunyuan-video")
 
 
+@pytest.mark.skipif(
+    not hasattr(ContextParallelConfig, "ulysses_anything"), reason="this diffusers has no ulysses_anything"
+)
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="this PyTorch cannot leave out compiled forwards")
+def test_forwards_that_were_compiled_before_they_are_shared(on_ranks, tmp_path):
+    uneven = next(run for run in PARALLEL["minimax-h3"].runs if run.any_length)
+    check = parallel_ranks.forwards_compiled_before
+    on_ranks(2, exchange_ranks.through_files, str(tmp_path), check, "minimax-h3", uneven.inputs)
+
+
 class Stream:
     cuda_stream = 7
 
