@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.patch.frames import local_variables
+
 
 def going_on(transformer: torch.nn.Module) -> tuple[tuple, dict[str, Any]] | None:
     """The arguments of a module's current call, from the frame of torch's `__call__`; None if there is no such call."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is transformer:
-            return frame.f_locals["args"], frame.f_locals["kwargs"]
+        if frame.f_code.co_name == "_wrapped_call_impl":
+            call = local_variables(frame, ("self", "args", "kwargs"))
+            if call.get("self") is transformer:
+                return call["args"], call["kwargs"]
         frame = frame.f_back
     return None
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from psa_diffusers.diffusers_internals import step_count
+from psa_diffusers.patch.frames import local_variables
 from psa_diffusers.patch.modules import TRANSFORMERS, unwrapped
 from psa_diffusers.patch.told_runs import ToldRuns
 
@@ -213,11 +214,10 @@ def running_pipeline(transformer: torch.nn.Module) -> Any | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        for name in ("self", "components"):
-            if name in code.co_varnames[: code.co_argcount]:
-                owner = frame.f_locals.get(name)
-                if owner is not transformer and _runs(owner, transformer):
-                    return owner
+        names = [name for name in ("self", "components") if name in code.co_varnames[: code.co_argcount]]
+        for owner in local_variables(frame, names).values() if names else ():
+            if owner is not transformer and _runs(owner, transformer):
+                return owner
         frame = frame.f_back
     return None
 
