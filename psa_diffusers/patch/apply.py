@@ -16,13 +16,14 @@ from psa_presets import Preset
 
 
 class PSAHandle:
-    """A patched pipeline; as a context manager it undoes the patch at the end of the block.
+    """A pipeline that is patched with a processor; as a context manager it undoes the patch at the end of the block.
 
     Then the pipeline is as it was before: if it had another patch, it has that again.
     """
 
     def __init__(self, processor: PSAProcessor) -> None:
         self.processor = processor
+        self._replaced = processor.install()
 
     def stats(self) -> RunStats:
         """Return the statistics of the pipeline's last run; waits for the device."""
@@ -84,5 +85,4 @@ def apply_psa(
         PSAFallbackError: with `strict`, if a layer that the preset wants sparse has a processor that PSA does not know.
     """
     processor = PSAProcessor(pipe, preset, preset_2=preset_2, density=density, strict=strict)
-    processor.install()
     return PSAHandle(processor)

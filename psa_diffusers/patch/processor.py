@@ -19,6 +19,7 @@ from psa_diffusers.patch.hooks import Patch
 from psa_diffusers.patch.layer_calls import RIVALS, LayerCalls, Output
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import OF_OTHER_WORKFLOWS, attention_modules, find_transformers, set_processor
+from psa_diffusers.patch.replaced import Replaced
 from psa_diffusers.patch.runs import Runs
 from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_of
 from psa_diffusers.patch.stats import RunStats
@@ -98,31 +99,38 @@ class PSAProcessor(PatchingProcessor, Told):
         names = {name: [layer.name for layer in each] for name, each in self.layers.items()}
         self._runs = Runs(pipe, self.presets, names, self._family.timesteps)
         self._sites: weakref.WeakKeyDictionary[torch.nn.Module, Site] = weakref.WeakKeyDictionary()
-        # Where `install` replaced another one, until `restore`; and whether this one is still wanted there.
-        self._replaced: list[tuple[weakref.ref[torch.nn.Module], weakref.ref[PSAProcessor]]] = []
-        self._wanted = False
+        # What `install` replaced; and whether this one comes back where another one's `install` replaced it.
+        self._replaced: weakref.ref[Replaced] | None = None
+        self._comes_back = False
         self._patches = [
             self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()
         ]
 
-    def install(self) -> None:
+    def install(self) -> Replaced:
         """Set this processor on all attention modules of the pipeline's transformers.
+
+        Returns:
+            What `give_back` puts back; it does so for as long as the caller keeps that.
 
         Raises:
             PSAFallbackError: with `strict`, if a layer that the preset wants sparse has a processor that PSA does not
                 know.
         """
         self._tell_of_foreign_processors()
-        self._replaced = [
-            (weakref.ref(attn), weakref.ref(attn.processor))
+        others = {
+            attn: attn.processor
             for attn in self._sites
             if isinstance(attn.processor, PSAProcessor) and attn.processor is not self
-        ]
+        }
+        for earlier in others.values():
+            earlier._comes_back = True
+        replaced = Replaced(others)
+        self._replaced = weakref.ref(replaced)
         for attn in self._sites:
             set_processor(attn, self)
         for patch in self._patches:
             patch.attach()
-        self._wanted = True
+        return replaced
 
     def stats(self) -> RunStats:
         """Return the statistics of the last run; waits for the device."""
@@ -152,7 +160,8 @@ class PSAProcessor(PatchingProcessor, Told):
 
     def restore(self) -> None:
         """Give the attention modules that still have this processor their own ones back."""
-        shared, self._replaced, self._wanted = False, [], False
+        shared, self._comes_back = False, False
+        self._take_replaced()
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
             for attn, site in patch.sites.items():
@@ -175,11 +184,8 @@ class PSAProcessor(PatchingProcessor, Told):
 
         What else has been set on a module since then stays.
         """
-        replaced = [(attn(), earlier()) for attn, earlier in self._replaced]
         back = [
-            (attn, earlier)
-            for attn, earlier in replaced
-            if attn is not None and attn.processor is self and earlier is not None and earlier._wanted
+            (attn, earlier) for attn, earlier in self._take_replaced() if attn.processor is self and earlier._comes_back
         ]
         self.restore()
         for attn, earlier in back:
@@ -233,13 +239,16 @@ class PSAProcessor(PatchingProcessor, Told):
             self._tell_of_foreign_processors()
         for patch in found:
             patch.attach()
-            self._wanted = True
         for patch in self._patches if found else ():
             if not patch.attached and patch.is_free():
                 patch.attach()  # to warn of a transformer that was left out; of an expert at once
                 if patch.name not in OF_OTHER_WORKFLOWS:
                     self._fallbacks.warn_or_raise(tell_left_out(patch.name))
         return found
+
+    def _take_replaced(self) -> list[tuple[Any, PSAProcessor]]:
+        replaced = None if self._replaced is None else self._replaced()
+        return [] if replaced is None else replaced.take()
 
     def _layer_modules(self, transformer: torch.nn.Module, prefix: str) -> dict[torch.nn.Module, str]:
         """The names of a transformer's layers by their modules."""

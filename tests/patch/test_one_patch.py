@@ -120,7 +120,7 @@ def test_a_replaced_patch_is_not_kept_alive():
     first = apply_psa(pipe, preset(refresh=2))
     run(pipe)
     gone = weakref.ref(first.processor)
-    second = apply_psa(pipe, preset())
+    second = apply_psa(pipe, preset()).processor
     del first
     gc.collect()
     assert gone() is None
