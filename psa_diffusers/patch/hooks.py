@@ -134,13 +134,13 @@ class Patch(NotPickled):
 
     # Must stay eager: a trace would bake in the first step.
     @torch.compiler.disable
-    def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         """A forward pre-hook, which runs before anything else touches the inputs.
 
         Raises:
             RuntimeError: the forward is being captured into a CUDA graph, and cannot be.
         """
-        if not self.attached:  # a copy's
+        if not self.attached or kwargs is None:  # a copy's, or one that a hook before it has removed
             return
         if self._runs.stated is None and is_capturing():
             raise RuntimeError(CAPTURED)

@@ -25,6 +25,7 @@ from psa_diffusers.patch.sites import LayerSite, PatchingProcessor, Site, site_o
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.patch.step_layers import StepLayers
 from psa_diffusers.patch.telling import Told
+from psa_diffusers.patch.waiting import Waiting
 from psa_presets import Preset, choose_preset
 
 __all__ = ["PSAFallbackError", "PSAFallbackWarning", "PSAProcessor"]
@@ -44,7 +45,8 @@ class PSAProcessor(PatchingProcessor, Told):
     `set_attn_processor` (Allegro, AnyFlow, Cosmos, EasyAnimate, HunyuanVideo Framepack, Mochi) are patched by
     `apply_psa`.
 
-    Creating one changes nothing. It takes effect when it is set, and replaces an earlier one.
+    Creating one changes no result: hooks on the transformers wait for it to be set, as long as it exists. It takes
+    effect when it is set, and replaces an earlier one.
 
     Examples:
         >>> pipe.transformer.set_attn_processor(PSAProcessor(pipe, preset="psa-3"))
@@ -105,6 +107,7 @@ class PSAProcessor(PatchingProcessor, Told):
         self._patches = [
             self._patch(name, transformer, modules[name], layers[name]) for name, transformer in transformers.items()
         ]
+        self._waiting = Waiting(self, transformers.values())
 
     def install(self) -> Replaced:
         """Set this processor on all attention modules of the pipeline's transformers.
@@ -128,6 +131,7 @@ class PSAProcessor(PatchingProcessor, Told):
         self._replaced = weakref.ref(replaced)
         for attn in self._sites:
             set_processor(attn, self)
+        self._waiting.stop()
         for patch in self._patches:
             patch.attach()
         return replaced
@@ -162,6 +166,7 @@ class PSAProcessor(PatchingProcessor, Told):
         """Give the attention modules that still have this processor their own ones back."""
         shared, self._comes_back = False, False
         self._take_replaced()
+        self._waiting.stop()
         for patch in self._patches:
             transformer, held = patch.transformer(), patch.holds()
             for attn, site in patch.sites.items():
@@ -237,6 +242,7 @@ class PSAProcessor(PatchingProcessor, Told):
         found = [patch for patch in self._patches if not patch.attached and patch.holds() and not patch.rivals()]
         if found:
             self._tell_of_foreign_processors()
+            self._waiting.stop()
         for patch in found:
             patch.attach()
         for patch in self._patches if found else ():

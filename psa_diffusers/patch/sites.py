@@ -49,7 +49,7 @@ class PatchingProcessor(NotPickled, ABC):
 
     @abstractmethod
     def arrive(self, transformer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Take over a transformer on which this processor was set, from the patch whose hook noticed it."""
+        """Take over a transformer whose forward begins, also from another patch, if this processor was set on it."""
 
 
 @dataclass(frozen=True)
