@@ -99,6 +99,8 @@ def quantise_linear(transformer: torch.nn.Module, scales: str) -> None:
 @contextmanager
 def cached(transformer: torch.nn.Module, threshold: float, backend: str) -> Iterator[None]:
     """The first-block cache on a transformer of compiled blocks, in one context; all is off again afterwards."""
+    if type(transformer).__name__ == "MiniMaxH3Transformer3DModel":
+        _register_minimax_h3()
     blocks = compile_forwards(transformer, backend)
     transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
@@ -108,3 +110,11 @@ def cached(transformer: torch.nn.Module, threshold: float, backend: str) -> Iter
         transformer.disable_cache()
         for block in blocks:
             del block.forward
+
+
+def _register_minimax_h3() -> None:
+    """Tell diffusers' caches of MiniMax-H3's blocks, which diffusers 0.42.1 does not."""
+    from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    from diffusers.models.transformers.transformer_minimax_h3 import MiniMaxH3TransformerBlock
+
+    TransformerBlockRegistry.register(MiniMaxH3TransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -187,7 +187,7 @@ def _toy(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": 2,
         "attention_head_dim": 16,
         "hidden_size": 24,
-        "num_layers": 1,
+        "num_layers": 2,
         "num_refiner_layers": 1,
         "ffn_dim": 32,
         "text_dim": 32,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -14,6 +16,7 @@ from psa_testing.tiny_pipelines import tiny_wan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RECIPES = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 STEPS = 6
 WAN = Case(tiny_wan, {**GUIDED, **SMALL_TEXT, "num_inference_steps": STEPS})
 
@@ -104,6 +107,44 @@ def test_a_cache_that_is_switched_on_after_the_patch_and_off_again():
         assert calls < STEPS * 2 * 4 and not torch.equal(cached, plain)
         pipe.transformer.disable_cache()
         assert torch.equal(WAN.run(pipe), plain)
+
+
+@pytest.fixture
+def unknown_h3(monkeypatch):
+    """MiniMax-H3's blocks are registered within one test alone."""
+    helpers = pytest.importorskip("diffusers.hooks._helpers")
+    helpers.TransformerBlockRegistry._register()
+    monkeypatch.setattr(helpers.TransformerBlockRegistry, "_registry", {**helpers.TransformerBlockRegistry._registry})
+
+
+@pytest.mark.skipif("minimax-h3" not in CASES, reason="this diffusers has no MiniMax-H3")
+def test_the_first_block_cache_on_minimax_h3(unknown_h3):
+    """As docs/recipes.md has it."""
+    case = CASES["minimax-h3"]
+    snippet = next(part for part in RECIPES.read_text(encoding="utf-8").split("```") if "BlockRegistry" in part)
+    assert snippet.count("threshold=0.05") == 1
+
+    def with_threshold(threshold):
+        def call(pipe, inputs):
+            names = {}
+            exec(snippet.removeprefix("python").replace("threshold=0.05", f"threshold={threshold}"), names)
+            return names["run_cached"](pipe, **inputs).get("latents")
+
+        return Case(case.build, case.inputs, call=call)
+
+    pipe, results = case.make(), {}
+    for name, chosen in (("stock", None), ("everything", EVERYTHING), ("sparse", preset(dense_steps=0.3))):
+        psa = chosen and apply_psa(pipe, chosen, strict=True)
+        plain, all_calls = count_calls(case, pipe)
+        nothing_skipped, calls = count_calls(with_threshold(-1), pipe)
+        assert torch.equal(nothing_skipped, plain) and calls == all_calls == 2 * 4
+        results[name], calls = count_calls(with_threshold(0.3), pipe)
+        assert calls == 2 * 4 - 2 and not torch.equal(results[name], plain)
+        assert results[name].isfinite().all() and torch.equal(case.run(pipe), plain)
+        if psa:
+            psa.restore()
+    assert_equal_to_rounding(results["everything"], results["stock"])
+    assert not torch.equal(results["sparse"], results["stock"])
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan-video", "cogvideox-5b"])

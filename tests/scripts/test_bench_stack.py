@@ -149,6 +149,11 @@ def quick(bench, monkeypatch):
     return bench
 
 
+def test_the_cache_is_a_line_of_minimax_h3(quick):
+    rows, _ = quick("--workload", "h3-10s")
+    assert rows[-1]["stack"].endswith("first-block cache") and not any("error" in row for row in rows), rows
+
+
 def test_lines_that_an_earlier_run_measured_are_taken_from_it(quick, tmp_path):
     rows, compiled = quick()
     path = tmp_path / "stack.json"
