@@ -237,7 +237,12 @@ def forward(model: Any, given: dict[str, Any]) -> torch.Tensor:
 
 
 def registered() -> tuple[set[str], set[str]]:
-    """The names of all attention functions, and of all that make masks, which transformers knows now."""
+    """The names of all attention functions, and of all that make masks, but for those that a patch may get again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    return set(AttentionInterface().valid_keys()), set(AttentionMaskInterface().valid_keys())
+    from psa_transformers.names import named
+
+    def used(registry: Any) -> set[str]:
+        return {key for key in registry().valid_keys() if (ours := named(key)) is None or not ours.is_free}
+
+    return used(AttentionInterface), used(AttentionMaskInterface)

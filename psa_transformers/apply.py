@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-
 from psa_presets import Preset, choose_preset
 from psa_transformers.compiled import keep_prefills_uncompiled
 from psa_transformers.fallbacks import Fallbacks
 from psa_transformers.models import (
-    OWN_NAME,
     check_comparisons,
     check_implementation,
     check_library,
@@ -24,21 +19,24 @@ from psa_transformers.models import (
     set_implementation,
     vision_towers,
 )
+from psa_transformers.names import Implementation, take
 from psa_transformers.patch import DecoderAttention
+from psa_transformers.running import Running
 from psa_transformers.settings import causal_specs, tower_spec
 from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import PrefillStats, summed_up
 from psa_transformers.stock import Stock
 from psa_transformers.towers import TowerAttention
+from psa_transformers.watching import Watch
 
-_numbers = itertools.count(1)
 HANDLE = "_psa_transformers"  # where a patched decoder keeps its handle
 
 
 class PSAHandle:
     """A patched model: its statistics, and the way to undo the patch, by a `with` statement or `restore`."""
 
-    def __init__(self) -> None:
+    def __init__(self, running: Running) -> None:
+        self._running = running
         self._undo: list[Callable[[], Any]] = []
         self._fallbacks = Fallbacks(strict=False)
         self._decoder: DecoderAttention | None = None
@@ -52,9 +50,7 @@ class PSAHandle:
 
     def restore(self) -> None:
         """Give the model its own attention back, between two forwards of any thread. A second call does nothing."""
-        if not self._undo or self._decoder is None:
-            return
-        with self._decoder.running.between_forwards():
+        with self._running.between_forwards():
             while self._undo:
                 self._undo.pop()()
 
@@ -84,8 +80,8 @@ def apply_psa(
     the span is attended exactly, and text queries after it attend everything exactly. Without images and videos the
     span is all tokens except the last ones. Decoding, one token at a time, is dense, and so is a compiled model.
 
-    Attention goes through `AttentionInterface` and `AttentionMaskInterface`: functions under names of their own are
-    registered there until `restore`, and no forward is replaced. What PSA cannot serve runs as before, with a warning
+    Attention goes through `AttentionInterface` and `AttentionMaskInterface`, where functions are registered under names
+    of their own; no forward is replaced. What PSA cannot serve runs as before, with a warning
     that says why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout
     and gradients, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it.
     Several threads may run it at once.
@@ -125,71 +121,43 @@ def apply_psa(
     if hasattr(decoder, HANDLE):
         getattr(decoder, HANDLE).restore()
     around, towers = models_around(model, decoder), vision_towers(model, decoder) if vision else []
-    names = [check_implementation(part) for part in (decoder, *towers)]
+    before = [Stock(check_implementation(part)) for part in (decoder, *towers)]
     seen, float32_on_gpu = VisionTokens([part.config for part in around]), chosen.float32_on_gpu == "sparse"
 
-    handle = PSAHandle()
+    handle = PSAHandle(Running(around))
     handle._fallbacks = Fallbacks(strict)
     attention = DecoderAttention(
-        Stock(names[0]), specs, seen, handle._fallbacks, min_tokens, dense_last, float32_on_gpu
+        decoder, before[0], specs, seen, handle._fallbacks, min_tokens, dense_last, float32_on_gpu
     )
     handle._decoder = attention
     try:
-        _use(handle, decoder, attention.attend, attention.mask)
-        for tower, name in zip(towers, names[1:], strict=True):
-            stock = Stock(name)
+        _use(handle, decoder, attention, before[0])
+        for tower, stock in zip(towers, before[1:], strict=True):
             sparse = TowerAttention(stock, tower_spec(chosen), handle._fallbacks, min_tokens, float32_on_gpu)
             handle._towers.append(sparse)
-            _use(handle, tower, sparse.attend, stock.mask)
+            _use(handle, tower, sparse, stock)
     except BaseException:
         handle.restore()
         raise
-    _watch(handle, around, seen, attention)
+    for depth, part in enumerate(around):
+        watch = Watch(depth, part is decoder, handle._running, seen, attention)
+        handle._undo += [hook.remove for hook in watch.put_on(part)]
     handle._undo.append(keep_prefills_uncompiled(model, attention.may_be_sparse))
     setattr(decoder, HANDLE, handle)
     handle._undo.append(lambda: delattr(decoder, HANDLE))
     return handle
 
 
-def _use(handle: PSAHandle, part: Any, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Register functions and let a part of the model use them, until the handle restores it."""
-    name, before = OWN_NAME.format(next(_numbers)), part.config._attn_implementation
-    check_comparisons(part, before or "eager", name)
-    AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, mask)
+def _use(handle: PSAHandle, part: Any, attention: Implementation, stock: Stock) -> None:
+    """Let a part of the model use a patch's functions, until the handle restores it."""
+    name = take(part, attention, stock)
 
     def undo() -> None:
         # Whoever has chosen another implementation since then keeps it.
-        if part.config._attn_implementation == name:
-            part.set_attn_implementation(before)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(name, None)
+        if part.config._attn_implementation == name.text:
+            part.set_attn_implementation(stock.name)
+        name.give_back()
 
     handle._undo.append(undo)
-    set_implementation(part, name)
-
-
-def _watch(handle: PSAHandle, around: list[Any], seen: VisionTokens, attention: DecoderAttention) -> None:
-    """Hooks that only look: what each model around the decoder is given, and when the decoder is done."""
-
-    def done(_module: Any, _args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            if output is not None:  # there is none after an error
-                seen.after(output)
-            seen.forget()
-            attention.end()
-
-    def begins(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            attention.begin()
-
-    running = attention.running
-    hooks = [
-        part.register_forward_pre_hook(running.enter if part is not around[0] else running.begin) for part in around
-    ]
-    hooks += [part.register_forward_hook(running.leave, always_call=True) for part in around]
-    hooks.append(around[0].register_forward_pre_hook(seen.forget))
-    hooks += [part.register_forward_pre_hook(seen.before, with_kwargs=True) for part in around]
-    hooks.append(around[-1].register_forward_pre_hook(begins))
-    hooks.append(around[-1].register_forward_hook(done, always_call=True))  # after an error, too
-    handle._undo += [hook.remove for hook in hooks]
+    check_comparisons(part, stock.name, name.text)
+    set_implementation(part, name.text)

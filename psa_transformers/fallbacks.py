@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import torch
+
+_numbers = itertools.count(1)
 
 
 class PSAFallbackWarning(UserWarning):
@@ -30,6 +33,7 @@ class Fallbacks:
     def __init__(self, strict: bool) -> None:
         self.strict = strict
         self.counts: dict[str, int] = {}
+        self._patch = f"patch {next(_numbers)}"  # a text, as graphs may take a number for one that varies
 
     def tell(self, reason: str) -> None:
         """Note one call.
@@ -44,12 +48,16 @@ class Fallbacks:
             warnings.warn(f"attention runs as without PSA: {reason}", PSAFallbackWarning, stacklevel=2)
         self.counts[reason] = self.counts.get(reason, 0) + 1
 
-    @torch.compiler.assume_constant_result
     def tell_traced(self, reason: str) -> None:
-        """Note what a trace for a compiled graph meets: this runs while it is traced, and not with the graph.
+        """Note what a trace for a compiled graph meets; other patches trace anew, for graphs tell nobody.
 
         Raises:
             PSAFallbackError: with `strict`; dynamo wraps it in an error of its own, with its text.
         """
+        self._tell_once(reason, self._patch)
+
+    @torch.compiler.assume_constant_result
+    def _tell_once(self, reason: str, _patch: str) -> None:
+        """Runs while a graph is traced, and not with it; which patch it was is checked with the graph."""
         if self.strict or reason not in self.counts:
             self.tell(reason)

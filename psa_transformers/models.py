@@ -11,9 +11,10 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, masking_utils
 
+from psa_transformers.names import named
+
 # What transformers knows by their names: it makes other masks, or packs sequences, where one of these is set.
 KNOWN_BY_NAME = ("flash", "flex", "paged")
-OWN_NAME = "psa_{}"
 # A model that looks for some names itself.
 COMPARED = re.compile(r"""_attn_implementation\s*(==|!=|in|not\s+in)\s*(\([^()]*\)|\[[^][]*\]|"[^"]*"|'[^']*')""")
 
@@ -113,17 +114,19 @@ def _methods(part: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 
 def check_implementation(part: PreTrainedModel) -> str:
-    """The name of the implementation that a part has.
+    """The name of the implementation that a part has; that of before, where a copy has the name of a patch that ended.
 
     Raises:
         ValueError: it is one that transformers treats by its name, or another model's patch.
     """
     name = part.config._attn_implementation or "eager"
-    if re.fullmatch(OWN_NAME.format(r"\d+"), name):
+    ours = named(name)
+    if ours is not None and not ours.is_free:
         raise ValueError(
             f"attn_implementation={name!r}: another model, which shares this configuration or from which it was "
             "copied, has PSA; restore that one first, or give this one a configuration of its own"
         )
+    name = name if ours is None else ours.stock.name
     if any(word in name for word in KNOWN_BY_NAME):
         raise ValueError(
             f"attn_implementation={name!r}: expected 'sdpa' or 'eager', which compute what PSA does not serve; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,12 +17,11 @@ from psa_transformers.fallbacks import Fallbacks, Unserved
 from psa_transformers.layer_call import LayerCall
 from psa_transformers.prefill import Part, Prefill
 from psa_transformers.refusals import NOT_OURS, TOLD, is_quantised, why_not_mask
-from psa_transformers.running import Running
 from psa_transformers.spans import VisionTokens
 from psa_transformers.stats import Counter
 from psa_transformers.stock import Stock
 
-OUTSIDE = "a layer outside of the patched model's forward, as of another model that shares its configuration"
+NOT_ITS_LAYER = "a layer that is not the patched model's, as of another model that shares its configuration"
 CHECKPOINTED = "gradient checkpointing, which computes layers again for their gradients"
 
 
@@ -47,11 +47,11 @@ class DecoderAttention:
 
     Attributes:
         prefills, calls, counter: for `PrefillStats`.
-        running: the threads that run the decoder or a model around it.
     """
 
     def __init__(
         self,
+        decoder: torch.nn.Module,
         stock: Stock,
         specs: Sequence[AttentionSpec | None],
         vision: VisionTokens,
@@ -64,7 +64,8 @@ class DecoderAttention:
         self.counter = Counter()
         self._stock, self._specs, self._vision, self._fallbacks = stock, specs, vision, fallbacks
         self._min_tokens, self._dense_last, self._float32_on_gpu = min_tokens, dense_last, float32_on_gpu
-        self.running, self._forward, self._lock = Running(), _Forward(), threading.Lock()
+        self._forward, self._lock = _Forward(), threading.Lock()
+        self._layers = weakref.WeakSet(decoder.modules())
 
     def begin(self) -> None:
         """The decoder's forward begins."""
@@ -203,8 +204,8 @@ class DecoderAttention:
 
     def _why_not(self, call: LayerCall) -> str | None:
         reason = call.why_not(self._float32_on_gpu) if call.is_causal else "attention that is not causal"
-        if reason is None and not self.running.here:
-            return OUTSIDE
+        if reason is None and call.module not in self._layers:
+            return NOT_ITS_LAYER
         if reason is None and self._vision.wants_weights:
             return TOLD["output_attentions"]
         if reason is None and self._forward.wants_gradient and not torch.is_grad_enabled() and call.module.training:

@@ -88,16 +88,13 @@ class VisionTokens(StaysHere):
         """Whether the forward that runs is to return the weights of attention, by an argument or a configuration."""
         return self._given.wants_weights
 
-    def forget(self, *_: Any) -> None:
+    def forget(self) -> None:
         """Between forwards: what was known of the last one is gone, but for where vision tokens are in its cache."""
-        if not torch.compiler.is_compiling():
-            self._given.cache, self._given.found = None, None
-            self._given.offset, self._given.wants_weights = 0, False
+        self._given.cache, self._given.found = None, None
+        self._given.offset, self._given.wants_weights = 0, False
 
     def before(self, module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a model, or a part of it that holds the decoder, is given."""
-        if torch.compiler.is_compiling():
-            return
         given = by_name(module, args, kwargs)
         asked = given.get("output_attentions")
         self._given.wants_weights |= bool(module.config.output_attentions if asked is None else asked)

@@ -29,6 +29,10 @@ class TowerAttention:
         self._stock, self._spec, self._fallbacks = stock, spec, fallbacks
         self._min_tokens, self._float32_on_gpu = min_tokens, float32_on_gpu
 
+    def mask(self, **arguments: Any) -> torch.Tensor | None:
+        """As before."""
+        return self._stock.mask(**arguments)
+
     def attend(
         self,
         module: torch.nn.Module,

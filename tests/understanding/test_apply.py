@@ -122,7 +122,8 @@ def test_an_implementation_of_ones_own_computes_what_is_not_served():
 
 
 def test_eager_attention_computes_what_is_not_served():
-    model, given = tiny("llama", attn_implementation="eager")
+    model, given = tiny("llama")
+    model.set_attn_implementation("eager")
     before = forward(model, given)
     with apply_psa(model, SPARSE, min_tokens=1000):
         assert torch.equal(forward(model, given), before)
