@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from psa_presets import Preset
+from psa_transformers.apply import apply_psa
 from psa_transformers.spans import vision_ids
 
 MAX_FRAMES = 100_000  # of a file; more are not looked at
@@ -99,11 +101,27 @@ def configuration(name: str) -> Any:
     Raises:
         QuestionError: it cannot be had, or the model sees nothing.
     """
+    if os.path.isfile(name):  # transformers would take any file for weights
+        raise QuestionError(f"model {name}: a file; allowed: a folder or a hub id")
     with _told(name):
         config = AutoConfig.from_pretrained(name)
     if not vision_ids([config, getattr(config, "thinker_config", None)]):
         raise QuestionError(f"model {name}: a {config.model_type} sees no images or videos")
     return config
+
+
+def check_served(name: str, config: Any, preset: Preset) -> None:
+    """Check that PSA takes a model, on one without weights.
+
+    Raises:
+        QuestionError: it does not, or no model can be made of the configuration.
+    """
+    with _told(name), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    try:
+        apply_psa(model, preset).restore()
+    except (TypeError, ValueError) as error:
+        raise QuestionError(f"model {name}: {error}") from None
 
 
 def load(name: str, device: str) -> tuple[Any, Any]:
@@ -113,14 +131,39 @@ def load(name: str, device: str) -> tuple[Any, Any]:
         device: as torch names it, or "auto": a GPU if there is one.
 
     Raises:
-        QuestionError: it cannot be had, it sees nothing, or there is no such device.
+        QuestionError: it cannot be had, it sees nothing, its weights are not complete, or there is no such device.
     """
     device = _checked(device)
     configuration(name)
     with _told(name):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(name)
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        processor = AutoProcessor.from_pretrained(name)
+    _check_weights(name, told)
+    return model.to(device).eval(), processor
+
+
+def _check_weights(name: str, told: Mapping[str, Any]) -> None:
+    """Refuse weights that are not all in the files: transformers fills these with random numbers.
+
+    Raises:
+        QuestionError: names one of them.
+    """
+    missing, resized = sorted(told["missing_keys"]), sorted(key for key, *_ in told["mismatched_keys"])
+    if missing:
+        problem = f"its weights lack {_some(missing)}; the files are not complete, or config.json is another model's"
+    elif resized:
+        problem = f"{_some(resized)} in its weights and in config.json differ in size"
+    else:
+        return
+    raise QuestionError(f"model {name}: {problem}")
+
+
+def _some(keys: list[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
 
 
 @contextmanager
@@ -128,9 +171,14 @@ def _told(name: str) -> Iterator[None]:
     """Let a QuestionError name the model that cannot be loaded."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files end in many kinds
         reason = " ".join(str(error).split())
-        raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from None
+        reason = (
+            reason if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {reason}"
+        )
+        raise QuestionError(f"model {name}: cannot be loaded: {reason[:300]}") from error
 
 
 def _checked(device: str) -> str:

@@ -1,5 +1,6 @@
 """The command `psa-understand`. What is heavy is imported inside, so that --help answers at once."""
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ HELP = """Ask a vision-language model about a video, read with Pyramid Sparse At
 
 Prints the answer, how long the prompt took to read, and the density of its attention.
 """
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
 # By name: the classes live in what is only imported when needed.
 FORESEEN = ("QuestionError", "PresetError", "ImportError")
 
@@ -57,13 +59,17 @@ def _understand(
     ] = False,
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from psa_presets import choose_preset
     from psa_transformers.apply import apply_psa
-    from psa_transformers.ask import ask, configuration, load, read_frames
+    from psa_transformers.ask import ask, check_served, configuration, load, read_frames
     from psa_transformers.settings import check_sparse
 
     chosen = choose_preset(preset, density)
-    check_sparse(chosen, configuration(model).get_text_config(decoder=True).num_hidden_layers)
+    config = configuration(model)
+    check_sparse(chosen, config.get_text_config(decoder=True).num_hidden_layers)
+    check_served(model, config, chosen)
     frames = read_frames(video, num_frames)
     loaded, processor = load(model, device)
     if compare:
@@ -73,14 +79,20 @@ def _understand(
 
 
 def _print(name: str, answer: "Answer", stats: "PrefillStats | None") -> None:
-    print(f"{name}: {answer.text}")
+    _write(f"{name}: {answer.text}")
     figures = f"{answer.prompt_tokens} tokens read in {answer.prefill_seconds:.2f} s"
     if stats is not None and stats.density is not None:
         figures += f", density {stats.density:.3f}"
     elif stats is not None:
         why = next(iter(stats.fallbacks), "the prompt is shorter than --min-tokens, or ends with its video")
         figures += f", nothing was sparse: {why}"
-    print(f"{name}: {figures}", flush=True)
+    _write(f"{name}: {figures}")
+
+
+def _write(line: str) -> None:
+    """Print a line; letters that the encoding of stdout lacks are escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -98,14 +110,29 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("psa-understand: error: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _fail("interrupted", INTERRUPTED)
     except Exception as error:
-        if type(error).__name__ not in FORESEEN and not hasattr(error, "format_message"):
+        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+            _give_up_stdout()
+            return _fail(f"cannot write: {error}", FAILURE)
+        if hasattr(error, "format_message"):
+            return _fail(error.format_message(), BAD_INPUT)
+        if type(error).__name__ not in FORESEEN:
             raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"psa-understand: error: {' '.join(message.split())}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error), BAD_INPUT)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"psa-understand: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _give_up_stdout() -> None:
+    """Let Python write what it still holds into nothing when it ends, instead of a second message."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # it is no file
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
 
 
 def main() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from psa_diffusers.report.video import write_video
@@ -80,6 +85,7 @@ def test_a_prompt_that_is_too_short_says_so(understand):
         ({"video": "missing.mp4"}, "missing.mp4: no such file"),
         ({"video": "x" * 300}, f"{'x' * 300}: no such file"),
         ({"video": "words.mp4"}, "words.mp4: no video that can be read"),
+        ({"model": "vlm/config.json"}, "model vlm/config.json: a file; allowed: a folder or a hub id"),
         ({"model": "llm"}, "model llm: a llama sees no images or videos"),
         ({"model": "nobody/nothing"}, "model nobody/nothing: cannot be loaded"),
         ({"preset": "psa-33"}, "preset 'psa-33': no such file"),
@@ -90,6 +96,90 @@ def test_one_line_for_what_is_wrong(understand, monkeypatch, changes, message):
     code, lines, error = understand(**changes)
     assert code == 2 and not lines
     assert error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
+
+
+def change_weights(change):
+    """What changes the weights of a folder."""
+
+    def changed(folder):
+        file = folder / "model.safetensors"
+        weights = load_file(file)
+        change(weights)
+        save_file(weights, file, metadata={"format": "pt"})
+
+    return changed
+
+
+def change_text(**settings):
+    """What changes the settings of the decoder of a folder."""
+
+    def changed(folder):
+        file = folder / "config.json"
+        config = json.loads(file.read_text())
+        config["text_config"] |= settings
+        file.write_text(json.dumps(config))
+
+    return changed
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+UP = "model.layers.1.mlp.up_proj.weight"  # in a file; in the model language_model stands between
+IN_MODEL = UP.replace("model.", "model.language_model.", 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "cannot be loaded: SafetensorError: "),
+        (
+            change_weights(lambda weights: weights.pop(UP)),
+            f"its weights lack {IN_MODEL}; the files are not complete, or ",
+        ),
+        (
+            change_weights(lambda weights: weights.update({UP: weights[UP][:5].clone()})),
+            f"{IN_MODEL} in its weights and in config.json differ in size",
+        ),
+        (change_text(num_hidden_layers="two"), "cannot be loaded: StrictDataclassFieldValidationError: "),
+        (change_text(hidden_act="foo"), "cannot be loaded: KeyError: 'foo'"),
+    ],
+)
+def test_a_damaged_model(understand, folder, tmp_path, damage, message):
+    shutil.copytree(folder / "vlm", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    code, lines, error = understand(model=str(tmp_path / "damaged"))
+    (line,) = [line for line in error.splitlines() if line.startswith("psa-understand")]  # after a bar of progress
+    assert (code, lines) == (2, []) and error.endswith(f"{line}\n")
+    assert line.startswith(f"psa-understand: error: model {tmp_path / 'damaged'}: {message}")
+
+
+def test_a_model_that_psa_refuses_is_refused_before_the_video_is_read(understand, monkeypatch):
+    def refuse(*_):
+        raise ValueError("Nobody: computes something else")
+
+    monkeypatch.setattr("psa_transformers.apply.check_comparisons", refuse)
+    monkeypatch.setattr("psa_transformers.ask.read_frames", None)
+    code, lines, error = understand("--compare")
+    assert (code, lines) == (2, [])
+    assert error == "psa-understand: error: model vlm: Nobody: computes something else\n"
+
+
+def test_output_that_cannot_be_written(understand, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, error = understand()
+    assert code == 1 and "psa-understand: error: cannot write: [Errno 28]" in error and error.endswith("\n")
+
+
+def test_letters_that_the_encoding_of_stdout_lacks(understand, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(ToyProcessor, "batch_decode", lambda *_, **__: ["caf\xe9 \ud83d"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    code, _, _ = understand()
+    assert code == 0 and written.getvalue().startswith(b"sparse: caf\\xe9 \\ud83d\n")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +221,7 @@ def test_a_processor_that_takes_no_videos(understand, monkeypatch):
 )
 def test_a_device_that_is_not_there_is_refused_before_weights_are_read(understand, monkeypatch, device, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("psa_transformers.ask.AutoModelForImageTextToText", None)
+    monkeypatch.setattr("psa_transformers.ask.AutoModelForImageTextToText.from_pretrained", None)
     code, lines, error = understand("--device", device)
     assert (code, lines) == (2, []) and error.startswith(f"psa-understand: error: {message}") and error.count("\n") == 1
 
