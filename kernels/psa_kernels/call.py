@@ -131,7 +131,9 @@ def make_call(
     causal: bool = False,
 ) -> Call:
     """Check the arguments of `psa_attention`, whose docstring explains them and the errors."""
-    key = None if causal else known_calls.key_of(q, k, v, spec, text_before, text_after, permutation, scale)
+    key = None
+    if causal is False:  # what is no bool goes to the checks
+        key = known_calls.key_of(q, k, v, spec, text_before, text_after, permutation, scale)
     try:
         known = None if key is None else known_calls.find(key, permutation)
     except TypeError:  # an argument that cannot be hashed, which the checks name
@@ -178,6 +180,8 @@ def _checked_call(
             "multiple"
         )
     scale = head_dim**-0.5 if scale is None else _checked_scale(scale)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal={causal!r}: expected True or False")
     if causal:
         _check_causal(query_tokens, key_tokens, spec, permutation)
         layout = make_layout(key_tokens, key_tokens, text_before, text_after, None)

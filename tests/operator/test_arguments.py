@@ -23,6 +23,8 @@ WRONG_TYPES = [
     ({"scale": "x"}, "scale='x': expected a number or None"),
     ({"scale": [0.5]}, r"scale=\[0.5\]: expected a number or None"),
     ({"scale": True}, "scale=True: expected a number or None"),
+    ({"causal": "no"}, "causal='no': expected True or False"),
+    ({"causal": 0}, "causal=0: expected True or False"),
     ({"lists": (1, 2)}, "lists: expected BlockLists or None, got tuple"),
     ({"out": "x"}, "out: expected a tensor or None, got str"),
 ]
@@ -35,7 +37,7 @@ def test_a_wrong_type_is_told(given, message):
         psa_attention(**{"q": x, "k": x, "v": x, "spec": SPEC} | given)
 
 
-@pytest.mark.parametrize(("given", "message"), WRONG_TYPES[3:8], ids=[message for _, message in WRONG_TYPES[3:8]])
+@pytest.mark.parametrize(("given", "message"), WRONG_TYPES[3:10], ids=[message for _, message in WRONG_TYPES[3:10]])
 def test_it_is_told_where_calls_are_remembered(given, message):
     x = torch.empty(1, 40, 2, 16, device="meta")
     with pytest.raises(TypeError, match=message):
