@@ -81,10 +81,10 @@ def apply_psa(
     span is all tokens except the last ones. Decoding, one token at a time, is dense, and so is a compiled model.
 
     Attention goes through `AttentionInterface` and `AttentionMaskInterface`, where functions are registered under names
-    of their own; no forward is replaced. What PSA cannot serve runs as before, with a warning
-    that says why: sliding windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout
-    and gradients, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it.
-    Several threads may run it at once.
+    of their own; no forward is replaced. What PSA cannot serve runs as before, with a warning that says why: sliding
+    windows, soft caps, learned sinks, position biases, masks that are more than causal, dropout, tensors that need a
+    gradient, quantised and paged caches, `output_attentions`. A model has one patch: a new one replaces it. Several
+    threads may run it at once.
 
     Only the keys of a preset that describe attention count: rule, levels, thresholds or density, block sizes,
     importance, similarity, `rest`, rules for layers, `float32_on_gpu`. Blocks are cut in the order of the tokens. The

@@ -108,6 +108,15 @@ def test_gradient_checkpointing(reentrant):
     assert torch.equal(found[0], before[0]) and torch.equal(found[1], before[1])
 
 
+def test_a_frozen_decoder_is_sparse_in_training():
+    model, given = tiny("llama")
+    model.train().requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    with apply_psa(model, SPARSE, **SMALL, strict=True) as psa:
+        model(**given, labels=given["input_ids"]).loss.backward()
+        assert psa.stats().sparse_calls == 2 and model.lm_head.weight.grad.isfinite().all()
+
+
 def test_a_model_that_shares_a_configuration_stays_as_it_is():
     model, given = tiny("llama")
     other = type(model)(model.config).eval()
