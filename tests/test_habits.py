@@ -26,7 +26,7 @@ def test_the_workflow_runs_what_every_change_must_pass():
     assert commands["checks"] == [".ci/run"] and (ROOT / ".ci" / "run").stat().st_mode & 0o111
     assert jobs["checks"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
     assert PROJECT["requires-python"] == ">=3.11"
-    assert jobs["versions"]["strategy"]["matrix"]["row"] == ["oldest", "newest"]
+    assert jobs["versions"]["strategy"]["matrix"]["row"] == ["oldest", "compiler", "newest"]
     (matrix,) = commands["versions"]
     assert "scripts/version_matrix.py" in matrix and "--rows ${{ matrix.row }}" in matrix
     assert commands["package"][-2:] == ["python -m build", "twine check --strict dist/*"]

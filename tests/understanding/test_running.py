@@ -45,8 +45,8 @@ def test_a_hook_that_is_compiled_to_nothing(worker):
     assert ends(running)
 
 
-def test_forwards_beyond_the_limit_of_graphs(worker, monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+@torch._dynamo.config.patch(cache_size_limit=1)
+def test_forwards_beyond_the_limit_of_graphs(worker):
     torch._dynamo.reset()
     model, given = tiny("llama")
 
