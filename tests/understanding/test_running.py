@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from psa_presets import Preset
 from psa_testing.tiny_language_models import forward, tiny
@@ -45,20 +46,21 @@ def test_a_hook_that_is_compiled_to_nothing(worker):
     assert ends(running)
 
 
-@torch._dynamo.config.patch(cache_size_limit=1)
 def test_forwards_beyond_the_limit_of_graphs(worker):
     torch._dynamo.reset()
     model, given = tiny("llama")
 
     def run():
-        with torch.no_grad():
+        # Settings of dynamo are each thread's own.
+        with torch.no_grad(), torch._dynamo.config.patch(cache_size_limit=1):
             for length in (100, 120, 140):
                 compiled(input_ids=given["input_ids"][:, :length])
 
     psa = apply_psa(model, SPARSE, **SMALL)
-    compiled = torch.compile(model, backend="eager", dynamic=False)
+    compiled = torch.compile(model, backend=(graphs := CompileCounter()), dynamic=False)
     with pytest.warns(UserWarning, match="a compiled forward of many tokens"):
         worker.submit(run).result()
+    assert graphs.frame_count == 1
     assert ends(psa._running) and not any("not the patched model's" in reason for reason in psa.stats().fallbacks)
     psa.restore()
     torch._dynamo.reset()
