@@ -47,16 +47,18 @@ def fastest_dense(workload: str) -> Row:
 
 def whole() -> str:
     """Forwards of whole transformers."""
-    body = []
+    body, commits = [], dict[str, None]()
     for workload, title in FORWARDS.items():
         best = fastest_dense(workload)
         peers = [forward(workload, method) for method in ("sdpa-cudnn", "fa3")]
         ours = [forward(workload, "psa", density) for density in (0.25, 0.15)]
+        commits |= dict.fromkeys(row["commit"] for row in (best, *peers, *ours) if row is not None)
         cells = ["not run" if row is None else duration(row["ms"]) for row in peers]
         cells += ["not run" if row is None else times(row["ms"], best["ms"]) for row in ours]
         body.append([title, *cells, _run(ours[1], best), gpu_of(MODEL, ours[1] or best)])
     head = ["one forward", "cuDNN dense", "FlashAttention-3 dense", "psa-3, density 0.25", "scaled to 0.15"]
-    return table([*head, f"{STEPS} steps, a quarter dense, at 0.15", "GPU"], body)
+    shown = table([*head, f"{STEPS} steps, a quarter dense, at 0.15", "GPU"], body)
+    return f"{shown}\n\nCommit{'s' * (len(commits) > 1)} {' and '.join(commits)}."
 
 
 def _run(ours: Row | None, dense: Row) -> str:
