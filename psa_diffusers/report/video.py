@@ -5,6 +5,8 @@ Frames are arrays [frames, height, width, 3], uint8 or float in [0, 1].
 
 import errno
 import os
+import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from psa_diffusers.files import whole_file
 from psa_diffusers.report.sound import Sound, add_sound, read_sound
 
 MAX_BYTES_READ = 6 * 2**30
+UNKNOWN_RATE = 25.0  # frames a second of a file that tells neither a rate nor a length; ffmpeg takes the same
 # Tagged as BT.709, so that players turn the picture into the colours that went in.
 COLOUR: tuple[str, ...] = ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int")
 COLOUR += ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
@@ -95,34 +98,46 @@ def _check_length(partial: Path, frames: int, path: Path) -> None:
 
 
 def read_video(path: Path) -> Clip:
-    """Decode a whole video.
+    """Decode a whole video, every frame once, whatever it is called and however long each frame is shown.
+
+    Frames come as they are shown: turned where the file says so, without alpha. `fps` is the mean rate.
 
     Raises:
         InputError: it is missing, is not a video, has sound that cannot be decoded, or would not fit in memory.
     """
-    import imageio.v2 as imageio
+    import imageio_ffmpeg
 
     path = Path(path)
     if not os.path.isfile(path):  # also for a name that is too long, where Path.is_file raises
         raise InputError(f"{path}: no such file")
+    frames = []
     try:
-        with imageio.get_reader(path.absolute(), format="FFMPEG") as opened:
-            reader: Any = opened
-            about = reader.get_meta_data()
+        options = [_frame_rate_option(imageio_ffmpeg.get_ffmpeg_version()), "passthrough"]
+        with closing(imageio_ffmpeg.read_frames(str(path.absolute()), output_params=options)) as reader:
+            about: Any = next(reader)
+            if about["codec"].startswith("ansi"):
+                raise InputError(f"{path}: cannot be read as a video (it is text)")
             width, height = about["size"]
             room = MAX_BYTES_READ // (width * height * 3)
-            frames = []
             for frame in reader:
-                frames.append(np.asarray(frame))
+                frames.append(np.frombuffer(frame, np.uint8).reshape(height, width, 3))
                 if len(frames) > room:
                     raise InputError(f"{path}: longer than {room} frames of {width}x{height} do not fit in memory")
     except InputError:
         raise
-    except Exception as error:  # imageio raises many kinds for a file that is no video
+    except Exception as error:  # imageio-ffmpeg raises many kinds for a file that is no video
         raise InputError(f"{path}: cannot be read as a video ({type(error).__name__})") from error
     if not frames:
         raise InputError(f"{path}: has no frames")
-    return Clip(np.stack(frames), float(about["fps"]), read_sound(path))
+    # Zero is what the reader says of a rate that it does not know, "1k" among them.
+    mean_rate = len(frames) / about["duration"] if about["duration"] else UNKNOWN_RATE
+    return Clip(np.stack(frames), float(about["fps"] or mean_rate), read_sound(path))
+
+
+def _frame_rate_option(version: str) -> str:
+    """The option of ffmpeg by which it neither repeats nor drops frames. `-fps_mode` is the name since 5.1."""
+    release = re.match(r"n?(\d+)\.(\d+)", version)  # builds between releases have none
+    return "-vsync" if release and tuple(map(int, release.groups())) < (5, 1) else "-fps_mode"
 
 
 def write_animation(path: Path, frames: np.ndarray, fps: float, width: int | None = None, quality: int = 75) -> None:
