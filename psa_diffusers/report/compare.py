@@ -40,11 +40,11 @@ def write_comparison(
         of the video that it comes from under "sound".
     """
     figures = compare_frames(reference, other)
-    heard = {label.name: sound for label, sound in zip(labels, sounds, strict=True) if sound is not None}
-    write_video(path / SIDE_BY_SIDE, side_by_side(reference, other, labels), fps, next(iter(heard.values()), None))
+    heard = [(label.name, sound) for label, sound in zip(labels, sounds, strict=True) if sound is not None]
+    write_video(path / SIDE_BY_SIDE, side_by_side(reference, other, labels), fps, heard[0][1] if heard else None)
     write_image(path / FILMSTRIP, filmstrip(reference, other, labels))
     if heard:
-        figures["sound"] = next(iter(heard))
+        figures["sound"] = heard[0][0]
     return {**figures, "files": {"side_by_side": SIDE_BY_SIDE, "filmstrip": FILMSTRIP}}
 
 
@@ -128,10 +128,15 @@ def _write_all(folder: Path, paths: tuple[Path, Path], names: tuple[str, str], c
 
 
 def _names(paths: tuple[Path, Path]) -> tuple[str, str]:
-    if paths[0].stem != paths[1].stem:
-        return paths[0].stem, paths[1].stem
-    first, second = (f"{path.resolve().parent.name}/{path.stem}" for path in paths)
-    return first, second
+    """Two labels that differ: the files' names, with as many folders as it takes, with their endings, or numbered."""
+    whole = [Path(os.path.abspath(path)) for path in paths]  # not resolved: a link has the name that was given
+    parts = [(*path.parts[1:-1], path.stem) for path in whole]
+    tails = [tuple("/".join(each[-depth:]) for each in parts) for depth in range(1, 1 + max(map(len, parts)))]
+    stem, kept = paths[0].stem, (paths[0].name, paths[1].name)
+    for first, second in (*tails, kept):
+        if first != second:
+            return first, second
+    return f"{stem}-1", f"{stem}-2"
 
 
 def _must_match(paths: tuple[Path, Path], clips: tuple[Clip, Clip]) -> None:

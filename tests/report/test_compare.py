@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from psa_diffusers.errors import InputError
-from psa_diffusers.report.compare import OUTPUTS, compare_files
-from psa_diffusers.report.panels import GAP, MIN_PANEL_WIDTH, bar_height
+from psa_diffusers.report.compare import OUTPUTS, compare_files, write_comparison
+from psa_diffusers.report.panels import GAP, MIN_PANEL_WIDTH, Label, bar_height
+from psa_diffusers.report.sound import Sound
 from psa_diffusers.report.video import read_video, write_video
 
 
@@ -74,6 +75,40 @@ def test_equal_names_are_told_apart_and_warnings_reported(tmp_path):
     assert summary["warnings"][0] == "two/clip: 5 of 5 frames are one single colour"
     assert "frames a second differ: 8 and 12" in summary["warnings"][1]
     assert "one/clip and two/clip" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("one/run/dense.mp4", "two/run/dense.mp4"), ["one/run/dense", "two/run/dense"]),
+        (("run/dense.mp4", "two/run/dense.mp4"), ["{here}/run/dense", "two/run/dense"]),
+        (("run/dense.mp4", "run/dense.m4v"), ["dense.mp4", "dense.m4v"]),
+        (("run/dense.mp4", "run/../run/dense.mp4"), ["dense-1", "dense-2"]),
+    ],
+)
+def test_labels_differ(tmp_path, monkeypatch, paths, names):
+    monkeypatch.chdir(tmp_path)
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        write_video(tmp_path / "clip.mp4", moving_square(3), 8)
+        (tmp_path / "clip.mp4").replace(path)
+    compare_files(*paths, output="out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["names"] == [name.format(here=tmp_path.name) for name in names]
+
+
+@pytest.mark.parametrize("labels", [("dense", "dense"), ("dense", "sparse")])
+def test_the_sound_is_that_of_the_first_video_that_has_some(tmp_path, labels):
+    frames, rate = moving_square(8), 16000
+    low, high = (
+        Sound(np.sin(2 * np.pi * tone * np.arange(rate, dtype=np.float32) / rate)[None], rate) for tone in (300, 3000)
+    )
+    for sounds, tone in (((low, high), 300), ((None, high), 3000)):
+        figures = write_comparison(tmp_path, frames, frames, (Label(labels[0]), Label(labels[1])), 8, sounds)
+        assert figures["sound"] == labels[tone == 3000]
+        heard = read_video(tmp_path / "side-by-side.mp4").sound
+        peak = np.abs(np.fft.rfft(heard.samples[0])).argmax() * heard.rate / heard.samples.shape[1]
+        assert peak == pytest.approx(tone, abs=10)
 
 
 def test_a_failure_leaves_no_half_results(clips, tmp_path, monkeypatch):
