@@ -79,9 +79,7 @@ class Runs:
             with apply_psa(self._pipeline(), presets[0], preset_2=presets[1], strict=True) as psa:
                 results = self._make(batch, what)
                 stats = psa.stats()
-            rows = enumerate(stats.density)
-            sparse = [index for index, row in rows if any(value is not None and value < 1 for value in row)]
-            seconds = [results[0].seconds["per_step"][index] for index in sparse]
+            seconds = [results[0].seconds["per_step"][index] for index in stats.sparse_at]
             shared = {
                 "density": self._density(stats),
                 "step": median(seconds) / len(batch) if seconds else None,

@@ -62,6 +62,12 @@ class RunStats:
     model_not_finite: str | None = None
     missed: str | None = None
 
+    @property
+    def sparse_at(self) -> list[int]:
+        """The steps that ran and are not in `dense_at`: sparse in part at least, also where every key was kept."""
+        ran = [step for step, row in enumerate(self.density) if any(value is not None for value in row)]
+        return [step for step in ran if step not in self.dense_at]
+
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain lists and numbers, ready for JSON."""
         return asdict(self)

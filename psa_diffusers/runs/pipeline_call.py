@@ -115,27 +115,27 @@ def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: 
         recorder = _watch(psa.processor) if plan.settings.compare else None
         result = generate_video(pipe, plan, prompt, plan.name, seed)
         result.masks = recorder.masks() if recorder else []
-        result.attention = psa.stats().to_dict()
-    steps = result.attention["density"]
-    sparse = [index for index, row in enumerate(steps) if any(value is not None and value < 1 for value in row)]
-    seconds = [value for index, value in enumerate(result.seconds["per_step"]) if index in sparse]
-    result.seconds["sparse_steps"] = len(sparse)
-    result.seconds["median_sparse_step"] = median(seconds) if seconds else None
-    dense = [value for index, value in enumerate(result.seconds["per_step"]) if index in result.attention["dense_at"]]
-    denoising = sum(result.seconds["per_step"])
-    result.seconds["dense_steps"] = len(result.attention["dense_at"])
-    result.seconds["dense_share"] = sum(dense) / denoising if denoising else None
-    fallbacks = result.attention["fallbacks"]
-    if not sparse:
+        stats = psa.stats()
+    result.attention = stats.to_dict()
+    per_step = result.seconds["per_step"]
+    dense, sparse = (
+        [took for index, took in enumerate(per_step) if index in steps] for steps in (stats.dense_at, stats.sparse_at)
+    )
+    result.seconds["sparse_steps"] = len(stats.sparse_at)
+    result.seconds["median_sparse_step"] = median(sparse) if sparse else None
+    result.seconds["dense_steps"] = len(stats.dense_at)
+    result.seconds["dense_share"] = sum(dense) / sum(per_step) if sum(per_step) else None
+    fallbacks = stats.fallbacks
+    if not stats.sparse_at:
         reason = "" if fallbacks else ": every step is in the dense phase"
         result.warnings.append(f"attention was dense throughout{reason}")
     result.warnings += [f"{count} attention calls ran dense: {reason}" for reason, count in fallbacks.items()]
     result.warnings += [
         f"{layer}: sparse attention was not finite at step {', '.join(str(step + 1) for step in at)}; dense there"
-        for layer, at in result.attention["not_finite"].items()
+        for layer, at in stats.not_finite.items()
     ]
-    if result.attention["model_not_finite"]:
-        result.warnings.append(result.attention["model_not_finite"])
+    if stats.model_not_finite:
+        result.warnings.append(stats.model_not_finite)
     return result
 
 

@@ -1,5 +1,6 @@
 """What psa-calibrate decides on figures that are made up, such as times: what is aimed at, kept and said to be met."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ import pytest
 from psa_diffusers import Preset, load_preset
 from psa_diffusers.calibrate import runner, verify
 from psa_diffusers.calibrate.calibration import measured_steps
-from psa_diffusers.calibrate.plan import Calibration
+from psa_diffusers.calibrate.plan import Calibration, Video
 from psa_diffusers.calibrate.scaling import known_density
 from psa_diffusers.calibrate.shapes import BASE
 from psa_diffusers.calibrate.targets import Target
 from psa_diffusers.patch.stats import RunStats
+from psa_diffusers.runs.pipeline_call import Generated
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,3 +121,22 @@ def test_steps_at_the_end_that_stay_dense_are_not_measured():
     stats = RunStats(steps=8, dense_steps=1, dense_last=3, layers=["blocks.0"], density=density)
     runs = runner.Runs(calibration, None, print)
     assert runs._density(stats) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("density", [0.2, 1.0])
+def test_the_step_of_a_trial_is_one_that_was_not_dense(monkeypatch, density):
+    """At density 1 too, where the operator keeps every key."""
+    rows = [[1.0], [density], [density], [density]]
+    stats = RunStats(steps=4, dense_steps=1, dense_at=[0], layers=["blocks.0"], density=rows)
+    made = Generated(np.zeros((1, 16, 16, 3), np.float32), {"per_step": [9.0, 2.0, 2.0, 2.0]}, [])
+    psa = SimpleNamespace(stats=lambda: stats)
+    monkeypatch.setattr("psa_diffusers.patch.apply.apply_psa", lambda *_, **__: contextlib.nullcontext(psa))
+    monkeypatch.setattr(runner.Runs, "_pipeline", lambda self: None)
+    monkeypatch.setattr(runner.Runs, "_reference", lambda self, video: np.zeros((1, 16, 16, 3), np.uint8))
+    monkeypatch.setattr(runner, "generate_videos", lambda *_: [made])
+    base = Preset(dense_steps=1)
+    plan = SimpleNamespace(preset=base, model=SimpleNamespace(num_layers=1, experts=1))
+    calibration = SimpleNamespace(plan=plan, base=base, batch=1)
+    runs = runner.Runs(calibration, SimpleNamespace(once=lambda name, run: run()), lambda line: None)
+    (figures,) = runs.sparse([Video("a cat", 0)], (base, None), "trying")
+    assert figures == {"psnr": None, "density": pytest.approx(density), "step": 2.0}

@@ -149,6 +149,21 @@ def test_dense_steps_at_the_end_and_by_rules_count_too(ask, saved, tmp_path, mon
     assert "2 of 4 steps dense: 60 % of the denoising time" in html and "Last steps kept dense" in html
 
 
+@pytest.mark.parametrize("rules", ['density: 0.5\nsteps: [{match: "25-50%", density: 1.0}]\n', "density: 1.0\n"])
+def test_steps_that_keep_every_key_are_not_dense_ones(ask, tmp_path, monkeypatch, rules):
+    """The figures of a run, its warnings and its statistics count alike."""
+    seconds = StepClock.seconds
+    monkeypatch.setattr(StepClock, "seconds", lambda clock: {**seconds(clock), "per_step": [4.0, 1.0, 3.0, 2.0]})
+    keys = "block: {query: 32, key: 16}\nmin_tokens: 0\ndense_steps: 1\nrule: budget\n"
+    (tmp_path / "full.yaml").write_text(keys + rules)
+    summary = carry_out(ask("a cat", preset=str(tmp_path / "full.yaml")))
+    run = json.loads((tmp_path / "out" / "0000-a-cat" / "report.json").read_text())["runs"]["full"]
+    assert run["attention"]["density"][1] == [1.0, 1.0]
+    assert run["attention"]["dense_at"] == [0] and run["seconds"]["dense_steps"] == 1
+    assert (run["seconds"]["sparse_steps"], run["seconds"]["median_sparse_step"]) == (3, 2.0)
+    assert not summary["prompts"][0]["warnings"]
+
+
 def test_a_whole_run_of_dense_steps_equals_dense(ask, saved, tmp_path):
     (tmp_path / "small.yaml").write_text("dense_steps: 1.0\nmin_tokens: 0\n")
     summary = carry_out(ask("a cat", preset=str(tmp_path / "small.yaml"), compare=True))
