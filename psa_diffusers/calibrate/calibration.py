@@ -186,7 +186,7 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped
         density = density_for_speedup(target.value, plan.steps, dense_steps, timed, lowest)
         pairs = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in timed["sparse"])
         tell(
-            f"on this machine a dense step takes {dense:.3g} s, a sparse one {pairs} (medians of one run each); "
+            f"on this machine a dense step takes {dense:.3g} s, a sparse one {pairs} (means of one run each); "
             f"{target} of denoising, {dense_steps} of {plan.steps} steps dense, needs density {density:.3f}"
         )
         return density

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.checkpoints.load import load_pipeline
 from psa_diffusers.patch.stats import RunStats
+from psa_diffusers.runs.phases import settled
 from psa_diffusers.runs.pipeline_call import Generated, generate_videos
 from psa_presets import Preset
 
@@ -48,27 +48,28 @@ class Runs:
         return self._once(videos, ("measure", settings, SCALES, steps), run)
 
     def dense(self, videos: Sequence[Video]) -> list[dict[str, Any]]:
-        """Make the dense videos; for each, `step` is the median seconds of a step, per video of those made at once."""
+        """Make the dense videos; for each, `step` is the mean seconds of a step, per video of those made at once."""
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             results = self._make(batch, "dense")
             self._keep_references(batch, results)
-            return [{"step": result.seconds["median_step"] / len(batch)} for result in results]
+            return [{"step": _settled_step(result.seconds["per_step"], batch)} for result in results]
 
         return self._once(videos, ("dense",), run)
 
     def timed_dense(self, videos: Sequence[Video]) -> list[float]:
-        """Median seconds of a dense step, per video, from runs in which nothing is measured or patched."""
+        """Mean seconds of a dense step, per video, from runs in which nothing is measured or patched."""
 
         def run(batch: Sequence[Video]) -> list[float]:
-            return [result.seconds["median_step"] / len(batch) for result in self._make(batch, "timing dense")]
+            results = self._make(batch, "timing dense")
+            return [_settled_step(result.seconds["per_step"], batch) for result in results]
 
         return self._once(videos, ("timed",), run)
 
     def sparse(self, videos: Sequence[Video], presets: Presets, what: str) -> list[dict[str, Any]]:
         """Make sparse videos; for each, the PSNR in dB against the dense one (None if equal), `density`, and `step`.
 
-        `step` is the median time of a sparse step in seconds, None without one. It and the density are means over the
+        `step` is the mean time of a sparse step in seconds, None without one. It and the density are means over the
         videos made at once. The dense videos must have been made before, by `measure` or `dense`.
         """
 
@@ -82,7 +83,7 @@ class Runs:
             seconds = [results[0].seconds["per_step"][index] for index in stats.sparse_at]
             shared = {
                 "density": self._density(stats),
-                "step": median(seconds) / len(batch) if seconds else None,
+                "step": _settled_step(seconds, batch) if seconds else None,
             }
             pairs = zip(references, results, strict=True)
             return [{"psnr": video_psnr(reference, result.frames), **shared} for reference, result in pairs]
@@ -158,6 +159,11 @@ class Runs:
                 f"{self._store.path}: the dense video of {video.prompt!r} is missing; add --overwrite"
             )
         return frames
+
+
+def _settled_step(seconds: Sequence[float], batch: Sequence[Video]) -> float:
+    """Mean seconds of steps of one kind, per video, without what the first one took to compile kernels."""
+    return settled(seconds) / len(seconds) / len(batch)
 
 
 def _settings(preset: Preset) -> dict[str, Any]:

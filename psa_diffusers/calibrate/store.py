@@ -15,7 +15,7 @@ from psa_diffusers.errors import InputError
 from psa_diffusers.files import whole_file, write_json
 from psa_diffusers.report.video import to_uint8
 
-FORMAT = 5
+FORMAT = 6
 MEASUREMENTS = "measurements.json"
 
 

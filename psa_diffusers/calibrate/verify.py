@@ -72,7 +72,7 @@ def _verdict(gain: float, interval: float | None) -> str:
 
 
 def _speedup(calibration: Calibration, dense_step: float, sparse_step: float | None) -> float:
-    """How many times as fast as dense the denoising is, from the median steps of two runs."""
+    """How many times as fast as dense the denoising is, from the mean steps of two runs."""
     steps, dense = calibration.plan.steps, calibration.dense_steps
     sparse = dense_step if sparse_step is None else sparse_step
     return steps * dense_step / (dense * dense_step + (steps - dense) * sparse)

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from psa_diffusers.runs.phases import by_kind, settled
+
 if TYPE_CHECKING:
     from psa_diffusers.runs.plan import Plan
 
-# With fewer steps of a kind the median may be one in which kernels were compiled.
+# With fewer steps of a kind there is no telling what the first one took to compile kernels.
 FEWEST = 3
 
 
 def settled_seconds(
     dense: Sequence[float], sparse: Sequence[float], dense_at: Sequence[int]
 ) -> dict[str, float] | None:
-    """Seconds of all steps of a dense and of a sparse run, without what single steps took to compile kernels.
+    """Seconds of all steps of a dense and of a sparse run, without what the first of each kind took to compile kernels.
 
-    Each step counts as the median of its kind. Dense steps of the sparse run, if they are few, count as those of the
-    dense run.
+    Dense steps of the sparse run, if they are few, count as the median of those of the dense run.
 
     Args:
         dense, sparse: seconds of each step of the runs.
@@ -29,12 +30,11 @@ def settled_seconds(
     Returns:
         `dense` and `sparse`; None if there are too few steps to tell, or none was sparse.
     """
-    beside = [took for at, took in enumerate(sparse) if at in dense_at]
-    alone = [took for at, took in enumerate(sparse) if at not in dense_at]
+    beside, alone = by_kind(sparse, dense_at)
     if min(len(dense), len(alone)) < FEWEST:
         return None
-    step = median(beside if len(beside) >= FEWEST else dense)
-    seconds = {"dense": len(dense) * median(dense), "sparse": len(beside) * step + len(alone) * median(alone)}
+    of_dense = settled(beside) if len(beside) >= FEWEST else len(beside) * median(dense)
+    seconds = {"dense": settled(dense), "sparse": of_dense + settled(alone)}
     return {name: round(took, 4) for name, took in seconds.items()}
 
 

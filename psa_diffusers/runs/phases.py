@@ -86,6 +86,11 @@ def first_call(steps: Sequence[float]) -> float:
     return max(0.0, steps[0] - median(steps[1:])) if len(steps) > 1 else 0.0
 
 
+def settled(steps: Sequence[float]) -> float:
+    """The seconds of steps of one kind, their first call left out; not their median, as some make lists for others."""
+    return sum(steps) - first_call(steps)
+
+
 def as_rows(seconds: Mapping[str, float]) -> list[tuple[str, str]]:
     """A row for each phase that took a noticeable time, and one for the total."""
     shown = [(words, seconds[name]) for name, words in PHASES.items() if seconds.get(name, 0.0) >= NOTICEABLE]
