@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_diffusers.checkpoints.aliases import MODELS
+from psa_diffusers.checkpoints.digest import folder_digest
 from psa_diffusers.checkpoints.lora import Lora, resolve_loras
 from psa_diffusers.checkpoints.resolve import Model, resolve_model
 from psa_diffusers.errors import InputError
@@ -41,6 +42,7 @@ class Settings:
 
     `preset_rules` is the whole preset (None for dense), and `preset_2_rules` the second transformer's preset if it has
     its own; both are scaled to `density` if one was asked for. Their dumps differ exactly if the presets do.
+    `source_digest` is the `folder_digest` of a model that is the user's own folder, else None.
     `image_digest` is the first half of the image file's SHA-256. The videos of a prompt (`samples`) have the seeds
     `seed`, `seed + 1`, ... `loras` has the `Lora.settings` of each LoRA, in order, and `arguments` what the model's
     card adds to the pipeline's call.
@@ -48,6 +50,7 @@ class Settings:
 
     model: str
     source: str
+    source_digest: str | None
     pipeline: str
     preset: str
     preset_rules: dict[str, Any] | None
@@ -77,7 +80,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values. Keys that earlier versions did not have are left out if they are empty."""
-        later = ("loras", "arguments", "density")
+        later = ("loras", "arguments", "density", "source_digest")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
@@ -164,9 +167,11 @@ def _checked(request: Request) -> Plan:
     given_loras = ((), ()) if request.check else (request.lora, request.lora_2)
     loras = resolve_loras(*given_loras, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
+    bundled = model.name in MODELS and card.hub_id is None
     settings = Settings(
         model=request.model,
-        source="bundled" if model.name in MODELS and card.hub_id is None else model.source,
+        source="bundled" if bundled else model.source,
+        source_digest=None if bundled else folder_digest(model),
         pipeline=card.pipeline,
         preset=DENSE if preset is None else preset.name,
         preset_rules=None if preset is None else preset.model_dump(mode="json"),
