@@ -181,12 +181,14 @@ def _density(calibration: Calibration, runs: Runs, curves: Curves, kept: _Shaped
         shares = [max(lowest, share) for share in TIMED]
         trials = [runs.sparse(first, presets_at(share), f"timing density {share:g}")[0] for share in shares]
         dense = runs.timed_dense(first)[0]
-        timed: dict[str, Any] = {"dense": dense, "sparse": [(trial["density"], trial["step"]) for trial in trials]}
+        # Without a step that leaves anything out, a sparse step is a dense one.
+        pairs = [(trial["density"], dense if trial["step"] is None else trial["step"]) for trial in trials]
+        timed: dict[str, Any] = {"dense": dense, "sparse": pairs}
         dense_steps = calibration.dense_steps
         density = density_for_speedup(target.value, plan.steps, dense_steps, timed, lowest)
-        pairs = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in timed["sparse"])
+        shown = ", ".join(f"{step:.3g} s at density {share:.2f}" for share, step in pairs)
         tell(
-            f"on this machine a dense step takes {dense:.3g} s, a sparse one {pairs} (means of one run each); "
+            f"on this machine a dense step takes {dense:.3g} s, a sparse one {shown} (means of one run each); "
             f"{target} of denoising, {dense_steps} of {plan.steps} steps dense, needs density {density:.3f}"
         )
         return density

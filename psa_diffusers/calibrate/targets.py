@@ -93,18 +93,19 @@ def density_for_speedup(target: float, steps: int, dense_steps: int, timed: dict
         InputError: that needs a density below the lowest possible one, or time does not depend on the density here.
     """
     (d_low, s_low), (d_high, s_high) = sorted(timed["sparse"])
-    slope = (s_high - s_low) / (d_high - d_low)
+    # Where blocks are few, both timings may be of the lowest density that there is.
+    slope = (s_high - s_low) / (d_high - d_low) if d_high > d_low else 0.0
+    if slope <= 0:
+        raise InputError(
+            f"--speedup {target:g}: on this machine a sparse step takes {s_low:.3g} s at density {d_low:.2f} "
+            f"and {s_high:.3g} s at {d_high:.2f}: the work does not set the time here, so no density can be found"
+        )
     wanted = (steps * timed["dense"] / target - dense_steps * timed["dense"]) / (steps - dense_steps)
     best = (
         steps
         * timed["dense"]
         / (dense_steps * timed["dense"] + (steps - dense_steps) * (s_low + slope * (lowest - d_low)))
     )
-    if slope <= 0:
-        raise InputError(
-            f"--speedup {target:g}: on this machine a sparse step takes {s_low:.3g} s at density {d_low:.2f} "
-            f"and {s_high:.3g} s at {d_high:.2f}: the work does not set the time here, so no density can be found"
-        )
     density = d_low + (wanted - s_low) / slope
     if density < lowest:
         raise InputError(

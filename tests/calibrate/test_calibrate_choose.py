@@ -163,8 +163,9 @@ def test_a_speedup_follows_the_timed_steps():
     assert density_for_speedup(2.0, 16, 4, timed, 0.05) == pytest.approx(0.1 + (40 / 12 - 3) / 10)
     with pytest.raises(InputError, match=r"--speedup 3: out of reach; at density 0.05 denoising is 2.2\d times"):
         density_for_speedup(3.0, 16, 4, timed, 0.05)
-    with pytest.raises(InputError, match="the work does not set the time here"):
-        density_for_speedup(1.1, 16, 4, {"dense": 10.0, "sparse": [(0.4, 3.0), (0.1, 3.0)]}, 0.05)
+    for sparse in ([(0.4, 3.0), (0.1, 3.0)], [(0.5, 3.0), (0.5, 3.0)], [(0.5, 3.0), (0.5, 4.0)]):
+        with pytest.raises(InputError, match="the work does not set the time here"):
+            density_for_speedup(1.1, 16, 4, {"dense": 10.0, "sparse": sparse}, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_a_speedup_is_aimed_at_with_times_of_this_machine(calibrate, monkeypatch
     assert summary["met"] == (summary["verified"]["calibrated"]["speedup"] >= 1.5)
 
 
+def test_a_speedup_where_all_blocks_are_kept_is_refused(calibrate, monkeypatch):
+    """Made up: nothing is left out at any density, as in a video of very few blocks."""
+    everything = {"psnr": None, "density": 1.0, "step": None}
+    monkeypatch.setattr(runner.Runs, "sparse", lambda self, videos, presets, what: [everything for _ in videos])
+    code, _, said = calibrate("--speedup", "1.2")
+    assert code == 2 and "the work does not set the time here" in said.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("psnrs", "kept"),
     [
