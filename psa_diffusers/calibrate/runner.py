@@ -70,13 +70,13 @@ class Runs:
         """Make sparse videos; for each, the PSNR in dB against the dense one (None if equal), `density`, and `step`.
 
         `step` is the mean time of a sparse step in seconds, None without one. It and the density are means over the
-        videos made at once. The dense videos must have been made before, by `measure` or `dense`.
+        videos made at once. The dense videos are those that `measure` or `dense` has kept.
         """
 
         def run(batch: Sequence[Video]) -> list[dict[str, Any]]:
             from psa_diffusers.patch.apply import apply_psa
 
-            references = [self._reference(video) for video in batch]
+            references = self._references(batch)
             with apply_psa(self._pipeline(), presets[0], preset_2=presets[1], strict=True) as psa:
                 results = self._make(batch, what)
                 stats = psa.stats()
@@ -152,13 +152,16 @@ class Runs:
         for video, result in zip(batch, results, strict=True):
             self._store.keep_frames(("reference", *video), result.frames)
 
-    def _reference(self, video: Video) -> np.ndarray:
-        frames = self._store.frames(("reference", *video))
-        if frames is None:
-            raise FileNotFoundError(
-                f"{self._store.path}: the dense video of {video.prompt!r} is missing; add --overwrite"
-            )
-        return frames
+    def _references(self, batch: Sequence[Video]) -> list[np.ndarray]:
+        """The dense videos of a batch, which are made again if the file of one is gone or damaged."""
+        found = self._kept_references(batch)
+        if any(frames is None for frames in found):
+            self._keep_references(batch, self._make(batch, "dense, again"))
+            found = self._kept_references(batch)
+        return [frames for frames in found if frames is not None]
+
+    def _kept_references(self, batch: Sequence[Video]) -> list[np.ndarray | None]:
+        return [self._store.frames(("reference", *video)) for video in batch]
 
 
 def _settled_step(seconds: Sequence[float], batch: Sequence[Video]) -> float:

@@ -78,11 +78,15 @@ class Store:
             save_file({"frames": torch.from_numpy(np.ascontiguousarray(to_uint8(frames)))}, partial)
 
     def frames(self, name: tuple[Any, ...]) -> np.ndarray | None:
-        """A video that was kept: uint8 [frames, height, width, 3]; None if there is none."""
+        """A video that was kept: uint8 [frames, height, width, 3]; None if there is none, or its file is damaged."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = self._frames_file(name)
-        return load_file(file)["frames"].numpy() if file.is_file() else None
+        try:
+            return load_file(file)["frames"].numpy() if file.is_file() else None
+        except (SafetensorError, KeyError):
+            return None
 
     def _frames_file(self, name: tuple[Any, ...]) -> Path:
         return self.path / f"{_digest(name)[:16]}.safetensors"

@@ -1,5 +1,7 @@
 """Whole calibrations of tiny random pipelines: targets are met, and what was measured once is kept."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,26 @@ def test_an_interrupted_calibration_continues(calibrate, monkeypatch):
     code, summary, _ = calibrate("--density", "0.4")
     assert code == 0 and len(made) == len(set(made))
     assert {f"trying {row['shape']}" for row in summary["trials"]} <= set(made)
+
+
+def test_kept_videos_that_are_gone_or_cut_off_are_made_again(calibrate, monkeypatch):
+    whole, made = runner.generate_videos, []
+    monkeypatch.setattr(runner, "generate_videos", lambda *a, **k: made.append(a[3]) or whole(*a, **k))
+    first = calibrate("--density", "0.4")[1]
+    files = sorted(Path("mine.calibration").glob("*.safetensors"))
+    before = [file.read_bytes() for file in files]
+    files[0].unlink()
+    for file in files[1:]:
+        os.truncate(file, 5000)
+    store = json.loads(Path("mine.calibration", "measurements.json").read_text())
+    kept = {digest: entry for digest, entry in store["entries"].items() if entry["name"][0] != "sparse"}
+    Path("mine.calibration", "measurements.json").write_text(json.dumps({**store, "entries": kept}))
+    made.clear()
+    code, summary, _ = calibrate("--density", "0.4")
+    assert code == 0 and made.count("dense, again") == 2  # the measured prompts at once, and those held out
+    assert [file.read_bytes() for file in files] == before
+    psnrs = [[row["psnr"] for row in each["trials"]] for each in (first, summary)]
+    assert psnrs[0] == psnrs[1]
 
 
 def test_the_preset_that_it_starts_from_keeps_its_rule_and_its_sharing(calibrate, monkeypatch):
