@@ -18,7 +18,7 @@ def verify(
     """PSNR, density and speed on the held-out prompts, of the calibrated preset and of the base preset's shape.
 
     `gain_db` is how far the PSNR is above the base preset's, a mean over the videos, and `gain_interval_db` half the
-    95 % interval of that. Each is None if it cannot be computed.
+    95 % interval of that. Each is None if it cannot be computed, and the interval also where both presets are the same.
     """
     videos = calibration.verified
     columns = zip(
@@ -33,6 +33,7 @@ def verify(
         for video, dense, calibrated, alike in columns
     ]
     summary: dict[str, Any] = {"prompts": rows}
+    same = presets == plain
     for name in ("calibrated", "uniform"):
         values = [row[name]["psnr"] for row in rows if row[name]["psnr"] is not None]
         summary[name] = {
@@ -40,6 +41,8 @@ def verify(
             "density": float(np.mean([row[name]["density"] for row in rows])),
             "speedup": float(np.mean([_speedup(calibration, row["dense_step"], row[name]["step"]) for row in rows])),
         }
+        if same and name == "uniform":
+            continue
         shown = "equal" if summary[name]["psnr"] is None else f"{summary[name]['psnr']:.2f} dB"
         label = "calibrated" if name == "calibrated" else "the base preset at equal density"
         tell(
@@ -48,8 +51,10 @@ def verify(
         )
     gains = _gains(rows)
     summary["gain_db"] = float(np.mean(gains)) if gains else None
-    summary["gain_interval_db"] = half_interval(gains)
-    if gains:
+    summary["gain_interval_db"] = None if same else half_interval(gains)
+    if same:
+        tell("the base preset's shape is kept, so there is no gain over it to tell")
+    elif gains:
         tell(_verdict(summary["gain_db"], summary["gain_interval_db"]))
     return summary
 

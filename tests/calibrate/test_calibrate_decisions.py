@@ -95,6 +95,8 @@ def test_what_is_better_by_more_than_chance_is_kept(calibrate, monkeypatch, psnr
     monkeypatch.setattr("psa_diffusers.calibrate.trials.layer_by_layer", layered)
     code, summary, said = calibrate("--density", "0.4")
     assert code == 0 and summary["shape"] == kept and f"kept: {kept}" in said
+    assert ("the base preset's shape is kept, so there is no gain" in said) == (kept == BASE)
+    assert ("than the base preset at equal density" in said) == (kept != BASE)
     orders = [order.order for order in load_preset(Path("mine.yaml")).layer_orders(4)][1:]
     expected = {"raster": ["raster"] * 3, BASE: ["hilbert"] * 3, "layer by layer": ["raster", "tiles", "raster"]}
     assert orders == expected[kept]
