@@ -13,6 +13,7 @@ from psa_diffusers.checkpoints.configurations import INDEX, index_file, read_jso
 from psa_diffusers.checkpoints.lora import Lora, load_loras
 from psa_diffusers.checkpoints.modular import assemble_modular, place_modular
 from psa_diffusers.checkpoints.resolve import Model
+from psa_diffusers.checkpoints.schedulers import adjusted
 from psa_diffusers.errors import InputError, with_extra
 from psa_diffusers.families.card import Part
 
@@ -69,10 +70,8 @@ def load_pipeline(
             raise InputError(f"--model {model.name}: cannot be loaded: {error}") from error
     for line in load_loras(pipe, loras) if loras else ():
         tell(line)
-    if flow_shift is not None:
-        _set_flow_shift(pipe, flow_shift)
-    if model.card.scheduler:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **dict(model.card.scheduler))
+    if flow_shift is not None or model.card.scheduler:
+        pipe.scheduler = adjusted(pipe.scheduler, model.card, flow_shift)
     if model.kind.tiled_vae:
         pipe.vae.enable_tiling()
     if model.kind.modular:
@@ -131,11 +130,6 @@ def current_flow_shift(pipe: Any) -> float | None:
     """The shift that the pipeline's scheduler runs with, None where it has none."""
     config = pipe.scheduler.config
     return config.get("flow_shift", config.get("shift"))
-
-
-def _set_flow_shift(pipe: Any, value: float) -> None:
-    key = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{key: value})
 
 
 def _quiet_unless_terminal() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from psa_diffusers.checkpoints.schedulers import first_expert_steps
 from psa_diffusers.checkpoints.skeleton import transformer_skeletons
 from psa_diffusers.errors import InputError
 from psa_diffusers.families import UnsupportedModelError
@@ -26,6 +27,7 @@ class Expert:
         density: expected at a sparse step; None if it depends on the video or no step is sparse.
         kept_lists: bytes of lists that are kept for later calls.
         corrections: bytes of the corrections of all layers.
+        corrects: whether the last step of its dense phase is its own, where corrections are found.
     """
 
     network: Network
@@ -35,6 +37,7 @@ class Expert:
     speedup: Speedup | None = None
     kept_lists: int = 0
     corrections: int = 0
+    corrects: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,16 @@ def _expert(plan: Plan, network: Network, preset: Preset) -> Expert:
         gain = speedup(network, density, len(preset.sparse_steps(steps)), steps)
     guided = plan.model.kind.guided and settings.guidance > 1
     branches = 2 if guided else 1
-    kept, corrections = (count(preset, sparse, branches) for count in (kept_list_bytes, correction_bytes))
-    return Expert(network, preset, tuple(found), density, gain, kept, corrections)
+    kept, corrects = kept_list_bytes(preset, sparse, branches), _corrects(plan, network.name, preset)
+    corrections = correction_bytes(preset, sparse, branches) if corrects else 0
+    return Expert(network, preset, tuple(found), density, gain, kept, corrections, corrects)
+
+
+def _corrects(plan: Plan, name: str, preset: Preset) -> bool:
+    """Whether a transformer runs at the last step of the dense phase, or may do so."""
+    of_first = first_expert_steps(plan.model, plan.settings.flow_shift, plan.steps)
+    dense = preset.dense_step_count(plan.steps)
+    return of_first is None or not dense or (dense <= of_first) == (name == "transformer")
 
 
 def _trials(experts: list[Expert]) -> dict[str, Trial]:

@@ -209,6 +209,8 @@ def _memory(expert: Expert, offers: Sequence[Offer]) -> str:
         parts.append(f"lists kept for later calls up to {_size(expert.kept_lists)} in all")
     if expert.corrections:
         parts.append(f"corrections {_size(expert.corrections)} in all")
+    elif expert.preset is not None and expert.preset.correction and not expert.corrects:
+        parts.append("no corrections, as the dense phase ends with a step of the other transformer")
     return ", ".join(parts) + "; for one video, beyond that of dense attention. Counted, not measured"
 
 
