@@ -143,7 +143,7 @@ class Preset(LayerSettings):
 
         Raises:
             PresetError: the density is out of reach; or it depends on the video (the rule `mass`, a `similarity`); or a
-                rule of `layers` or `steps` gives some layers or steps another density.
+                rule of `layers` or `steps` gives some sparse layers or steps another density.
         """
         with told_at(self._place()):
             changes = allocation_at(self, {"layers": self.layers, "steps": self.steps}, density)

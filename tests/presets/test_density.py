@@ -70,6 +70,13 @@ def test_the_rule_budget_is_given_another_budget():
     assert preset.at_density(0.3) == preset.replace(density=0.3) and preset.at_density(1).density == 1
 
 
+def test_what_rules_keep_dense_is_not_counted():
+    preset = Preset(layers=[{"match": 0, "dense": True}], steps=[{"match": "90%-", "dense": True}])
+    changed = preset.at_density(0.3)
+    assert changed.thresholds == Preset().at_density(0.3).thresholds
+    assert (changed.layers, changed.steps) == (preset.layers, preset.steps)
+
+
 def test_a_density_alone_means_psa_auto_and_nothing_psa_3():
     assert choose_preset(None) == load_preset("psa-3")
     assert choose_preset(None, 0.2) == load_preset("psa-auto").at_density(0.2) != load_preset("psa-auto")
