@@ -44,6 +44,12 @@ def hardware(device: str | None = None) -> dict[str, str | int | float]:
     return found
 
 
+def device_name(device: str) -> str:
+    """The name of a torch device's GPU; without one that is known, of the processor."""
+    found = hardware(device)
+    return str(found.get("gpu", found["processor"]))
+
+
 def compiled_kernels_folder() -> str:
     """Where Triton keeps compiled kernels for later processes."""
     given = os.environ.get("TRITON_CACHE_DIR")

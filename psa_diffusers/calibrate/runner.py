@@ -1,9 +1,9 @@
-"""The pipeline runs of a calibration: measured, dense and sparse. Each is made once, and its result is kept."""
+"""The pipeline runs of a calibration: measured, dense and sparse. Each is made once a device; its result is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from psa_diffusers.calibrate.plan import Calibration, Video
 from psa_diffusers.calibrate.scaling import SCALES
 from psa_diffusers.calibrate.store import Store
 from psa_diffusers.checkpoints.load import load_pipeline
+from psa_diffusers.environment import device_name
 from psa_diffusers.patch.stats import RunStats
 from psa_diffusers.runs.phases import settled
 from psa_diffusers.runs.pipeline_call import Generated, generate_videos
@@ -23,6 +24,8 @@ Presets = tuple[Preset, Preset | None]
 
 class Runs:
     """Runs of one calibration. The pipeline is loaded for the first run whose result is not kept yet.
+
+    Results are kept under the name of the GPU or processor that gave them, as the times and rounding of others differ.
 
     Args:
         tell: called with one line before each run.
@@ -137,7 +140,8 @@ class Runs:
         found = []
         for first in range(0, len(videos), self._batch):
             batch = videos[first : first + self._batch]
-            found += self._store.once((*name, [[*video] for video in batch]), partial(run, batch))
+            kept = (*name, self._device, [[*video] for video in batch])
+            found += self._store.once(kept, partial(run, batch))
         return found
 
     def _make(self, batch: Sequence[Video], what: str) -> list[Generated]:
@@ -150,7 +154,7 @@ class Runs:
 
     def _keep_references(self, batch: Sequence[Video], results: Sequence[Generated]) -> None:
         for video, result in zip(batch, results, strict=True):
-            self._store.keep_frames(("reference", *video), result.frames)
+            self._store.keep_frames(self._reference(video), result.frames)
 
     def _references(self, batch: Sequence[Video]) -> list[np.ndarray]:
         """The dense videos of a batch, which are made again if the file of one is gone or damaged."""
@@ -161,7 +165,14 @@ class Runs:
         return [frames for frames in found if frames is not None]
 
     def _kept_references(self, batch: Sequence[Video]) -> list[np.ndarray | None]:
-        return [self._store.frames(("reference", *video)) for video in batch]
+        return [self._store.frames(self._reference(video)) for video in batch]
+
+    def _reference(self, video: Video) -> tuple[Any, ...]:
+        return ("reference", self._device, *video)
+
+    @cached_property
+    def _device(self) -> str:
+        return device_name(self._plan.settings.device)
 
 
 def _settled_step(seconds: Sequence[float], batch: Sequence[Video]) -> float:

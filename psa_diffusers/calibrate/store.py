@@ -71,11 +71,12 @@ class Store:
     def keep_frames(self, name: tuple[Any, ...], frames: np.ndarray) -> None:
         """Keep a video, in 8 bits."""
         import torch
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         self.path.mkdir(parents=True, exist_ok=True)
         with whole_file(self._frames_file(name)) as partial:
-            save_file({"frames": torch.from_numpy(np.ascontiguousarray(to_uint8(frames)))}, partial)
+            # Not by `save_file`, whose files others than the owner cannot read, whatever the folder's are to be.
+            partial.write_bytes(save({"frames": torch.from_numpy(np.ascontiguousarray(to_uint8(frames)))}))
 
     def frames(self, name: tuple[Any, ...]) -> np.ndarray | None:
         """A video that was kept: uint8 [frames, height, width, 3]; None if there is none, or its file is damaged."""

@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.main import get_command
 
 from psa_diffusers import load_preset
 from psa_diffusers.calibrate import runner, shapes
 from psa_diffusers.calibrate.shapes import BASE
+from psa_diffusers.calibrate.store import Store
 from psa_diffusers.cli import calibrate as cli_calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +79,29 @@ def test_kept_videos_that_are_gone_or_cut_off_are_made_again(calibrate, monkeypa
     assert [file.read_bytes() for file in files] == before
     psnrs = [[row["psnr"] for row in each["trials"]] for each in (first, summary)]
     assert psnrs[0] == psnrs[1]
+
+
+def test_what_one_device_has_measured_is_not_told_of_another(calibrate, monkeypatch):
+    whole, made = runner.generate_videos, []
+    monkeypatch.setattr(runner, "generate_videos", lambda *a, **k: made.append(a[3]) or whole(*a, **k))
+    monkeypatch.setattr(runner, "device_name", lambda device: "the first")
+    first = calibrate("--density", "0.4")[1]
+    once = len(made)
+    monkeypatch.setattr(runner, "device_name", lambda device: "the second")
+    code, second, _ = calibrate("--density", "0.4")
+    assert code == 0 and made[:once] == made[once:]
+    steps = [summary["verified"]["prompts"][0]["dense_step"] for summary in (first, second)]
+    assert steps[0] != steps[1]
+    monkeypatch.setattr(runner, "device_name", lambda device: "the first")
+    assert calibrate("--density", "0.4")[1] == first and len(made) == 2 * once
+
+
+def test_kept_videos_can_be_read_by_whoever_can_read_the_measurements(tmp_path):
+    store = Store(tmp_path / "kept", {})
+    store.once(("figure",), lambda: 1)
+    store.keep_frames(("video",), np.zeros((1, 2, 2, 3), np.uint8))
+    modes = {file.stat().st_mode for file in (tmp_path / "kept").iterdir()}
+    assert len(modes) == 1 and store.frames(("video",)).shape == (1, 2, 2, 3)
 
 
 def test_the_preset_that_it_starts_from_keeps_its_rule_and_its_sharing(calibrate, monkeypatch):
