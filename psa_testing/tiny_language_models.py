@@ -7,6 +7,13 @@ from typing import Any
 
 import torch
 
+from psa_presets import Preset
+
+# What tests patch with: everything kept, and a part of a prompt that counts as long.
+FULL = Preset(block={"query": 32, "key": 16}, levels=[1], thresholds=[1.0])
+SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
+SMALL = {"min_tokens": 64, "dense_last": 4}
+
 VOCABULARY, IMAGE, VIDEO, START, END, PAD = 200, 190, 191, 192, 193, 0
 FRAMES, PER_FRAME = 10, 16
 TEXT = {

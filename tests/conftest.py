@@ -35,6 +35,16 @@ def one_thread():
 
 
 @pytest.fixture
+def fresh_dynamo():
+    """What other tests compiled is gone, and so is afterwards what this one has."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def forks(monkeypatch):
     """A context of multiprocessing whose processes fork from one that has imported everything, once for all tests.
 

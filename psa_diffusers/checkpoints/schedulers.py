@@ -21,8 +21,10 @@ def first_expert_steps(model: Model, flow_shift: float | None, steps: int) -> in
 
     No file but configurations is read or downloaded. None if they do not tell, as of any pipeline but Wan's.
     """
+    if model.experts != 2:
+        return None
     index = read_json(model.source, index_file(model.kind), model.card.revision)
-    if model.experts != 2 or "boundary_ratio" not in index:
+    if "boundary_ratio" not in index:
         return None
     boundary = index["boundary_ratio"]
     if boundary is None:

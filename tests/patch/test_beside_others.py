@@ -17,13 +17,6 @@ from psa_testing.tiny_families import CASES, EVERYTHING, WAN, assert_equal_to_ro
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("how", ["compile()", "torch.compile()"])
 def test_the_whole_transformer_compiled(how, monkeypatch):

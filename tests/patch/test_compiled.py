@@ -27,13 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 WAN = Case(tiny_wan, {**GUIDED, **SMALL_TEXT})
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compile_blocks(pipe, backend="eager"):
     """Blocks of the pipeline's transformer as whole graphs; returns the counter of graphs."""
     counter = CompileCounterWithBackend(backend)

@@ -19,13 +19,6 @@ from psa_testing.wan_latents import run
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def hooks(pipe):
     return len(pipe.transformer._forward_pre_hooks) + len(pipe.transformer._forward_hooks)
 

@@ -6,23 +6,11 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from psa_presets import Preset
-from psa_testing.tiny_language_models import tiny
+from psa_testing.tiny_language_models import FULL, SMALL, SPARSE, tiny
 from psa_transformers import apply_psa
 from psa_transformers.compiled import COMPILED
 
-FULL = Preset(block={"query": 32, "key": 16}, levels=[1], thresholds=[1.0])
-SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
-SMALL = {"min_tokens": 64, "dense_last": 4}
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def own_graphs():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 def compiled(model):

@@ -12,11 +12,8 @@ from transformers import (
     masking_utils,
 )
 
-from psa_presets import Preset
-from psa_testing.tiny_language_models import forward, registered, tiny
+from psa_testing.tiny_language_models import SPARSE, forward, registered, tiny
 from psa_transformers import apply_psa
-
-SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,12 +14,8 @@ from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from psa_presets import Preset
-from psa_testing.tiny_language_models import tiny
+from psa_testing.tiny_language_models import SMALL, SPARSE, tiny
 from psa_transformers import PSAFallbackError, PSAFallbackWarning, apply_psa
-
-SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
-SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

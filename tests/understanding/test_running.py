@@ -9,13 +9,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from psa_presets import Preset
-from psa_testing.tiny_language_models import forward, tiny
+from psa_testing.tiny_language_models import SMALL, SPARSE, forward, tiny
 from psa_transformers import apply_psa
 from psa_transformers.running import Running
-
-SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
-SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,13 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from psa_kernels import psa_attention
-from psa_presets import Preset
-from psa_testing.tiny_language_models import forward, tiny, words
+from psa_testing.tiny_language_models import FULL, SMALL, SPARSE, forward, tiny, words
 from psa_transformers import PSAFallbackWarning, apply_psa
-
-FULL = Preset(block={"query": 32, "key": 16}, levels=[1], thresholds=[1.0])
-SPARSE = Preset(block={"query": 32, "key": 16}, rule="budget", density=0.3)
-SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

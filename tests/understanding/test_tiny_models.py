@@ -5,14 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from psa_presets import Preset
-from psa_testing.tiny_language_models import FAMILIES, tiny
+from psa_testing.tiny_language_models import FAMILIES, FULL, SMALL, SPARSE, tiny
 from psa_transformers import apply_psa
-
-BLOCKS = {"query": 32, "key": 16}
-FULL = Preset(block=BLOCKS, levels=[1], thresholds=[1.0])
-SPARSE = Preset(block=BLOCKS, rule="budget", density=0.3)
-SMALL = {"min_tokens": 64, "dense_last": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

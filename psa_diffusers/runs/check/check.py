@@ -27,7 +27,7 @@ class Expert:
         density: expected at a sparse step; None if it depends on the video or no step is sparse.
         kept_lists: bytes of lists that are kept for later calls.
         corrections: bytes of the corrections of all layers.
-        corrects: whether the last step of its dense phase is its own, where corrections are found.
+        corrects: whether the last step of its dense phase is its own, where corrections are found; True without any.
     """
 
     network: Network
@@ -87,7 +87,9 @@ def _expert(plan: Plan, network: Network, preset: Preset) -> Expert:
 
 
 def _corrects(plan: Plan, name: str, preset: Preset) -> bool:
-    """Whether a transformer runs at the last step of the dense phase, or may do so."""
+    """Whether a transformer runs at the last step of the dense phase, or may do so; True without corrections."""
+    if not preset.correction:
+        return True
     of_first = first_expert_steps(plan.model, plan.settings.flow_shift, plan.steps)
     dense = preset.dense_step_count(plan.steps)
     return of_first is None or not dense or (dense <= of_first) == (name == "transformer")
