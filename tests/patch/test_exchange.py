@@ -11,6 +11,7 @@ from diffusers import ContextParallelConfig
 
 from psa_diffusers.patch import text_padding
 from psa_diffusers.patch.parallel import pitched_copy
+from psa_diffusers.patch.parallel.local_copy import copy_within
 from psa_diffusers.patch.parallel.pitched_copy import copy_rows, has_whole_rows
 from psa_diffusers.patch.text_padding import attend_real_text
 from psa_kernels import AttentionSpec
@@ -85,6 +86,31 @@ def test_rows_are_copied_as_the_driver_is_told(monkeypatch, shape, dtype):
     expected[:, 3 : tokens + 3, 1:] = x
     assert torch.equal(target.isnan(), expected.isnan()) and torch.equal(to, x)
     assert calls == [7] * (batch if tokens else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(("heads", "width", "first"), [(3, 8, 2), (3, 6, 1), (2, 5, 1), (4, 1, 3), (1, 16, 0)])
+def test_rows_of_any_width_and_place_are_copied_to_the_last_bit(dtype, heads, width, first):
+    """Widths and places that larger numbers fit, and such as they do not; NaN among what is copied."""
+    wide = torch.randint(0, 256, (2, 6, heads + 4, width * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    x = wide[:, 1:5, first : first + heads]
+    target = torch.zeros(2, 7, heads + 2, width, dtype=dtype)
+    copy_within(target[:, 2:6, 1 : heads + 1], x)
+    expected = torch.zeros_like(target)
+    expected[:, 2:6, 1 : heads + 1] = x
+    assert torch.equal(target.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rows_are_copied_as_large_numbers_where_they_can_be(monkeypatch):
+    seen = []
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, x: seen.append(x.dtype) or copy(to, x))
+    x = torch.randn(1, 5, 4, 8).bfloat16()
+    copy_within(torch.empty_like(x)[:, :, 1:3], x[:, :, 2:])
+    copy_within(torch.empty(1, 5, 4, 6, dtype=torch.bfloat16), x[..., :6])
+    copy_within(torch.empty(1, 5, 4, 7, dtype=torch.bfloat16), x[..., 1:])
+    copy_within(torch.empty(1, 5, 8, 4, dtype=torch.bfloat16).transpose(2, 3), x)
+    assert seen == [torch.int64, torch.int32, torch.bfloat16, torch.bfloat16]
 
 
 def test_an_error_of_the_driver_is_raised(monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from psa_diffusers.patch.parallel.local_copy import copy_within
 from psa_diffusers.patch.parallel.peer_memory import Copy, PeerMemory
 from psa_diffusers.patch.parallel.pitched_copy import copy_rows
 
@@ -16,7 +17,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 class SymmetricMemory(PeerMemory):
-    """Copies go to two streams of their own: a copy engine fills the link to the others while one copies locally.
+    """Copies to other ranks go to a stream of their own, where a copy engine fills the link beside other work.
 
     Args:
         group: the process group, whose ranks have a GPU of the same host each.
@@ -25,7 +26,7 @@ class SymmetricMemory(PeerMemory):
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group, self._device = group, device
-        self._own, self._others = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._others = torch.cuda.Stream(device)
         self._memory: torch.Tensor | None = None
         self._handle: Any = None
 
@@ -47,21 +48,21 @@ class SymmetricMemory(PeerMemory):
             self._handle = symmetric.rendezvous(self._memory, self._group.group_name)
             return [self._handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self._handle.world_size)]
 
-    def copy(self, own: Iterable[Copy], others: Iterable[Copy]) -> list[torch.cuda.Event]:
+    def copy(self, own: Iterable[Copy], others: Iterable[Copy]) -> torch.cuda.Event:
         """As `PeerMemory.copy`."""
-        now, done = torch.cuda.current_stream(self._device), []
-        for stream, copies in ((self._others, others), (self._own, own)):
-            stream.wait_stream(now)
-            with torch.cuda.stream(stream):
-                for to, x in copies:
-                    copy_rows(to, x, stream)
-            done.append(stream.record_event())
-        return done
+        stream = self._others
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            for to, x in others:
+                copy_rows(to, x, stream)
+        # Local copies are kernels. Beside other work these would only wait for each other.
+        for to, x in own:
+            copy_within(to, x)
+        return stream.record_event()
 
-    def wait(self, begun: list[torch.cuda.Event]) -> None:
+    def wait(self, begun: torch.cuda.Event) -> None:
         """As `PeerMemory.wait`, for the current stream."""
-        for event in begun:
-            torch.cuda.current_stream(self._device).wait_event(event)
+        torch.cuda.current_stream(self._device).wait_event(begun)
 
     def meet(self) -> None:
         """As `PeerMemory.meet`, for the current stream."""
