@@ -76,7 +76,7 @@ def equal_collectives(ranks: int, device: str, folder: str) -> None:
             exchanges.of_call(share, before, after, places),
         ):
             assert type(exchange) is (PeerExchange if results else CollectiveExchange)
-            results.append(_round(exchange, qkv, after, delays, begun=case % 3))
+            results.append(_round(exchange, qkv, (before, after), delays, begun=case % 3))
         for expected, found in zip(*results, strict=True):
             assert expected.shape == found.shape and torch.equal(expected, found), (case, tokens, heads, before, after)
 
@@ -96,8 +96,14 @@ def _projections(
     return q, k, v
 
 
-def _round(exchange: Exchange, qkv: QKV, after: int, delays: random.Random, begun: int) -> list[torch.Tensor]:
-    """All that an exchange brings for one call, whose attention is that queries, keys and values are added."""
+def _round(
+    exchange: Exchange, qkv: QKV, text: tuple[int, int], delays: random.Random, begun: int
+) -> list[torch.Tensor]:
+    """All that an exchange brings for one call, whose attention is that queries, keys and values are added.
+
+    Where it says where to write the output, the heads of the video are written there one after the other, and then the
+    text. Each rank says when heads are done, or does not, as chance has it.
+    """
     for part, x in zip(PARTS[:begun], qkv, strict=False):
         exchange.begin(part, x)
         _wait(delays, x.device)
@@ -107,9 +113,15 @@ def _round(exchange: Exchange, qkv: QKV, after: int, delays: random.Random, begu
     exchange.await_values()
     exchange.await_values()
     out = sum(received[1:], start=received[0])
+    before, end = text[0], out.shape[1] - text[1]
     if (to := exchange.output()) is not None and begun:
+        says = delays.random() < 0.7
+        for head in range(out.shape[2]):
+            to[:, before:end, head] = out[:, before:end, head]
+            if says and (delays.random() < 0.7 or head == out.shape[2] - 1):
+                exchange.heads_done(slice(0, head + 1))
+            _wait(delays, out.device)
         out = to.copy_(out)
-    end = out.shape[1] - after
     return [*kept, received[2].clone(), *exchange.give_back(out[:, :end], out[:, end:])]
 
 

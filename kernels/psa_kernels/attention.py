@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     strict: bool
     lists: BlockLists | None
     out: torch.Tensor | None
+    heads_done: Callable[[slice], None] | None
 
 
 @overload
@@ -115,6 +117,7 @@ def psa_attention(
     lists: BlockLists | None = None,
     return_lists: bool = False,
     out: torch.Tensor | None = None,
+    heads_done: Callable[[slice], None] | None = None,
 ) -> Any:
     """Attention in which each query block reads a few key blocks in full and more of them pooled, and skips the rest.
 
@@ -157,6 +160,8 @@ def psa_attention(
             caller who wants to keep lists saves a second pass over the keys.
         out: where to write the attention output: contiguous, with the shape, dtype and device of `q`, at an address
             that is a multiple of 16, and not in the memory of other arguments. New memory if None.
+        heads_done: if given, is called with each group of query heads as soon as what fills the rows of their video
+            queries is enqueued. So they can be passed on while the next group is computed.
 
     Returns:
         The attention output `[B, Nq, Hq, D]`, contiguous; `out`, if that was given. With `return_stats` or
@@ -193,6 +198,8 @@ def psa_attention(
             if return_lists:
                 used.append(found)
             del found  # A group's lists need not outlive it.
+            if heads_done is not None:
+                heads_done(slice(*heads.indices(q.shape[2])[:2]))
         if call.causal is not None:
             backend.attend_causal_text(call, call.causal.text_queries, out)
         elif text_before or text_after:

@@ -266,6 +266,8 @@ class TokenAttention:
             fits = (shape[0], shape[2:], query.device, grid, spec, layer.order)
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
         permutation = permutation_on(layer.order, grid, query.device)
+        # Nothing changes the output afterwards: no correction, no dense attention in its place, and no other order.
+        stays = not corrected and not forward.watch and not behind
         records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
             *qkv, spec, kept,
@@ -277,6 +279,7 @@ class TokenAttention:
             return_lists=layer.keeps_lists or records,
             await_values=None if exchange is None else exchange.await_values,
             out=None if exchange is None else exchange.output(),
+            heads_done=exchange.heads_done if exchange is not None and stays else None,
         )  # fmt: skip
         if forward.stated and kept is not None and not forward.captured:
             # Later steps write other lists into the same tensors.

@@ -78,6 +78,7 @@ def attend_real_text(
     return_lists: bool = False,
     await_values: Callable[[], None] | None = None,
     out: torch.Tensor | None = None,
+    heads_done: Callable[[slice], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionStats], BlockLists | None]:
     """`psa_attention` in which each sample has its own number of text tokens after the video.
 
@@ -92,6 +93,7 @@ def attend_real_text(
         return_lists: whether the lists are wanted.
         await_values: if given, is called before the values are read: after blocks were chosen, where the rule allows.
         out: where the output may be written, `[B, N, H, D]`, contiguous.
+        heads_done: as in `psa_attention`; is called only where the output is written there.
 
     Returns:
         The attention output of the first N - after tokens, and that of the last `after` ones, zero at padding; the
@@ -109,7 +111,8 @@ def attend_real_text(
                 lists = select_blocks(q, k, spec, text_after=length, **settings)
             await_values()
         # Of several samples whose padding is cut off, the rows are not contiguous.
-        settings["out"] = out if out is not None and out.is_contiguous() else None
+        if out is not None and out.is_contiguous():
+            settings |= {"out": out, "heads_done": heads_done}
         out, stats, *found = psa_attention(
             q, k, v, spec, text_after=length, lists=lists, return_stats=True, return_lists=return_lists, **settings
         )

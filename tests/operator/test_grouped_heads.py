@@ -130,6 +130,15 @@ def test_prices_of_several_heads_at_a_time(monkeypatch):
         assert (found.int() - expected).abs().max() <= 1
 
 
+def one_key_head_at_a_time(monkeypatch):
+    """Let the reference have groups of heads, as backends with pyramids do."""
+    monkeypatch.setattr(backend.Reference, "has_pyramid", True)
+    monkeypatch.setattr(backend.Reference, "pyramid_rows", lambda *_: 100)
+    monkeypatch.setattr(backend.Reference, "pool_keys", lambda *_: None)
+    monkeypatch.setattr("psa_kernels.head_groups.SMALL_PYRAMIDS", 1)
+    monkeypatch.setattr("psa_kernels.head_groups.LARGEST_SHARE", 0)
+
+
 def test_groups_of_heads_hold_all_that_share_keys(monkeypatch):
     q, k, v = inputs(70, heads=(6, 3))
     whole, lists = psa_attention(q, k, v, SPEC, text_after=4, return_lists=True)
@@ -139,18 +148,35 @@ def test_groups_of_heads_hold_all_that_share_keys(monkeypatch):
         calls.append((call.q.shape[2], call.k.shape[2], call.v.shape[2]))
         attend(self, call, *rest)
 
-    monkeypatch.setattr(backend.Reference, "has_pyramid", True)
-    monkeypatch.setattr(backend.Reference, "pyramid_rows", lambda *_: 100)
-    monkeypatch.setattr(backend.Reference, "pool_keys", lambda *_: None)
+    one_key_head_at_a_time(monkeypatch)
     monkeypatch.setattr(backend.Reference, "attend", recorded)
-    monkeypatch.setattr("psa_kernels.head_groups.SMALL_PYRAMIDS", 1)
-    monkeypatch.setattr("psa_kernels.head_groups.LARGEST_SHARE", 0)
     for given in (None, lists):
         parts, stats, found = psa_attention(
             q, k, v, SPEC, text_after=4, lists=given, return_stats=True, return_lists=True
         )
         assert torch.equal(parts, whole) and torch.equal(found.ids, lists.ids) and stats.density.shape == (2, 6)
     assert calls == [(2, 1, 1)] * 6
+
+
+def test_groups_of_heads_are_named_when_they_are_done(monkeypatch):
+    """Their rows of video queries are then as they stay, and no other group is begun."""
+    q, k, v = inputs(70, heads=(6, 3))
+    whole = psa_attention(q, k, v, SPEC, text_after=4)
+    done = []
+
+    def note(heads):
+        done.append((heads, out[:, :66].clone()))
+
+    for groups in ([slice(0, 6)], [slice(0, 2), slice(2, 4), slice(4, 6)]):
+        if len(groups) == 3:
+            one_key_head_at_a_time(monkeypatch)
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype)
+        psa_attention(q, k, v, SPEC, text_after=4, out=out, heads_done=note)
+        assert [heads for heads, _ in done] == groups and torch.equal(out, whole)
+        for heads, found in done:
+            assert torch.equal(found[:, :, : heads.stop], whole[:, :66, : heads.stop])
+            assert found[:, :, heads.stop :].isnan().all()
+        done.clear()
 
 
 def test_dense_work_counts_the_heads_of_the_queries():

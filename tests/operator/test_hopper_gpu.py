@@ -70,8 +70,17 @@ def test_groups_of_heads_change_nothing(seed, given, implementation, monkeypatch
     monkeypatch.setattr(head_groups, "SMALL_PYRAMIDS", 1)
     monkeypatch.setattr(head_groups, "LARGEST_SHARE", 0)
     poison_free_memory()
-    parts, part_stats = psa_attention(q, k, v, spec, **call)
+    done = []
+    out, video = torch.full_like(whole, float("nan")), slice(options["text_before"], q.shape[1] - options["text_after"])
+
+    def note(heads):
+        done.append((heads, out[:, video, : heads.stop].clone()))
+
+    parts, part_stats = psa_attention(q, k, v, spec, out=out, heads_done=note, **call)
     assert torch.equal(parts, whole) and torch.equal(part_stats.level_shares, stats.level_shares)
+    assert [heads.stop for heads, _ in done] == list(range(1, q.shape[2] + 1))
+    for heads, found in done:  # each was copied by a kernel right behind those that filled it
+        assert torch.equal(found, whole[:, video, : heads.stop])
 
 
 @pytest.mark.parametrize("spec", [AttentionSpec(), AttentionSpec(rule="budget", density=0.25)], ids=["count", "budget"])

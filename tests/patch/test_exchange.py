@@ -42,6 +42,11 @@ def test_pipelines_equal_one_process(on_ranks, tmp_path, name):
     on_ranks(run.count, exchange_ranks.through_files, str(tmp_path), check, name, run.inputs, run.first, run.config)
 
 
+@pytest.mark.parametrize("dense_too", [False, True])
+def test_outputs_that_are_computed_again_are_read_only_then(on_ranks, tmp_path, dense_too):
+    on_ranks(2, exchange_ranks.through_files, str(tmp_path), parallel_ranks.spoiled_heads, dense_too)
+
+
 def test_compiled_blocks(on_ranks, tmp_path):
     check = parallel_ranks.compiled_blocks
     on_ranks(2, exchange_ranks.through_files, str(tmp_path), check, "hunyuan-video")

@@ -66,6 +66,9 @@ class CollectiveExchange(Exchange):
         """As `Exchange.output`: the output is packed anyway."""
         return None
 
+    def heads_done(self, heads: slice) -> None:
+        """As `Exchange.heads_done`: all heads are sent at once."""
+
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Exchange.give_back`."""
         share, before = self._share, self._before

@@ -61,6 +61,13 @@ class Exchange(ABC):
         """Where to write the attention output `[B, before + N + after, h, D]` to save a copy; None if anywhere."""
 
     @abstractmethod
+    def heads_done(self, heads: slice) -> None:
+        """Let other ranks read what `output` has of the video for all of this rank's heads up to `heads.stop`.
+
+        It must stay as it is, and be where `output` says. Only what saves time by this calls it.
+        """
+
+    @abstractmethod
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The reverse, for the two parts of an attention output.
 

@@ -5,6 +5,10 @@ ranks that projected them. The output is left in the fourth, for the others to r
 queries and keys, before they read the values, and before they read outputs. So a rank that writes knows that readers
 are done with the call before: it has met them after their attention, or after they read its output. Places stay where
 they are, as calls of another size would otherwise write to one place while another is read.
+
+Outputs are read in two halves, of which the first travels while the heads of the second are computed, where that can
+be. Whether it can is for each rank to say. So ranks meet before either half in every call, and one that computes all
+heads at once, or may have to change them afterwards, comes to the first of these only when all are as they stay.
 """
 
 from __future__ import annotations
@@ -93,6 +97,8 @@ class PeerExchange(Exchange):
         # What is copied is kept until it has arrived, as it is read beside other work.
         self._begun: dict[str, tuple[torch.Tensor, Any]] = {}
         self._places: Places | None = None
+        # This rank's tokens of the output, once others' heads are read into it: all but the text that stands last.
+        self._result: torch.Tensor | None = None
 
     def begin(self, part: str, x: torch.Tensor) -> None:
         """As `Exchange.begin`."""
@@ -133,6 +139,15 @@ class PeerExchange(Exchange):
         """As `Exchange.output`: where other ranks read it."""
         return self._own(OUTPUT)
 
+    def heads_done(self, heads: slice) -> None:
+        """As `Exchange.heads_done`: at half of the heads others' first halves are read."""
+        half = self._half(self._share.rank)
+        if self._result is None and half.stop and heads.stop >= half.stop:
+            self._memory.meet()
+            self._result = self._new_result()
+            copies = [self._video(rank, self._half(rank)) for rank in self._others()]
+            self._begun[OUTPUT] = self._result, self._memory.copy([], copies)
+
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Exchange.give_back`; parts of what `output` gave are not copied there."""
         share, before, after, out = self._share, self._before, self._after, self.output()
@@ -140,23 +155,47 @@ class PeerExchange(Exchange):
         for part, place in ((head, out[:, :end]), (tail, out[:, end:])):
             if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
                 place.copy_(part)
+        early = self._result is not None
+        if self._result is None:
+            self._memory.meet()
+            self._result = self._new_result()
         self._memory.meet()
-        batch, _, _, width = out.shape
-        heads, tokens = sum(share.heads), share.tokens_of(share.rank)
-        first = out.new_empty(batch, before + share.tokens[share.rank], heads, width)
-        last = out.new_empty(batch, after, heads, width)
+        first = self._result
+        last = out.new_empty(out.shape[0], after, *first.shape[2:])
 
-        def copies(rank: int) -> Iterator[Copy]:
+        def copies(rank: int, heads: slice) -> Iterator[Copy]:
             found, columns = self._of(OUTPUT)[rank], share.heads_of(rank)
-            yield first[:, before:, columns], found[:, before + tokens.start : before + tokens.stop]
+            yield self._video(rank, heads)
             if before:
                 yield first[:, :before, columns], found[:, :before]
             if after:
                 yield last[:, :, columns], found[:, end:]
 
-        others = [copy for rank in self._others() for copy in copies(rank)]
-        self._memory.wait(self._memory.copy(copies(share.rank), others))
+        others = [
+            each
+            for rank in self._others()
+            for each in copies(rank, slice(self._half(rank).stop if early else 0, share.heads[rank]))
+        ]
+        begun = self._memory.copy(copies(share.rank, slice(0, share.heads[share.rank])), others)
+        for each in (self._begun.pop(OUTPUT)[1], begun) if early else (begun,):
+            self._memory.wait(each)
         return first, last
+
+    def _half(self, rank: int) -> slice:
+        """The heads of a rank that others read first."""
+        return slice(0, self._share.heads[rank] // 2)
+
+    def _new_result(self) -> torch.Tensor:
+        share, out = self._share, self.output()
+        return out.new_empty(out.shape[0], self._before + share.tokens[share.rank], sum(share.heads), out.shape[3])
+
+    def _video(self, rank: int, heads: slice) -> Copy:
+        """The copy of this rank's video tokens of some of a rank's own heads into the result."""
+        share, before, tokens = self._share, self._before, self._share.tokens_of(self._share.rank)
+        assert self._result is not None, "there is a result before anything is read into it"
+        first = share.heads_of(rank).start
+        to = self._result[:, before:, first + heads.start : first + heads.stop]
+        return to, self._of(OUTPUT)[rank][:, before + tokens.start : before + tokens.stop, heads]
 
     def _of(self, part: str) -> list[torch.Tensor]:
         assert self._places is not None, "begin has found them"
