@@ -46,7 +46,8 @@ def main() -> None:
         for row in measure(grid, heads, head_dim, options):
             rows.append(row)
             print(json.dumps(row), flush=True)
-            write(document(WHAT, rows, device="cuda", calls=CALLS, repeats=options.repeats), options.output)
+            settings = {"calls": CALLS, "repeats": options.repeats, "commit": options.commit}
+            write(document(WHAT, rows, device="cuda", **settings), options.output)
 
 
 def measure(
@@ -168,6 +169,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes, by function")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks/host.json")
+    parser.add_argument("--commit", help="default: git's HEAD")
     return parser.parse_args()
 
 
