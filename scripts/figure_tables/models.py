@@ -69,7 +69,7 @@ def _run(ours: Row | None, dense: Row) -> str:
 
 def headline() -> str:
     """The one table of README: a call, whole forwards, and runs of them."""
-    body = []
+    body, commits = [], {load(operator.GPU)["commit"]: None}
     dense = operator.fastest_dense(operator.LONG)["ms"]
     ours = [
         need(operator.GPU, workload=operator.LONG, method="psa-hopper", density=d, stage="total") for d in (0.25, 0.15)
@@ -79,13 +79,15 @@ def headline() -> str:
     for workload in HEADLINE:
         best = fastest_dense(workload)
         found = [forward(workload, "psa", density) for density in (0.25, 0.15)]
+        commits |= dict.fromkeys(row["commit"] for row in (best, *found) if row is not None)
         cells = ["not run" if row is None else times(row["ms"], best["ms"]) for row in found]
         title = FORWARDS[workload].rsplit(",", 2)[0] if workload == "h3-15s" else FORWARDS[workload]
         body.append([f"one forward, {title}", duration(best["ms"]), *cells, _run(found[1], best)])
     gpus = sorted({load(operator.GPU)["hardware"]["gpu"], *(gpu_of(MODEL, fastest_dense(name)) for name in HEADLINE)})
     head = ["", "fastest dense", "density 0.25", "density 0.15", f"{STEPS} steps, at 0.15"]
-    where = f"On one {' or '.join(gpus)}, bf16, random weights and data, compiled blocks, medians."
-    return f"{table(head, body)}\n\n{where} Runs are sums of steps, a quarter\nof them dense."
+    where = f"On one {' or '.join(gpus)}, bf16, random weights and data, compiled blocks, medians, commit"
+    where += f"{'s' * (len(commits) > 1)} {' and '.join(commits)}."
+    return f"{table(head, body)}\n\n{where} Runs are sums of\nsteps, a quarter of them dense."
 
 
 def demo() -> str:
@@ -126,10 +128,11 @@ def parallel() -> str:
                 by = {"memory": "copies"}.get(row["exchange"], row["exchange"])
         what = f"density {one['density']:.2f}" if one["method"] == "psa" else "cuDNN dense"
         blocks = "compiled" if one["compiled"] else "eager"
-        body.append([STACKS[one["workload"]], what, blocks, *cells, by, one["commit"]])
+        cards = gpu_of(PARALLEL, one).split()[1]
+        body.append([STACKS[one["workload"]], what, blocks, *cells, by, cards, one["commit"]])
     several = ("one GPU" if gpus == 1 else f"{gpus} GPUs" for gpus in counts)
-    head = ["one forward of", "", "blocks", *several, "exchange", "commit"]
-    where = f"On hosts with {load(PARALLEL)['hardware']['gpu']}, {load(PARALLEL)['date']}."
+    head = ["one forward of", "", "blocks", *several, "exchange", "GPUs", "commit"]
+    where = f"On hosts with {' or '.join(sorted({gpu_of(PARALLEL, row) for row in rows}))}, {load(PARALLEL)['date']}."
     return f"{table(head, body)}\n\n{where}"
 
 

@@ -23,18 +23,18 @@ CALLS = {
 }
 LONG = "wan2.1-14b-720p"
 VARIANTS = {"free": "programs do not wait", "in step": "in step", "near": "near", "fa3": "FlashAttention-3"}
-# Stage, its method, and what arithmetic, memory traffic and exponentials alone would take on an H100 (docs/kernels.md).
+# Stage, its method, and what arithmetic, memory traffic and exponentials alone would take on an H200 (docs/kernels.md).
 FLOORS = (
-    ("pyramid", "pyramid", "psa-hopper", "", "0.81 ms", ""),
+    ("pyramid", "pyramid", "psa-hopper", "", "0.57 ms", ""),
     (
         "importance, sampled, max, 8 x 8",
         "importance",
         "psa-hopper",
         "1.16 ms",
-        "0.4 ms, 0.9 ms with a scratch that leaves the cache",
+        "0.3 ms, 0.6 ms with a scratch that leaves the cache",
         "0.85 ms",
     ),
-    ("allocation", "allocation", "psa-hopper", "", "0.05 ms", ""),
+    ("allocation", "allocation", "psa-hopper", "", "0.03 ms", ""),
     ("attention, Hopper", "attention", "psa-hopper", "22.3 ms", "", "8.2 ms"),
     ("attention, portable", "attention", "psa-triton", "22.3 ms", "", "8.2 ms"),
 )
