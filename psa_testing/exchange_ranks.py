@@ -40,14 +40,19 @@ def through_files(ranks: int, folder: str, check: Callable[..., None], *argument
     exchanges: Any = Exchanges
     exchanges.make_memory = staticmethod(by_files(Path(folder)))
     begun: list[str] = []
-    begin = PeerExchange.begin
+    begin, heads_done = PeerExchange.begin, PeerExchange.heads_done
 
     def counted(self: PeerExchange, part: str, x: torch.Tensor) -> None:
         begun.append(part)
         begin(self, part, x)
 
+    def waiting(self: PeerExchange, heads: slice) -> None:
+        heads_done(self, heads)
+        time.sleep(0.01)  # others read now what they may read, and not what comes after
+
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(PeerExchange, "begin", counted)
+        changed.setattr(PeerExchange, "heads_done", waiting)
         check(ranks, *arguments)
     assert begun[:3] == list(PARTS)
 

@@ -266,8 +266,10 @@ class TokenAttention:
             fits = (shape[0], shape[2:], query.device, grid, spec, layer.order)
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
         permutation = permutation_on(layer.order, grid, query.device)
-        # Nothing changes the output afterwards: no correction, no dense attention in its place, and no other order.
-        stays = not corrected and not forward.watch and not behind
+        # Nothing changes the output afterwards, neither a correction nor dense attention in its place; and the operator
+        # takes for text, which it computes last, what the exchange takes for text too, and no other rows.
+        text_before = call.text_tokens if self._family.text == "before" else 0
+        stays = not corrected and not forward.watch and beside == text_before
         records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
             *qkv, spec, kept,

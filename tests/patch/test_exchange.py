@@ -33,9 +33,10 @@ def test_where_copies_do_not_arrive_collectives_are_used(on_ranks, tmp_path):
 MODELS = [name for name in ("wan", "hunyuan-video", "cogvideox-5b", "minimax-h3") if name in PARALLEL]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_pipelines_equal_one_process(on_ranks, tmp_path, name):
-    run = PARALLEL[name].runs[-1]
+@pytest.mark.parametrize(("name", "run"), [*((name, -1) for name in MODELS), ("wan", 0)])
+def test_pipelines_equal_one_process(on_ranks, tmp_path, name, run):
+    """With one head a rank, and with two, whose outputs travel one after the other."""
+    run = PARALLEL[name].runs[run]
     if run.any_length and not hasattr(ContextParallelConfig, "ulysses_anything"):
         pytest.skip("this diffusers has no ulysses_anything")
     check = parallel_ranks.equals_one_process
