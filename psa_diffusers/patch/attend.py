@@ -266,22 +266,24 @@ class TokenAttention:
             fits = (shape[0], shape[2:], query.device, grid, spec, layer.order)
             kept = lists.find(layer.name, moment, fits, layer.preset, forward.stated)
         permutation = permutation_on(layer.order, grid, query.device)
-        # Nothing changes the output afterwards, neither a correction nor dense attention in its place; and the operator
-        # takes for text, which it computes last, what the exchange takes for text too, and no other rows.
-        text_before = call.text_tokens if self._family.text == "before" else 0
-        stays = not corrected and not forward.watch and beside == text_before
+        text = beside - behind, after + behind
+        heads_done = None
+        # Video travels early if neither a correction nor dense attention changes it afterwards, and if no row of it is
+        # text to the operator, which computes text last.
+        if exchange is not None and not corrected and not forward.watch and exchange.text == text:
+            heads_done = exchange.heads_done
         records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
             *qkv, spec, kept,
-            before=beside - behind,
-            after=after + behind,
+            before=text[0],
+            after=text[1],
             lengths=self.dense.real_text(call) if after else None,
             permutation=permutation,
             strict=self._strict,
             return_lists=layer.keeps_lists or records,
             await_values=None if exchange is None else exchange.await_values,
             out=None if exchange is None else exchange.output(),
-            heads_done=exchange.heads_done if exchange is not None and stays else None,
+            heads_done=heads_done,
         )  # fmt: skip
         if forward.stated and kept is not None and not forward.captured:
             # Later steps write other lists into the same tensors.

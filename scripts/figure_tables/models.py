@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from figure_tables import block_rows, operator
-from figure_tables.source import Row, duration, find, gpu_of, load, machine, need, origin, table, times
+from figure_tables.source import Row, commits_of, duration, find, gpu_of, load, machine, need, origin, table, times
 
 MODEL = "benchmarks/model"
 PARALLEL = "benchmarks/parallel"
@@ -47,18 +47,19 @@ def fastest_dense(workload: str) -> Row:
 
 def whole() -> str:
     """Forwards of whole transformers."""
-    body, commits = [], dict[str, None]()
+    body: list[list[str]] = []
+    shown: list[Row] = []
     for workload, title in FORWARDS.items():
         best = fastest_dense(workload)
         peers = [forward(workload, method) for method in ("sdpa-cudnn", "fa3")]
         ours = [forward(workload, "psa", density) for density in (0.25, 0.15)]
-        commits |= dict.fromkeys(row["commit"] for row in (best, *peers, *ours) if row is not None)
+        shown += [row for row in (best, *peers, *ours) if row is not None]
         cells = ["not run" if row is None else duration(row["ms"]) for row in peers]
         cells += ["not run" if row is None else times(row["ms"], best["ms"]) for row in ours]
         body.append([title, *cells, _run(ours[1], best), gpu_of(MODEL, ours[1] or best)])
     head = ["one forward", "cuDNN dense", "FlashAttention-3 dense", "psa-3, density 0.25", "scaled to 0.15"]
-    shown = table([*head, f"{STEPS} steps, a quarter dense, at 0.15", "GPU"], body)
-    return f"{shown}\n\nCommit{'s' * (len(commits) > 1)} {' and '.join(commits)}."
+    head += [f"{STEPS} steps, a quarter dense, at 0.15", "GPU"]
+    return f"{table(head, body)}\n\n{commits_of(shown).capitalize()}."
 
 
 def _run(ours: Row | None, dense: Row) -> str:
@@ -69,7 +70,8 @@ def _run(ours: Row | None, dense: Row) -> str:
 
 def headline() -> str:
     """The one table of README: a call, whole forwards, and runs of them."""
-    body, commits = [], {load(operator.GPU)["commit"]: None}
+    body: list[list[str]] = []
+    shown: list[Row] = [load(operator.GPU)]
     dense = operator.fastest_dense(operator.LONG)["ms"]
     ours = [
         need(operator.GPU, workload=operator.LONG, method="psa-hopper", density=d, stage="total") for d in (0.25, 0.15)
@@ -79,14 +81,13 @@ def headline() -> str:
     for workload in HEADLINE:
         best = fastest_dense(workload)
         found = [forward(workload, "psa", density) for density in (0.25, 0.15)]
-        commits |= dict.fromkeys(row["commit"] for row in (best, *found) if row is not None)
+        shown += [row for row in (best, *found) if row is not None]
         cells = ["not run" if row is None else times(row["ms"], best["ms"]) for row in found]
         title = FORWARDS[workload].rsplit(",", 2)[0] if workload == "h3-15s" else FORWARDS[workload]
         body.append([f"one forward, {title}", duration(best["ms"]), *cells, _run(found[1], best)])
     gpus = sorted({load(operator.GPU)["hardware"]["gpu"], *(gpu_of(MODEL, fastest_dense(name)) for name in HEADLINE)})
     head = ["", "fastest dense", "density 0.25", "density 0.15", f"{STEPS} steps, at 0.15"]
-    where = f"On one {' or '.join(gpus)}, bf16, random weights and data, compiled blocks, medians, commit"
-    where += f"{'s' * (len(commits) > 1)} {' and '.join(commits)}."
+    where = f"On one {' or '.join(gpus)}, bf16, random weights and data, compiled blocks, medians, {commits_of(shown)}."
     return f"{table(head, body)}\n\n{where} Runs are sums of\nsteps, a quarter of them dense."
 
 
@@ -167,8 +168,7 @@ def stack() -> str:
     rows = load(STACK)["rows"]
     runs = dict.fromkeys((row["workload"], row["scales"]) for row in rows)
     parts = [_stack_of(*run) for run in runs]
-    commits = dict.fromkeys(row.get("commit", load(STACK)["commit"]) for row in rows)
-    return "\n\n".join([*parts, f"On {machine(STACK)}, commits {' and '.join(commits)}, {load(STACK)['date']}."])
+    return "\n\n".join([*parts, f"On {machine(STACK)}, {commits_of(rows)}, {load(STACK)['date']}."])
 
 
 def _stack_of(workload: str, scales: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from figure_tables.source import Row, duration, load, machine, need, origin, table, times
+from figure_tables.source import Row, commits_of, duration, load, machine, need, origin, table, times
 
 SHORT, FLOAT32, GRAPHS = "benchmarks/min-tokens", "benchmarks/float32", "benchmarks/graphs"
 MODES = ("eager", "compiled", "reduce-overhead", "captured")
@@ -52,8 +52,8 @@ def graphs() -> str:
             row = of_mode.get(mode)
             cells.append("not run" if row is None else "fails" if "error" in row else duration(row["ms"]))
         body.append([model, phase, *cells])
-    commits = " and ".join(dict.fromkeys(row["commit"] for row in rows))
-    return f"{table(['', 'forward', *MODES], body)}\n\nOn {machine(GRAPHS)}, commits {commits}, {load(GRAPHS)['date']}."
+    where = f"On {machine(GRAPHS)}, {commits_of(rows)}, {load(GRAPHS)['date']}."
+    return f"{table(['', 'forward', *MODES], body)}\n\n{where}"
 
 
 def _span(rows: Sequence[Row]) -> str:

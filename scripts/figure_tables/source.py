@@ -75,6 +75,12 @@ def gpu_of(name: str, row: Row) -> str:
     return row.get("gpu") or load(name)["hardware"].get("gpu", "CPU")
 
 
+def commits_of(rows: Iterable[Row]) -> str:
+    """The commits that rows were measured at, each once."""
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    return f"commit{'s' * (len(commits) > 1)} {' and '.join(commits)}"
+
+
 def origin(name: str) -> str:
     """Commit and date of a file."""
     return f"commit {load(name)['commit']}, {load(name)['date']}"

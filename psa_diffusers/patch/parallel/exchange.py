@@ -30,6 +30,11 @@ class Exchange(ABC):
     def __init__(self, share: Ulysses, before: int, after: int) -> None:
         self._share, self._before, self._after = share, before, after
 
+    @property
+    def text(self) -> tuple[int, int]:
+        """Number of text tokens before and after the video."""
+        return self._before, self._after
+
     @abstractmethod
     def begin(self, part: str, x: torch.Tensor) -> None:
         """Begin to exchange one of `PARTS`, `[B, before + n + after, H, D]` with this rank's n video tokens.

@@ -141,12 +141,8 @@ class PeerExchange(Exchange):
 
     def heads_done(self, heads: slice) -> None:
         """As `Exchange.heads_done`: at half of the heads others' first halves are read."""
-        half = self._half(self._share.rank)
-        if self._result is None and half.stop and heads.stop >= half.stop:
-            self._memory.meet()
-            self._result = self._new_result()
-            copies = [self._video(rank, self._half(rank)) for rank in self._others()]
-            self._begun[OUTPUT] = self._result, self._memory.copy([], copies)
+        if self._result is None and heads.stop >= self._half(self._share.rank):
+            self._read_first_halves()
 
     def give_back(self, head: torch.Tensor, tail: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Exchange.give_back`; parts of what `output` gave are not copied there."""
@@ -155,46 +151,43 @@ class PeerExchange(Exchange):
         for part, place in ((head, out[:, :end]), (tail, out[:, end:])):
             if part.data_ptr() != place.data_ptr() or part.stride() != place.stride():
                 place.copy_(part)
-        early = self._result is not None
-        if self._result is None:
-            self._memory.meet()
-            self._result = self._new_result()
+        first = self._read_first_halves() if self._result is None else self._result
         self._memory.meet()
-        first = self._result
         last = out.new_empty(out.shape[0], after, *first.shape[2:])
 
         def copies(rank: int, heads: slice) -> Iterator[Copy]:
             found, columns = self._of(OUTPUT)[rank], share.heads_of(rank)
-            yield self._video(rank, heads)
+            yield self._video(first, rank, heads)
             if before:
                 yield first[:, :before, columns], found[:, :before]
             if after:
                 yield last[:, :, columns], found[:, end:]
 
-        others = [
-            each
-            for rank in self._others()
-            for each in copies(rank, slice(self._half(rank).stop if early else 0, share.heads[rank]))
-        ]
+        others = [copy for rank in self._others() for copy in copies(rank, slice(self._half(rank), share.heads[rank]))]
         begun = self._memory.copy(copies(share.rank, slice(0, share.heads[share.rank])), others)
-        for each in (self._begun.pop(OUTPUT)[1], begun) if early else (begun,):
+        for each in (self._begun.pop(OUTPUT)[1], begun):
             self._memory.wait(each)
         return first, last
 
-    def _half(self, rank: int) -> slice:
-        """The heads of a rank that others read first."""
-        return slice(0, self._share.heads[rank] // 2)
+    def _half(self, rank: int) -> int:
+        """How many heads of a rank the others read first."""
+        return self._share.heads[rank] // 2
 
-    def _new_result(self) -> torch.Tensor:
+    def _read_first_halves(self) -> torch.Tensor:
+        """Begin to read others' first halves into a new result, which is this rank's `_result` from now on."""
         share, out = self._share, self.output()
-        return out.new_empty(out.shape[0], self._before + share.tokens[share.rank], sum(share.heads), out.shape[3])
+        self._memory.meet()
+        tokens = self._before + share.tokens[share.rank]
+        self._result = result = out.new_empty(out.shape[0], tokens, sum(share.heads), out.shape[3])
+        copies = [self._video(result, rank, slice(0, self._half(rank))) for rank in self._others()]
+        self._begun[OUTPUT] = result, self._memory.copy([], copies)
+        return result
 
-    def _video(self, rank: int, heads: slice) -> Copy:
+    def _video(self, result: torch.Tensor, rank: int, heads: slice) -> Copy:
         """The copy of this rank's video tokens of some of a rank's own heads into the result."""
         share, before, tokens = self._share, self._before, self._share.tokens_of(self._share.rank)
-        assert self._result is not None, "there is a result before anything is read into it"
         first = share.heads_of(rank).start
-        to = self._result[:, before:, first + heads.start : first + heads.stop]
+        to = result[:, before:, first + heads.start : first + heads.stop]
         return to, self._of(OUTPUT)[rank][:, before + tokens.start : before + tokens.stop, heads]
 
     def _of(self, part: str) -> list[torch.Tensor]:
