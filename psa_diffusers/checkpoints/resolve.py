@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ class Model:
 
     `source` is a hub id or an absolute folder. A video's height and width are multiples of `size_step`, its frames
     a multiple of `frame_step` plus the kind's `frame_rest`. `num_layers` counts the transformer blocks, `experts` the
-    transformers, `num_heads` the heads of an attention (None: the configuration does not say). `fixed_size` is the only
-    height and width of a model that can make no other, `image_size` what the kind's is for this model. `token_grid` is
-    the kind's: from frames, height, width and whether there is an image to video tokens along each.
+    transformers, `num_heads` the heads of an attention and `head_dim` the channels of a head (None: the configuration
+    does not say). `fixed_size` is the only height and width of a model that can make no other, `image_size` what the
+    kind's is for this model. `token_grid` is the kind's: from frames, height, width and whether there is an image to
+    video tokens along each.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Model:
     experts: int
     token_grid: Callable[..., tuple[int, int, int]]
     num_heads: int | None = None
+    head_dim: int | None = None
     fixed_size: tuple[int, int] | None = None
     image_size: Callable[[int, int], tuple[int, int]] | None = None
 
@@ -49,6 +52,13 @@ class Model:
     @property
     def takes_image(self) -> bool:
         return self.kind.takes_image
+
+    def dense_work(self, frames: int, height: int, width: int, with_image: bool) -> int | None:
+        """Floating point operations of one dense attention among video tokens; None if that is not known."""
+        if self.num_heads is None or self.head_dim is None:
+            return None
+        tokens = math.prod(self.token_grid(frames, height, width, with_image=with_image))
+        return 4 * tokens * tokens * self.num_heads * self.head_dim
 
 
 def resolve_model(name: str) -> Model:
@@ -101,7 +111,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
             raise InputError(f"--model {name}: {needed}")
     vae, transformer = (configuration(name, part, source, card, index) for part in ("vae", "transformer"))
     file = card.transformer[1]
-    heads = transformer.get("num_attention_heads")
+    heads, head_dim = (transformer.get(key) for key in ("num_attention_heads", "attention_head_dim"))
     try:
         size_step, frame_step = kind.steps(vae, transformer)
         layers = kind.layer_count(transformer)
@@ -124,6 +134,7 @@ def _with_configuration(name: str, source: str, card: ModelCard, index: dict[str
         frame_step=frame_step,
         num_layers=layers,
         num_heads=heads,
+        head_dim=head_dim if type(head_dim) is int else None,
         token_grid=partial(kind.token_grid, vae, transformer),
         fixed_size=(card.height, card.width) if fixed else None,
         image_size=image_size,

@@ -95,6 +95,15 @@ def _generate(
             rich_help_panel=PLACE,
         ),
     ] = False,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Capture each kind of forward into a CUDA graph and replay it "
+            "[dim](default: on a GPU where attention is little work)[/dim].",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run's results in the output folder.")
     ] = False,
@@ -129,6 +138,7 @@ def _generate(
             samples=samples,
             fps=fps,
             compile=compiled,
+            cuda_graphs=cuda_graphs,
             overwrite=overwrite,
             strict=strict,
             vbench=vbench,

@@ -31,6 +31,11 @@ UNHOOKED = f"{UNKNOWN}the transformer's forward was called directly, past its ho
 _patches: weakref.WeakKeyDictionary[torch.nn.Module, Patch] = weakref.WeakKeyDictionary()
 
 
+def patch_of(transformer: torch.nn.Module) -> Patch | None:
+    """The patch whose hooks are set on a transformer."""
+    return _patches.get(transformer)
+
+
 class Patch(NotPickled):
     """The patch of one transformer by a processor. A transformer has one patch at a time: a new one replaces the old.
 

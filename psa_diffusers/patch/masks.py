@@ -96,14 +96,19 @@ class MaskRecorder:
         self._run = 0
         self._kept: dict[str, tuple[BlockMask, BlockLists]] = {}
 
+    def wants(self, layer: Layer, forward: Forward) -> bool:
+        """Whether the lists of a layer's call are among the chosen ones."""
+        if layer.name not in self._layers or forward.branch or forward.window:
+            return False
+        return forward.step == self._wanted_step(layer, forward.run.steps)
+
     def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
         """Keep the lists of a call if they are wanted; never waits for the device."""
         run = forward.run
         if run.number != self._run:
             self._run = run.number
             self._kept.clear()
-        first = forward.branch == forward.window == 0
-        if not first or layer.name not in self._layers or forward.step != self._wanted_step(layer, run.steps):
+        if not self.wants(layer, forward):
             return
         assert layer.spec is not None, "a sparse layer has one"
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)

@@ -20,6 +20,7 @@ from psa_diffusers.runs import stopping
 from psa_diffusers.runs.compiled import compile_transformers
 from psa_diffusers.runs.folder import RunFolder, sizes
 from psa_diffusers.runs.folder_lock import locked
+from psa_diffusers.runs.forward_graphs import replay_forwards
 from psa_diffusers.runs.gain import denoising, settled_seconds
 from psa_diffusers.runs.phases import Phases, as_rows, first_calls
 from psa_diffusers.runs.pipeline_call import Generated, generate_sparse, generate_video
@@ -98,6 +99,8 @@ def _make(plan: Plan, folder: RunFolder, todo: list[int], place: Place, phases: 
         )
         if settings.compile:
             compile_transformers(pipe)
+        if settings.cuda_graphs:
+            replay_forwards(pipe)
     for line in told:
         print(f"warning: {line}", file=sys.stderr)
     seconds = time.perf_counter() - started

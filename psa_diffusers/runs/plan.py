@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,7 @@ class Settings:
     device: str
     offload: str
     compile: bool
+    cuda_graphs: bool
     image: str | None
     image_digest: str | None
     strict: bool
@@ -80,7 +82,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values. Keys that earlier versions did not have are left out if they are empty."""
-        later = ("loras", "arguments", "density", "source_digest")
+        later = ("loras", "arguments", "density", "source_digest", "cuda_graphs")
         return {name: value for name, value in asdict(self).items() if value or name not in later}
 
 
@@ -164,6 +166,7 @@ def _checked(request: Request) -> Plan:
     frames = frame_count(given(request.frames, card.frames), model)
     if not request.check:
         fits_in_memory(height, width, frames)
+    work = model.dense_work(frames, height, width, with_image=image is not None)
     given_loras = ((), ()) if request.check else (request.lora, request.lora_2)
     loras = resolve_loras(*given_loras, model=model.name, pipeline=card.pipeline, experts=model.experts)
     negative = request.negative_prompt
@@ -193,6 +196,7 @@ def _checked(request: Request) -> Plan:
         device=device,
         offload=request.offload,
         compile=request.compile,
+        cuda_graphs=_cuda_graphs(request, device, (preset, preset_2), work),
         image=request.image,
         image_digest=digest,
         strict=request.strict,
@@ -282,6 +286,35 @@ def _pick_device(device: str, offload: str) -> str:
     if offload != "none" and kind.type != "cuda":
         raise InputError(f"--offload {offload}: needs a CUDA device, and the run is on {device}; use --offload none")
     return device
+
+
+def _cuda_graphs(request: Request, device: str, presets: "Iterable[Preset | None]", work: int | None) -> bool:
+    """Whether forwards are replayed as CUDA graphs: by default where they can, and attention is little work."""
+    from psa_diffusers.patch.served_calls import GAINS_FROM
+
+    if (wanted := request.cuda_graphs) is False:
+        return False
+    obstacle = _why_no_graphs(device, request.offload, presets)
+    if wanted and obstacle is not None:
+        raise InputError(f"--cuda-graphs: {obstacle}")
+    return obstacle is None and (wanted is True or (work is not None and work < GAINS_FROM))
+
+
+def _why_no_graphs(device: str, offload: str, presets: "Iterable[Preset | None]") -> str | None:
+    """Why no forward, or no sparse one, could be a CUDA graph; None if they can."""
+    if not device.startswith("cuda"):
+        return f"needs a CUDA device, and the run is on {device}"
+    if offload != "none":
+        return "needs weights that stay on the GPU; use --offload none"
+    for preset in presets:
+        if preset is None:
+            continue
+        kept = {"refresh": preset.refresh > 1, "share_guidance": preset.share_guidance, "correction": preset.correction}
+        kept["dense_attention"] = preset.dense_attention == "psa"
+        for key, is_set in kept.items():
+            if is_set:
+                return f"{preset.name} has {key}, which leaves something for later forwards; a replay cannot"
+    return None
 
 
 def _pick_dtype(dtype: str, device: str, trained: str) -> str:

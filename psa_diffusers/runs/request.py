@@ -35,6 +35,7 @@ class Request:
     device: str = "auto"
     offload: str = "none"
     compile: bool = False
+    cuda_graphs: bool | None = None
     image: str | None = None
     overwrite: bool = False
     strict: bool = False

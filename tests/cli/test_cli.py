@@ -41,6 +41,7 @@ OPTIONS = {
         "--device",
         "--offload",
         "--compile",
+        "--cuda-graphs",
         "--num-processes",
         "--image",
         "--overwrite",

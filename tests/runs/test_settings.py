@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from psa_diffusers.errors import InputError
 from psa_diffusers.runs import plan as plan_module
@@ -34,6 +35,7 @@ def tiny_request(folder, **changes) -> Request:
         ({"offload": "disk"}, r"--offload disk: must be one of none, model, group"),
         ({"offload": "group", "compile": True}, r"--compile: needs blocks that stay whole; use --offload none or m"),
         ({"offload": "model", "device": "cpu"}, r"--offload model: needs a CUDA device, and the run is on cpu"),
+        ({"cuda_graphs": True, "device": "cpu"}, r"--cuda-graphs: needs a CUDA device, and the run is on cpu"),
         ({"device": "tpu9"}, r"--device tpu9: not a device"),
         ({"device": "meta"}, r"--device meta: not supported"),
         ({"device": "cuda:99"}, r"--device cuda:99: this machine has \d+ CUDA devices"),
@@ -72,6 +74,28 @@ def test_compiling_on_a_cpu_needs_a_compiler(saved, monkeypatch):
         make_plan(asked)
     monkeypatch.setenv("CXX", sys.executable)
     assert make_plan(asked).settings.compile
+
+
+def test_graphs_are_the_default_where_a_gpu_has_little_to_do(saved, monkeypatch, tmp_path):
+    def planned(**changes):
+        return make_plan(Request(prompts=("a red circle",), **{"device": "cuda", **changes})).settings
+
+    assert not planned(device="cpu").cuda_graphs
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    small = planned()
+    assert small.cuda_graphs and planned(compare=True).cuda_graphs and planned(preset="dense").cuda_graphs
+    assert "cuda_graphs" not in planned(cuda_graphs=False).to_dict()
+    large = {"height": 384, "width": 384}
+    assert not planned(**large).cuda_graphs and planned(**large, cuda_graphs=True).cuda_graphs
+    assert not planned(offload="model").cuda_graphs
+    with pytest.raises(InputError, match=r"--cuda-graphs: needs weights that stay on the GPU; use --offload none"):
+        planned(offload="model", cuda_graphs=True)
+    for key, value in (("refresh", 2), ("share_guidance", "true"), ("correction", "true"), ("dense_attention", "psa")):
+        (tmp_path / "kept.yaml").write_text(f"{key}: {value}\n")
+        assert not planned(preset=str(tmp_path / "kept.yaml")).cuda_graphs
+        with pytest.raises(InputError, match=f"--cuda-graphs: kept has {key}, which leaves something"):
+            planned(preset=str(tmp_path / "kept.yaml"), cuda_graphs=True)
 
 
 def test_a_preset_rule_for_a_layer_that_the_model_lacks(saved, tmp_path):

@@ -1,0 +1,156 @@
+"""Transformers whose forwards are captured into CUDA graphs, each kind once, and replayed.
+
+A small forward takes a GPU less time than the host needs to launch it. A replay is one launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from psa_diffusers.diffusers_internals import keeps_state_between_forwards
+from psa_diffusers.patch.modules import find_transformers
+from psa_diffusers.patch.replays import Recording, attended
+
+# Each graph keeps copies of its inputs and its output. A run has a few kinds of forwards.
+MOST = 16
+MANY = "more than {most} kinds of forwards; the others are launched one operation at a time"
+FAILED = "a forward cannot be captured into a CUDA graph, and is launched one operation at a time: {error}"
+Compute = Callable[[], Any]
+# Captures what a function computes: returns its results, in memory that stays, and what computes them anew there.
+Capture = Callable[[Compute], tuple[Any, Callable[[], None]]]
+
+
+def replay_forwards(pipe: Any) -> None:
+    """Replace the forwards of all transformers of a pipeline by replays of themselves, from the second of a kind on.
+
+    For pipelines whose weights, modules and attention processors nobody changes but this package's patch: graphs go on
+    with the memory and the kernels that they were captured with. Results are equal to the last bit.
+    """
+    for transformer in find_transformers(pipe).values():
+        replay_forward(transformer)
+
+
+def replay_forward(transformer: torch.nn.Module, capture: Capture | None = None) -> None:
+    """As `replay_forwards`, of one transformer; `capture` captures on a CUDA device unless given."""
+    graphs = ForwardGraphs(transformer, capture or _OnCuda())
+
+    @functools.wraps(transformer.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return graphs(*args, **kwargs)
+
+    transformer.forward = forward
+
+
+@dataclass
+class _Graph:
+    """A captured forward: the tensors that it reads, in order; what it returns; and its replay."""
+
+    inputs: list[torch.Tensor]
+    output: Any
+    recording: Recording
+    replay: Callable[[], None]
+
+
+class ForwardGraphs:
+    """The graphs of one transformer; called as its forward.
+
+    Forwards are of one kind if their arguments are alike, but for the values in tensors, and if they attend the same.
+    The first one of a kind is computed as ever, and then captured. What cannot be captured is computed as ever too; one
+    line on stderr says why, unless this package needs it so.
+    """
+
+    def __init__(self, transformer: torch.nn.Module, capture: Capture) -> None:
+        self._transformer, self._own, self._capture = transformer, transformer.forward, capture
+        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._told: set[str] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [each for each in leaves if torch.is_tensor(each)]
+        attends = attended(self._transformer)
+        if attends is None or torch.is_grad_enabled():
+            return self._own(*args, **kwargs)
+        key = structure, attends, tuple(_kind(each) for each in leaves)
+        if key in self._graphs:
+            graph = self._graphs[key]
+            return self._own(*args, **kwargs) if graph is None else _replay(graph, tensors)
+        output = self._own(*args, **kwargs)  # compiles kernels, and fills what the graph reads
+        self._graphs[key] = self._captured(args, kwargs) if self._may_capture(tensors) else None
+        return output
+
+    def _may_capture(self, tensors: list[torch.Tensor]) -> bool:
+        if sum(graph is not None for graph in self._graphs.values()) >= MOST:
+            self._tell(MANY.format(most=MOST))
+            return False
+        if keeps_state_between_forwards(self._transformer):
+            self._tell(FAILED.format(error="a cache decides at each forward what is computed"))
+            return False
+        return True
+
+    def _captured(self, args: tuple, kwargs: dict[str, Any]) -> _Graph | None:
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        recording = Recording(self._transformer)
+
+        def compute() -> tuple[Any, torch.Tensor | None]:
+            with recording.capturing():
+                output = self._own(*args, **kwargs)
+            return output, recording.figures
+
+        try:
+            (output, _), replay = self._capture(compute)
+        except Exception as error:  # whatever it is, the forward has just been computed without a graph
+            self._tell(FAILED.format(error=_first_line(error)))
+            return None
+        inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
+        return _Graph(inputs, output, recording, replay)
+
+    def _tell(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            print(f"warning: {type(self._transformer).__name__}: {line}", file=sys.stderr, flush=True)
+
+
+def _replay(graph: _Graph, tensors: list[torch.Tensor]) -> Any:
+    for kept, given in zip(graph.inputs, tensors, strict=True):
+        kept.copy_(given)
+    graph.replay()
+    graph.recording.replayed()
+    # The next replay writes to the same memory, perhaps before this output is read.
+    return tree_map_only(torch.Tensor, torch.clone, graph.output)
+
+
+class _OnCuda:
+    """Captures into CUDA graphs that share their memory: what they return is copied before another one is replayed."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, compute: Compute) -> tuple[Any, Callable[[], None]]:
+        pool, graph = self._pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self._pool = None  # no graph can be captured into it after one that failed
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty", category=UserWarning)
+            # Other threads may use the device, for files or sound.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                results = compute()
+        self._pool = pool
+        return results, graph.replay
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error, or of the one that it came from: the end of a capture fails as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _kind(leaf: Any) -> Hashable:
+    return (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if torch.is_tensor(leaf) else leaf

@@ -1,0 +1,226 @@
+"""Forwards that are captured once a kind and replayed: they compute, note and check what the model's own would."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from torch.utils._pytree import tree_leaves
+
+from psa_diffusers import apply_psa
+from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_diffusers.patch.masks import MaskRecorder
+from psa_diffusers.patch.modules import find_transformers
+from psa_diffusers.patch.stated_step import WarmCalls
+from psa_diffusers.runs import forward_graphs
+from psa_diffusers.runs.forward_graphs import replay_forward, replay_forwards
+from psa_testing.families import ONE_EACH
+from psa_testing.spies import spoil_sparse
+from psa_testing.tiny_families import CASES, WAN, preset
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+FOUR = {"num_inference_steps": 4}
+CHOSEN = preset(dense_steps=0.5)
+
+
+# Models whose forwards read values, such as how long the text is, or bring numbers from the host.
+READ_VALUES = {"consisid", "easyanimate", "framepack", "hunyuan-video", "hunyuan-video-1.5", "mochi", "motif-video"}
+
+
+class Feigned:
+    """Feigns CUDA graphs on a CPU: a replay computes anew, and writes to where the captured forward left its results.
+
+    Every replay poisons what all others have left, because graphs share their memory.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        self.captured = self.replayed = 0
+        self._monkeypatch, self._left = monkeypatch, []
+
+    def __call__(self, compute):
+        self.captured += 1
+        found = self._compute(compute)
+        results = tensors_of(found)
+        self._left += results
+        self._poison()
+
+        def replay():
+            self.replayed += 1
+            with self._monkeypatch.context() as patch:  # a replay runs no Python, so nobody asks
+                patch.setattr(WarmCalls, "check", lambda *call: None)
+                new = tensors_of(self._compute(compute))
+            self._poison()
+            for kept, made in zip(results, new, strict=True):
+                kept.copy_(made)
+
+        return found, replay
+
+    def _poison(self):
+        for each in self._left:
+            each.fill_(math.nan if each.is_floating_point() else -(10**9))
+
+    def _compute(self, compute):
+        with self._monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            return compute()
+
+    def replaying(self, pipe):
+        for transformer in find_transformers(pipe).values():
+            replay_forward(transformer, self)
+        return pipe
+
+
+def tensors_of(results):
+    return [each for each in tree_leaves(results) if torch.is_tensor(each)]
+
+
+@pytest.fixture
+def feigned(monkeypatch):
+    return Feigned(monkeypatch)
+
+
+def videos(case, pipe, chosen=CHOSEN):
+    """A sparse and a dense video, and what the sparse run attended."""
+    with apply_psa(pipe, chosen) as psa:
+        sparse = case.run(pipe, **FOUR)
+    return sparse, case.run(pipe, **FOUR), psa.stats()
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_videos_and_figures_are_those_without_graphs(name, feigned):
+    case = CASES[name]
+    sparse, dense, stats = videos(case, case.make())
+    found = videos(case, feigned.replaying(case.make()))
+    assert torch.equal(found[0], sparse) and torch.equal(found[1], dense) and found[2] == stats
+    assert stats.density_sparse is not None and feigned.replayed > 0
+
+
+def test_another_video_needs_no_other_graphs(feigned):
+    pipe = feigned.replaying(WAN.make())
+    videos(WAN, pipe)
+    captured, replayed = feigned.captured, feigned.replayed
+    assert captured == 3, "dense without the patch; dense and sparse with it"
+    seed = {"generator": torch.Generator().manual_seed(5)}
+    with apply_psa(pipe, preset(dense_steps=0.5)) as psa:
+        again = WAN.run(pipe, **FOUR, **seed)
+    assert feigned.captured == captured and feigned.replayed > replayed
+    seed = {"generator": torch.Generator().manual_seed(5)}
+    plain = WAN.make()
+    with apply_psa(plain, CHOSEN) as other:
+        assert torch.equal(again, WAN.run(plain, **FOUR, **seed))
+    assert psa.stats().density == other.stats().density
+
+
+def test_other_presets_and_sizes_have_graphs_of_their_own(feigned):
+    pipe, plain = feigned.replaying(WAN.make()), WAN.make()
+    for changes in ({}, {"thresholds": [0.5, 0.5, 0.5]}, {"order": "hilbert"}):
+        for frames in (5, 9):
+            found = []
+            for each in (pipe, plain):
+                with apply_psa(each, preset(dense_steps=0.5, **changes)):
+                    found.append(WAN.run(each, **FOUR, num_frames=frames))
+            assert torch.equal(*found)
+    assert feigned.captured == 8, "at each of two sizes dense, and sparse three times"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"refresh": 2}, {"share_guidance": True}, {"correction": True}, {"dense_attention": "psa"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_leaves_something_for_later_forwards_is_not_captured(changes, feigned):
+    chosen = preset(dense_steps=0.5, **changes)
+    sparse, _, stats = videos(WAN, WAN.make(), chosen)
+    found, _, found_stats = videos(WAN, feigned.replaying(WAN.make()), chosen)
+    assert torch.equal(found, sparse) and found_stats == stats
+
+
+def test_masks_are_recorded(feigned):
+    found = []
+    for pipe in (WAN.make(), feigned.replaying(WAN.make())):
+        with apply_psa(pipe, CHOSEN) as psa:
+            recorder = MaskRecorder(psa.stats().layers)
+            psa.processor.record_masks(recorder)
+            WAN.run(pipe, **FOUR)
+        found.append([(mask.layer, mask.step, mask.levels.tolist()) for mask in recorder.masks()])
+    assert found[0] == found[1] and len(found[0]) == len(psa.stats().layers)
+    assert feigned.replayed > 0
+
+
+def test_what_is_not_finite_is_computed_again(feigned, monkeypatch):
+    pipe = feigned.replaying(WAN.make())
+    spoil_sparse(monkeypatch, float("nan"), layers=("blocks.1",), steps=(3,))
+    with apply_psa(pipe, CHOSEN) as psa, pytest.warns(PSAFallbackWarning, match=r"blocks.1 at step 4 of 4"):
+        assert WAN.run(pipe, **FOUR).isfinite().all()
+    assert psa.stats().not_finite == {"blocks.1": [3]} and feigned.replayed > 0
+
+
+def test_what_cannot_be_captured_is_computed_and_told_once(capsys):
+    def cannot(compute):
+        compute()
+        raise RuntimeError("operation not permitted when stream is capturing\nat length")
+
+    pipe = WAN.make()
+    sparse, dense, stats = videos(WAN, pipe)
+    replay_forward(pipe.transformer, cannot)
+    found = videos(WAN, pipe)
+    assert torch.equal(found[0], sparse) and torch.equal(found[1], dense) and found[2] == stats
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if line.startswith("warning")] == [
+        "warning: WanTransformer3DModel: a forward cannot be captured into a CUDA graph, and is launched one operation "
+        "at a time: RuntimeError: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_cache_of_blocks_is_left_alone(feigned, capsys):
+    def cached():
+        pipe = WAN.make()
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        return pipe
+
+    sparse, dense, _ = videos(WAN, cached())
+    found = videos(WAN, feigned.replaying(cached()))
+    assert torch.equal(found[0], sparse) and torch.equal(found[1], dense) and not feigned.captured
+    assert "a cache decides" in capsys.readouterr().err
+
+
+def test_kinds_of_forwards_are_bounded(feigned, capsys, monkeypatch):
+    monkeypatch.setattr(forward_graphs, "MOST", 2)
+    sparse, dense, stats = videos(WAN, WAN.make())
+    found = videos(WAN, feigned.replaying(WAN.make()))
+    assert torch.equal(found[0], sparse) and torch.equal(found[1], dense) and found[2] == stats
+    assert feigned.captured == 2 and "more than 2 kinds" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ("kandinsky5", "minimax-h3")])
+def test_replays_on_a_gpu(name, capsys):
+    """Dense and sparse videos of two seeds; memory is used in between. Two toys have their text on the CPU."""
+    case = CASES[name]
+    block = {"block": {"query": 64, "key": 16}, "thresholds": [0.0, 1.0, 1.0], "float32_on_gpu": "sparse"}
+    chosen = preset(dense_steps=0.5, **block)
+    plain, pipe = case.make().to("cuda"), case.make().to("cuda")
+    replay_forwards(pipe)
+    for seed in (0, 1, 0):
+        found = []
+        for each in (plain, pipe):
+            given = {**FOUR, "generator": torch.Generator().manual_seed(seed)}
+            with apply_psa(each, chosen) as psa:
+                sparse = case.run(each, **given)
+            given["generator"].manual_seed(seed)
+            found.append((sparse, case.run(each, **given), psa.stats()))
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.full((2**26,), math.nan, device="cuda")
+        (sparse, dense, stats), (replayed, replayed_dense, replayed_stats) = found
+        torch.testing.assert_close(replayed, sparse, rtol=0, atol=2e-3)
+        torch.testing.assert_close(replayed_dense, dense, rtol=0, atol=2e-3)
+        assert replayed_stats.density == stats.density
+    assert ("cannot be captured" in capsys.readouterr().err) == (name in READ_VALUES)
