@@ -14,7 +14,7 @@ from psa_diffusers.patch.dense_reasons import Fallbacks
 from psa_diffusers.patch.finite_guard import COMPUTED_AGAIN, FULL_COMPUTED_AGAIN, FiniteGuard, all_finite
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.list_cache import own_copy
-from psa_diffusers.patch.masks import MaskRecorder
+from psa_diffusers.patch.masks import ListRecorder
 from psa_diffusers.patch.parallel.exchange import Exchange
 from psa_diffusers.patch.parallel.exchanges import Exchanges
 from psa_diffusers.patch.parallel.share import Ulysses
@@ -42,7 +42,7 @@ class TokenAttention:
         full: computes dense layers by the operator, where the preset asks for that.
         compute: None, or a function that replaces `sparse`, such as one that measures it. It gets this object; if it
             returns no statistics, the call counts as dense.
-        mask_recorder: gets the block lists of sparse calls.
+        mask_recorder: gets the block lists of sparse calls, as `MaskRecorder.record` does.
     """
 
     def __init__(self, family: type[ModelFamily], fallbacks: Fallbacks, strict: bool = False) -> None:
@@ -53,7 +53,7 @@ class TokenAttention:
         self._served = ServedCalls(fallbacks.remark)
         self._exchanges = Exchanges(fallbacks.remark)
         self.compute: Compute | None = None
-        self.mask_recorder: MaskRecorder | None = None
+        self.mask_recorder: ListRecorder | None = None
         self._warm = WarmCalls()
 
     def decide(self, forward: Forward, layer: Layer, call: AttentionCall) -> Route:
@@ -272,7 +272,8 @@ class TokenAttention:
         # text to the operator, which computes text last.
         if exchange is not None and not corrected and not forward.watch and exchange.text == text:
             heads_done = exchange.heads_done
-        records = self.mask_recorder is not None and not forward.captured and forward.routes[layer.name].sparse
+        by_hand = forward.captured and forward.stated
+        records = self.mask_recorder is not None and not by_hand and forward.routes[layer.name].sparse
         head, tail, stats, used = attend_real_text(
             *qkv, spec, kept,
             before=text[0],

@@ -7,6 +7,9 @@ replaces those that are not finite. The remaining forwards of the run are checke
 
 Ranks that share a forward agree on that, so that all of them compute it again or none does.
 
+Forwards that are replayed as CUDA graphs are looked at when their run is over, because to wait for each would take more
+time than replays gain. Whoever replays them asks then, and makes the run again if it has to be.
+
 A forward cannot be computed twice if something keeps values from one forward to the next, as caches of whole blocks do.
 There each sparse attention is checked from the start.
 """
@@ -22,17 +25,22 @@ import torch
 import torch.distributed as dist
 
 from psa_diffusers.patch.dense_reasons import Fallbacks
-from psa_diffusers.patch.run import Forward
+from psa_diffusers.patch.run import Forward, Run
 
 COMPUTED_AGAIN = "its sparse output held values that are not finite, so that it was computed again"
 FULL_COMPUTED_AGAIN = "its dense output by PSA's kernel held values that are not finite, so that it was computed again"
 
 
 class FiniteGuard:
-    """Notes in a run what was not finite, and warns of it; with `strict` it raises instead."""
+    """Notes in a run what was not finite, and warns of it; with `strict` it raises instead.
+
+    Attributes:
+        at_once: whether every output must be looked at before it is used, so that no forward can be replayed.
+    """
 
     def __init__(self, fallbacks: Fallbacks, strict: bool) -> None:
         self._fallbacks, self._strict = fallbacks, strict
+        self.at_once = False
 
     def is_spoiled(self, forward: Forward, output: Any) -> bool:
         """Whether a transformer's output is not finite, and the operator's attention may be the cause.
@@ -43,7 +51,17 @@ class FiniteGuard:
             return self._is_spoiled_on_any(forward, output)
         if forward.run.model_not_finite or not any(note.stats or note.full_by for note in forward.notes):
             return False
+        if forward.replayed:
+            forward.run.unseen += [_largest(x) for x in _tensors(output) if x.numel()]
+            return False
         return not is_finite(output)
+
+    def replays_were_finite(self, run: Run) -> bool:
+        """Whether all outputs of a run's replays were finite; waits for the device. If not, nothing may be replayed."""
+        unseen, run.unseen = run.unseen, []
+        finite = not unseen or bool(torch.stack([x.float() for x in unseen]).isfinite().all())
+        self.at_once = self.at_once or not finite
+        return finite
 
     def _is_spoiled_on_any(self, forward: Forward, output: Any) -> bool:
         """As `is_spoiled`, by a collective: so whether a rank takes part may not depend on what that rank has found."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -69,6 +70,19 @@ class BlockMask:
         return spread.reshape(grid)[:frames]
 
 
+class ListRecorder(Protocol):
+    """What is given the block lists of calls.
+
+    Attributes:
+        layers: names of the layers whose lists it may want.
+    """
+
+    layers: tuple[str, ...]
+
+    def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
+        """Get the lists of a call, which may be written to afterwards."""
+
+
 class MaskRecorder:
     """Keeps the block lists of chosen calls of the last run, on their device until `masks` is called.
 
@@ -91,16 +105,10 @@ class MaskRecorder:
         head: int | None = None,
         point: tuple[float, float, float] | None = None,
     ) -> None:
-        self._layers = tuple(layers)
+        self.layers = tuple(layers)
         self._step, self._head, self._point = step, head, point
         self._run = 0
         self._kept: dict[str, tuple[BlockMask, BlockLists]] = {}
-
-    def wants(self, layer: Layer, forward: Forward) -> bool:
-        """Whether the lists of a layer's call are among the chosen ones."""
-        if layer.name not in self._layers or forward.branch or forward.window:
-            return False
-        return forward.step == self._wanted_step(layer, forward.run.steps)
 
     def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
         """Keep the lists of a call if they are wanted; never waits for the device."""
@@ -108,7 +116,8 @@ class MaskRecorder:
         if run.number != self._run:
             self._run = run.number
             self._kept.clear()
-        if not self.wants(layer, forward):
+        first = forward.branch == forward.window == 0
+        if not first or layer.name not in self.layers or forward.step != self._wanted_step(layer, run.steps):
             return
         assert layer.spec is not None, "a sparse layer has one"
         heads = slice(None) if self._head is None else slice(self._head, self._head + 1)
@@ -125,7 +134,7 @@ class MaskRecorder:
 
     def masks(self) -> list[BlockMask]:
         """What was kept, in the order of `layers`; waits for the device."""
-        kept = [self._kept[name] for name in self._layers if name in self._kept]
+        kept = [self._kept[name] for name in self.layers if name in self._kept]
         return [replace(mask, levels=lists.levels()[0].cpu().numpy()) for mask, lists in kept]
 
     def _wanted_step(self, layer: Layer, steps: int) -> int:

@@ -154,6 +154,13 @@ class PSAProcessor(PatchingProcessor, Told):
             raise RuntimeError(ELSEWHERE.format(kind=type(attn).__name__))
         return site.original
 
+    def replays_were_finite(self) -> bool:
+        """Whether the outputs of forwards that were replayed in the last run are finite; waits for the device.
+
+        If not, the run has to be made again. From then on nothing is replayed, and what is not finite computed again.
+        """
+        return self._attention.guard.replays_were_finite(self._runs.last)
+
     def record_masks(self, recorder: MaskRecorder | None) -> None:
         """From now on, hand the block lists of sparse calls to a recorder; None stops that."""
         self._attention.mask_recorder = recorder

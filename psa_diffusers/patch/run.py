@@ -90,6 +90,7 @@ class Run:
         watch: whether the output of each sparse attention is checked for values that are not finite.
         model_not_finite: what was not finite with dense attention either. From then on nothing is computed again.
         not_finite: layers whose sparse output was not finite, and at which steps.
+        unseen: of outputs that nobody has looked at yet the largest magnitudes.
     """
 
     number: int = 0
@@ -105,6 +106,7 @@ class Run:
     watch: bool = False
     model_not_finite: str | None = None
     not_finite: dict[str, list[int]] = field(default_factory=dict)
+    unseen: list[torch.Tensor] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
     _called_before: set[str] = field(default_factory=set)  # transformers, by the step before
@@ -202,6 +204,7 @@ class Forward:
         stated: whether the user stated its step; then it may be captured, or run again.
         transformer: its transformer, if it is captured.
         captured: whether it is being captured into a CUDA graph; then nothing on the device can be read.
+        replayed: whether a graph was replayed in its place.
         notes: its attention calls so far, also in `run.notes` unless it is captured.
     """
 
@@ -217,6 +220,7 @@ class Forward:
     watch: bool = False
     stated: bool = False
     captured: bool = False
+    replayed: bool = False
     transformer: torch.nn.Module | None = None
     notes: list[Note] = field(default_factory=list)
 

@@ -81,6 +81,7 @@ class Schedule:
         self.told = ToldRuns()
         # By the timesteps of each run that may go on: whoever replaces them begins another.
         self._copied: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._values: WeakIdKeyDictionary = WeakIdKeyDictionary()
         # The first timestep that was not found where it was looked for: a loop has another at each step, and all of
         # them are to give one warning.
         self._strange: dict[str, str] = {}
@@ -123,10 +124,11 @@ class Schedule:
             UnknownStepError: it cannot be found.
         """
         timestep = None if timestep is None else torch.as_tensor(timestep)
-        given = None if timestep is None or _is_capturing(timestep) else _largest(timestep)
-        if (told := self.told.of_a_caller()) is not None:
+        told = self.told.of_a_caller()
+        pipe = running_pipeline(transformer) if told is None else None
+        given = None if timestep is None or _is_capturing(timestep) else self._value(timestep, pipe)
+        if told is not None:
             return self._position_in_told(told, timestep, given, before)
-        pipe = running_pipeline(transformer)
         if pipe is not None and (timesteps := _timesteps(pipe.scheduler)) is not None:
             first = len(timesteps) - step_count(pipe, timesteps) if hasattr(pipe, "_num_timesteps") else None
             return self._position(pipe.scheduler, timesteps, first, timestep, given, before)
@@ -202,6 +204,16 @@ class Schedule:
             copied = self._copied[timesteps] = _Expected.of(self._expected(scheduler).detach().float())
         return copied
 
+    def _value(self, timestep: torch.Tensor, pipe: Any | None) -> float | None:
+        """The timestep of a forward as a number, without waiting for the device where it is a view of a scheduler's."""
+        timesteps = None if pipe is None else _timesteps(pipe.scheduler)
+        if timesteps is None or (place := _place_in(timestep, timesteps)) is None:
+            return _largest(timestep)
+        if (values := self._values.get(timesteps)) is None:
+            values = self._values[timesteps] = timesteps.detach().tolist()
+        value = float(values[place])
+        return value if math.isfinite(value) else None
+
     def _patched_scheduler(self) -> Any:
         return getattr(self._pipe(), "scheduler", self._scheduler)
 
@@ -262,12 +274,28 @@ def _roundings(value: float) -> set[float]:
     return {x for dtype in (torch.float32, torch.float16, torch.bfloat16) for x in found.to(dtype).tolist()}
 
 
+def _place_in(timestep: torch.Tensor, timesteps: torch.Tensor) -> int | None:
+    """Which entry of a run's timesteps a timestep is a view of, perhaps expanded; None if it has memory of its own."""
+    if timestep.dtype != timesteps.dtype or timestep.device != timesteps.device:
+        return None
+    if timesteps.dim() != 1 or not _is_one_number(timestep):
+        return None
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    apart = int(timestep.storage_offset()) - int(timesteps.storage_offset())
+    place, between = divmod(apart, max(timesteps.stride(0), 1))
+    return place if not between and 0 <= place < len(timesteps) else None
+
+
+def _is_one_number(timestep: torch.Tensor) -> bool:
+    """Whether a timestep is a single number in memory, for all samples."""
+    return timestep.numel() == 1 or (timestep.numel() > 0 and not any(timestep.stride()))
+
+
 def _largest(timestep: torch.Tensor) -> float | None:
     """The timestep of a forward: the largest entry, because image conditions have timestep 0."""
-    if timestep.numel() == 1 or (timestep.numel() and not any(timestep.stride())):  # one number, for all samples
-        value = float(timestep.as_strided((), ()).item())
-    else:
-        value = float(timestep.float().max())
+    largest = timestep.as_strided((), ()) if _is_one_number(timestep) else timestep.float().max()
+    value = float(largest.item())
     return value if math.isfinite(value) else None
 
 

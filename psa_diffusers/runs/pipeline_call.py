@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from psa_presets import Preset
 
 MIDDLE = (0.5, 0.5, 0.5)
+AGAIN = "warning: {name}: a CUDA graph gave values that are not finite; the video is made again without graphs"
 
 
 @dataclass
@@ -114,6 +115,9 @@ def generate_sparse(pipe: Any, plan: Plan, preset: "Preset", prompt: str, seed: 
         warnings.filterwarnings("ignore", message=".*not finite with dense attention", category=RuntimeWarning)
         recorder = _watch(psa.processor) if plan.settings.compare else None
         result = generate_video(pipe, plan, prompt, plan.name, seed)
+        if not psa.processor.replays_were_finite():
+            print(AGAIN.format(name=plan.name), file=sys.stderr, flush=True)
+            result = generate_video(pipe, plan, prompt, plan.name, seed)
         result.masks = recorder.masks() if recorder else []
         stats = psa.stats()
     result.attention = stats.to_dict()

@@ -9,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from psa_diffusers import apply_psa
+from psa_diffusers.patch import schedule
 from psa_diffusers.patch.schedule import LastForward, Schedule, UnknownStepError
 from psa_testing.tiny_families import preset
 from psa_testing.tiny_pipelines import tiny_wan
@@ -41,6 +42,23 @@ def test_schedulers_without_a_step_index_are_read_from_the_timestep():
     assert pipe.position(250) == (1, 3)
     # The largest entry is meant: image conditions have timestep 0.
     assert pipe.position(torch.tensor([[0.0, 0.0, 500.0]])) == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_an_entry_of_the_timesteps_is_not_read_from_the_device(dtype, monkeypatch):
+    pipe = stepping([900, 700, 500, 250, 10])
+    pipe.scheduler.timesteps = torch.tensor([1000, 900, 700, 500, 250, 10, 0]).to(dtype)[1:-1]
+    every_other = torch.tensor([500, 900, 250, 700, 10, 500]).to(dtype)
+    monkeypatch.setattr(schedule, "_largest", lambda timestep: pytest.fail("it was read"))
+    steps = [
+        pipe.position(each) for entry in pipe.scheduler.timesteps for each in (entry, entry.expand(2), entry[None])
+    ]
+    assert steps == [(step, 3) for step in (-2, -1, 0, 1, 2) for _ in range(3)]
+    pipe.scheduler.timesteps = every_other[1::2]
+    assert pipe.position(every_other[3]) == (1, 3)
+    for other in (every_other[2], every_other[:2], every_other.clone()[3], every_other[3].double()):
+        with pytest.raises(pytest.fail.Exception):
+            pipe.position(other)
 
 
 def test_early_steps_that_lie_close_together():

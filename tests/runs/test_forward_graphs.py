@@ -20,6 +20,7 @@ from psa_diffusers.runs.forward_graphs import replay_forward, replay_forwards
 from psa_testing.families import ONE_EACH
 from psa_testing.spies import spoil_sparse
 from psa_testing.tiny_families import CASES, WAN, preset
+from psa_testing.tiny_runs import STEPS, carry_out, edit_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -153,12 +154,34 @@ def test_masks_are_recorded(feigned):
     assert feigned.replayed > 0
 
 
-def test_what_is_not_finite_is_computed_again(feigned, monkeypatch):
+def test_what_is_not_finite_is_found_after_the_run_and_computed_again_in_the_next(feigned, monkeypatch):
     pipe = feigned.replaying(WAN.make())
     spoil_sparse(monkeypatch, float("nan"), layers=("blocks.1",), steps=(3,))
-    with apply_psa(pipe, CHOSEN) as psa, pytest.warns(PSAFallbackWarning, match=r"blocks.1 at step 4 of 4"):
+    with apply_psa(pipe, CHOSEN) as psa:
+        assert WAN.run(pipe, **FOUR).isnan().any() and feigned.replayed > 0
+        assert not psa.processor.replays_were_finite()
+        replayed = feigned.replayed
+        with pytest.warns(PSAFallbackWarning, match=r"blocks.1 at step 4 of 4"):
+            assert WAN.run(pipe, **FOUR).isfinite().all()
+        assert feigned.replayed == replayed and psa.processor.replays_were_finite()
+    assert psa.stats().not_finite == {"blocks.1": [3]}
+
+
+def test_a_run_whose_first_forward_of_a_kind_is_not_finite_needs_no_other(feigned, monkeypatch):
+    pipe = feigned.replaying(WAN.make())
+    spoil_sparse(monkeypatch, float("nan"), layers=("blocks.1",), steps=(2,))
+    with apply_psa(pipe, CHOSEN) as psa, pytest.warns(PSAFallbackWarning, match=r"blocks.1 at step 3 of 4"):
         assert WAN.run(pipe, **FOUR).isfinite().all()
-    assert psa.stats().not_finite == {"blocks.1": [3]} and feigned.replayed > 0
+        assert psa.processor.replays_were_finite()
+
+
+def test_a_video_whose_replays_were_not_finite_is_made_again(ask, feigned, monkeypatch, capsys):
+    edit_pipeline(monkeypatch, feigned.replaying)
+    spoil_sparse(monkeypatch, layers=("blocks.1",), steps=(STEPS - 1,))
+    (told,) = carry_out(ask("a cat", compare=True))["prompts"]
+    said = f"small: blocks.1: sparse attention was not finite at step {STEPS}; dense there"
+    assert said in told["warnings"] and math.isfinite(told["psnr"]) and feigned.replayed > 0
+    assert "small: a CUDA graph gave values that are not finite; the video is made again" in capsys.readouterr().err
 
 
 def test_what_cannot_be_captured_is_computed_and_told_once(capsys):
