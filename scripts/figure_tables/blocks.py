@@ -38,6 +38,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "held-out": quality.held_out,
     "corrected": quality.corrected,
     "graphs": short.graphs,
+    "generate": short.generate,
     "short": short.short,
     "float32": short.float32,
     "sol": sol.compared,

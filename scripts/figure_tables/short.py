@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from figure_tables.source import Row, commits_of, duration, load, machine, need, origin, table, times
 
 SHORT, FLOAT32, GRAPHS = "benchmarks/min-tokens", "benchmarks/float32", "benchmarks/graphs"
+GENERATE = "benchmarks/generate"
 MODES = ("eager", "compiled", "reduce-overhead", "captured")
 
 
@@ -54,6 +55,19 @@ def graphs() -> str:
         body.append([model, phase, *cells])
     where = f"On {machine(GRAPHS)}, {commits_of(rows)}, {load(GRAPHS)['date']}."
     return f"{table(['', 'forward', *MODES], body)}\n\n{where}"
+
+
+def generate() -> str:
+    """Denoising of the demo model by `psa-generate --compare`, without and with CUDA graphs."""
+    body = []
+    for row in load(GENERATE)["rows"]:
+        seconds = [f"{row[name]:.3f} s" for name in ("dense_s", "sparse_s")]
+        steps = [f"{row[name]:.1f} ms" for name in ("dense_step_ms", "sparse_step_ms")]
+        body.append([row["mode"], *seconds, f"{row['dense_s'] / row['sparse_s']:.2f}x", *steps])
+    presets = {row["preset"] for row in load(GENERATE)["rows"]}
+    head = ["", "dense", f"with {presets.pop()}", "", "a dense step", "a sparse step"]
+    where = f"On {machine(GENERATE)}, means over {load(GENERATE)['prompts']} prompts, {origin(GENERATE)}."
+    return f"{table(head, body)}\n\n{where}"
 
 
 def _span(rows: Sequence[Row]) -> str:
