@@ -40,12 +40,8 @@ def attended(transformer: torch.nn.Module) -> Hashable | None:
     recorded = None if recorder is None else recorder.layers
     # Which kernel serves a call depends on these two keys as well; all layers have one preset.
     served = {(layer.preset.min_tokens, layer.preset.float32_on_gpu) for _, layer in layers}
-    return (
-        forward.grid,
-        recorded,
-        frozenset(served),
-        tuple((*route, layer.spec, layer.order) for route, layer in layers),
-    )
+    computed = tuple((*route, layer.spec, layer.order) for route, layer in layers)
+    return forward.grid, recorded, frozenset(served), computed
 
 
 class Recording:
@@ -88,19 +84,23 @@ class Recording:
         if layer.name in self.layers:
             self._lists.append((layer, lists))
 
-    def replayed(self) -> None:
-        """Note in the forward that runs now what it attended; never waits for the device."""
+    def replayed(self, figures: torch.Tensor | None) -> None:
+        """Note in the forward that runs now what it attended; never waits for the device.
+
+        Args:
+            figures: those of the capture, as the replay wrote them.
+        """
         if (patch := patch_of(self._transformer)) is None:
             return
         patch.forward = forward = replace(patch.forward, replayed=True)
-        forward.notes.extend(self._notes_of(forward))
+        forward.notes.extend(self._notes_of(forward, figures))
         if (recorder := patch.attention.mask_recorder) is not None:
             for layer, lists in self._lists:
                 recorder.record(layer, forward, lists)
 
-    def _notes_of(self, forward: Forward) -> Iterator[Note]:
+    def _notes_of(self, forward: Forward, figures: torch.Tensor | None) -> Iterator[Note]:
         sizes = [note.stats.listed.numel() for note in self._notes if note.stats is not None]
-        counted = iter(() if self.figures is None else self.figures.clone().split(sizes))
+        counted = iter(() if figures is None else figures.clone().split(sizes))
         for note in self._notes:
             stats = note.stats
             if stats is not None:

@@ -51,11 +51,12 @@ def replay_forward(transformer: torch.nn.Module, capture: Capture | None = None)
 
 @dataclass
 class _Graph:
-    """A captured forward: the tensors that it reads, in order; what it returns; and its replay."""
+    """A captured forward: the tensors that it reads, in order; what it returns and notes; and its replay."""
 
     inputs: list[torch.Tensor]
     output: Any
     recording: Recording
+    figures: torch.Tensor | None
     replay: Callable[[], None]
 
 
@@ -105,12 +106,12 @@ class ForwardGraphs:
             return output, recording.figures
 
         try:
-            (output, _), replay = self._capture(compute)
+            (output, figures), replay = self._capture(compute)
         except Exception as error:  # whatever it is, the forward has just been computed without a graph
             self._tell(FAILED.format(error=_first_line(error)))
             return None
         inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
-        return _Graph(inputs, output, recording, replay)
+        return _Graph(inputs, output, recording, figures, replay)
 
     def _tell(self, line: str) -> None:
         if line not in self._told:
@@ -122,7 +123,7 @@ def _replay(graph: _Graph, tensors: list[torch.Tensor]) -> Any:
     for kept, given in zip(graph.inputs, tensors, strict=True):
         kept.copy_(given)
     graph.replay()
-    graph.recording.replayed()
+    graph.recording.replayed(graph.figures)
     # The next replay writes to the same memory, perhaps before this output is read.
     return tree_map_only(torch.Tensor, torch.clone, graph.output)
 

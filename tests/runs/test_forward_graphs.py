@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from psa_diffusers import apply_psa
 from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
+from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import find_transformers
 from psa_diffusers.patch.stated_step import WarmCalls
@@ -130,16 +131,29 @@ def test_other_presets_and_sizes_have_graphs_of_their_own(feigned):
     assert feigned.captured == 8, "at each of two sizes dense, and sparse three times"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"refresh": 2}, {"share_guidance": True}, {"correction": True}, {"dense_attention": "psa"}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_what_leaves_something_for_later_forwards_is_not_captured(changes, feigned):
-    chosen = preset(dense_steps=0.5, **changes)
+@pytest.mark.parametrize("key", ["refresh", "share_guidance", "correction"])
+def test_what_leaves_something_for_later_forwards_is_not_captured(key, feigned):
+    chosen = preset(dense_steps=0.5, **{key: 2 if key == "refresh" else True})
     sparse, _, stats = videos(WAN, WAN.make(), chosen)
     found, _, found_stats = videos(WAN, feigned.replaying(WAN.make()), chosen)
     assert torch.equal(found, sparse) and found_stats == stats
+    assert feigned.captured == 2, "dense ones, without the patch and with it"
+
+
+def test_dense_steps_by_the_operator_are_not_captured(feigned, monkeypatch):
+    monkeypatch.setattr(FullAttention, "is_on", lambda self, device: True)
+    monkeypatch.setattr(FullAttention, "serves", lambda self, layer, call, qkv: False)
+    pipe = feigned.replaying(WAN.make())
+    with apply_psa(pipe, preset(dense_steps=0.5, dense_attention="psa")):
+        WAN.run(pipe, **FOUR)
+    assert feigned.captured == 1, "the sparse one"
+
+
+def test_figures_are_those_of_each_step(feigned):
+    chosen = preset(dense_steps=0.5, rule="mass", thresholds=[0.2, 0.4, 0.6])
+    _, _, stats = videos(WAN, WAN.make(), chosen)
+    _, _, found = videos(WAN, feigned.replaying(WAN.make()), chosen)
+    assert found == stats and stats.density[2] != stats.density[3]
 
 
 def test_masks_are_recorded(feigned):
