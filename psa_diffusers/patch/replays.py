@@ -49,63 +49,64 @@ class Recording:
 
     Attributes:
         layers: names of the layers whose block lists are recorded.
-        figures: int64 `[n]`: what its statistics counted, one call after the other, where each replay writes it anew;
-            None if nothing was sparse.
+        lists: those lists, each with its layer; each replay writes them anew, into the same memory.
+        figures: int64 `[n]`: what its statistics counted, one call after the other, written anew likewise; None if
+            nothing was sparse.
     """
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        self._transformer = transformer
-        self._notes: list[Note] = []
-        self._lists: list[tuple[Layer, BlockLists]] = []
-        self.layers: tuple[str, ...] = ()
+    def __init__(self, layers: tuple[str, ...] = ()) -> None:
+        self.layers = layers
+        self.lists: list[tuple[Layer, BlockLists]] = []
         self.figures: torch.Tensor | None = None
-
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """The forward that runs now is being captured; its hooks have been called, for the forward itself."""
-        patch = patch_of(self._transformer)
-        if patch is None:
-            yield
-            return
-        forward, recorder = patch.forward, patch.attention.mask_recorder
-        self._notes, self._lists = [], []
-        patch.forward = replace(forward, captured=True, transformer=self._transformer, notes=self._notes)
-        if recorder is not None:
-            self.layers, patch.attention.mask_recorder = recorder.layers, self
-        try:
-            yield
-        finally:
-            patch.forward, patch.attention.mask_recorder = forward, recorder
-        counted = [note.stats.listed.flatten().long() for note in self._notes if note.stats is not None]
-        self.figures = torch.cat(counted) if counted else None
+        self._notes: list[Note] = []
 
     def record(self, layer: Layer, forward: Forward, lists: BlockLists) -> None:
-        """As `ListRecorder.record`: each replay writes the lists anew, into the same memory."""
+        """As `ListRecorder.record`."""
         if layer.name in self.layers:
-            self._lists.append((layer, lists))
+            self.lists.append((layer, lists))
 
-    def replayed(self, figures: torch.Tensor | None) -> None:
-        """Note in the forward that runs now what it attended; never waits for the device.
+    def keep(self, notes: list[Note]) -> None:
+        """Keep what was noted; what it counted goes into one tensor."""
+        counted = [note.stats.listed.flatten().long() for note in notes if note.stats is not None]
+        self._notes, self.figures = notes, torch.cat(counted) if counted else None
 
-        Args:
-            figures: those of the capture, as the replay wrote them.
-        """
-        if (patch := patch_of(self._transformer)) is None:
-            return
-        patch.forward = forward = replace(patch.forward, replayed=True)
-        forward.notes.extend(self._notes_of(forward, figures))
-        if (recorder := patch.attention.mask_recorder) is not None:
-            for layer, lists in self._lists:
-                recorder.record(layer, forward, lists)
-
-    def _notes_of(self, forward: Forward, figures: torch.Tensor | None) -> Iterator[Note]:
+    def notes(self, forward: Forward) -> Iterator[Note]:
+        """What a replay attended in place of a forward; never waits for the device."""
         sizes = [note.stats.listed.numel() for note in self._notes if note.stats is not None]
-        counted = iter(() if figures is None else figures.clone().split(sizes))
+        counted = iter(() if self.figures is None else self.figures.clone().split(sizes))
         for note in self._notes:
             stats = note.stats
             if stats is not None:
                 stats = replace(stats, listed=next(counted).view(stats.listed.shape))
             yield note._replace(step=forward.step, stats=stats)
+
+
+@contextmanager
+def capturing(transformer: torch.nn.Module) -> Iterator[Recording]:
+    """The forward that runs now is being captured; its hooks have been called, for the forward itself."""
+    if (patch := patch_of(transformer)) is None:
+        yield Recording()
+        return
+    forward, recorder, notes = patch.forward, patch.attention.mask_recorder, list[Note]()
+    recording = Recording(() if recorder is None else recorder.layers)
+    patch.forward = replace(forward, captured=True, transformer=transformer, notes=notes)
+    patch.attention.mask_recorder = None if recorder is None else recording
+    try:
+        yield recording
+    finally:
+        patch.forward, patch.attention.mask_recorder = forward, recorder
+    recording.keep(notes)
+
+
+def note_replay(transformer: torch.nn.Module, recording: Recording) -> None:
+    """Note in the forward that runs now what a replay attended in its place; never waits for the device."""
+    if (patch := patch_of(transformer)) is None:
+        return
+    patch.forward = forward = replace(patch.forward, replayed=True)
+    forward.notes.extend(recording.notes(forward))
+    if (recorder := patch.attention.mask_recorder) is not None:
+        for layer, lists in recording.lists:
+            recorder.record(layer, forward, lists)
 
 
 def _layers(patch: Patch) -> Iterator[Layer]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from psa_diffusers.diffusers_internals import keeps_state_between_forwards
 from psa_diffusers.patch.modules import find_transformers
-from psa_diffusers.patch.replays import Recording, attended
+from psa_diffusers.patch.replays import Recording, attended, capturing, note_replay
 
 # Each graph keeps copies of its inputs and its output. A run has a few kinds of forwards.
 MOST = 16
@@ -56,7 +56,6 @@ class _Graph:
     inputs: list[torch.Tensor]
     output: Any
     recording: Recording
-    figures: torch.Tensor | None
     replay: Callable[[], None]
 
 
@@ -82,7 +81,7 @@ class ForwardGraphs:
         key = structure, attends, tuple(_kind(each) for each in leaves)
         if key in self._graphs:
             graph = self._graphs[key]
-            return self._own(*args, **kwargs) if graph is None else _replay(graph, tensors)
+            return self._own(*args, **kwargs) if graph is None else self._replay(graph, tensors)
         output = self._own(*args, **kwargs)  # compiles kernels, and fills what the graph reads
         self._graphs[key] = self._captured(args, kwargs) if self._may_capture(tensors) else None
         return output
@@ -98,34 +97,32 @@ class ForwardGraphs:
 
     def _captured(self, args: tuple, kwargs: dict[str, Any]) -> _Graph | None:
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-        recording = Recording(self._transformer)
 
-        def compute() -> tuple[Any, torch.Tensor | None]:
-            with recording.capturing():
+        def compute() -> tuple[Any, Recording]:
+            with capturing(self._transformer) as recording:
                 output = self._own(*args, **kwargs)
-            return output, recording.figures
+            return output, recording
 
         try:
-            (output, figures), replay = self._capture(compute)
+            (output, recording), replay = self._capture(compute)
         except Exception as error:  # whatever it is, the forward has just been computed without a graph
             self._tell(FAILED.format(error=_first_line(error)))
             return None
         inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
-        return _Graph(inputs, output, recording, figures, replay)
+        return _Graph(inputs, output, recording, replay)
+
+    def _replay(self, graph: _Graph, tensors: list[torch.Tensor]) -> Any:
+        for kept, given in zip(graph.inputs, tensors, strict=True):
+            kept.copy_(given)
+        graph.replay()
+        note_replay(self._transformer, graph.recording)
+        # The next replay writes to the same memory, perhaps before this output is read.
+        return tree_map_only(torch.Tensor, torch.clone, graph.output)
 
     def _tell(self, line: str) -> None:
         if line not in self._told:
             self._told.add(line)
             print(f"warning: {type(self._transformer).__name__}: {line}", file=sys.stderr, flush=True)
-
-
-def _replay(graph: _Graph, tensors: list[torch.Tensor]) -> Any:
-    for kept, given in zip(graph.inputs, tensors, strict=True):
-        kept.copy_(given)
-    graph.replay()
-    graph.recording.replayed(graph.figures)
-    # The next replay writes to the same memory, perhaps before this output is read.
-    return tree_map_only(torch.Tensor, torch.clone, graph.output)
 
 
 class _OnCuda:
