@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from psa_diffusers import apply_psa
+from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.stated_step import held
 from psa_diffusers.patch.token_order import permutation_on
 from psa_testing.families import NETWORKS, PUBLISHED
@@ -71,6 +72,20 @@ def test_a_captured_forward_computes_what_it_computes_eagerly(name, step, monkey
             with feigned(monkeypatch), pytest.warns(UserWarning, match="not in stats"):
                 assert torch.equal(forward(pipe, inputs), expected)
         assert psa.stats() == before
+
+
+def test_no_masks_are_recorded_of_a_captured_forward(monkeypatch):
+    pipe = WAN.make()
+    inputs = inputs_of("wan", pipe)
+    with apply_psa(pipe, SPARSE) as psa, psa.run(TIMESTEPS), psa.step(MAKES):
+        forward(pipe, inputs)
+        recorder = MaskRecorder(psa.stats().layers, step=MAKES)
+        psa.processor.record_masks(recorder)
+        with feigned(monkeypatch), pytest.warns(UserWarning, match="no masks of it are recorded"):
+            forward(pipe, inputs)
+        assert not recorder.masks()
+        forward(pipe, inputs)
+        assert len(recorder.masks()) == len(psa.stats().layers)
 
 
 def test_what_is_captured_needs_a_forward_before(monkeypatch):

@@ -15,6 +15,7 @@ from psa_diffusers.patch.dense_reasons import PSAFallbackWarning
 from psa_diffusers.patch.full_attention import FullAttention
 from psa_diffusers.patch.masks import MaskRecorder
 from psa_diffusers.patch.modules import find_transformers
+from psa_diffusers.patch.replays import Recording
 from psa_diffusers.patch.stated_step import WarmCalls
 from psa_diffusers.runs import forward_graphs
 from psa_diffusers.runs.forward_graphs import replay_forward, replay_forwards
@@ -32,12 +33,8 @@ CHOSEN = preset(dense_steps=0.5)
 
 # Models whose forwards read values, such as how long the text is, or bring numbers from the host.
 READ_VALUES = {"consisid", "easyanimate", "framepack", "hunyuan-video", "hunyuan-video-1.5", "mochi", "motif-video"}
-PADDED = {
-    "hunyuan-video",
-    "hunyuan-video-1.5",
-    "mochi",
-    "motif-video",
-}  # of which this package reads how long the text is
+# Those of which this package reads how long the text is.
+PADDED = {"hunyuan-video", "hunyuan-video-1.5", "mochi", "motif-video"}
 
 
 class Feigned:
@@ -169,16 +166,20 @@ def test_figures_are_those_of_each_step(feigned):
     assert found == stats and stats.density[2] != stats.density[3]
 
 
-def test_masks_are_recorded(feigned):
-    found = []
+def test_masks_are_recorded(feigned, monkeypatch):
+    """Of the chosen layer alone, also in runs after others of which nobody recorded any."""
+    found, kept = [], []
+    keep = Recording.keep
+    monkeypatch.setattr(Recording, "keep", lambda self, notes: kept.append(len(self.lists)) or keep(self, notes))
     for pipe in (WAN.make(), feigned.replaying(WAN.make())):
+        videos(WAN, pipe)
         with apply_psa(pipe, CHOSEN) as psa:
-            recorder = MaskRecorder(psa.stats().layers)
+            recorder = MaskRecorder(psa.stats().layers[:1])
             psa.processor.record_masks(recorder)
             WAN.run(pipe, **FOUR)
         found.append([(mask.layer, mask.step, mask.levels.tolist()) for mask in recorder.masks()])
-    assert found[0] == found[1] and len(found[0]) == len(psa.stats().layers)
-    assert feigned.replayed > 0
+    assert found[0] == found[1] and len(found[0]) == 1
+    assert feigned.replayed > 0 and set(kept) == {0, 1}
 
 
 def test_what_is_not_finite_is_found_after_the_run_and_computed_again_in_the_next(feigned, monkeypatch):
