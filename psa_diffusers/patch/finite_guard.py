@@ -7,8 +7,8 @@ replaces those that are not finite. The remaining forwards of the run are checke
 
 Ranks that share a forward agree on that, so that all of them compute it again or none does.
 
-Forwards that are replayed as CUDA graphs are looked at when their run is over, because to wait for each would take more
-time than replays gain. Whoever replays them asks then, and makes the run again if it has to be.
+Forwards that are replayed as CUDA graphs are looked at when somebody asks, because to wait for each would take more
+time than replays gain. Whoever replays them asks at the end, and has everything computed again if it has to be.
 
 A forward cannot be computed twice if something keeps values from one forward to the next, as caches of whole blocks do.
 There each sparse attention is checked from the start.
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from psa_diffusers.patch.dense_reasons import Fallbacks
-from psa_diffusers.patch.run import Forward, Run
+from psa_diffusers.patch.run import Forward
 
 COMPUTED_AGAIN = "its sparse output held values that are not finite, so that it was computed again"
 FULL_COMPUTED_AGAIN = "its dense output by PSA's kernel held values that are not finite, so that it was computed again"
@@ -41,6 +41,8 @@ class FiniteGuard:
     def __init__(self, fallbacks: Fallbacks, strict: bool) -> None:
         self._fallbacks, self._strict = fallbacks, strict
         self.at_once = False
+        # Of outputs that nobody has looked at yet the largest magnitudes.
+        self._unseen: list[torch.Tensor] = []
 
     def is_spoiled(self, forward: Forward, output: Any) -> bool:
         """Whether a transformer's output is not finite, and the operator's attention may be the cause.
@@ -52,13 +54,13 @@ class FiniteGuard:
         if forward.run.model_not_finite or not any(note.stats or note.full_by for note in forward.notes):
             return False
         if forward.replayed:
-            forward.run.unseen += [_largest(x) for x in _tensors(output) if x.numel()]
+            self._unseen += [_largest(x) for x in _tensors(output) if x.numel()]
             return False
         return not is_finite(output)
 
-    def replays_were_finite(self, run: Run) -> bool:
-        """Whether all outputs of a run's replays were finite; waits for the device. If not, nothing may be replayed."""
-        unseen, run.unseen = run.unseen, []
+    def replays_were_finite(self) -> bool:
+        """Whether all outputs of replays since the last question were finite; if not, nothing more may be replayed."""
+        unseen, self._unseen = self._unseen, []
         finite = not unseen or bool(torch.stack([x.float() for x in unseen]).isfinite().all())
         self.at_once = self.at_once or not finite
         return finite

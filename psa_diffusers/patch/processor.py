@@ -155,11 +155,11 @@ class PSAProcessor(PatchingProcessor, Told):
         return site.original
 
     def replays_were_finite(self) -> bool:
-        """Whether the outputs of forwards that were replayed in the last run are finite; waits for the device.
+        """Whether the outputs of all replays since the last question are finite; waits for the device.
 
-        If not, the run has to be made again. From then on nothing is replayed, and what is not finite computed again.
+        If not, their runs have to be made again. Then nothing is replayed, and what is not finite is computed again.
         """
-        return self._attention.guard.replays_were_finite(self._runs.last)
+        return self._attention.guard.replays_were_finite()
 
     def record_masks(self, recorder: MaskRecorder | None) -> None:
         """From now on, hand the block lists of sparse calls to a recorder; None stops that."""

@@ -90,7 +90,6 @@ class Run:
         watch: whether the output of each sparse attention is checked for values that are not finite.
         model_not_finite: what was not finite with dense attention either. From then on nothing is computed again.
         not_finite: layers whose sparse output was not finite, and at which steps.
-        unseen: of outputs that nobody has looked at yet the largest magnitudes.
     """
 
     number: int = 0
@@ -106,7 +105,6 @@ class Run:
     watch: bool = False
     model_not_finite: str | None = None
     not_finite: dict[str, list[int]] = field(default_factory=dict)
-    unseen: list[torch.Tensor] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
     _inputs: dict[str, list[tuple[torch.Tensor | None, int]]] = field(default_factory=dict)
     _called_before: set[str] = field(default_factory=set)  # transformers, by the step before

@@ -126,11 +126,6 @@ class Runs:
             warnings.warn(UNSEEN, UserWarning, stacklevel=3)
         return forward
 
-    @property
-    def last(self) -> Run:
-        """The last run that had a forward."""
-        return self._run
-
     def told_steps(self) -> int | None:
         """How many steps the run has that the user told of; None if there is none."""
         told = self._schedule.told.current()

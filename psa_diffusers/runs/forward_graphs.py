@@ -23,6 +23,7 @@ from psa_diffusers.patch.replays import Recording, attended, capturing, note_rep
 MOST = 16
 MANY = "more than {most} kinds of forwards; the others are launched one operation at a time"
 FAILED = "a forward cannot be captured into a CUDA graph, and is launched one operation at a time: {error}"
+_NEW: Any = object()  # stands for the graph of a kind that has not come before
 Compute = Callable[[], Any]
 # Captures what a function computes: returns its results, in memory that stays, and what computes them anew there.
 Capture = Callable[[Compute], tuple[Any, Callable[[], None]]]
@@ -69,24 +70,27 @@ class ForwardGraphs:
 
     def __init__(self, transformer: torch.nn.Module, capture: Capture) -> None:
         self._transformer, self._own, self._capture = transformer, transformer.forward, capture
-        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._graphs: dict[Hashable, _Graph | None] = {}  # None for a kind that cannot be captured
         self._told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [each for each in leaves if torch.is_tensor(each)]
         attends = attended(self._transformer)
-        if attends is None or torch.is_grad_enabled():
-            return self._own(*args, **kwargs)
         key = structure, attends, tuple(_kind(each) for each in leaves)
-        if key in self._graphs:
-            graph = self._graphs[key]
-            return self._own(*args, **kwargs) if graph is None else self._replay(graph, tensors)
+        try:
+            graph = self._graphs.get(key, _NEW)
+        except TypeError:  # an argument that cannot be compared
+            graph = None
+        if graph is None or attends is None or torch.is_grad_enabled():
+            return self._own(*args, **kwargs)
+        if graph is not _NEW:
+            return self._replay(graph, tensors)
         output = self._own(*args, **kwargs)  # compiles kernels, and fills what the graph reads
-        self._graphs[key] = self._captured(args, kwargs) if self._may_capture(tensors) else None
+        self._graphs[key] = self._captured(args, kwargs) if self._may_capture() else None
         return output
 
-    def _may_capture(self, tensors: list[torch.Tensor]) -> bool:
+    def _may_capture(self) -> bool:
         if sum(graph is not None for graph in self._graphs.values()) >= MOST:
             self._tell(MANY.format(most=MOST))
             return False

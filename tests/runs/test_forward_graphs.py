@@ -187,6 +187,7 @@ def test_what_is_not_finite_is_found_after_the_run_and_computed_again_in_the_nex
     spoil_sparse(monkeypatch, float("nan"), layers=("blocks.1",), steps=(3,))
     with apply_psa(pipe, CHOSEN) as psa:
         assert WAN.run(pipe, **FOUR).isnan().any() and feigned.replayed > 0
+        assert WAN.run(pipe, num_inference_steps=2).isfinite().all(), "a run after it, before anybody asks"
         assert not psa.processor.replays_were_finite()
         replayed = feigned.replayed
         with pytest.warns(PSAFallbackWarning, match=r"blocks.1 at step 4 of 4"):
@@ -239,6 +240,18 @@ def test_a_cache_of_blocks_is_left_alone(feigned, capsys):
     found = videos(WAN, feigned.replaying(cached()))
     assert torch.equal(found[0], sparse) and torch.equal(found[1], dense) and not feigned.captured
     assert "a cache decides" in capsys.readouterr().err
+
+
+def test_arguments_that_cannot_be_compared_are_left_alone(feigned):
+    module = torch.nn.Linear(2, 2)
+    own = module.forward
+    module.forward = lambda x, options: own(x) * len(options)
+    replay_forward(module, feigned)
+    with torch.no_grad():
+        for size in (2, 3):
+            x = torch.randn(4, 2)
+            assert torch.equal(module(x, {*range(size)}), own(x) * size)
+    assert not feigned.captured
 
 
 def test_kinds_of_forwards_are_bounded(feigned, capsys, monkeypatch):
