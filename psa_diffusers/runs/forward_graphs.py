@@ -5,6 +5,7 @@ A small forward takes a GPU less time than the host needs to launch it. A replay
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -25,8 +26,9 @@ MANY = "more than {most} kinds of forwards; the others are launched one operatio
 FAILED = "a forward cannot be captured into a CUDA graph, and is launched one operation at a time: {error}"
 _NEW: Any = object()  # stands for the graph of a kind that has not come before
 Compute = Callable[[], Any]
-# Captures what a function computes: returns its results, in memory that stays, and what computes them anew there.
-Capture = Callable[[Compute], tuple[Any, Callable[[], None]]]
+# Captures what a function computes on a device: returns its results, in memory that stays, and what computes them anew
+# there.
+Capture = Callable[[Compute, torch.device], tuple[Any, Callable[[], None]]]
 
 
 def replay_forwards(pipe: Any) -> None:
@@ -101,6 +103,7 @@ class ForwardGraphs:
 
     def _captured(self, args: tuple, kwargs: dict[str, Any]) -> _Graph | None:
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+        inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
 
         def compute() -> tuple[Any, Recording]:
             with capturing(self._transformer) as recording:
@@ -108,11 +111,10 @@ class ForwardGraphs:
             return output, recording
 
         try:
-            (output, recording), replay = self._capture(compute)
+            (output, recording), replay = self._capture(compute, inputs[0].device)
         except Exception as error:  # whatever it is, the forward has just been computed without a graph
             self._tell(FAILED.format(error=_first_line(error)))
             return None
-        inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
         return _Graph(inputs, output, recording, replay)
 
     def _replay(self, graph: _Graph, tensors: list[torch.Tensor]) -> Any:
@@ -133,17 +135,24 @@ class _OnCuda:
     """Captures into CUDA graphs that share their memory: what they return is copied before another one is replayed."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._place: tuple[Any, torch.cuda.Stream] | None = None
 
-    def __call__(self, compute: Compute) -> tuple[Any, Callable[[], None]]:
-        pool, graph = self._pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-        self._pool = None  # no graph can be captured into it after one that failed
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty", category=UserWarning)
+    def __call__(self, compute: Compute, device: torch.device) -> tuple[Any, Callable[[], None]]:
+        with contextlib.ExitStack() as stack:
+            # The model may be on another device than the current one, and nothing would be captured there.
+            stack.enter_context(torch.cuda.device(device))
+            # A capture that fails leaves its stream the current one.
+            stack.enter_context(torch.cuda.stream(torch.cuda.current_stream()))
+            warned = stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter("always")  # the forward before has warned already
+            pool, stream = self._place or (torch.cuda.graph_pool_handle(), torch.cuda.Stream())
+            self._place, graph = None, torch.cuda.CUDAGraph()
             # Other threads may use the device, for files or sound.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 results = compute()
-        self._pool = pool
+        if any("CUDA Graph is empty" in str(each.message) for each in warned):
+            raise RuntimeError(f"nothing was launched on {device}")
+        self._place = pool, stream  # after a failure no other graph could be captured there
         return results, graph.replay
 
 

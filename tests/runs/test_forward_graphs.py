@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import warnings
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +51,7 @@ class Feigned:
         self.captured = self.replayed = self.failed = 0
         self._monkeypatch, self._left = monkeypatch, []
 
-    def __call__(self, compute):
+    def __call__(self, compute, device):
         self.failed += 1
         found = self._compute(compute)
         self.failed, self.captured = self.failed - 1, self.captured + 1
@@ -214,7 +218,7 @@ def test_a_video_whose_replays_were_not_finite_is_made_again(ask, feigned, monke
 
 
 def test_what_cannot_be_captured_is_computed_and_told_once(capsys):
-    def cannot(compute):
+    def cannot(compute, device):
         compute()
         raise RuntimeError("operation not permitted when stream is capturing\nat length")
 
@@ -262,6 +266,42 @@ def test_kinds_of_forwards_are_bounded(feigned, capsys, monkeypatch):
     assert feigned.captured == 2 and "more than 2 kinds" in capsys.readouterr().err
 
 
+def test_a_capture_that_fails_leaves_nothing_for_the_next_one(monkeypatch):
+    """Graphs share memory and a stream, but for those after a failure; one with nothing in it is a failure."""
+    entered, places = [], []
+
+    @contextmanager
+    def within(value):
+        entered.append(value)
+        yield
+        entered.append(("left", value))
+
+    @contextmanager
+    def graph(graph, *, pool, stream, capture_error_mode):
+        places.append((pool, stream))
+        yield
+        if graph.empty:
+            warnings.warn("The CUDA Graph is empty. This usually means ...", UserWarning, stacklevel=1)
+
+    counted = itertools.count()
+    stubs = {"device": within, "stream": within, "graph": graph, "current_stream": lambda: "current"}
+    stubs |= {"graph_pool_handle": lambda: next(counted), "Stream": lambda: next(counted)}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    empty = iter([False, False, True, False, False])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(empty=next(empty), replay="replay"))
+    capture, device = forward_graphs._OnCuda(), torch.device("cuda:1")
+    for _ in range(2):
+        assert capture(lambda: "results", device) == ("results", "replay")
+    with pytest.raises(RuntimeError, match="nothing was launched on cuda:1"):
+        capture(lambda: "results", device)
+    assert capture(lambda: "results", device) == ("results", "replay")
+    with pytest.raises(ZeroDivisionError):
+        capture(lambda: 1 / 0, device)
+    assert places == [(0, 1)] * 3 + [(2, 3)] * 2
+    assert entered[:4] == [device, "current", ("left", "current"), ("left", device)]
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ("kandinsky5", "minimax-h3")])
@@ -287,4 +327,5 @@ def test_replays_on_a_gpu(name, capsys):
         torch.testing.assert_close(replayed, sparse, rtol=0, atol=2e-3)
         torch.testing.assert_close(replayed_dense, dense, rtol=0, atol=2e-3)
         assert replayed_stats.density == stats.density
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert ("cannot be captured" in capsys.readouterr().err) == (name in READ_VALUES)
