@@ -76,6 +76,8 @@ def _model(plan: Plan) -> Iterator[tuple[str, str]]:
     size = f"{settings.frames} frames of {settings.height} x {settings.width}"
     extra = " (an image would decide the size)" if model.kind.begins_with_image and plan.image is None else ""
     yield "Video", f"{size}{extra}, {plan.steps} denoising steps, {settings.dtype}"
+    if settings.cuda_graphs:
+        yield "Forwards", "replayed as CUDA graphs where they can be captured, each kind from its second on"
     yield "Weights", "neither read nor downloaded, those of LoRAs neither"
 
 
