@@ -302,15 +302,12 @@ def test_a_capture_that_fails_leaves_nothing_for_the_next_one(monkeypatch):
     assert entered[:4] == [device, "current", ("left", "current"), ("left", device)]
 
 
-@pytest.mark.gpu
-@GPU
-@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ("kandinsky5", "minimax-h3")])
-def test_replays_on_a_gpu(name, capsys):
-    """Dense and sparse videos of two seeds; memory is used in between. Two toys have their text on the CPU."""
+def on_gpu(name, place):
+    """Videos of two seeds without graphs and with them, on a device; memory is used in between."""
     case = CASES[name]
     block = {"block": {"query": 64, "key": 16}, "thresholds": [0.0, 1.0, 1.0], "float32_on_gpu": "sparse"}
     chosen = preset(dense_steps=0.5, **block)
-    plain, pipe = case.make().to("cuda"), case.make().to("cuda")
+    plain, pipe = case.make().to(place), case.make().to(place)
     replay_forwards(pipe)
     for seed in (0, 1, 0):
         found = []
@@ -322,10 +319,25 @@ def test_replays_on_a_gpu(name, capsys):
             found.append((sparse, case.run(each, **given), psa.stats()))
             gc.collect()
             torch.cuda.empty_cache()
-            torch.full((2**26,), math.nan, device="cuda")
+            torch.full((2**26,), math.nan, device=place)
         (sparse, dense, stats), (replayed, replayed_dense, replayed_stats) = found
         torch.testing.assert_close(replayed, sparse, rtol=0, atol=2e-3)
         torch.testing.assert_close(replayed_dense, dense, rtol=0, atol=2e-3)
         assert replayed_stats.density == stats.density
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("name", [name for name in ONE_EACH if name not in ("kandinsky5", "minimax-h3")])
+def test_replays_on_a_gpu(name, capsys):
+    """Two toys have their text on the CPU."""
+    on_gpu(name, "cuda")
     assert ("cannot be captured" in capsys.readouterr().err) == (name in READ_VALUES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_replays_on_a_gpu_that_is_not_the_current_one(capsys):
+    on_gpu("wan", "cuda:1")
+    assert torch.cuda.current_device() == 0 and "cannot be captured" not in capsys.readouterr().err
