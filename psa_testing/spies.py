@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -28,6 +30,15 @@ def count_selections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(text_padding, "psa_attention", attended)
     monkeypatch.setattr(text_padding, "select_blocks", selected)
     return calls
+
+
+@contextmanager
+def feigned_capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Who asks is told that a CUDA graph is being captured; values are those of an eager forward."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
 
 
 def spy_on_attention(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:

@@ -22,6 +22,8 @@ from bench_demo import PROMPTS
 from random_models import pick_machine
 from results import publish
 
+from psa_diffusers.runs.phases import by_kind
+
 WHAT = "psa-generate --compare of the demo model, seconds of denoising and milliseconds of steps"
 ROWS = {
     "eager": ("--no-cuda-graphs",),
@@ -34,7 +36,7 @@ ROWS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4, help=f"2 to {len(PROMPTS)}")
-    parser.add_argument("--presets", nargs="+", default=["psa-3"])
+    parser.add_argument("--preset", default="psa-3")
     parser.add_argument("--output", type=Path, help="default: none")
     parser.add_argument("--commit", help="default: git's HEAD")
     options = parser.parse_args()
@@ -42,10 +44,10 @@ def main() -> None:
         parser.error(f"--prompts {options.prompts}: 2 to {len(PROMPTS)}")
     machine = pick_machine(False, "bench_generate")
     rows = []
-    for preset in options.presets:
-        for name, given in ROWS.items():
-            rows.append({"preset": preset, "mode": name, **measured(preset, given, PROMPTS[: options.prompts])})
-            print(json.dumps(rows[-1]), flush=True)
+    for name, given in ROWS.items():
+        figures = measured(options.preset, given, PROMPTS[: options.prompts])
+        rows.append({"preset": options.preset, "mode": name, **figures})
+        print(json.dumps(rows[-1]), flush=True)
     publish(WHAT, rows, options.output, device=machine.device, commit=options.commit, prompts=options.prompts)
 
 
@@ -74,8 +76,8 @@ def median_step(runs: list[dict[str, Any]]) -> float:
     """Milliseconds of a step: of a sparse run's sparse ones."""
     steps = []
     for run in runs:
-        dense = set() if run["attention"] is None else set(run["attention"]["dense_at"])
-        steps += [seconds for index, seconds in enumerate(run["seconds"]["per_step"]) if index not in dense]
+        dense, sparse = by_kind(run["seconds"]["per_step"], run["attention"] and run["attention"]["dense_at"])
+        steps += sparse or dense
     return round(1000 * median(steps), 2)
 
 

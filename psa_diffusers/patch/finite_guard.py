@@ -61,7 +61,7 @@ class FiniteGuard:
     def replays_were_finite(self) -> bool:
         """Whether all outputs of replays since the last question were finite; if not, nothing more may be replayed."""
         unseen, self._unseen = self._unseen, []
-        finite = not unseen or bool(torch.stack([x.float() for x in unseen]).isfinite().all())
+        finite = not unseen or all_finite(torch.stack([x.float() for x in unseen]))
         self.at_once = self.at_once or not finite
         return finite
 

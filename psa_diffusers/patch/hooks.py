@@ -91,7 +91,7 @@ class Patch(NotPickled):
         transformer = self.transformer()
         if transformer is None or self.attached:
             return
-        if (earlier := _patches.get(transformer)) is not None:
+        if (earlier := patch_of(transformer)) is not None:
             earlier.detach()
         _patches[transformer], self.attached = self, True
         self._hooks = [

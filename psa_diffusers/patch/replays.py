@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import torch
 
-from psa_diffusers.patch.hooks import Patch, patch_of
+from psa_diffusers.patch.hooks import patch_of
 from psa_diffusers.patch.run import Forward, Note
 from psa_diffusers.patch.sites import Layer, LayerSite
 from psa_kernels import BlockLists
+from psa_presets import Preset
 
 
 def attended(transformer: torch.nn.Module) -> Hashable | None:
@@ -26,22 +27,29 @@ def attended(transformer: torch.nn.Module) -> Hashable | None:
     """
     if (patch := patch_of(transformer)) is None:
         return ()
-    forward = patch.forward
-    layers = [(forward.routes[each.name], forward.at_step(each)) for each in _layers(patch)]
-    attention = patch.attention
+    forward, attention = patch.forward, patch.attention
     if forward.stated or forward.watch or forward.share is not None or attention.compute or attention.guard.at_once:
         return None
-    if any(site.skips_scores for site in patch.sites.values() if isinstance(site, LayerSite)):
+    sites = [site for site in patch.sites.values() if isinstance(site, LayerSite)]
+    routes = [forward.routes[site.layer.name] for site in sites]
+    preset = sites[0].layer.preset  # all layers have one
+    kept = kept_key(preset) is not None
+    if any(route.full or route.corrects or (route.sparse and kept) for route in routes):
         return None
-    for route, layer in layers:
-        if route.full or route.corrects or (route.sparse and (layer.keeps_lists or layer.preset.correction)):
-            return None
+    if any(site.skips_scores for site in sites):
+        return None
     recorder = attention.mask_recorder
     recorded = None if recorder is None else recorder.layers
-    # Which kernel serves a call depends on these two keys as well; all layers have one preset.
-    served = {(layer.preset.min_tokens, layer.preset.float32_on_gpu) for _, layer in layers}
-    computed = tuple((*route, layer.spec, layer.order) for route, layer in layers)
-    return forward.grid, recorded, frozenset(served), computed
+    layers = [forward.at_step(site.layer) for site in sites]
+    computed = tuple((*route, layer.spec, layer.order) for route, layer in zip(routes, layers, strict=True))
+    # Which kernel serves a call depends on these two keys as well.
+    return forward.grid, recorded, preset.min_tokens, preset.float32_on_gpu, computed
+
+
+def kept_key(preset: Preset) -> str | None:
+    """A key of a preset by which sparse forwards or those before them leave something for later ones; None without."""
+    keys = {"refresh": preset.refresh > 1, "share_guidance": preset.share_guidance, "correction": preset.correction}
+    return next((key for key, is_set in keys.items() if is_set), None)
 
 
 class Recording:
@@ -107,7 +115,3 @@ def note_replay(transformer: torch.nn.Module, recording: Recording) -> None:
     if (recorder := patch.attention.mask_recorder) is not None:
         for layer, lists in recording.lists:
             recorder.record(layer, forward, lists)
-
-
-def _layers(patch: Patch) -> Iterator[Layer]:
-    return (site.layer for site in patch.sites.values() if isinstance(site, LayerSite))

@@ -76,18 +76,18 @@ class ForwardGraphs:
         self._told: set[str] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() or (attends := attended(self._transformer)) is None:
+            return self._own(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
-        tensors = [each for each in leaves if torch.is_tensor(each)]
-        attends = attended(self._transformer)
         key = structure, attends, tuple(_kind(each) for each in leaves)
         try:
             graph = self._graphs.get(key, _NEW)
         except TypeError:  # an argument that cannot be compared
             graph = None
-        if graph is None or attends is None or torch.is_grad_enabled():
+        if graph is None:
             return self._own(*args, **kwargs)
         if graph is not _NEW:
-            return self._replay(graph, tensors)
+            return self._replay(graph, _tensors(leaves))
         output = self._own(*args, **kwargs)  # compiles kernels, and fills what the graph reads
         self._graphs[key] = self._captured(args, kwargs) if self._may_capture() else None
         return output
@@ -103,7 +103,7 @@ class ForwardGraphs:
 
     def _captured(self, args: tuple, kwargs: dict[str, Any]) -> _Graph | None:
         args, kwargs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
-        inputs = [each for each in tree_flatten((args, kwargs))[0] if torch.is_tensor(each)]
+        inputs = _tensors(tree_flatten((args, kwargs))[0])
 
         def compute() -> tuple[Any, Recording]:
             with capturing(self._transformer) as recording:
@@ -161,6 +161,10 @@ def _first_line(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
+    return [each for each in leaves if torch.is_tensor(each)]
 
 
 def _kind(leaf: Any) -> Hashable:

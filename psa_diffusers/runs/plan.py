@@ -302,6 +302,8 @@ def _cuda_graphs(request: Request, device: str, presets: "Iterable[Preset | None
 
 def _why_no_graphs(device: str, offload: str, presets: "Iterable[Preset | None]") -> str | None:
     """Why no forward, or no sparse one, could be a CUDA graph; None if they can."""
+    from psa_diffusers.patch.replays import kept_key
+
     if not device.startswith("cuda"):
         return f"needs a CUDA device, and the run is on {device}"
     if offload != "none":
@@ -309,11 +311,9 @@ def _why_no_graphs(device: str, offload: str, presets: "Iterable[Preset | None]"
     for preset in presets:
         if preset is None:
             continue
-        kept = {"refresh": preset.refresh > 1, "share_guidance": preset.share_guidance, "correction": preset.correction}
-        kept["dense_attention"] = preset.dense_attention == "psa"
-        for key, is_set in kept.items():
-            if is_set:
-                return f"{preset.name} has {key}, which leaves something for later forwards; a replay cannot"
+        key = kept_key(preset) or ("dense_attention" if preset.dense_attention == "psa" else None)
+        if key is not None:
+            return f"{preset.name} has {key}, which leaves something for later forwards; a replay cannot"
     return None
 
 

@@ -9,6 +9,7 @@ from torch._inductor import utils as inductor
 from psa_diffusers import apply_psa
 from psa_diffusers.patch import graph_ops
 from psa_testing.cases import SIZES
+from psa_testing.spies import feigned_capture
 from psa_testing.tiny_families import CASES, SPARSE, WAN, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,11 +47,9 @@ def test_a_capture_by_hand_says_why_it_cannot_be(monkeypatch):
     stock = WAN.run(pipe)
     with apply_psa(pipe, SPARSE, strict=True):
         sparse = WAN.run(pipe)
-        with monkeypatch.context() as capture:
-            capture.setattr(torch.cuda, "is_initialized", lambda: True)
-            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            with pytest.raises(RuntimeError, match=r"cannot be captured into a CUDA graph: .*restore\(\)"):
-                WAN.run(pipe)
+        cannot = pytest.raises(RuntimeError, match=r"cannot be captured into a CUDA graph: .*restore\(\)")
+        with feigned_capture(monkeypatch), cannot:
+            WAN.run(pipe)
         assert torch.equal(WAN.run(pipe), sparse)
     assert torch.equal(WAN.run(pipe), stock)
 

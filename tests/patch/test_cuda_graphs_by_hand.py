@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from psa_diffusers.patch.stated_step import held
 from psa_diffusers.patch.token_order import permutation_on
 from psa_testing.families import NETWORKS, PUBLISHED
 from psa_testing.full_size import Noise
+from psa_testing.spies import feigned_capture
 from psa_testing.tiny_families import CASES, SPARSE, WAN, preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,15 +26,6 @@ KEPT = {"refresh": 2}
 SERVED = {"block": {"query": 64, "key": 16}, "thresholds": [0.0, 1.0, 1.0], "float32_on_gpu": "sparse"}
 MODELS = {"wan": "WanTransformer3DModel", "hunyuan-video": "HunyuanVideoTransformer3DModel"}
 MODELS["cogvideox-5b"] = "CogVideoXTransformer3DModel"
-
-
-@contextmanager
-def feigned(monkeypatch):
-    """What a forward asks during a capture says that there is one, and its values are those of an eager forward."""
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_initialized", lambda: True)
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        yield
 
 
 def inputs_of(name, pipe, device="cpu", frames=3, padding=0.5):
@@ -69,7 +61,7 @@ def test_a_captured_forward_computes_what_it_computes_eagerly(name, step, monkey
             expected = forward(pipe, inputs)
             before = psa.stats()
             assert (before.density_sparse is None) == (step == DENSE)
-            with feigned(monkeypatch), pytest.warns(UserWarning, match="not in stats"):
+            with feigned_capture(monkeypatch), pytest.warns(UserWarning, match="not in stats"):
                 assert torch.equal(forward(pipe, inputs), expected)
         assert psa.stats() == before
 
@@ -81,7 +73,7 @@ def test_no_masks_are_recorded_of_a_captured_forward(monkeypatch):
         forward(pipe, inputs)
         recorder = MaskRecorder(psa.stats().layers, step=MAKES)
         psa.processor.record_masks(recorder)
-        with feigned(monkeypatch), pytest.warns(UserWarning, match="no masks of it are recorded"):
+        with feigned_capture(monkeypatch), pytest.warns(UserWarning, match="no masks of it are recorded"):
             forward(pipe, inputs)
         assert not recorder.masks()
         forward(pipe, inputs)
@@ -93,7 +85,7 @@ def test_what_is_captured_needs_a_forward_before(monkeypatch):
     inputs, longer = inputs_of("wan", pipe), inputs_of("wan", pipe, frames=5)
     with apply_psa(pipe, SPARSE, strict=True) as psa, psa.run(TIMESTEPS), psa.step(MAKES):
         forward(pipe, inputs)
-        with feigned(monkeypatch), pytest.warns(UserWarning):
+        with feigned_capture(monkeypatch), pytest.warns(UserWarning):
             forward(pipe, inputs)
             with pytest.raises(RuntimeError, match="has not attended a call like this yet"):
                 forward(pipe, longer)
@@ -110,7 +102,7 @@ def test_kept_lists_stay_in_the_same_tensors(monkeypatch):
         assert entries
         with psa.step(READS):
             expected = forward(pipe, inputs)
-        with feigned(monkeypatch), pytest.warns(UserWarning, match="being captured"):
+        with feigned_capture(monkeypatch), pytest.warns(UserWarning, match="being captured"):
             with psa.step(MAKES):
                 forward(pipe, others)
             with psa.step(READS):
@@ -144,7 +136,7 @@ def test_what_a_graph_reads_lives_as_long_as_the_transformer(monkeypatch):
     settings = preset(dense_steps=0.5, order="hilbert", **KEPT)
     with apply_psa(pipe, settings) as psa, psa.run(TIMESTEPS), psa.step(MAKES):
         forward(pipe, inputs)
-        with feigned(monkeypatch), pytest.warns(UserWarning):
+        with feigned_capture(monkeypatch), pytest.warns(UserWarning):
             forward(pipe, inputs)
     permutation_on.cache_clear()
     gc.collect()
@@ -159,7 +151,11 @@ def test_padding_has_to_be_stated(monkeypatch):
     with apply_psa(pipe, SPARSE, strict=True) as psa, psa.run(TIMESTEPS):
         with psa.step(MAKES):
             forward(pipe, inputs)
-            with feigned(monkeypatch), pytest.warns(UserWarning), pytest.raises(RuntimeError, match="text_tokens="):
+            with (
+                feigned_capture(monkeypatch),
+                pytest.warns(UserWarning),
+                pytest.raises(RuntimeError, match="text_tokens="),
+            ):
                 forward(pipe, inputs)
         with psa.step(MAKES, text_tokens=[5]), pytest.raises(ValueError, match=r"real text tokens are \[8\]"):
             forward(pipe, inputs)

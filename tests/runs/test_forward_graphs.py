@@ -24,7 +24,7 @@ from psa_diffusers.patch.stated_step import WarmCalls
 from psa_diffusers.runs import forward_graphs
 from psa_diffusers.runs.forward_graphs import replay_forward, replay_forwards
 from psa_testing.families import ONE_EACH
-from psa_testing.spies import spoil_sparse
+from psa_testing.spies import feigned_capture, spoil_sparse
 from psa_testing.tiny_families import CASES, WAN, preset
 from psa_testing.tiny_runs import STEPS, carry_out, edit_pipeline
 
@@ -75,9 +75,7 @@ class Feigned:
             each.fill_(math.nan if each.is_floating_point() else -9999)
 
     def _compute(self, compute):
-        with self._monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_initialized", lambda: True)
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with feigned_capture(self._monkeypatch):
             return compute()
 
     def replaying(self, pipe):
