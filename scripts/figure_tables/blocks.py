@@ -27,6 +27,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prompts": models.prompts,
     "stack": models.stack,
     "whole-run": models.whole_run,
+    "whole-run-lines": models.whole_run_lines,
     "blocks": models.blocks,
     "short-blocks": models.short_blocks,
     "calibration": models.calibration,
