@@ -17,6 +17,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "int8-beside": operator.int8_beside,
     "budget": operator.budget,
     "host": operator.host,
+    "host-again": operator.host_again,
     "launch": operator.launch,
     "stages": operator.stages,
     "power": operator.power,

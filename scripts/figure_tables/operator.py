@@ -12,6 +12,7 @@ INT8 = "benchmarks/operator-int8"
 BUDGET = "benchmarks/operator-budget"
 CPU = "benchmarks/cpu"
 HOST = "benchmarks/host"
+HOST_AGAIN = "benchmarks/host-again"
 POWER = "benchmarks/power"
 SCALING = "benchmarks/scaling"
 DENSE = ("sdpa-fa2", "sdpa-cudnn", "fa3")
@@ -152,13 +153,22 @@ def cpu() -> str:
 
 def host() -> str:
     """What the host takes to launch a call, beside what the GPU takes."""
+    return _host(HOST)
+
+
+def host_again() -> str:
+    """The same of short calls on another host."""
+    return _host(HOST_AGAIN)
+
+
+def _host(name: str) -> str:
     body = []
-    for tokens, heads, dim in dict.fromkeys((r["tokens"], r["heads"], r["head_dim"]) for r in load(HOST)["rows"]):
+    for tokens, heads, dim in dict.fromkeys((r["tokens"], r["heads"], r["head_dim"]) for r in load(name)["rows"]):
         case = {"tokens": tokens, "heads": heads, "head_dim": dim}
-        dense = need(HOST, **case, implementation="sdpa")
+        dense = need(name, **case, implementation="sdpa")
         body.append([f"{tokens:,}, {heads} x {dim}", "dense", *_microseconds(dense), ""])
         for kind, title in (("triton", "portable"), ("hopper", "Hopper")):
-            new, kept = (find(HOST, **case, implementation=kind, kept_lists=kept) for kept in (False, True))
+            new, kept = (find(name, **case, implementation=kind, kept_lists=kept) for kept in (False, True))
             if new is not None:
                 body.append(["", title, *_microseconds(new), f"{kept['host_us']:,.0f}" if kept else ""])
     head = [
@@ -169,7 +179,7 @@ def host() -> str:
         "from a CUDA graph",
         "host, kept lists",
     ]
-    return f"{table(head, body)}\n\nMicroseconds, on {machine(HOST)}, {origin(HOST)}."
+    return f"{table(head, body)}\n\nMicroseconds, on {machine(name)}, {origin(name)}."
 
 
 SHORT = 10_000  # tokens
