@@ -85,7 +85,7 @@ for script in scripts:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot fork processes")
 def test_disturbed_runs():
     """In a process of their own, for they fork."""
     names = ("killed_runs", "full_disk")
